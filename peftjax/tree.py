@@ -83,16 +83,16 @@ def partition(tree: Any, paths: Iterable[str]) -> tuple[dict[str, Any], Any]:
 
 
 def join(rest: Any, taken: Mapping[str, Any]) -> Any:
-    """Put leaves back into the holes that `partition` made.
+    """Put leaves back into the holes that `partition` made; holes of others may stay open.
 
     Raises:
-        PeftError: a name is not a hole of `rest`, or a hole stays open.
+        PeftError: a name is not a hole of `rest`.
     """
-    holes = {path for path, leaf in named_leaves(rest).items() if isinstance(leaf, Hole)}
-    if missing := sorted(holes - set(taken)):
-        raise PeftError(f"join: no value given for parameter {missing[0]!r}")
-    if extra := sorted(set(taken) - holes):
-        raise PeftError(f"join: parameter {extra[0]!r} was not taken out of this tree")
+    leaves = named_leaves(rest)
+    _require_known(taken, leaves)
+    for path in taken:
+        if not isinstance(leaves[path], Hole):
+            raise PeftError(f"parameter {path!r} was not taken out of this tree")
     return replace(rest, taken)
 
 
@@ -207,7 +207,9 @@ def select(
         PeftError: nothing matched, a part of a list matched nothing, everything was excluded, or the
             exclusion took nothing away.
     """
-    candidates = {path: names(path) for path, leaf in named_leaves(tree).items() if eligible(path, leaf)}
+    candidates = {
+        path: names(path) for path, leaf in named_leaves(tree).items() if eligible(path, leaf)
+    }
     if not candidates:
         raise PeftError(f"{who}: the tree has no parameter this method can adapt")
     known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
@@ -226,7 +228,9 @@ def select(
         return hits
     kept = [path for path in hits if not _matches(path, candidates[path], exclude)]
     if not kept:
-        raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
+        raise PeftError(
+            f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched"
+        )
     if len(kept) == len(hits):
         raise PeftError(
             f"{who}: exclude {exclude!r} matched none of the targets; closest: "
@@ -243,12 +247,16 @@ def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
     return default
 
 
-def require_patterns_used(who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]) -> None:
+def require_patterns_used(
+    who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]
+) -> None:
     """Raise a PeftError that names the first key of a rank or alpha pattern which matches no target."""
     for key in patterns or {}:
         if not any(pattern_value(path, {key: True}, False) for path in paths):
             known = [name for path in paths for name in names_of_weight(path)]
-            raise PeftError(f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}")
+            raise PeftError(
+                f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}"
+            )
 
 
 def _require_known(paths: Iterable[str], known: Mapping[str, Any]) -> None:

@@ -59,7 +59,8 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
         step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
     )
     ys = [
-        y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys
+        y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y
+        for y in ys
     ]
     return [*carry, *ys]
 

@@ -207,9 +207,7 @@ class Weight(Opaque):
             layout = self.layout.resized(sizes)
         return self._rebuild(
             layout,
-            lambda w: (
-                w.map_stack(position, fn, size) if isinstance(w, Weight) else fn(w, position)
-            ),
+            lambda w: w.map_stack(position, fn, size) if isinstance(w, Weight) else fn(w, position),
             lambda part, _: fn(part, axis.place),
         )
 
@@ -298,7 +296,10 @@ class Weight(Opaque):
         axis = self.layout.axes[0]
         if axis.kind != "s":
             return None
-        places = [a.place if a.kind != "s" else _moved_first(a.place, axis.place) for a in self.layout.axes]
+        places = [
+            a.place if a.kind != "s" else _moved_first(a.place, axis.place)
+            for a in self.layout.axes
+        ]
         axes = tuple(replace(a, place=place) for a, place in zip(self.layout.axes, places))
         return self._rebuild(
             replace(self.layout, axes=axes),

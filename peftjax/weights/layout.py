@@ -66,7 +66,9 @@ class Layout:
 
     def positions(self, kind: Kind) -> tuple[int, ...]:
         """The logical positions of the axes of a kind, in canonical order."""
-        found = [(axis.place, position) for position, axis in enumerate(self.axes) if axis.kind == kind]
+        found = [
+            (axis.place, position) for position, axis in enumerate(self.axes) if axis.kind == kind
+        ]
         return tuple(position for _, position in sorted(found))
 
     def sizes(self, kind: Kind) -> tuple[int, ...]:
@@ -135,7 +137,11 @@ class Layout:
             ranks.setdefault(kind, []).append((place, order))
         units = iter(range(len(pieces)))
         axes = tuple(
-            Axis(kind, next(units) if kind == "1" else sorted(ranks[kind]).index((place, order)), size)
+            Axis(
+                kind,
+                next(units) if kind == "1" else sorted(ranks[kind]).index((place, order)),
+                size,
+            )
             for kind, place, order, size in pieces
         )
         if {axis.kind for axis in axes} >= {"i", "o"} and math.prod(self.stack) == math.prod(
