@@ -113,9 +113,7 @@ def chain(*methods: Transform) -> Transform:
                     trained.setdefault(path, name)
         return Frozen(base, states, tuple(plans.items())), trainables
 
-    def apply(
-        frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None
-    ) -> Params:
+    def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
         params, plans = frozen.params, dict(frozen.plan)
         for number, (name, method) in enumerate(named.items()):
             subkey = None if key is None else jax.random.fold_in(key, number)

@@ -103,9 +103,7 @@ def count(tree: Any) -> int:
 
 def nbytes(tree: Any) -> int:
     """How many bytes the arrays of `tree` take."""
-    return sum(
-        int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def nearest(name: str, known: Iterable[str], how_many: int = 3) -> str:
@@ -207,9 +205,7 @@ def select(
         PeftError: nothing matched, a part of a list matched nothing, everything was excluded, or the
             exclusion took nothing away.
     """
-    candidates = {
-        path: names(path) for path, leaf in named_leaves(tree).items() if eligible(path, leaf)
-    }
+    candidates = {path: names(path) for path, leaf in named_leaves(tree).items() if eligible(path, leaf)}
     if not candidates:
         raise PeftError(f"{who}: the tree has no parameter this method can adapt")
     known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
@@ -228,9 +224,7 @@ def select(
         return hits
     kept = [path for path in hits if not _matches(path, candidates[path], exclude)]
     if not kept:
-        raise PeftError(
-            f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched"
-        )
+        raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
     if len(kept) == len(hits):
         raise PeftError(
             f"{who}: exclude {exclude!r} matched none of the targets; closest: "
@@ -247,16 +241,12 @@ def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
     return default
 
 
-def require_patterns_used(
-    who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]
-) -> None:
+def require_patterns_used(who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]) -> None:
     """Raise a PeftError that names the first key of a rank or alpha pattern which matches no target."""
     for key in patterns or {}:
         if not any(pattern_value(path, {key: True}, False) for path in paths):
             known = [name for path in paths for name in names_of_weight(path)]
-            raise PeftError(
-                f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}"
-            )
+            raise PeftError(f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}")
 
 
 def _require_known(paths: Iterable[str], known: Mapping[str, Any]) -> None:

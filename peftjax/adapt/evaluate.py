@@ -68,9 +68,7 @@ class Evaluator:
             leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda n: isinstance(n, Weight))
             if not any(isinstance(leaf, Weight) for leaf in leaves):
                 return fn(*args, **kwargs)
-            traced = [
-                n for n, leaf in enumerate(leaves) if isinstance(leaf, Weight) or _is_array(leaf)
-            ]
+            traced = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Weight) or _is_array(leaf)]
             result: list[Any] = []
 
             def flat(*arrays: jax.Array) -> list[Any]:

@@ -52,9 +52,7 @@ def _slice(eqn: Any, operands: list[Any]) -> Weight | None:
         if weight.layout.axes[position].kind == "s":
             weight = weight.map_stack(
                 position,
-                lambda part, axis, cut=(start, limit, stride): lax.slice_in_dim(
-                    part, *cut, axis=axis
-                ),
+                lambda part, axis, cut=(start, limit, stride): lax.slice_in_dim(part, *cut, axis=axis),
                 len(range(start, limit, stride)),
             )
         else:

@@ -66,9 +66,7 @@ class Layout:
 
     def positions(self, kind: Kind) -> tuple[int, ...]:
         """The logical positions of the axes of a kind, in canonical order."""
-        found = [
-            (axis.place, position) for position, axis in enumerate(self.axes) if axis.kind == kind
-        ]
+        found = [(axis.place, position) for position, axis in enumerate(self.axes) if axis.kind == kind]
         return tuple(position for _, position in sorted(found))
 
     def sizes(self, kind: Kind) -> tuple[int, ...]:
@@ -158,9 +156,7 @@ def _renumber_after(axes: tuple[Axis, ...], kind: Kind, place: int, by: int) -> 
     )
 
 
-def _match_sizes(
-    old: tuple[int, ...], new: tuple[int, ...]
-) -> list[tuple[list[int], list[int]]] | None:
+def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
     """Group positions of `old` with sizes of `new` so that the products of each group are equal.
 
     Unit axes of `new` that no unit axis of `old` answers to form groups of their own.

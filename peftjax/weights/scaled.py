@@ -68,9 +68,7 @@ class ScaledColumns(Weight):
             for axis, size in zip(rule.x_contract, scales.shape):
                 shape[axis] = size
             at = sorted(range(len(rule.x_contract)), key=lambda n: rule.x_contract[n])
-            return contract(
-                x * lax.transpose(scales, at).reshape(shape).astype(x.dtype), self.base, rule
-            )
+            return contract(x * lax.transpose(scales, at).reshape(shape).astype(x.dtype), self.base, rule)
         y = contract(x, self.base, rule)
         used = {*rule.w_contract, *rule.w_batch}
         left = [p for p in range(self.ndim) if p not in used]

@@ -116,15 +116,11 @@ def _layers_of(
     return tuple(layer for layer in wanted if stack and 0 <= layer < stack[0])
 
 
-def _require_layers_exist(
-    who: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]
-) -> None:
+def _require_layers_exist(who: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]) -> None:
     held = {layer for layers in picked.values() for layer in layers}
     for layer in wanted:
         if layer not in held:
-            raise PeftError(
-                f"{who}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}"
-            )
+            raise PeftError(f"{who}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}")
 
 
 def key_for(key: Array, path: str) -> Array:
@@ -162,9 +158,7 @@ def start_orthogonal(key: Array, target: Target, leaf: Any) -> tuple[Array, Arra
     """
     rank = target.rank
     if rank % 2:
-        raise PeftError(
-            f"lora: init 'orthogonal' needs an even rank, got {rank} for {target.path!r}"
-        )
+        raise PeftError(f"lora: init 'orthogonal' needs an even rank, got {rank} for {target.path!r}")
     (n, m), stack = target.layout.matrix, target.stack
     basis_key, a_key, b_key = jax.random.split(key, 3)
     basis = jnp.linalg.qr(jax.random.normal(basis_key, (*stack, rank, rank)))[0]

@@ -105,9 +105,7 @@ def lora(
     return low_rank("lora", options, STARTS[init], rslora=rslora)
 
 
-def checked_options(
-    name: str, given: Mapping[str, Any], leave_out: Sequence[str] = ()
-) -> dict[str, Any]:
+def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """The options of `lora`, defaults filled in, without those that a variant does not have.
 
     Raises:
@@ -120,14 +118,10 @@ def checked_options(
     }
     for option in given:
         if option not in known:
-            raise PeftError(
-                f"{name}: unknown option {option!r}; did you mean {tree.nearest(option, known)}?"
-            )
+            raise PeftError(f"{name}: unknown option {option!r}; did you mean {tree.nearest(option, known)}?")
     options = {**known, **given}
     if options.get("init", "uniform") not in STARTS:
-        raise PeftError(
-            f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}"
-        )
+        raise PeftError(f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}")
     if not 0.0 <= options["dropout"] < 1.0:
         raise PeftError(f"{name}: dropout must lie in [0, 1), got {options['dropout']}")
     if options["bias"] not in ("none", "adapted", "all"):
@@ -179,9 +173,7 @@ def low_rank(
                 slots, kept = wrap.init(target, bases[target.path])
                 trainable[target.path] |= slots
                 state[target.path] |= kept
-        biases, rest = tree.partition(
-            tree.replace(params, bases), _biases(name, params, plan, bias)
-        )
+        biases, rest = tree.partition(tree.replace(params, bases), _biases(name, params, plan, bias))
         trainable |= {path: {"value": value} for path, value in biases.items()}
         return Frozen(rest, state, tuple(plan)), trainable
 

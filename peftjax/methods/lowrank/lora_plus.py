@@ -41,9 +41,7 @@ def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
                 for path, slots in own.items()
             }
 
-        return optax.chain(
-            tx, optax.stateless(lambda updates, _: at_prefix(updates, prefix, scale))
-        )
+        return optax.chain(tx, optax.stateless(lambda updates, _: at_prefix(updates, prefix, scale)))
 
     start = STARTS[options["init"]]
     return low_rank("lora_plus", {**options, "ratio": ratio}, start, optimizer=faster_b)

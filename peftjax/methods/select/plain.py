@@ -51,9 +51,7 @@ def bitfit() -> Transform:
     return _selection("bitfit", {}, ["bias"], None)
 
 
-def _selection(
-    name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None
-) -> Transform:
+def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None) -> Transform:
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         paths = tree.select(
             params,
