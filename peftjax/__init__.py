@@ -1,6 +1,6 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
-from peftjax.adapt import adapt
+from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.lowrank.dora import dora
@@ -10,6 +10,7 @@ from peftjax.methods.lowrank.lora_plus import lora_plus
 from peftjax.methods.lowrank.olora import olora
 from peftjax.methods.lowrank.pissa import pissa
 from peftjax.methods.lowrank.rslora import rslora
+from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
@@ -23,18 +24,22 @@ __all__ = [
     "Transform",
     "Weight",
     "adapt",
+    "add",
     "bitfit",
     "build",
     "chain",
+    "combine",
     "dense",
     "describe",
     "dora",
     "freeze",
     "full",
+    "layouts_of",
     "lora",
     "lora_fa",
     "lora_plus",
     "matmul",
+    "mix",
     "olora",
     "pissa",
     "rows",

@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from peftjax.adapt.evaluate import Evaluator
+from peftjax.adapt.layouts import layouts_of
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["adapt", "layouts_of"]
 
 
 def adapt(fn: F, *, allow_dense: Sequence[str] = ()) -> F:

@@ -166,7 +166,7 @@ class Weight(Opaque):
         return True
 
     def dot(self, x: Array, rule: Dot) -> Array:
-        """x times this weight."""
+        """X times this weight."""
         return _merged(rule, x, self)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
@@ -174,7 +174,7 @@ class Weight(Opaque):
         return _merged(rule, indices, self)
 
     def conv(self, x: Array, rule: Conv) -> Array:
-        """x convolved with this weight."""
+        """X convolved with this weight."""
         return _merged(rule, x, self)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:

@@ -17,7 +17,7 @@ from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import layout_of
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
-from peftjax.weights.base import contract, Gather
+from peftjax.weights.base import Gather, contract
 from peftjax.weights.rows import TrainedRows
 
 

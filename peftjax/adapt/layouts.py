@@ -1,0 +1,78 @@
+"""Find out how a model reads its weights, where their names do not tell."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax import tree
+from peftjax.adapt.evaluate import Evaluator
+from peftjax.errors import PeftError
+from peftjax.tree import Targets
+from peftjax.weights.layout import Layout, guess_layout
+from peftjax.weights.low_rank import LowRank
+
+
+def layouts_of(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    targets: Targets = ".*",
+    exclude: Targets | None = None,
+) -> dict[str, str]:
+    """The axes of each targeted weight, by trying them on the model itself (traced, never run).
+
+    Args:
+        fn: `(params, *inputs) -> outputs`, any JAX function.
+        params: its parameters, or their shapes.
+        inputs: examples, or their shapes.
+        targets: which weights, as in `lora`.
+        exclude: the same forms; wins.
+
+    Returns:
+        `{pattern: letters}` for the option `layouts` of a method.
+
+    Raises:
+        PeftError: no reading of a weight fits, because the model uses it in a way that needs the dense
+            array; the error is that of the most likely reading.
+    """
+    leaves = tree.named_leaves(params)
+    return {
+        f"^{path}": _first_that_fits(fn, params, inputs, path, leaves)
+        for path in tree.select(params, targets, who="layouts_of", exclude=exclude)
+    }
+
+
+def _first_that_fits(
+    fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], path: str, leaves: dict[str, Any]
+) -> str:
+    shape = leaves[path].shape
+    bias = getattr(leaves.get(f"{tree.module_of(path)}/bias"), "shape", None)
+    guess = guess_layout(path, shape, bias)
+    failure: PeftError | None = None
+    for letters in dict.fromkeys((guess, *_readings(len(shape)))):
+
+        def traced(params: Any, *inputs: Any, letters: str = letters) -> Any:
+            leaf = tree.named_leaves(params)[path]
+            layout = Layout.parse(letters, shape, path)
+            a, b = (jnp.zeros((*layout.stack, 1, n), leaf.dtype) for n in layout.matrix)
+            return Evaluator().trace(fn)(tree.replace(params, {path: LowRank(leaf, a, b, layout)}), *inputs)
+
+        try:
+            jax.eval_shape(traced, params, *inputs)
+        except PeftError as error:
+            failure = failure or error
+        else:
+            return letters
+    assert failure is not None
+    raise failure
+
+
+def _readings(ndim: int) -> Iterator[str]:
+    """Stacks first, then inputs and outputs in either order, fewest stacks first."""
+    for stacks in range(ndim - 1):
+        for inputs in range(1, ndim - stacks):
+            outputs = ndim - stacks - inputs
+            yield "s" * stacks + "i" * inputs + "o" * outputs
+            yield "s" * stacks + "o" * outputs + "i" * inputs

@@ -1,0 +1,174 @@
+"""Several adapters on one base: switched, summed, combined into one, mixed per row of a batch.
+
+An adapter is a trainable; switching is passing another one to `apply`. The base is never touched, so
+going back is exact. Sums and combinations are exact too: the factors are put side by side,
+
+    Σ_i w_i s_i a_iᵀ b_i  =  [a_1; a_2; ...]ᵀ [w_1 s_1 b_1; w_2 s_2 b_2; ...]
+
+and a smaller rank is the best one, from the singular values of that product (found from the factors).
+"""
+
+import re
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank.lora import lora
+from peftjax.transform import Frozen, Params, Trainable, Transform
+from peftjax.weights.base import Weight
+from peftjax.weights.low_rank import LowRank
+from peftjax.weights.per_row import PerRow
+
+Adapter = tuple[Transform, Frozen, Trainable]
+
+
+def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Params:
+    """The parameters with several adapters of one base active at once: `base + Σ w_i Δ_i`.
+
+    Args:
+        adapters: `(method, frozen, trainable)` each, on the same base parameters.
+        weights: one factor each, negative ones too; all 1 by default.
+
+    Raises:
+        PeftError: the adapters have different bases, or one is not a sum with its base (DoRA), or
+            several train the same plain parameter.
+    """
+    weights = _weights(adapters, weights)
+    leaves = [_low_rank_leaves(*adapter) for adapter in adapters]
+    params = _common_base(adapters)
+    for path in dict.fromkeys(path for own in leaves for path in own):
+        active = [(own[path], w) for own, w in zip(leaves, weights) if path in own]
+        a, b = _side_by_side([leaf for leaf, _ in active], [w for _, w in active])
+        first = active[0][0]
+        params = tree.replace(params, {path: LowRank(first.base, a, b, first.layout)})
+    return params
+
+
+def mix(adapters: Sequence[Adapter], rows: Array) -> Params:
+    """The parameters with adapter `rows[b]` active for row b of the batch, and none where it is -1.
+
+    Args:
+        adapters: `(method, frozen, trainable)` each, on the same base parameters.
+        rows: int32 `[B]`, traced or not; out-of-range numbers take the nearest adapter.
+
+    Raises:
+        PeftError: as `add`.
+    """
+    leaves = [_low_rank_leaves(*adapter) for adapter in adapters]
+    params = _common_base(adapters)
+    rows = jnp.asarray(rows, jnp.int32)
+    for path in dict.fromkeys(path for own in leaves for path in own):
+        first = next(own[path] for own in leaves if path in own)
+        stack = first.layout.stack
+        rank = max(own[path].a.shape[-2] for own in leaves if path in own)
+        factors = [_padded(own.get(path), first, rank) for own in leaves]
+        a = jnp.stack([a for a, _ in factors], axis=len(stack))
+        b = jnp.stack([b for _, b in factors], axis=len(stack))
+        own_rows = jnp.broadcast_to(rows, (*stack, *rows.shape))
+        params = tree.replace(params, {path: PerRow(first.base, a, b, own_rows, first.layout)})
+    return params
+
+
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, rank: int | None = None
+) -> tuple[Transform, Trainable]:
+    """One LoRA adapter equal to the weighted sum of several: `(method, trainable)`.
+
+    Args:
+        adapters: `(method, frozen, trainable)` each, on the same base parameters.
+        weights: one factor each; all 1 by default.
+        rank: None keeps the sum exact (the ranks add up); a number keeps the best approximation of
+            that rank, singular values of the sum being `√σ` on both factors.
+
+    Returns:
+        A `lora` transform with scale 1 on exactly the adapted weights, and its trainable.
+
+    Raises:
+        PeftError: as `add`; or when the rank is not positive.
+    """
+    if rank is not None and rank < 1:
+        raise PeftError(f"combine: rank must be positive, got {rank}")
+    params = add(adapters, weights)
+    leaves = {path: leaf for path, leaf in tree.named_leaves(params).items() if isinstance(leaf, LowRank)}
+    factors = {
+        path: (leaf.a, leaf.b) if rank is None else _truncated(leaf.a, leaf.b, rank)
+        for path, leaf in leaves.items()
+    }
+    ranks = {f"^{re.escape(path)}": a.shape[-2] for path, (a, _) in factors.items()}
+    method = lora(
+        rank=max(ranks.values()),
+        targets=list(factors),
+        rank_pattern=ranks,
+        alpha_pattern={name: float(r) for name, r in ranks.items()},
+        layouts={f"^{re.escape(path)}": leaf.layout.letters for path, leaf in leaves.items()},
+    )
+    return method, {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
+
+
+def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    if not adapters:
+        raise PeftError("give at least one adapter")
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise PeftError(f"{len(adapters)} adapters were given with {len(weights)} weights")
+    return weights
+
+
+def _common_base(adapters: Sequence[Adapter]) -> Params:
+    """The base parameters, which every adapter must share."""
+    first = adapters[0][1].params
+    for method, frozen, _ in adapters[1:]:
+        for path, leaf in tree.named_leaves(frozen.params).items():
+            if leaf is not tree.named_leaves(first).get(path):
+                raise PeftError(
+                    f"{method.name}: parameter {path!r} is not the same array in both bases; adapters "
+                    "share a base when `init` got the same parameters and replaced none (as PiSSA does)"
+                )
+    return first
+
+
+def _low_rank_leaves(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[str, LowRank]:
+    """The adapted weights, each a sum of its base and one low-rank product."""
+    leaves = tree.named_leaves(method.apply(frozen, trainable))
+    bases = tree.named_leaves(frozen.params)
+    for path, leaf in leaves.items():
+        if isinstance(bases[path], tree.Hole):
+            raise PeftError(
+                f"{method.name}: {path!r} is trained as it is; two such adapters cannot be active "
+                "together, so train only factors in adapters that are added or mixed"
+            )
+        if isinstance(leaf, Weight) and leaf is not bases[path] and not isinstance(leaf, LowRank):
+            raise PeftError(
+                f"{method.name}: {path!r} is a {type(leaf).__name__}, not a sum with its base; such "
+                "adapters are switched, not added or mixed"
+            )
+    return {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+
+
+def _side_by_side(leaves: Sequence[LowRank], weights: Sequence[float]) -> tuple[Array, Array]:
+    a = jnp.concatenate([leaf.a for leaf in leaves], axis=-2)
+    b = jnp.concatenate([w * leaf.scale * leaf.b for leaf, w in zip(leaves, weights)], axis=-2)
+    return a, b
+
+
+def _padded(leaf: LowRank | None, like: LowRank, rank: int) -> tuple[Array, Array]:
+    if leaf is None:
+        leading = like.a.shape[:-2]
+        return jnp.zeros((*leading, rank, like.a.shape[-1])), jnp.zeros((*leading, rank, like.b.shape[-1]))
+    missing = [(0, 0)] * (leaf.a.ndim - 2) + [(0, rank - leaf.a.shape[-2]), (0, 0)]
+    return jnp.pad(leaf.a, missing), jnp.pad(leaf.scale * leaf.b, missing)
+
+
+def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """Factors of rank at most `rank` closest to `aᵀb`, from the SVD of its `R x R` core."""
+    q_a, r_a = jnp.linalg.qr(a.swapaxes(-1, -2))
+    q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
+    u, sizes, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+    kept = min(rank, sizes.shape[-1])
+    root = jnp.sqrt(sizes[..., :kept])[..., None]
+    left = (q_a @ u[..., :kept]).swapaxes(-1, -2)
+    right = (q_b @ vt[..., :kept, :].swapaxes(-1, -2)).swapaxes(-1, -2)
+    return root * left, root * right
