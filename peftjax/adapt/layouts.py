@@ -70,9 +70,8 @@ def _first_that_fits(
 
 
 def _readings(ndim: int) -> Iterator[str]:
-    """Stacks first, then inputs and outputs in either order, fewest stacks first."""
-    for stacks in range(ndim - 1):
-        for inputs in range(1, ndim - stacks):
-            outputs = ndim - stacks - inputs
-            yield "s" * stacks + "i" * inputs + "o" * outputs
-            yield "s" * stacks + "o" * outputs + "i" * inputs
+    """Stacks, then inputs, then outputs (outputs before inputs last), fewest stacks first."""
+    for order in ("io", "oi"):
+        for stacks in range(ndim - 1):
+            for first in range(1, ndim - stacks):
+                yield "s" * stacks + order[0] * first + order[1] * (ndim - stacks - first)

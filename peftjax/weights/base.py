@@ -93,7 +93,7 @@ class Gather:
             collapsed_slice_dims=(self.axis,),
             start_index_map=(self.axis,),
         )
-        sizes = w.shape[: self.axis] + (1,) + w.shape[self.axis + 1 :]
+        sizes = tuple(1 if position == self.axis else size for position, size in enumerate(w.shape))
         return lax.gather(w, indices, numbers, sizes, **dict(self.options))
 
 

@@ -105,7 +105,7 @@ class Layout:
     def with_stack(self, position: int, size: int, place: int = 0) -> "Layout":
         """The layout with one more stack axis, at a logical position and a canonical place."""
         axes = _renumber_after(self.axes, "s", place - 1, +1)
-        return replace(self, axes=axes[:position] + (Axis("s", place, size),) + axes[position:])
+        return replace(self, axes=(*axes[:position], Axis("s", place, size), *axes[position:]))
 
     def reshape(self, shape: Sequence[int]) -> "Layout | None":
         """The layout after `jnp.reshape(w, shape)`.

@@ -1,0 +1,150 @@
+"""Path names, target rules, partition and join."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from peftjax import tree
+from peftjax.errors import PeftError
+
+
+def matrices(*paths):
+    params = {}
+    for path in paths:
+        *modules, name = path.split("/")
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = jnp.zeros((4, 4))
+    return params
+
+
+MODEL = matrices(
+    "embed/word/embedding",
+    "layers/0/query/kernel",
+    "layers/0/up/kernel",
+    "layers/1/query/kernel",
+    "layers/1/up/kernel",
+    "layers/1/my_head/kernel",
+    "layers/1/conv_in/kernel",
+    "head/kernel",
+)
+
+
+def select(targets, **options):
+    return tree.select(MODEL, targets, who="test", **options)
+
+
+def test_path_names_in_every_kind_of_tree():
+    linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    assert list(tree.named_leaves({"m": linear})) == ["m/weight", "m/bias"]
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert sorted(tree.named_leaves(state)) == ["bias", "kernel"]
+    assert list(tree.named_leaves([{"a": (jnp.ones(1),)}])) == ["0/a/0"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (r"layers/\d/query/kernel", ["layers/0/query/kernel", "layers/1/query/kernel"]),
+        (r".*/query", ["layers/0/query/kernel", "layers/1/query/kernel"]),
+        (["query"], ["layers/0/query/kernel", "layers/1/query/kernel"]),
+        (["0/query", "layers/1/up/kernel"], ["layers/0/query/kernel", "layers/1/up/kernel"]),
+        (["head"], ["head/kernel"]),
+        (["word"], ["embed/word/embedding"]),
+        (
+            "all-linear",
+            [
+                "layers/0/query/kernel",
+                "layers/0/up/kernel",
+                "layers/1/query/kernel",
+                "layers/1/up/kernel",
+                "layers/1/my_head/kernel",
+            ],
+        ),
+    ],
+)
+def test_targets(targets, wanted):
+    assert sorted(select(targets)) == sorted(wanted)
+
+
+def test_a_regex_must_match_the_whole_name():
+    with pytest.raises(PeftError, match="matched no parameter"):
+        select("query")
+
+
+def test_exclude_wins():
+    assert select(["query", "up"], exclude=["layers/0/query", "up"]) == ["layers/1/query/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        (["query", "upp"], {}, r"target 'upp' matched no parameter; closest: 'layers/\d/up'"),
+        ("q_porj", {}, "closest"),
+        (["query"], {"exclude": ["query"]}, "removes every parameter"),
+        (["query"], {"exclude": ["up"]}, "matched none of the targets"),
+    ],
+)
+def test_wrong_targets_name_the_part_and_the_nearest(targets, options, message):
+    with pytest.raises(PeftError, match=message):
+        select(targets, **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "wanted"),
+    [
+        ("layers/0/query/kernel", None, 0),
+        ("layers_11/mlp/kernel", None, 11),
+        ("layers/2/experts/5/up/kernel", None, 2),
+        ("stages/1/blocks/3/up/kernel", "blocks", 3),
+        ("embed/word/embedding", None, None),
+    ],
+)
+def test_layer_index(path, pattern, wanted):
+    assert tree.layer_index(path, pattern) == wanted
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wanted"),
+    [
+        ({"query": 3}, 3),
+        ({"0/query": 3}, 3),
+        ({"^layers/0/query": 3}, 3),
+        ({"^query": 3}, 8),
+        ({"uery": 3}, 8),
+        ({"query": 3, "0/query": 5}, 3),
+        ({r"layers/\d+/query/kernel": 4}, 4),
+    ],
+)
+def test_rank_patterns_match_the_end_of_a_name_and_the_first_wins(patterns, wanted):
+    assert tree.pattern_value("layers/0/query/kernel", patterns, 8) == wanted
+
+
+def test_partition_and_join_are_inverse():
+    taken, rest = tree.partition(MODEL, ["head/kernel", "layers/0/up/kernel"])
+    assert sorted(taken) == ["head/kernel", "layers/0/up/kernel"]
+    assert tree.count(rest) == tree.count(MODEL) - 32
+    back = tree.join(rest, taken)
+    assert jax.tree.structure(back) == jax.tree.structure(MODEL)
+    assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(MODEL)))
+
+
+def test_join_refuses_what_was_not_taken():
+    _, rest = tree.partition(MODEL, ["head/kernel"])
+    with pytest.raises(PeftError, match="was not taken out"):
+        tree.join(rest, {"layers/0/up/kernel": jnp.zeros(())})
+
+
+def test_holes_pass_through_jit():
+    taken, rest = tree.partition(MODEL, ["head/kernel"])
+    total = jax.jit(lambda rest, taken: sum(jnp.sum(x) for x in jax.tree.leaves(tree.join(rest, taken))))
+    assert float(total(rest, {path: leaf + 1 for path, leaf in taken.items()})) == 16.0
+
+
+def test_counting():
+    params = {"a": jnp.zeros((3, 4), jnp.bfloat16), "b": jnp.zeros(5)}
+    assert tree.count(params) == 17
+    assert tree.nbytes(params) == 3 * 4 * 2 + 5 * 4

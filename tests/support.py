@@ -1,0 +1,65 @@
+"""What many tests share: trained-looking adapters, and the comparison with the merged model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import peftjax as pj
+
+KEY = jax.random.key(7)
+
+
+def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
+    """The trainable as after some steps: every number moved by its own random amount."""
+    leaves, structure = jax.tree.flatten(trainable)
+    keys = jax.random.split(key, len(leaves))
+    moved = [leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def assert_close(actual: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    """Every pair of leaves equal to `tolerance` of the largest wanted number."""
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted))
+    for (path, left), right in pairs:
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        bound = tolerance * max(1.0, float(np.abs(right).max(initial=0.0)))
+        np.testing.assert_allclose(left, right, rtol=0, atol=bound, err_msg=str(path))
+
+
+def assert_equals_merged(
+    forward: Callable[..., Any],
+    params: Any,
+    method: pj.Transform,
+    *inputs: Any,
+    tolerance: float = 1e-5,
+    trained: bool = True,
+) -> None:
+    """Outputs and gradients (adapter and float inputs) of the adapted model equal the merged one's."""
+    frozen, trainable = method.init(KEY, params)
+    if trained:
+        trainable = noisy(trainable)
+    run = pj.adapt(forward)
+
+    def adapted(trainable: Any, inputs: Any, frozen: Any) -> Any:
+        return _summary(run(method.apply(frozen, trainable), *inputs))
+
+    def merged(trainable: Any, inputs: Any, frozen: Any) -> Any:
+        return _summary(forward(method.merge(frozen, trainable), *inputs))
+
+    floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(inputs))
+    grads = jax.value_and_grad(adapted, (0, 1) if floating else 0, has_aux=True)
+    wanted = jax.value_and_grad(merged, (0, 1) if floating else 0, has_aux=True)
+    got = jax.jit(grads)(trainable, inputs, frozen)
+    want = jax.jit(wanted)(trainable, inputs, frozen)
+    assert_close(got[0][1], want[0][1], tolerance)
+    assert_close(got[1], want[1], tolerance)
+    of_adapter = got[1][0] if floating else got[1]
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(of_adapter)), "a gradient is all zero"
+
+
+def _summary(out: Any) -> tuple[jax.Array, Any]:
+    return sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(out)), out
