@@ -68,8 +68,14 @@ class BertConfig:
             )
         for name in RATES:
             rate = getattr(self, name)
-            if rate is not None and not 0.0 <= rate < 1.0:
-                raise PeftError(f"BERT's {name} must be in [0, 1), not {rate!r}")
+            if rate is None and name == "classifier_dropout":
+                continue
+            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+                raise PeftError(f"BERT's {name} must be a number in [0, 1), not {rate!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value <= 0.0:
+                raise PeftError(f"BERT's {name} must be a positive number, not {value!r}")
         if self.hidden_act not in ACTIVATIONS:
             close = difflib.get_close_matches(str(self.hidden_act), ACTIVATIONS, cutoff=0.3)
             raise PeftError(

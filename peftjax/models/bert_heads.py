@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from peftjax.models.backbone import Params
-from peftjax.models.layers import Context, Dropout, activate, dense, layer_norm
+from peftjax.models.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm, recompute
 
 
 def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
@@ -97,7 +97,12 @@ class MaskedLM(nn.Module):
         """Score every word at every position."""
         transform = dense(hidden.shape[-1], self.init_std, self.dtype, "transform")
         norm = layer_norm(self.norm_epsilon, self.dtype, "norm")
-        hidden = norm(activate(self.activation, transform(hidden)))
+        hidden = norm(recompute(ACTIVATIONS[self.activation])(transform(hidden)))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-        decoder = embed["word"]["embedding"].astype(self.dtype).T
-        return jnp.dot(hidden, decoder) + bias.astype(self.dtype)
+        return recompute(_decode)(hidden, embed["word"]["embedding"], bias)
+
+
+def _decode(
+    hidden: Float[Array, "B S D"], table: Float[Array, "V D"], bias: Float[Array, " V"]
+) -> Float[Array, "B S V"]:
+    return jnp.dot(hidden, table.astype(hidden.dtype).T) + bias.astype(hidden.dtype)

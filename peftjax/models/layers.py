@@ -1,10 +1,12 @@
 """Layers shared by the model families: dense, norm, dropout, attention, feed-forward, the block.
 
 Weights reach plain `dot_general` and `gather` equations only, after a cast to the compute dtype, so
-any of them may be replaced by a structured weight. What the backward pass keeps of a block is the
-inputs of its matrix products and norms in the compute dtype: norms, activations, attention weights
-and dropout masks are recomputed from those (`jax.checkpoint` around each), which costs one
-element-wise pass and, for attention, one extra `Q K^T`.
+any of them may be replaced by a structured weight. Of a block of width D and inner size 4 D the
+backward pass keeps 12 values per token and unit of width, all in the compute dtype: the inputs of
+the two branches (2), of the two norms (2) and of the output kernel (1), query, key and value (3),
+and the activation's input (4). Norms, activations, casts of weights, attention weights and dropout
+masks are recomputed from those (`jax.checkpoint` around each), which costs element-wise passes and,
+for attention, one more `Q K^T`. A frozen kernel's input is not kept either.
 """
 
 from __future__ import annotations
@@ -32,23 +34,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # Blocks run inside a scan, whose forward and backward loops cannot share subexpressions, so the
 # barriers of `prevent_cse` would only cost fusion.
 recompute = partial(jax.checkpoint, prevent_cse=False)
-RecomputedLayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
+recompute_module = partial(nn.remat, prevent_cse=False)
+RecomputedDense = recompute_module(nn.Dense)
+RecomputedLayerNorm = recompute_module(nn.LayerNorm)
 
 
-def dense(features: int, init_std: float, dtype: DTypeLike, name: str) -> nn.Dense:
-    """A linear layer `x W + b` with `kernel` [in, features] drawn from N(0, init_std^2)."""
+def dense(features: int, init_std: float, dtype: DTypeLike, name: str) -> nn.Module:
+    """A linear layer `x W + b` with `kernel` [in, features] drawn from N(0, init_std^2).
+
+    The backward pass keeps `x` and casts the stored kernel again; without the recompute, a scan
+    would keep a second copy of every layer's kernel in `dtype`.
+    """
     init = nn.initializers.normal(init_std)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return RecomputedDense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.Module:
     """A layer norm over the last axis: statistics in float32, result and residual in `dtype`."""
     return RecomputedLayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def activate(name: str, x: Array) -> Array:
-    """Apply the activation `name` of `ACTIVATIONS`; the backward pass keeps its input only."""
-    return recompute(ACTIVATIONS[name])(x)
 
 
 def drop(x: Array, key: Key[Array, ""], rate: float) -> Array:
@@ -143,10 +146,12 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Apply both layers; output dropout included."""
+        """Apply both layers; the backward pass keeps the activation's input, not its output."""
+        activation = ACTIVATIONS[self.activation]
         up = dense(self.inner_size, self.init_std, self.dtype, "up")
         down = dense(hidden.shape[-1], self.init_std, self.dtype, "down")
-        return Dropout(self.output_dropout)(down(activate(self.activation, up(hidden))))
+        activate_down = recompute_module(lambda down, x: down(activation(x)))
+        return Dropout(self.output_dropout)(activate_down(down, up(hidden)))
 
 
 class PostNormBlock(nn.Module):
