@@ -74,7 +74,7 @@ def load(
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
     )
-    leaves = dict(loaded.params)
+    leaves: dict[str, Any] = loaded.params
     if loaded.fresh:
         if key is None:
             raise PeftError(
@@ -83,10 +83,10 @@ def load(
             )
         logger.warning("drawn at random, not in %s: %s", folder, ", ".join(loaded.fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
-        leaves |= {path: drawn[path] for path in loaded.fresh}
+        leaves.update({path: drawn[path] for path in loaded.fresh})
     if loaded.unused:
         logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
-    # Leaf by leaf, so that a numpy leaf is freed before the next one is put on the device.
+    # Popped one by one, so that each numpy leaf is freed before the next goes to the device.
     arrays = {path: jnp.asarray(leaves.pop(path), param_dtype) for path in list(leaves)}
     return model, {"head": {}, **unflatten_dict(arrays, sep="/")}
 

@@ -1,19 +1,20 @@
 import json
 import logging
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from peftjax.errors import PeftError
 from peftjax.models.bert import WEIGHTS
 from peftjax.models.bert_config import BertConfig, read_config, write_config
 from peftjax.models.load import load, save
-from peftjax.models.weight_map import to_hf
+from peftjax.models.weight_map import Weight, linear, read_weights, to_hf
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +90,25 @@ def test_sharded_unprefixed_and_old_names(classifier, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     same(load(folder, head="classifier")[1], classifier[1])
+
+
+def test_reading_holds_one_tensor_beside_the_result(folder):
+    shapes = {"a/kernel": (8, 300, 200), "b/kernel": (200, 300)}
+    table = (Weight("a/kernel", "a.{layer}.weight", transpose=True), *linear("b", "b"))
+    tensors = {f"a.{i}.weight": np.full((200, 300), i, np.float32) for i in range(8)}
+    save_file({**tensors, "b.weight": np.ones((300, 200), np.float32)}, folder / "m.safetensors")
+    specs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    del tensors
+    tracemalloc.start()
+    loaded = read_weights(
+        folder / "m.safetensors", unflatten_dict(specs, sep="/"), table,
+        dtype="bfloat16", canonical=str, ignored="", task_weights=None,
+    )  # fmt: skip
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    result = sum(leaf.nbytes for leaf in loaded.params.values())
+    assert peak < result + 2.5 * 4 * 300 * 200
+    np.testing.assert_array_equal(loaded.params["a/kernel"][:, 0, 0], np.arange(8))
 
 
 def test_absent_classifier_is_drawn_and_logged(folder, caplog):
