@@ -130,6 +130,13 @@ def test_masked_lm_head_is_drawn_as_a_whole(saved):
     }  # fmt: skip
 
 
+def test_mean_classifier_round_trips(saved, tmp_path):
+    model, params = load(saved, head="mean_classifier")
+    assert set(params["head"]) == {"classifier"}
+    save(tmp_path / "mean", model, params)
+    same(load(tmp_path / "mean", head="mean_classifier")[1], params)
+
+
 def test_unused_tensors_are_logged(saved, caplog):
     with caplog.at_level(logging.INFO):
         params = load(saved)[1]
