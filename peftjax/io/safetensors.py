@@ -1,0 +1,145 @@
+"""Safetensors files, tensor by tensor: find, read and write, with errors that name file and key.
+
+The format (https://github.com/huggingface/safetensors#format) is eight bytes of header length,
+a JSON header with each tensor's dtype, shape and byte range, and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from peftjax.errors import PeftError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPE_CODES = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(jnp.bfloat16): "BF16",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.bool_): "BOOL",
+}
+
+
+def find_tensors(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Map each tensor's name to the file that holds it.
+
+    Args:
+        path: a safetensors file, or a folder with `model.safetensors` or the index of a sharded
+            checkpoint, `model.safetensors.index.json`.
+
+    Raises:
+        PeftError: when there is no such file, a file is truncated or corrupt, or a shard does not
+            hold what the index says.
+    """
+    path = Path(path)
+    file = path / SINGLE_FILE if path.is_dir() else path
+    if file.is_file():
+        with _opened(file) as handle:
+            return dict.fromkeys(handle.keys(), file)
+    index = path / INDEX_FILE
+    if not index.is_file():
+        raise PeftError(f"no {SINGLE_FILE} or {INDEX_FILE} in {path}")
+    try:
+        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PeftError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+    held = {}
+    for shard in sorted(set(shards.values())):
+        with _opened(path / shard) as handle:
+            held[shard] = set(handle.keys())
+    for name, shard in shards.items():
+        if name not in held[shard]:
+            raise PeftError(f"{index} places {name} in {shard}, which does not hold it")
+    return {name: path / shard for name, shard in shards.items()}
+
+
+def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield `(name, array)` for each name of `find_tensors`, holding one tensor at a time.
+
+    Raises:
+        PeftError: when a file or a tensor of it cannot be read.
+    """
+    for file in sorted(set(files.values())):
+        names = [name for name, place in files.items() if place == file]
+        with _opened(file) as handle:
+            for name in names:
+                try:
+                    tensor = handle.get_tensor(name)
+                except (SafetensorError, TypeError, AttributeError) as error:
+                    raise PeftError(f"cannot read {name} of {file}: {error}") from error
+                yield name, tensor
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file, copying one tensor at a time; replaces `path` when complete.
+
+    Views such as a transposed layer of a stack are written in C order without a copy of the whole.
+
+    Raises:
+        PeftError: for a dtype the format lacks.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # Widest items first keeps every tensor aligned to its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_CODES:
+            raise PeftError(f"cannot write {name} to {path}: safetensors has no {tensor.dtype}")
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as (temporary,), open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Give a temporary name beside each of `paths`; move them all into place if the body succeeds.
+
+    The files that were there stay untouched when the body raises.
+    """
+    temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths)
+    try:
+        yield temporaries
+        for temporary, path in zip(temporaries, paths):
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        handle = safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise PeftError(f"{file} is not a complete safetensors file: {error}") from error
+    with handle:
+        yield handle

@@ -1,0 +1,160 @@
+"""A backbone: three Flax Linen modules used as pure functions, the blocks stacked and scanned."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from peftjax.errors import PeftError
+from peftjax.models.layers import Context
+
+Params = dict[str, Any]
+Batch = Mapping[str, Any]
+DropoutKey = Key[Array, ""] | None
+
+TOKENS: Batch = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dot_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+}
+"""`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute."""
+
+
+def dropout_rngs(key: DropoutKey) -> dict[str, Key[Array, ""]]:
+    """The Linen rngs for one `apply`: none (deterministic) when `key` is None."""
+    return {} if key is None else {"dropout": key}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A model as the pure function `model(params, batch, *, key=None) -> outputs`.
+
+    `params` is `{"embed": ..., "blocks": ..., "head": ...}`, each leaf of `blocks` stacked
+    [num_layers, ...]. Change `remat` or `dtype` with `dataclasses.replace`.
+
+    Attributes:
+        config: the family's configuration.
+        embed: `(batch) -> (hidden [B, S, D], context)`.
+        block: `(hidden, context) -> hidden`, with its branches and norms as methods.
+        head: `(hidden, context, params["embed"]) -> outputs`.
+        num_layers: how many blocks are stacked.
+        head_name: the name the family knows `head` by, such as "classifier".
+        remat: a name in `REMAT_POLICIES` for `jax.checkpoint` around each block; None or "none"
+            keeps what the block's own layers keep.
+        dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
+            used and `params` stay as they are.
+
+    Raises:
+        PeftError: when `remat` or `dtype` is not one of these names.
+    """
+
+    config: Any
+    embed: nn.Module
+    block: nn.Module
+    head: nn.Module
+    num_layers: int
+    head_name: str = "none"
+    remat: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise PeftError(f"dtype {self.dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        if self.remat not in (None, "none", *REMAT_POLICIES):
+            close = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=3, cutoff=0.3)
+            raise PeftError(
+                f"remat policy {self.remat!r} is unknown; "
+                f"closest: {', '.join(close or REMAT_POLICIES)}; or 'none'"
+            )
+        for part in ("embed", "block", "head"):
+            # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
+            module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
+            object.__setattr__(self, part, module)
+
+    def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array:
+        """Run embed, blocks and head.
+
+        Args:
+            params: `{"embed", "blocks", "head"}`.
+            batch: for token models `input_ids` [B, S] int32, and optionally `attention_mask`
+                [B, S] (1 = token; default all tokens) and `token_type_ids` [B, S].
+            key: dropout key; None is deterministic.
+        """
+        keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
+        hidden, context = self.run_embed(params, batch, key=keys[0])
+        hidden = self.run_blocks(params, hidden, context, key=keys[1])
+        return self.run_head(params, hidden, context, key=keys[2])
+
+    def run_embed(
+        self, params: Params, batch: Batch, *, key: DropoutKey = None
+    ) -> tuple[Float[Array, "B S D"], Context]:
+        """The hidden states before the first block, and what all blocks share."""
+        return self.embed.apply({"params": params["embed"]}, batch, rngs=dropout_rngs(key))
+
+    def run_blocks(
+        self,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        *,
+        key: DropoutKey = None,
+    ) -> Float[Array, "B S D"]:
+        """Scan `block` over the stacked `params["blocks"]`, under the `remat` policy."""
+
+        def body(hidden: Array, layer: tuple[Params, DropoutKey]) -> tuple[Array, None]:
+            weights, layer_key = layer
+            rngs = dropout_rngs(layer_key)
+            return self.block.apply({"params": weights}, hidden, context, rngs=rngs), None
+
+        if self.remat in REMAT_POLICIES:
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layer_keys = None if key is None else jax.random.split(key, self.num_layers)
+        layers = (params["blocks"], layer_keys)
+        return jax.lax.scan(body, hidden, layers, length=self.num_layers)[0]
+
+    def run_head(
+        self,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        *,
+        key: DropoutKey = None,
+    ) -> Array:
+        """The outputs from the hidden states after the last block."""
+        variables = {"params": params["head"]}
+        return self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))
+
+    def init(self, key: Key[Array, ""], batch: Batch = TOKENS) -> Params:
+        """Random parameters in float32; `batch` gives the inputs' shapes and dtypes."""
+        embed_key, block_key, head_key = jax.random.split(key, 3)
+        embed = _draw(self.embed, embed_key, batch)
+        inputs = self._block_inputs(embed, batch)
+        blocks = jax.vmap(lambda layer_key: _draw(self.block, layer_key, *inputs))(
+            jax.random.split(block_key, self.num_layers)
+        )
+        return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch)}
+
+    def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch = TOKENS) -> Params:
+        """Random parameters of the head alone; `embed` are the embeddings or their shapes."""
+        return _draw(self.head, key, *self._block_inputs(embed, batch), embed)
+
+    def _block_inputs(self, embed: Params, batch: Batch) -> tuple[Any, Any]:
+        """The shapes of what `embed` hands to the blocks."""
+        return jax.eval_shape(lambda p, b: self.run_embed({"embed": p}, b), embed, batch)
+
+
+def _draw(module: nn.Module, key: Key[Array, ""], *inputs: Any) -> Params:
+    return module.lazy_init(key, *inputs).get("params", {})

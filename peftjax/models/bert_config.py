@@ -1,0 +1,132 @@
+"""BERT's configuration, read from and written to Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from peftjax.errors import PeftError
+from peftjax.models.layers import ACTIVATIONS
+
+# Settings that would change the computation, with the only value this backbone computes.
+REQUIRED = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The settings of `config.json` that BERT's computation reads, with Hugging Face's defaults.
+
+    Raises:
+        PeftError: for a size that is not a positive integer, a width the heads do not divide, a
+            dropout rate outside [0, 1), or an unknown activation.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    model_type: ClassVar[str] = "bert"
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise PeftError(f"BERT's {name} must be a positive integer, not {size!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise PeftError(
+                f"BERT's hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is None and name == "classifier_dropout":
+                continue
+            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+                raise PeftError(f"BERT's {name} must be a number in [0, 1), not {rate!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value <= 0.0:
+                raise PeftError(f"BERT's {name} must be a positive number, not {value!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            close = difflib.get_close_matches(str(self.hidden_act), ACTIVATIONS, cutoff=0.3)
+            raise PeftError(
+                f"BERT's hidden_act {self.hidden_act!r} is not supported; "
+                f"closest: {', '.join(close or ACTIVATIONS)}"
+            )
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout rate before a classifier."""
+        if self.classifier_dropout is None:
+            return self.hidden_dropout_prob
+        return self.classifier_dropout
+
+    def with_num_labels(self, num_labels: int) -> BertConfig:
+        """The same configuration with `num_labels` labels, whose names are kept if they fit."""
+        if num_labels < 1:
+            raise PeftError(f"num_labels must be at least 1, not {num_labels}")
+        if num_labels == len(self.labels):
+            return self
+        labels = tuple(f"LABEL_{i}" for i in range(num_labels))
+        return dataclasses.replace(self, labels=labels)
+
+
+def read_config(values: Mapping[str, Any]) -> BertConfig:
+    """The configuration in the content of a `config.json`.
+
+    Raises:
+        PeftError: for a setting this backbone does not compute, and as `BertConfig`.
+    """
+    for name, required in REQUIRED.items():
+        if values.get(name, required) != required:
+            raise PeftError(
+                f"config.json sets {name} to {values[name]!r}; "
+                f"peftjax's BERT supports {required!r} only"
+            )
+    names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels"}
+    settings = {name: values[name] for name in names if name in values}
+    if values.get("id2label"):
+        by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
+        settings["labels"] = tuple(label for _, label in by_index)
+    return BertConfig(**settings)
+
+
+def write_config(config: BertConfig) -> dict[str, Any]:
+    """The content of `config.json` that gives `config` back."""
+    values = dataclasses.asdict(config)
+    labels = values.pop("labels")
+    return {
+        "model_type": config.model_type,
+        **values,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }

@@ -1,0 +1,108 @@
+"""The heads of BERT: each is `(hidden [B, S, D], context, embed parameters) -> outputs`."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from peftjax.models.backbone import Params
+from peftjax.models.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm, recompute
+
+
+def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """The mean of the hidden states where `mask` is True; zero for a row without any token."""
+    weights = mask.astype(hidden.dtype)
+    total = jnp.einsum("bsd,bs->bd", hidden, weights, preferred_element_type=jnp.float32)
+    count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return (total / count).astype(hidden.dtype)
+
+
+class Hidden(nn.Module):
+    """No head: the hidden states [B, S, D]."""
+
+    dtype: DTypeLike
+
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B S D"]:
+        """Return `hidden`."""
+        return hidden
+
+
+class MeanPool(nn.Module):
+    """The mean over the tokens [B, D], as sentence encoders use it."""
+
+    dtype: DTypeLike
+
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B D"]:
+        """Pool over `context["mask"]`."""
+        return mean_pool(hidden, context["mask"])
+
+
+class Pooler(nn.Module):
+    """The pooler of Hugging Face's `BertModel`: `tanh(hidden[:, 0] W + b)`, [B, D]."""
+
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B D"]:
+        """Pool the first token."""
+        pooler = dense(hidden.shape[-1], self.init_std, self.dtype, "pooler")
+        return jnp.tanh(pooler(hidden[:, 0]))
+
+
+class Classifier(nn.Module):
+    """`BertForSequenceClassification`'s head: pooler, dropout, linear; logits [B, C]."""
+
+    num_labels: int
+    dropout: float
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B C"]:
+        """Classify the pooled first token."""
+        pooler = dense(hidden.shape[-1], self.init_std, self.dtype, "pooler")
+        classifier = dense(self.num_labels, self.init_std, self.dtype, "classifier")
+        return classifier(Dropout(self.dropout)(jnp.tanh(pooler(hidden[:, 0]))))
+
+
+class MeanClassifier(nn.Module):
+    """Mean pooling, dropout and a linear classifier, for sentence encoders; logits [B, C]."""
+
+    num_labels: int
+    dropout: float
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B C"]:
+        """Classify the mean over the tokens."""
+        classifier = dense(self.num_labels, self.init_std, self.dtype, "classifier")
+        return classifier(Dropout(self.dropout)(mean_pool(hidden, context["mask"])))
+
+
+class MaskedLM(nn.Module):
+    """`BertForMaskedLM`'s head, its decoder tied to the word embedding; logits [B, S, V]."""
+
+    vocab_size: int
+    activation: str
+    norm_epsilon: float
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B S V"]:
+        """Score every word at every position."""
+        transform = dense(hidden.shape[-1], self.init_std, self.dtype, "transform")
+        norm = layer_norm(self.norm_epsilon, self.dtype, "norm")
+        hidden = norm(recompute(ACTIVATIONS[self.activation])(transform(hidden)))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+        return recompute(_decode)(hidden, embed["word"]["embedding"], bias)
+
+
+def _decode(
+    hidden: Float[Array, "B S D"], table: Float[Array, "V D"], bias: Float[Array, " V"]
+) -> Float[Array, "B S V"]:
+    return jnp.dot(hidden, table.astype(hidden.dtype).T) + bias.astype(hidden.dtype)

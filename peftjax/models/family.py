@@ -1,0 +1,51 @@
+"""What a model family tells the loader: its configuration, its heads and its weight names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peftjax.models.backbone import Backbone
+from peftjax.models.weight_map import Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head of a family.
+
+    Attributes:
+        architecture: the Hugging Face class a saved checkpoint names in `config.json`.
+        task_weights: prefix of the parameters a pretrained checkpoint may lack altogether; they
+            are then drawn at random. None when the head is never drawn.
+        labelled: whether its output has one column per label.
+    """
+
+    architecture: str
+    task_weights: str | None = None
+    labelled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: Hugging Face's `model_type`.
+        read_config: content of `config.json` -> configuration.
+        write_config: configuration -> content of `config.json`.
+        build: `(config, head=, dtype=, remat=) -> Backbone`.
+        heads: the heads `build` knows by name.
+        weights: every parameter with its Hugging Face name.
+        canonical: the spelling `weights` uses of a name found in a checkpoint.
+        ignored: regular expression of canonical names that carry nothing to load.
+    """
+
+    name: str
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    build: Callable[..., Backbone]
+    heads: Mapping[str, Head]
+    weights: tuple[Weight, ...]
+    canonical: Callable[[str], str]
+    ignored: str
