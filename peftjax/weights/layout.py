@@ -214,7 +214,8 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
     parent = modules[-1].lower() if modules else ""
     # 'layers/3' and 'layers_3' are one layer: only a list without a number is stacked.
     stacked = any(
-        module.lower() in _STACKS and not inner.isdecimal() for module, inner in zip(modules, [*modules[1:], ""])
+        module.lower() in _STACKS and not inner.isdecimal()
+        for module, inner in zip(modules, [*modules[1:], ""])
     )
     if name == "weight":
         return "oi" + "i" * (ndim - 2) if "conv" in parent or ndim > 3 else "s" * (ndim - 2) + "oi"
