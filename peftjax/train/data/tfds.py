@@ -4,6 +4,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftjax.errors import PeftError
 from peftjax.train.data import columns as cols
 from peftjax.train.data.dataset import Split, TextDataset
@@ -93,12 +95,17 @@ def _rows(builder: Any, split: str, text: str, label: str) -> list[cols.Labelled
     found = []
     for number, example in enumerate(source):
         place = f"{builder.info.full_name}, split {split}, example {number}"
-        value = example[label]
-        plain = value.decode() if isinstance(value, bytes) else value.item()
-        found.append(cols.text_and_label(example[text].decode(), plain, place))
+        found.append(cols.text_and_label(_plain(example[text]), _plain(example[label]), place))
     if not found:
         raise PeftError(f"{builder.info.full_name}: the split '{split}' has no examples")
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A feature's value as a Python string or number: text is stored as bytes."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _by_name(rows: list[cols.LabelledText], names: tuple[str, ...]) -> list[cols.LabelledText]:
