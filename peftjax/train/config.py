@@ -68,19 +68,35 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Steps:
-    """When things happen in a run, in optimizer steps."""
+    """When things happen in a run, counted in optimizer steps done."""
 
     total: int
+    log: int
     evaluate: int
     save: int | None
+
+    def logs(self, step: int) -> bool:
+        """Whether a line of metrics is due."""
+        return step % self.log == 0 or step == self.total
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due."""
+        return step % self.evaluate == 0 or step == self.total
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due even without an evaluation."""
+        return (self.save is not None and step % self.save == 0) or step == self.total
 
 
 def plan_steps(config: TrainConfig, examples: int) -> Steps:
     """The steps of a run over `examples` training examples."""
     per_epoch = examples / config.batch_size
-    total = config.steps or math.ceil(config.epochs * per_epoch)
-    evaluate = config.eval_every or math.ceil(per_epoch)
-    return Steps(total=total, evaluate=evaluate, save=config.save_every)
+    return Steps(
+        total=config.steps or math.ceil(config.epochs * per_epoch),
+        log=config.log_every,
+        evaluate=config.eval_every or math.ceil(per_epoch),
+        save=config.save_every,
+    )
 
 
 _AT_LEAST_ONE = (

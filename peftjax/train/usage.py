@@ -3,32 +3,51 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 
 
 @dataclass
 class Throughput:
-    """Tokens per second, over the time between `start` and `stop` only."""
+    """Tokens per second of the steps that do not compile, padding not counted.
+
+    Steps run asynchronously: around whatever is not to be timed, they are waited for.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     started: float | None = None
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    latest: Any = None
+
+    def before(self, batch: Mapping[str, Any]) -> None:
+        """A step begins; the first with a new shape compiles, which is not timed."""
+        if batch["input_ids"].shape not in self.shapes:
+            jax.block_until_ready(self.latest)
+            self.stop()
+
+    def after(self, batch: Mapping[str, Any], outputs: Any) -> None:
+        """The step has been dispatched; `outputs` is something of it to wait for."""
+        self.latest = outputs
+        if batch["input_ids"].shape in self.shapes:
+            self.tokens += int(batch["attention_mask"].sum())
+            return
+        self.shapes.add(batch["input_ids"].shape)
+        jax.block_until_ready(outputs)
+        self.start()
 
     def start(self) -> None:
-        """Time runs."""
+        """Time runs on."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        """Time stands still, for example while a program compiles."""
+        """Time stands still."""
         if self.started is not None:
             self.seconds += time.perf_counter() - self.started
         self.started = None
-
-    def add(self, tokens: int) -> None:
-        """Tokens computed while time runs."""
-        self.tokens += tokens
 
     def take(self) -> float | None:
         """Tokens per second since the last `take`, None where nothing was timed."""
