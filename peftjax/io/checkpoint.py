@@ -55,12 +55,17 @@ def open_checkpoints(
         keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
     """
     policies = ocp.checkpoint_managers
+
+    def rank(metrics: dict[str, float]) -> tuple[float, float]:
+        return metrics["score"], -metrics["step"]
+
     best = policies.BestN(
-        get_metric_fn=lambda metrics: (metrics["score"], -metrics["step"]),
+        get_metric_fn=rank,
         n=keep_best,
         keep_checkpoints_without_metrics=False,
     )
     options = ocp.CheckpointManagerOptions(
+        best_fn=rank,  # without it, scores are not written, and forgotten when a run resumes
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
         cleanup_tmp_directories=True,
     )

@@ -75,7 +75,7 @@ def make_step(
         gradients, sums, weight = compute(trainable, frozen, batch, key)
         gradients = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradients)
         metrics = {name: total / weight for name, total in sums.items()}
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 

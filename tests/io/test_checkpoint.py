@@ -58,9 +58,10 @@ def test_keeps_the_last_and_the_best(tmp_path):
         for step, score in scores.items():
             checkpoint.save(checkpoints, state(step), score)
         assert checkpoint.complete_steps(checkpoints) == [2, 6, 7]
-    with opened(tmp_path, keep_last=1) as checkpoints:
-        checkpoint.save(checkpoints, state(8), 0.95)
-        assert checkpoint.complete_steps(checkpoints) == [8]
+    for step, score, kept in ((8, None, [2, 8]), (9, 0.9, [2, 9]), (10, 0.95, [10])):
+        with opened(tmp_path) as checkpoints:
+            checkpoint.save(checkpoints, state(step), score)
+            assert checkpoint.complete_steps(checkpoints) == kept
 
 
 def test_incomplete_folders_are_ignored_and_replaced(tmp_path):
