@@ -1,0 +1,209 @@
+"""Equations that hold other jaxprs: the weights go inside, structured."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec, Sharding
+
+from peftjax import compat
+from peftjax.weights.base import Weight, dense
+
+if TYPE_CHECKING:
+    from peftjax.adapt.evaluate import Evaluator
+
+
+def _jit(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    def constrained(values: list[Any], shardings: Any) -> list[Any]:
+        return [
+            lax.with_sharding_constraint(v, s)
+            if isinstance(s, Sharding) and not isinstance(v, Weight)
+            else v
+            for v, s in zip(values, shardings)
+        ]
+
+    operands = constrained(operands, eqn.params["in_shardings"])
+    return constrained(run.call(eqn.params["jaxpr"])(*operands), eqn.params["out_shardings"])
+
+
+def _call(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    return run.call(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])(*operands)
+
+
+def _remat(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    body = jax.checkpoint(
+        run.call(eqn.params["jaxpr"]),
+        policy=eqn.params["policy"],
+        prevent_cse=eqn.params["prevent_cse"],
+    )
+    return body(*operands)
+
+
+def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+    consts, carry, xs = compat.split_scan(eqn.params, operands)
+    xs = [x.stack_first() if isinstance(x, Weight) else x for x in xs]
+    if any(x is None for x in xs):
+        return None
+    body = run.call(eqn.params["jaxpr"])
+
+    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        xs = [x.relabelled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in xs]
+        out = body(*consts, *carry, *xs)
+        return out[: len(carry)], out[len(carry) :]
+
+    length = eqn.params["length"]
+    carry, ys = lax.scan(
+        step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+    )
+    ys = [
+        y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys
+    ]
+    return [*carry, *ys]
+
+
+def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, rest = operands[:n_cond], operands[n_cond:]
+    body_consts, init = rest[:n_body], rest[n_body:]
+    cond, body = run.call(eqn.params["cond_jaxpr"]), run.call(eqn.params["body_jaxpr"])
+    return lax.while_loop(
+        lambda state: cond(*cond_consts, *state)[0], lambda state: body(*body_consts, *state), init
+    )
+
+
+def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    index, *rest = operands
+    return lax.switch(index, [run.call(branch) for branch in eqn.params["branches"]], *rest)
+
+
+def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    primal = run.call(eqn.params["call_jaxpr"])
+    n_consts = eqn.params["num_consts"]
+    fn = jax.custom_jvp(lambda *values: primal(*operands[:n_consts], *values))
+
+    @fn.defjvp
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        dense_tangents = [
+            jax.jvp(dense, (p,), (t,))[1] if isinstance(p, Weight) else t
+            for p, t in zip(primals, tangents)
+        ]
+        jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, len(primals))
+        out = run.run(jaxpr, [*consts, *primals, *dense_tangents])
+        outputs, given = out[: len(zeros)], iter(out[len(zeros) :])
+        return outputs, [_zero_tangent(o) if z else next(given) for o, z in zip(outputs, zeros)]
+
+    return fn(*operands[n_consts:])
+
+
+def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+    primal = run.call(eqn.params["call_jaxpr"])
+    n_consts = eqn.params["num_consts"]
+    fn = jax.custom_vjp(lambda *values: primal(*operands[:n_consts], *values))
+
+    def forward(*values: Any) -> tuple[Any, Any]:
+        jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, len(values))
+        residuals, outputs = read(list(values), run.run(jaxpr, [*consts, *values]))
+        weights = [value if isinstance(value, Weight) else None for value in values]
+        return outputs, (residuals, weights)
+
+    def backward(kept: Any, cotangents: list[Any]) -> tuple[Any, ...]:
+        residuals, weights = kept
+        given = run.trace(compat.custom_vjp_backward(eqn.params))(*residuals, *cotangents)
+        return tuple(_pull_back(w, ct) for w, ct in zip(weights, given))
+
+    fn.defvjp(forward, backward)
+    return fn(*operands[n_consts:])
+
+
+def _pull_back(weight: Weight | None, cotangent: Any) -> Any:
+    """The cotangent of a weight's parts from that of its dense array."""
+    if weight is None or cotangent is None:
+        return cotangent
+    parts, tree = jax.tree.flatten(weight)
+    floating = [n for n, part in enumerate(parts) if jnp.issubdtype(part.dtype, jnp.floating)]
+
+    def value(floats: list[Any]) -> Any:
+        full = list(parts)
+        for n, part in zip(floating, floats):
+            full[n] = part
+        return dense(jax.tree.unflatten(tree, full))
+
+    _, pull = jax.vjp(value, [parts[n] for n in floating])
+    cotangents: list[Any] = [np.zeros(part.shape, jax.dtypes.float0) for part in parts]
+    for n, ct in zip(floating, pull(cotangent)[0]):
+        cotangents[n] = ct
+    return jax.tree.unflatten(tree, cotangents)
+
+
+def _zero_tangent(value: Any) -> Any:
+    floating = jnp.issubdtype(value.dtype, jnp.inexact)
+    return jnp.zeros_like(value) if floating else np.zeros(value.shape, jax.dtypes.float0)
+
+
+def _shard_map(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+    body = run.call(eqn.params["jaxpr"])
+    specs = eqn.params["in_specs"]
+    flat: list[Any] = []
+    flat_specs: list[PartitionSpec] = []
+    rebuild: list[Callable[[list[Any]], Any]] = []
+    for value, spec, variable in zip(operands, specs, eqn.params["jaxpr"].invars):
+        parts, part_specs, tree = _sharded_parts(value, spec)
+        if parts is None:
+            return None
+        flat, flat_specs = [*flat, *parts], [*flat_specs, *part_specs]
+        rebuild.append(_localiser(tree, variable.aval.shape))
+    counts = [1 if not isinstance(v, Weight) else len(jax.tree.leaves(v)) for v in operands]
+
+    def local(*parts: Any) -> list[Any]:
+        values, at = [], 0
+        for n, build in zip(counts, rebuild):
+            values.append(build(list(parts[at : at + n])))
+            at += n
+        return [dense(out) for out in body(*values)]
+
+    return jax.shard_map(
+        local,
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(flat_specs),
+        out_specs=list(eqn.params["out_specs"]),
+        check_vma=eqn.params["check_vma"],
+        axis_names=set(eqn.params["newly_manual_axes"]),
+    )(*flat)
+
+
+def _sharded_parts(value: Any, spec: PartitionSpec) -> tuple[list[Any] | None, list[Any], Any]:
+    if not isinstance(value, Weight):
+        return [value], [spec], None
+    specs = value.part_specs(spec)
+    if specs is None:
+        return None, [], None
+    parts, tree = jax.tree.flatten(value)
+    return parts, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)), tree
+
+
+def _localiser(tree: Any, local_shape: tuple[int, ...]) -> Callable[[list[Any]], Any]:
+    if tree is None:
+        return lambda parts: parts[0]
+    return lambda parts: jax.tree.unflatten(tree, parts).relabelled(
+        lambda layout: layout.resized(local_shape)
+    )
+
+
+CONTROL: dict[str, Callable[["Evaluator", Any, list[Any]], list[Any] | None]] = {
+    "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _call,
+    "core_call": _call,
+    "checkpoint": _remat,
+    "remat": _remat,
+    "remat2": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+    "shard_map": _shard_map,
+}

@@ -1,0 +1,112 @@
+"""Evaluate a jaxpr on values of which some are structured weights."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax import compat
+from peftjax.adapt.control import CONTROL
+from peftjax.adapt.products import PRODUCTS
+from peftjax.adapt.views import VIEWS
+from peftjax.errors import PeftError
+from peftjax.weights.base import Weight, dense
+
+# A rule takes (parameters of the equation, operands) and gives the results, or None when the operands'
+# structure would be lost. A control rule also takes the evaluator, to run the jaxprs inside it.
+Rule = Callable[[dict[str, Any], list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs jaxprs; `allow_dense` names the primitives and parameters that may be densified."""
+
+    allow_dense: tuple[str, ...] = ()
+
+    def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of the jaxpr for its constants and arguments, in order."""
+        env: dict[Any, Any] = dict(zip(compat.inputs_of(jaxpr), values, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if compat.is_literal(atom) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self.apply(eqn, operands)))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def call(self, jaxpr: Any) -> Callable[..., list[Any]]:
+        """The jaxpr, closed or open, as a function of its arguments."""
+        opened, consts = compat.open_jaxpr(jaxpr)
+        return lambda *values: self.run(opened, [*consts, *values])
+
+    def apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """The results of one equation."""
+        if not any(isinstance(value, Weight) for value in operands):
+            return compat.bind(eqn, operands)
+        name = eqn.primitive.name
+        if name in CONTROL:
+            results = CONTROL[name](self, eqn, operands)
+        elif rule := VIEWS.get(name) or PRODUCTS.get(name):
+            results = rule(eqn, operands)
+        else:
+            results = None
+        if results is not None:
+            return list(results) if isinstance(results, list | tuple) else [results]
+        self.require_allowed(eqn, operands)
+        return compat.bind(eqn, [dense(value) for value in operands])
+
+    def trace(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, taking structured weights where it expects arrays; see `peftjax.adapt`."""
+
+        @functools.wraps(fn)
+        def adapted(*args: Any, **kwargs: Any) -> Any:
+            leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda n: isinstance(n, Weight))
+            if not any(isinstance(leaf, Weight) for leaf in leaves):
+                return fn(*args, **kwargs)
+            traced = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Weight) or _is_array(leaf)]
+            result: list[Any] = []
+
+            def flat(*arrays: jax.Array) -> list[Any]:
+                full = list(leaves)
+                for n, array in zip(traced, arrays):
+                    full[n] = array
+                args, kwargs = jax.tree.unflatten(tree, full)
+                out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+                result[:] = [out_tree, [None if _is_array(leaf) else leaf for leaf in out]]
+                return [leaf for leaf in out if _is_array(leaf)]
+
+            closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
+            jaxpr, consts = compat.open_jaxpr(closed)
+            outputs = iter(self.run(jaxpr, [*consts, *(leaves[n] for n in traced)]))
+            out_tree, fixed = result
+            return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
+
+        return adapted
+
+    def require_allowed(self, eqn: Any, operands: list[Any]) -> None:
+        """Raise the error of strict mode unless the user accepted this primitive or parameter."""
+        for weight in (value for value in operands if isinstance(value, Weight)):
+            names = (eqn.primitive.name, weight.layout.name)
+            if any(re.fullmatch(p, name) for p in self.allow_dense for name in names):
+                continue
+            line = compat.source_line(eqn)
+            raise PeftError(
+                f"{weight.layout.name}: {eqn.primitive.name!r}{f' at {line}' if line else ''} needs the "
+                f"dense array of this {type(weight).__name__} {weight.shape}, read with axes "
+                f"{weight.layout.letters!r}; exclude the parameter from the targets, give the right "
+                f"axes as layouts={{{weight.layout.name!r}: ...}}, or accept the cost with "
+                f"adapt(fn, allow_dense=[{eqn.primitive.name!r}])"
+            )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Weight) else leaf

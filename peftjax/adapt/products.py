@@ -1,0 +1,86 @@
+"""Equations in which a weight meets an activation."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array, lax
+
+from peftjax.weights.base import Conv, Dot, Gather, RaggedDot, Weight, contract
+
+
+def _apply(x: Any, weight: Any, rule: Dot | Gather | Conv | RaggedDot) -> Array | None:
+    if isinstance(x, Weight) or not isinstance(weight, Weight) or not weight.supports(rule):
+        return None
+    return contract(x, weight, rule)
+
+
+def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    weight_first = isinstance(operands[0], Weight)
+    contracted, batch = ((right, left), (right_batch, left_batch)) if weight_first else (
+        (left, right),
+        (left_batch, right_batch),
+    )
+    rule = Dot(
+        x_contract=tuple(contracted[0]),
+        w_contract=tuple(contracted[1]),
+        x_batch=tuple(batch[0]),
+        w_batch=tuple(batch[1]),
+        weight_first=weight_first,
+        precision=eqn.params["precision"],
+        preferred=eqn.params["preferred_element_type"],
+    )
+    x, weight = reversed(operands) if weight_first else operands
+    return _apply(x, weight, rule)
+
+
+def _gather(eqn: Any, operands: list[Any]) -> Any:
+    weight, indices = operands
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not isinstance(weight, Weight) or len(numbers.start_index_map) != 1:
+        return None
+    axis = numbers.start_index_map[0]
+    batch, rest = indices.ndim - 1, weight.ndim - 1
+    whole_rows = all(n == (1 if p == axis else weight.shape[p]) for p, n in enumerate(sizes))
+    plain = (
+        numbers.collapsed_slice_dims == (axis,)
+        and numbers.offset_dims == tuple(range(batch, batch + rest))
+        and not numbers.operand_batching_dims
+    )
+    if not (whole_rows and plain):
+        return None
+    names = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
+    rule = Gather(axis, tuple((name, eqn.params[name]) for name in names))
+    if weight.layout.axes[axis].kind == "s":
+        return weight.take_stack(axis, indices, rule.options)
+    return _apply(indices, weight, rule)
+
+
+def _conv_general_dilated(eqn: Any, operands: list[Any]) -> Array | None:
+    x, weight = operands
+    if eqn.params["batch_group_count"] != 1:
+        return None
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
+    rule = Conv(
+        eqn.params["dimension_numbers"],
+        tuple((name, eqn.params[name]) for name in names),
+        eqn.params["feature_group_count"],
+    )
+    return _apply(x, weight, rule)
+
+
+def _ragged_dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+    x, weight, group_sizes = operands
+    plain = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+    if eqn.params["ragged_dot_dimension_numbers"] != plain or eqn.params["group_offset"] is not None:
+        return None
+    rule = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
+    return _apply(x, weight, rule)
+
+
+PRODUCTS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "conv_general_dilated": _conv_general_dilated,
+    "ragged_dot_general": _ragged_dot_general,
+}

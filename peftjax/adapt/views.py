@@ -1,0 +1,106 @@
+"""Equations that only look at a weight another way: the result is a structured weight again."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax import compat
+from peftjax.weights.base import Weight, reshape, transpose
+
+
+def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
+    return transpose(operands[0], eqn.params["permutation"])
+
+
+def _reshape(eqn: Any, operands: list[Any]) -> Weight | None:
+    return reshape(operands[0], eqn.params["new_sizes"])
+
+
+def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Weight | None:
+    shape = eqn.params["shape"]
+    same_size = math.prod(shape) == math.prod(operands[0].shape)
+    return reshape(operands[0], shape) if same_size else None
+
+
+def _squeeze(eqn: Any, operands: list[Any]) -> Weight | None:
+    weight = operands[0]
+    for position in sorted(eqn.params["dimensions"], reverse=True):
+        if weight.layout.axes[position].kind == "s":
+            weight = weight.map_stack(position, lambda part, axis: jnp.squeeze(part, axis), None)
+        else:
+            weight = reshape(weight, weight.shape[:position] + weight.shape[position + 1 :])
+        if weight is None:
+            return None
+    return weight
+
+
+def _convert(eqn: Any, operands: list[Any]) -> Weight | None:
+    dtype = eqn.params["new_dtype"]
+    return operands[0].cast(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+def _slice(eqn: Any, operands: list[Any]) -> Weight | None:
+    weight = operands[0]
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * weight.ndim
+    for position, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
+        if (start, limit, stride) == (0, weight.shape[position], 1):
+            continue
+        if weight.layout.axes[position].kind == "s":
+            weight = weight.map_stack(
+                position,
+                lambda part, axis, cut=(start, limit, stride): lax.slice_in_dim(part, *cut, axis=axis),
+                len(range(start, limit, stride)),
+            )
+        else:
+            weight = weight.slice_features(position, start, limit - start) if stride == 1 else None
+        if weight is None:
+            return None
+    return weight
+
+
+def _dynamic_slice(eqn: Any, operands: list[Any]) -> Weight | None:
+    weight, *starts = operands
+    if not isinstance(weight, Weight):
+        return None
+    for position, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"])):
+        if weight is None or size == weight.shape[position]:
+            continue
+        weight = weight.map_stack(
+            position,
+            lambda part, axis, cut=(start, size): lax.dynamic_slice_in_dim(part, *cut, axis=axis),
+            size,
+        )
+    return weight
+
+
+def _each_part(eqn: Any, operands: list[Any]) -> Weight:
+    return operands[0].elementwise(lambda part: compat.bind(eqn, [part])[0])
+
+
+def _constrain(eqn: Any, operands: list[Any]) -> Weight:
+    # The constraint speaks of the logical axes: it holds for the base; the factors follow from use.
+    weight = operands[0]
+    return weight.on_base(lambda base: compat.bind(eqn, [base])[0])
+
+
+VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "squeeze": _squeeze,
+    "convert_element_type": _convert,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "sharding_constraint": _constrain,
+    "stop_gradient": _each_part,
+    "optimization_barrier": _each_part,
+    "copy": _each_part,
+    "copy_p": _each_part,
+    "name": _each_part,
+    "pvary": _each_part,
+    "pcast": _each_part,
+}

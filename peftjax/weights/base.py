@@ -1,0 +1,387 @@
+"""What every structured weight is: a frozen pytree that a model uses where it expects an array.
+
+A subclass declares its fields by role, so that the views a model takes of a weight need no code of
+their own:
+
+- `logical()`: an array or weight of the logical shape (the base);
+- `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
+  ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
+- `static()`: a Python value that is part of the compiled program.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from peftjax.tree import Opaque
+from peftjax.weights.layout import Layout, Side
+
+W = TypeVar("W", bound="type[Weight]")
+
+
+def logical() -> Any:
+    """A field that holds an array, or a weight, of the logical shape."""
+    return field(metadata={"role": "logical"})
+
+
+def canonical(side: Side | None = None, default: Any = ...) -> Any:
+    """A field that holds an array `[*stack, ...]`, or None, and what its last axis runs over."""
+    metadata = {"role": "canonical", "side": side}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def static(default: Any = ...) -> Any:
+    """A field that holds a hashable Python value."""
+    metadata = {"role": "static"}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def structured(cls: W) -> W:
+    """Make a `Weight` subclass a frozen dataclass and a pytree whose static fields are metadata."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    meta = [f.name for f in fields(cls) if f.metadata["role"] == "static"]
+    data = [f.name for f in fields(cls) if f.metadata["role"] != "static"]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A `dot_general` between an activation x and a weight w, whichever side w stands on."""
+
+    x_contract: tuple[int, ...]
+    w_contract: tuple[int, ...]
+    x_batch: tuple[int, ...] = ()
+    w_batch: tuple[int, ...] = ()
+    weight_first: bool = False
+    precision: Any = None
+    preferred: Any = None
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The product when both are arrays."""
+        first, second = (w, x) if self.weight_first else (x, w)
+        contract = (self.x_contract, self.w_contract)
+        batch = (self.x_batch, self.w_batch)
+        if self.weight_first:
+            contract, batch = contract[::-1], batch[::-1]
+        return lax.dot_general(
+            first,
+            second,
+            (contract, batch),
+            precision=self.precision,
+            preferred_element_type=self.preferred,
+        )
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A `gather` of whole rows of w along one axis, the rows' own axes last in the result."""
+
+    axis: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, indices: Array, w: Array) -> Array:
+        """The rows `[*indices.shape[:-1], *rest of w]`; `indices` has a last axis of size 1."""
+        batch = indices.ndim - 1
+        rest = tuple(size for position, size in enumerate(w.shape) if position != self.axis)
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(batch, batch + len(rest))),
+            collapsed_slice_dims=(self.axis,),
+            start_index_map=(self.axis,),
+        )
+        sizes = w.shape[: self.axis] + (1,) + w.shape[self.axis + 1 :]
+        return lax.gather(w, indices, numbers, sizes, **dict(self.options))
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A `conv_general_dilated` of an activation with a weight as its kernel."""
+
+    dimension_numbers: lax.ConvDimensionNumbers
+    options: tuple[tuple[str, Any], ...]
+    feature_group_count: int = 1
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The convolution when the kernel is an array."""
+        return lax.conv_general_dilated(
+            x,
+            w,
+            dimension_numbers=self.dimension_numbers,
+            feature_group_count=self.feature_group_count,
+            **dict(self.options),
+        )
+
+
+@dataclass(frozen=True)
+class RaggedDot:
+    """A `ragged_dot`: rows of x `[n, in]`, grouped by expert, times a weight `[E, in, out]`."""
+
+    group_sizes: Array
+    precision: Any = None
+    preferred: Any = None
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The product when the weight is an array."""
+        return lax.ragged_dot(
+            x, w, self.group_sizes, precision=self.precision, preferred_element_type=self.preferred
+        )
+
+
+class Weight(Opaque):
+    """A weight that is not one dense array; it has the shape and dtype of the array it stands for.
+
+    A subclass gives `dense()` and, where its method has an activation-space form, its own `dot`,
+    `gather`, `conv` and `ragged_dot`. The ones given here merge the weight inside the layer and keep
+    none of the merged weight for the backward pass.
+    """
+
+    base: Any
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return self.layout.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return len(self.layout.axes)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the array this weight stands for."""
+        return self.base.dtype
+
+    def dense(self) -> Array:
+        """The array this weight stands for."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its dense value is")
+
+    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+        """Whether the rule can be applied without forming the dense weight for longer than a layer."""
+        return True
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """x times this weight."""
+        return _merged(rule, x, self)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """Rows of this weight."""
+        return _merged(rule, indices, self)
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """x convolved with this weight."""
+        return _merged(rule, x, self)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """Rows of x times their experts' matrices."""
+        return _merged(rule, x, self)
+
+    # Views. Each returns None when the weight has no such view without being densified.
+
+    def transpose(self, permutation: Sequence[int]) -> Self | None:
+        """`jnp.transpose(w, permutation)`."""
+        return self._view(self.layout.transpose(permutation), lambda w: transpose(w, permutation))
+
+    def reshape(self, shape: Sequence[int]) -> Self | None:
+        """`jnp.reshape(w, shape)`, where no input axis mixes with an output or stack axis."""
+        layout = self.layout.reshape(shape)
+        return None if layout is None else self._view(layout, lambda w: reshape(w, shape))
+
+    def map_stack(
+        self, position: int, fn: Callable[[Array, int], Array], size: int | None
+    ) -> Self | None:
+        """`fn(array, axis)` along one stack axis of every part; `size` None means fn removes it."""
+        axis = self.layout.axes[position]
+        if axis.kind != "s":
+            return None
+        if size is None:
+            layout = self.layout.drop(position)
+        else:
+            sizes = list(self.shape)
+            sizes[position] = size
+            layout = self.layout.resized(sizes)
+        return self._rebuild(
+            layout,
+            lambda w: (
+                w.map_stack(position, fn, size) if isinstance(w, Weight) else fn(w, position)
+            ),
+            lambda part, _: fn(part, axis.place),
+        )
+
+    def take_stack(
+        self, position: int, indices: Array, options: tuple[tuple[str, Any], ...]
+    ) -> Self | None:
+        """The members `indices` `[*n, 1]` of one stack axis; the axes n come first and are stacks too."""
+        axis = self.layout.axes[position]
+        layout = self.layout.drop(position)
+        for size in reversed(indices.shape[:-1]):
+            layout = layout.with_stack(0, size)
+        return self._rebuild(
+            layout,
+            lambda w: (
+                w.take_stack(position, indices, options)
+                if isinstance(w, Weight)
+                else Gather(position, options)(indices, w)
+            ),
+            lambda part, _: Gather(axis.place, options)(indices, part),
+        )
+
+    def slice_features(self, position: int, start: int, size: int) -> Self | None:
+        """A contiguous slice along the only input or the only output axis."""
+        kind = self.layout.axes[position].kind
+        if len(self.layout.positions(kind)) > 1:
+            return None
+        sizes = list(self.shape)
+        sizes[position] = size
+        return self._rebuild(
+            self.layout.resized(sizes),
+            lambda w: slice_features(w, position, start, size),
+            lambda part, side: (
+                lax.slice_in_dim(part, start, start + size, axis=-1) if side == kind else part
+            ),
+        )
+
+    def part_specs(self, spec: PartitionSpec) -> Self | None:
+        """The same structure with the sharding of each part in its place, from that of the whole.
+
+        A factor shards along its weight's axis of the same side; other parts only along the stack.
+        None when the side's sharded axis is not the first of several that its factor flattens.
+        """
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+        stack = tuple(full[p] for p in self.layout.positions("s"))
+
+        def of_part(part: Array, side: Side | None) -> PartitionSpec | None:
+            middle = (None,) * (part.ndim - len(stack) - (side is not None))
+            if side is None:
+                return PartitionSpec(*stack, *middle)
+            first, *others = (full[p] for p in self.layout.positions(side))
+            return None if any(others) else PartitionSpec(*stack, *middle, first)
+
+        return self._rebuild(
+            self.layout,
+            lambda w: w.part_specs(spec) if isinstance(w, Weight) else PartitionSpec(*full),
+            of_part,
+        )
+
+    def cast(self, dtype: Any) -> Self:
+        """The weight with its floating-point parts in another dtype."""
+
+        def cast(part: Any, _: Side | None = None) -> Any:
+            if isinstance(part, Weight):
+                return part.cast(dtype)
+            floating = jnp.issubdtype(part.dtype, jnp.floating)
+            return lax.convert_element_type(part, dtype) if floating else part
+
+        return self._rebuild(self.layout, cast, cast)
+
+    def elementwise(self, fn: Callable[[Array], Array]) -> Self:
+        """The weight with every part passed through an identity such as a sharding constraint."""
+
+        def through(part: Any, _: Side | None = None) -> Any:
+            return part.elementwise(fn) if isinstance(part, Weight) else fn(part)
+
+        return self._rebuild(self.layout, through, through)
+
+    def on_base(self, fn: Callable[[Any], Any]) -> Self:
+        """The weight with only the parts of its logical shape passed through `fn`."""
+        return self._rebuild(
+            self.layout, lambda w: w.on_base(fn) if isinstance(w, Weight) else fn(w), _same
+        )
+
+    def stack_first(self) -> Self | None:
+        """The weight with the stack axis at logical position 0 first in every part, for a scan."""
+        axis = self.layout.axes[0]
+        if axis.kind != "s":
+            return None
+        places = [a.place if a.kind != "s" else _moved_first(a.place, axis.place) for a in self.layout.axes]
+        axes = tuple(replace(a, place=place) for a, place in zip(self.layout.axes, places))
+        return self._rebuild(
+            replace(self.layout, axes=axes),
+            lambda w: w.stack_first() if isinstance(w, Weight) else w,
+            lambda part, _: jnp.moveaxis(part, axis.place, 0),
+        )
+
+    def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
+        """The same parts under another layout, after a scan took or gave a leading axis."""
+        return self._rebuild(
+            fn(self.layout), lambda w: w.relabelled(fn) if isinstance(w, Weight) else w, _same
+        )
+
+    def _replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def _view(self, layout: Layout, fn: Callable[[Any], Any]) -> Self | None:
+        return self._rebuild(layout, fn, _same)
+
+    def _rebuild(
+        self,
+        layout: Layout,
+        on_logical: Callable[[Any], Any],
+        on_canonical: Callable[[Array, Side | None], Any],
+    ) -> Self | None:
+        """A copy with each part passed through the function of its role; None if one has no image."""
+        changes: dict[str, Any] = {"layout": layout}
+        for f in fields(self):
+            part = getattr(self, f.name)
+            if part is None or f.metadata["role"] == "static":
+                continue
+            if f.metadata["role"] == "logical":
+                changes[f.name] = on_logical(part)
+            else:
+                changes[f.name] = on_canonical(part, f.metadata["side"])
+            if changes[f.name] is None:
+                return None
+        return replace(self, **changes)
+
+
+def _same(part: Array, side: Side | None) -> Array:
+    return part
+
+
+def _moved_first(place: int, first: int) -> int:
+    return 0 if place == first else place + (place < first)
+
+
+def transpose(w: Any, permutation: Sequence[int]) -> Any:
+    """Transpose an array or a structured weight."""
+    return w.transpose(permutation) if isinstance(w, Weight) else lax.transpose(w, permutation)
+
+
+def reshape(w: Any, shape: Sequence[int]) -> Any:
+    """Reshape an array or a structured weight."""
+    return w.reshape(shape) if isinstance(w, Weight) else lax.reshape(w, tuple(shape))
+
+
+def slice_features(w: Any, position: int, start: int, size: int) -> Any:
+    """A contiguous slice of an array, or of a structured weight (None where it has no such view)."""
+    if isinstance(w, Weight):
+        return w.slice_features(position, start, size)
+    return lax.slice_in_dim(w, start, start + size, axis=position)
+
+
+def dense(w: Any) -> Array:
+    """The array itself, or the array that a structured weight stands for."""
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def contract(x: Array, w: Any, rule: Dot | Gather | Conv | RaggedDot) -> Array:
+    """Apply a rule to an activation and an array or a structured weight: the one way weights act."""
+    if not isinstance(w, Weight):
+        return rule(x, w)
+    method = {Dot: w.dot, Gather: w.gather, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
+    return method(x, rule)
+
+
+def matmul(x: Array, w: Any) -> Array:
+    """`x @ w` for an activation `[..., in]` and an array or structured weight `[in, out]`."""
+    return contract(x, w, Dot(x_contract=(x.ndim - 1,), w_contract=(0,)))
+
+
+def _merged(rule: Callable[[Array, Array], Array], x: Array, w: Weight) -> Array:
+    # Rematerialised, so that the backward pass keeps the parts of the weight and never its dense value.
+    return jax.checkpoint(lambda x, w: rule(x, w.dense()))(x, w)

@@ -1,0 +1,228 @@
+"""Which axes of a weight are stacked layers or experts, which are inputs, which are outputs.
+
+A weight of any rank is read as a stack of matrices `[*stack, in, out]`: the canonical form, in which
+adapters are stored. A `Layout` keeps, for every logical axis, its kind and its place in the canonical
+form, and follows the views (transpose, reshape, slices of the stack) that a model takes of the weight.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from peftjax.errors import PeftError
+
+# "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis.
+Kind = Literal["s", "i", "o", "1"]
+Side = Literal["i", "o"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One logical axis: its kind, its place among the axes of that kind, its size."""
+
+    kind: Kind
+    place: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The logical axes of a weight and the name it has in the parameter tree."""
+
+    axes: tuple[Axis, ...]
+    name: str = "weight"
+
+    @classmethod
+    def parse(cls, letters: str, shape: Sequence[int], name: str = "weight") -> "Layout":
+        """Read one letter per axis, e.g. 'io' (a matrix), 'soi' (stacked, transposed), 'iio' (a 1-D
+        convolution, window first).
+
+        Raises:
+            PeftError: the letters do not fit the shape, or name no input or no output.
+        """
+        if len(letters) != len(shape) or set(letters) - set("sio"):
+            raise PeftError(
+                f"{name}: layout {letters!r} does not fit shape {tuple(shape)}; "
+                "give one letter of 's' (stack), 'i' (input), 'o' (output) per axis"
+            )
+        if not {"i", "o"} <= set(letters):
+            raise PeftError(f"{name}: layout {letters!r} needs an input axis and an output axis")
+        axes = tuple(
+            Axis(letter, letters[:position].count(letter), size)
+            for position, (letter, size) in enumerate(zip(letters, shape))
+        )
+        return cls(axes, name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def letters(self) -> str:
+        """One letter per logical axis; 'parse' reads it."""
+        return "".join(axis.kind for axis in self.axes)
+
+    def positions(self, kind: Kind) -> tuple[int, ...]:
+        """The logical positions of the axes of a kind, in canonical order."""
+        found = [(axis.place, position) for position, axis in enumerate(self.axes) if axis.kind == kind]
+        return tuple(position for _, position in sorted(found))
+
+    def sizes(self, kind: Kind) -> tuple[int, ...]:
+        """The sizes of the axes of a kind, in canonical order."""
+        return tuple(self.axes[position].size for position in self.positions(kind))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The canonical stack shape."""
+        return self.sizes("s")
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The canonical (in, out) sizes of one matrix of the stack."""
+        return math.prod(self.sizes("i")), math.prod(self.sizes("o"))
+
+    @property
+    def canonical_order(self) -> tuple[int, ...]:
+        """The permutation that brings the logical axes to `[*stack, *in, *out]`, unit axes first."""
+        return sum((self.positions(kind) for kind in ("1", "s", "i", "o")), ())
+
+    def transpose(self, permutation: Sequence[int]) -> "Layout":
+        """The layout after `jnp.transpose(w, permutation)`."""
+        return replace(self, axes=tuple(self.axes[position] for position in permutation))
+
+    def drop(self, position: int) -> "Layout":
+        """The layout without one stack or unit axis."""
+        gone = self.axes[position]
+        kept = self.axes[:position] + self.axes[position + 1 :]
+        return replace(self, axes=_renumber_after(kept, gone.kind, gone.place, -1))
+
+    def resized(self, sizes: Sequence[int]) -> "Layout":
+        """The same axes with other sizes."""
+        return replace(self, axes=tuple(replace(a, size=n) for a, n in zip(self.axes, sizes)))
+
+    def with_stack(self, position: int, size: int, place: int = 0) -> "Layout":
+        """The layout with one more stack axis, at a logical position and a canonical place."""
+        axes = _renumber_after(self.axes, "s", place - 1, +1)
+        return replace(self, axes=axes[:position] + (Axis("s", place, size),) + axes[position:])
+
+    def reshape(self, shape: Sequence[int]) -> "Layout | None":
+        """The layout after `jnp.reshape(w, shape)`.
+
+        Axes of one kind may merge and split, unit axes may come and go; None when the new shape mixes
+        kinds, breaks the canonical order, or merges or splits the stack.
+        """
+        groups = _match_sizes(self.shape, tuple(shape))
+        if groups is None:
+            return None
+        pieces: list[tuple[Kind, int, int, int]] = []  # kind, old place, order within it, size
+        for old, new in groups:
+            axes = [self.axes[position] for position in old]
+            kinds = {axis.kind for axis in axes if axis.size > 1} or {axis.kind for axis in axes}
+            if len(axes) == 0 or kinds == {"1"}:
+                pieces += [("1", -1, 0, size) for size in new]
+                continue
+            if len(kinds) > 1 or (kinds == {"s"} and (len(axes), len(new)) != (1, 1)):
+                return None
+            places = [axis.place for axis in axes if axis.size > 1 or len(axes) == 1]
+            if places != list(range(places[0], places[0] + len(places))):
+                return None
+            kind = kinds.pop()
+            pieces += [(kind, places[0], order, size) for order, size in enumerate(new)]
+        ranks: dict[str, list[tuple[int, int]]] = {}
+        for kind, place, order, _ in pieces:
+            ranks.setdefault(kind, []).append((place, order))
+        units = iter(range(len(pieces)))
+        axes = tuple(
+            Axis(kind, next(units) if kind == "1" else sorted(ranks[kind]).index((place, order)), size)
+            for kind, place, order, size in pieces
+        )
+        if {axis.kind for axis in axes} >= {"i", "o"} and math.prod(self.stack) == math.prod(
+            axis.size for axis in axes if axis.kind == "s"
+        ):
+            return replace(self, axes=axes)
+        return None
+
+
+def _renumber_after(axes: tuple[Axis, ...], kind: Kind, place: int, by: int) -> tuple[Axis, ...]:
+    return tuple(
+        replace(axis, place=axis.place + by) if axis.kind == kind and axis.place > place else axis
+        for axis in axes
+    )
+
+
+def _match_sizes(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Group positions of `old` with sizes of `new` so that the products of each group are equal.
+
+    Unit axes of `new` that no unit axis of `old` answers to form groups of their own.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        if i < len(old) and j < len(new) and old[i] == new[j]:
+            groups.append(([i], [new[j]]))
+            i, j = i + 1, j + 1
+            continue
+        if j < len(new) and new[j] == 1:
+            groups.append(([], [1]))
+            j += 1
+            continue
+        if i < len(old) and old[i] == 1:
+            groups.append(([i], []))
+            i += 1
+            continue
+        if i == len(old) or j == len(new):
+            return None
+        left, right, have, want = [i], [new[j]], old[i], new[j]
+        i, j = i + 1, j + 1
+        while have != want:
+            if have < want and i < len(old):
+                left.append(i)
+                have *= old[i]
+                i += 1
+            elif want < have and j < len(new):
+                right.append(new[j])
+                want *= new[j]
+                j += 1
+            else:
+                return None
+        groups.append((left, right))
+    return groups
+
+
+# How parameters are named by the modules of Flax; the last component is the parameter's own name.
+_ATTENTION_INPUTS = ("query", "key", "value", "qkv")
+_ATTENTION_OUTPUTS = ("out",)
+_STACKS = ("blocks", "layers", "experts", "scan")
+
+
+def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = None) -> str:
+    """The layout letters of a parameter, from its name, its shape and the shape of its bias.
+
+    Matrices are 'io' ('oi' when called 'weight', as in Equinox), convolutions end in input, output
+    (begin with output, input when called 'weight'), attention kernels with heads are 'ioo' and 'iio',
+    and every further leading axis is a stack. What a name does not tell must be given as `layouts`; a
+    wrong guess is an error when the weight is first used, never a wrong result.
+    """
+    *modules, name = path.split("/")
+    ndim = len(shape)
+    parent = modules[-1].lower() if modules else ""
+    stacked = any(module.rstrip("_0123456789").lower() in _STACKS for module in modules)
+    if name == "weight":
+        return "oi" + "i" * (ndim - 2) if "conv" in parent or ndim > 3 else "s" * (ndim - 2) + "oi"
+    if name == "kernel" and "conv" in parent and ndim > 2:
+        return "s" * stacked + "i" * (ndim - 1 - stacked) + "o"
+    if name == "kernel" and ndim > 2:
+        with_heads = "i" + "oo", "ii" + "o"
+        for letters, parents in zip(with_heads, (_ATTENTION_INPUTS, _ATTENTION_OUTPUTS)):
+            outputs = letters.count("o")
+            if parent not in parents or ndim not in (3, 4):
+                continue
+            if ndim == 4:
+                return "s" + letters
+            if tuple(bias or ()) == tuple(shape[-outputs:]) or (bias is None and not stacked):
+                return letters
+    return "s" * (ndim - 2) + "io"

@@ -1,0 +1,186 @@
+"""`W + scale · aᵀb`, contracted in activation space: the dense sum is never formed in a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from peftjax.weights.arrange import result_of_dot, side_of, to_logical
+from peftjax.weights.base import (
+    Conv,
+    Dot,
+    Gather,
+    RaggedDot,
+    Weight,
+    canonical,
+    contract,
+    dense,
+    logical,
+    static,
+    structured,
+)
+from peftjax.weights.layout import Layout, Side
+
+
+@structured
+class LowRank(Weight):
+    """`w = base + scale · aᵀ b` with `a [*stack, r, in]` and `b [*stack, r, out]`.
+
+    A product with x is `x·base + scale · (x·aᵀ)·b`: the factors are stored rank first so that both
+    gradients contract the thin side. The backward pass keeps x, which the base's layer shares with its
+    neighbours, and the thin `x·aᵀ`. With `dropout` and a `key`, x is masked on the adapter's path only
+    and the mask is made again from the key in the backward pass.
+    """
+
+    base: Any = logical()
+    a: Array = canonical("i")
+    b: Array = canonical("o")
+    layout: Layout = static()
+    scale: float = static(1.0)
+    dropout: float = static(0.0)
+    key: Array | None = canonical(default=None)
+
+    def dense(self) -> Array:
+        """`base + scale · aᵀ b`, in the base's dtype."""
+        delta = self.scale * jnp.einsum("...ri,...ro->...io", self.a, self.b)
+        return dense(self.base) + to_logical(delta, self.layout).astype(self.dtype)
+
+    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+        """Contractions over all inputs or all outputs, and whatever else the base supports."""
+        if isinstance(self.base, Weight) and not self.base.supports(rule):
+            return False
+        return low_rank_supports(self.layout, rule)
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """`x·base + scale · (x·first)·second`, first being the factor of the side that x meets."""
+        side = side_of(self.layout, rule.w_contract)
+        assert side is not None
+
+        def delta(x: Array, first: Array, second: Array) -> Array:
+            return _thin_dot(self._dropped(x), first, second, self.scale, rule, self.layout, side)
+
+        return self._add(contract(x, self.base, rule), delta, x, side)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """Rows of the base plus `scale · aᵀ[rows]·b`."""
+        side = side_of(self.layout, (rule.axis,))
+        assert side is not None
+        left = self.layout.positions("o" if side == "i" else "i")
+
+        def delta(indices: Array, first: Array, second: Array) -> Array:
+            thin = Gather(axis=0, options=rule.options)(indices, first.T)
+            batch = thin.ndim - 1
+            wide = self.scale * (thin @ second)
+            wide = wide.reshape(*thin.shape[:-1], *(self.shape[p] for p in left))
+            order = [batch + left.index(p) for p in sorted(left)]
+            return lax.transpose(wide, (*range(batch), *order))
+
+        rows = contract(indices, self.base, rule)
+        first, second = self._sides(side)
+        return rows + delta(indices, first, second).reshape(rows.shape).astype(rows.dtype)
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """The base's convolution plus one of the same geometry to r channels and a 1x1 one to all.
+
+        With groups, each group meets the same `a` and its own part of `b`, which is exactly
+        `base + scale · aᵀb` seen as a grouped kernel.
+        """
+
+        def delta(x: Array, a: Array, b: Array) -> Array:
+            return _thin_conv(self._dropped(x), a, b, self.scale, rule, self.layout)
+
+        return self._add(contract(x, self.base, rule), delta, x, "i")
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
+
+        def delta(x: Array, a: Array, b: Array) -> Array:
+            z = rule(self._dropped(x), a.swapaxes(-1, -2).astype(x.dtype))
+            return rule((self.scale * z).astype(x.dtype), b.astype(x.dtype))
+
+        return self._add(contract(x, self.base, rule), delta, x, "i")
+
+    def _sides(self, side: Side) -> tuple[Array, Array]:
+        return (self.a, self.b) if side == "i" else (self.b, self.a)
+
+    def _add(
+        self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side
+    ) -> Array:
+        if self.key is not None and self.dropout > 0.0:
+            delta = jax.checkpoint(delta)
+        return y + delta(x, *self._sides(side)).astype(y.dtype)
+
+    def _dropped(self, x: Array) -> Array:
+        if self.key is None or self.dropout == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+
+
+def low_rank_supports(layout: Layout, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    """Whether factors in this layout can take the rule without forming their product."""
+    if isinstance(rule, Dot):
+        stack = set(layout.positions("s"))
+        return side_of(layout, rule.w_contract) is not None and set(rule.w_batch) <= stack
+    if isinstance(rule, Gather):
+        return side_of(layout, (rule.axis,)) is not None and not layout.stack
+    if isinstance(rule, Conv):
+        out_axis = rule.dimension_numbers.rhs_spec[0]
+        return layout.positions("o") == (out_axis,) and not layout.stack
+    return layout.letters == "sio"
+
+
+def _thin_dot(
+    x: Array, first: Array, second: Array, scale: float, rule: Dot, layout: Layout, side: Side
+) -> Array:
+    """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
+    stack, entered = layout.positions("s"), layout.positions(side)
+    left = layout.positions("o" if side == "i" else "i")
+    first = first.reshape(*layout.stack, -1, *(layout.shape[p] for p in entered)).astype(x.dtype)
+    second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
+    rank = len(stack)
+    at = {p: n for n, p in enumerate(stack)} | {p: rank + 1 + n for n, p in enumerate(entered)}
+    z = lax.dot_general(
+        x,
+        first,
+        (
+            (rule.x_contract, tuple(at[p] for p in rule.w_contract)),
+            (rule.x_batch, tuple(at[p] for p in rule.w_batch)),
+        ),
+        precision=rule.precision,
+        preferred_element_type=rule.preferred,
+    )
+    # z: [batch, free axes of x, stack axes that x has not, r]
+    free_stack = tuple(p for p in stack if p not in rule.w_batch)
+    batch = (*range(len(rule.w_batch)), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
+    y = lax.dot_general(
+        (scale * z).astype(x.dtype),
+        second,
+        (((z.ndim - 1,), (rank,)), (batch, tuple(at[p] for p in (*rule.w_batch, *free_stack)))),
+        precision=rule.precision,
+        preferred_element_type=rule.preferred,
+    )
+    return result_of_dot(y, rule, layout, side)
+
+
+def _thin_conv(x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: Layout) -> Array:
+    numbers, groups, options = rule.dimension_numbers, rule.feature_group_count, dict(rule.options)
+    out_axis, in_axis, *window = numbers.rhs_spec
+    inputs = layout.positions("i")
+    thin = a.reshape(-1, *(layout.shape[p] for p in inputs)).astype(x.dtype)
+    thin = jnp.moveaxis(thin, tuple(range(thin.ndim)), (out_axis, *inputs))
+    z = rule(x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
+    wide = jnp.expand_dims((b if in_axis < out_axis else b.T).astype(x.dtype), tuple(window))
+    pointwise = Conv(
+        numbers._replace(lhs_spec=numbers.out_spec),
+        (
+            ("window_strides", (1,) * len(window)),
+            ("padding", ((0, 0),) * len(window)),
+            ("precision", options.get("precision")),
+            ("preferred_element_type", options.get("preferred_element_type")),
+        ),
+        groups,
+    )
+    return pointwise((scale * z).astype(x.dtype), wide)
