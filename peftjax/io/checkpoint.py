@@ -7,7 +7,7 @@ complete, so the newest one is never half-written.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,22 @@ class RunState:
     """Best evaluation so far and patience used, JSON-able."""
 
 
+@dataclass(frozen=True)
+class BestScores:
+    """Keeps the `n` checkpoints with the highest score, the earlier of equals."""
+
+    n: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo], *, context: Any
+    ) -> list[bool]:
+        """Whether to keep each checkpoint; one without a score is never a best one."""
+        scores = {info.step: (info.metrics or {}).get("score") for info in checkpoints}
+        scored = [step for step, score in scores.items() if score is not None]
+        kept = sorted(scored, key=lambda step: (-scores[step], step))[: self.n]
+        return [info.step in kept for info in checkpoints]
+
+
 @contextmanager
 def open_checkpoints(
     directory: str | Path, *, keep_last: int, keep_best: int
@@ -54,19 +70,12 @@ def open_checkpoints(
         keep_last: newest checkpoints to keep, at least 1.
         keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
     """
-    policies = ocp.checkpoint_managers
-
-    def rank(metrics: dict[str, float]) -> tuple[float, float]:
-        return metrics["score"], -metrics["step"]
-
-    best = policies.BestN(
-        get_metric_fn=rank,
-        n=keep_best,
-        keep_checkpoints_without_metrics=False,
-    )
+    last = ocp.checkpoint_managers.LatestN(keep_last)
     options = ocp.CheckpointManagerOptions(
-        best_fn=rank,  # without it, scores are not written, and forgotten when a run resumes
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+        best_fn=lambda metrics: metrics["score"],  # without it Orbax does not write the scores
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+            [last, BestScores(keep_best)]
+        ),
         cleanup_tmp_directories=True,
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAY_ITEMS}
@@ -93,7 +102,7 @@ def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) 
         checkpoints.reload()
     checkpoints.save(
         state.step,
-        metrics=None if score is None else {"score": float(score), "step": state.step},
+        metrics={"score": None if score is None else float(score)},
         args=ocp.args.Composite(
             trainable=ocp.args.StandardSave(arrays_by_path(state.trainable)),
             optimizer=ocp.args.StandardSave(arrays_by_path((state.opt_state, state.key))),
