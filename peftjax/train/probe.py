@@ -63,13 +63,15 @@ def linear_probe(
 
     order = np.random.default_rng(seed).permutation(len(features))
     count = max(1, int(HELD_OUT_SHARE * len(features)))
-    held_out, fitted = order[:count], order[count:]
+    held_out = order[:count]
+    everything = jnp.ones(len(features))
+    fitted = everything.at[held_out].set(0.0)  # by weight: the same shapes, so compiled once
     scores = {}
     for penalty in PENALTIES:
-        weights = fit_probe(features[fitted], labels[fitted], penalty, classes)
+        weights = fit_probe(features, labels, fitted, penalty, classes)
         scores[penalty] = _accuracy(weights, features[held_out], labels[held_out])
     penalty = max(PENALTIES, key=lambda value: (scores[value], value))
-    weights = fit_probe(features, labels, penalty, classes)
+    weights = fit_probe(features, labels, everything, penalty, classes)
     return ProbeResult(
         accuracy=_accuracy(weights, eval_features, eval_labels),
         penalty=penalty,
@@ -84,13 +86,21 @@ def majority_accuracy(labels: Int[np.ndarray, "N"], eval_labels: Int[np.ndarray,
 
 @jax.jit(static_argnames="classes")
 def fit_probe(
-    features: Float[Array, "N D"], labels: Int[Array, "N"], penalty: float, classes: int
+    features: Float[Array, "N D"],
+    labels: Int[Array, "N"],
+    counts: Float[Array, "N"],
+    penalty: float,
+    classes: int,
 ) -> Weights:
-    """The minimiser of the regularised loss, started at zero (the problem is convex)."""
+    """The minimiser of the regularised loss, started at zero (the problem is convex).
+
+    `counts` are the examples' weights in the mean.
+    """
 
     def loss(weights: Weights) -> Float[Array, ""]:
         logits = features @ weights["kernel"] + weights["bias"]
-        return cross_entropy(logits, labels) + penalty / 2 * jnp.sum(weights["kernel"] ** 2)
+        decay = penalty / 2 * jnp.sum(weights["kernel"] ** 2)
+        return cross_entropy(logits, labels, counts) + decay
 
     start = {"kernel": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
     return _minimise(loss, start)

@@ -34,11 +34,12 @@ def test_probe_on_noise_chooses_a_large_penalty():
 def test_fit_is_at_the_minimum():
     features, labels = examples(60, noise=3.0)
     features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
-    weights = fit_probe(features, labels, 0.1, 3)
+    counts = jnp.arange(60) % 3.0
+    weights = fit_probe(features, labels, counts, 0.1, 3)
 
     def loss(weights):
         logits = features @ weights["kernel"] + weights["bias"]
-        return cross_entropy(logits, labels) + 0.05 * jnp.sum(weights["kernel"] ** 2)
+        return cross_entropy(logits, labels, counts) + 0.05 * jnp.sum(weights["kernel"] ** 2)
 
     gradient = jax.grad(loss)(weights)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-3
