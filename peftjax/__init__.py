@@ -1,0 +1,43 @@
+"""peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
+
+from peftjax.adapt import adapt
+from peftjax.errors import PeftError
+from peftjax.methods import METHODS, build, describe
+from peftjax.methods.lowrank.dora import dora
+from peftjax.methods.lowrank.lora import lora
+from peftjax.methods.lowrank.lora_fa import lora_fa
+from peftjax.methods.lowrank.lora_plus import lora_plus
+from peftjax.methods.lowrank.olora import olora
+from peftjax.methods.lowrank.pissa import pissa
+from peftjax.methods.lowrank.rslora import rslora
+from peftjax.methods.select.plain import bitfit, freeze, full, train
+from peftjax.methods.select.rows import rows
+from peftjax.transform import Frozen, MethodInfo, Transform, chain
+from peftjax.weights.base import Weight, dense, matmul
+
+__all__ = [
+    "METHODS",
+    "Frozen",
+    "MethodInfo",
+    "PeftError",
+    "Transform",
+    "Weight",
+    "adapt",
+    "bitfit",
+    "build",
+    "chain",
+    "dense",
+    "describe",
+    "dora",
+    "freeze",
+    "full",
+    "lora",
+    "lora_fa",
+    "lora_plus",
+    "matmul",
+    "olora",
+    "pissa",
+    "rows",
+    "rslora",
+    "train",
+]

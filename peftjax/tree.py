@@ -83,16 +83,16 @@ def partition(tree: Any, paths: Iterable[str]) -> tuple[dict[str, Any], Any]:
 
 
 def join(rest: Any, taken: Mapping[str, Any]) -> Any:
-    """Put leaves back into the holes that `partition` made.
+    """Put leaves back into the holes that `partition` made; holes of others may stay open.
 
     Raises:
-        PeftError: a name is not a hole of `rest`, or a hole stays open.
+        PeftError: a name is not a hole of `rest`.
     """
-    holes = {path for path, leaf in named_leaves(rest).items() if isinstance(leaf, Hole)}
-    if missing := sorted(holes - set(taken)):
-        raise PeftError(f"join: no value given for parameter {missing[0]!r}")
-    if extra := sorted(set(taken) - holes):
-        raise PeftError(f"join: parameter {extra[0]!r} was not taken out of this tree")
+    leaves = named_leaves(rest)
+    _require_known(taken, leaves)
+    for path in taken:
+        if not isinstance(leaves[path], Hole):
+            raise PeftError(f"parameter {path!r} was not taken out of this tree")
     return replace(rest, taken)
 
 
@@ -103,9 +103,7 @@ def count(tree: Any) -> int:
 
 def nbytes(tree: Any) -> int:
     """How many bytes the arrays of `tree` take."""
-    return sum(
-        int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def nearest(name: str, known: Iterable[str], how_many: int = 3) -> str:

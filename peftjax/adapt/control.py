@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def _jit(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     def constrained(values: list[Any], shardings: Any) -> list[Any]:
         return [
-            lax.with_sharding_constraint(v, s)
-            if isinstance(s, Sharding) and not isinstance(v, Weight)
-            else v
+            lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight) else v
             for v, s in zip(values, shardings)
         ]
 
@@ -58,9 +56,7 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     carry, ys = lax.scan(
         step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
     )
-    ys = [
-        y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys
-    ]
+    ys = [y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys]
     return [*carry, *ys]
 
 
@@ -87,8 +83,7 @@ def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     @fn.defjvp
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         dense_tangents = [
-            jax.jvp(dense, (p,), (t,))[1] if isinstance(p, Weight) else t
-            for p, t in zip(primals, tangents)
+            jax.jvp(dense, (p,), (t,))[1] if isinstance(p, Weight) else t for p, t in zip(primals, tangents)
         ]
         jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, len(primals))
         out = run.run(jaxpr, [*consts, *primals, *dense_tangents])

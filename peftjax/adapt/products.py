@@ -17,9 +17,13 @@ def _apply(x: Any, weight: Any, rule: Dot | Gather | Conv | RaggedDot) -> Array 
 def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
     (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     weight_first = isinstance(operands[0], Weight)
-    contracted, batch = ((right, left), (right_batch, left_batch)) if weight_first else (
-        (left, right),
-        (left_batch, right_batch),
+    contracted, batch = (
+        ((right, left), (right_batch, left_batch))
+        if weight_first
+        else (
+            (left, right),
+            (left_batch, right_batch),
+        )
     )
     rule = Dot(
         x_contract=tuple(contracted[0]),
@@ -60,7 +64,14 @@ def _conv_general_dilated(eqn: Any, operands: list[Any]) -> Array | None:
     x, weight = operands
     if eqn.params["batch_group_count"] != 1:
         return None
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "precision",
+        "preferred_element_type",
+    )
     rule = Conv(
         eqn.params["dimension_numbers"],
         tuple((name, eqn.params[name]) for name in names),

@@ -1,0 +1,48 @@
+"""The registry: every method by its name. A new method is one file and one line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
+from peftjax.methods.select import plain, rows
+from peftjax.transform import MethodInfo, Transform, chain
+from peftjax.tree import nearest
+
+METHODS: dict[str, MethodInfo] = {
+    info.name: info
+    for info in (
+        lora.METHOD,
+        rslora.METHOD,
+        lora_plus.METHOD,
+        lora_fa.METHOD,
+        dora.METHOD,
+        pissa.METHOD,
+        olora.METHOD,
+        rows.METHOD,
+        *plain.METHODS,
+    )
+}
+
+
+def build(config: Mapping[str, Any]) -> Transform:
+    """The method that a saved configuration describes: `{"name": ..., option: value, ...}`.
+
+    Raises:
+        PeftError: the name or an option is unknown.
+    """
+    options = dict(config)
+    name = options.pop("name", None)
+    if name == "chain":
+        return chain(*(build(method) for method in options["methods"]))
+    if name not in METHODS:
+        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), METHODS)}")
+    try:
+        return METHODS[name].factory(**options)
+    except TypeError as error:
+        raise PeftError(f"{name}: {error}") from error
+
+
+def describe(method: Transform) -> dict[str, Any]:
+    """What `build` makes the same method from again; plain JSON values."""
+    return {"name": method.name, **method.config}

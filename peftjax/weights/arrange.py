@@ -68,5 +68,3 @@ def outputs_in_result(rule: Dot, layout: Layout, result_ndim: int) -> tuple[int,
     n_left = sum(p not in used for p in range(len(layout.axes)))
     first = len(rule.w_batch) if rule.weight_first else result_ndim - n_left
     return tuple(range(first, first + n_left))
-
-

@@ -192,9 +192,7 @@ class Weight(Opaque):
         layout = self.layout.reshape(shape)
         return None if layout is None else self._view(layout, lambda w: reshape(w, shape))
 
-    def map_stack(
-        self, position: int, fn: Callable[[Array, int], Array], size: int | None
-    ) -> Self | None:
+    def map_stack(self, position: int, fn: Callable[[Array, int], Array], size: int | None) -> Self | None:
         """`fn(array, axis)` along one stack axis of every part; `size` None means fn removes it."""
         axis = self.layout.axes[position]
         if axis.kind != "s":
@@ -207,15 +205,11 @@ class Weight(Opaque):
             layout = self.layout.resized(sizes)
         return self._rebuild(
             layout,
-            lambda w: (
-                w.map_stack(position, fn, size) if isinstance(w, Weight) else fn(w, position)
-            ),
+            lambda w: w.map_stack(position, fn, size) if isinstance(w, Weight) else fn(w, position),
             lambda part, _: fn(part, axis.place),
         )
 
-    def take_stack(
-        self, position: int, indices: Array, options: tuple[tuple[str, Any], ...]
-    ) -> Self | None:
+    def take_stack(self, position: int, indices: Array, options: tuple[tuple[str, Any], ...]) -> Self | None:
         """The members `indices` `[*n, 1]` of one stack axis; the axes n come first and are stacks too."""
         axis = self.layout.axes[position]
         layout = self.layout.drop(position)
@@ -241,9 +235,7 @@ class Weight(Opaque):
         return self._rebuild(
             self.layout.resized(sizes),
             lambda w: slice_features(w, position, start, size),
-            lambda part, side: (
-                lax.slice_in_dim(part, start, start + size, axis=-1) if side == kind else part
-            ),
+            lambda part, side: lax.slice_in_dim(part, start, start + size, axis=-1) if side == kind else part,
         )
 
     def part_specs(self, spec: PartitionSpec) -> Self | None:
@@ -289,9 +281,7 @@ class Weight(Opaque):
 
     def on_base(self, fn: Callable[[Any], Any]) -> Self:
         """The weight with only the parts of its logical shape passed through `fn`."""
-        return self._rebuild(
-            self.layout, lambda w: w.on_base(fn) if isinstance(w, Weight) else fn(w), _same
-        )
+        return self._rebuild(self.layout, lambda w: w.on_base(fn) if isinstance(w, Weight) else fn(w), _same)
 
     def stack_first(self) -> Self | None:
         """The weight with the stack axis at logical position 0 first in every part, for a scan."""

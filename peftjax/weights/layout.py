@@ -135,7 +135,11 @@ class Layout:
             ranks.setdefault(kind, []).append((place, order))
         units = iter(range(len(pieces)))
         axes = tuple(
-            Axis(kind, next(units) if kind == "1" else sorted(ranks[kind]).index((place, order)), size)
+            Axis(
+                kind,
+                next(units) if kind == "1" else sorted(ranks[kind]).index((place, order)),
+                size,
+            )
             for kind, place, order, size in pieces
         )
         if {axis.kind for axis in axes} >= {"i", "o"} and math.prod(self.stack) == math.prod(
@@ -152,9 +156,7 @@ def _renumber_after(axes: tuple[Axis, ...], kind: Kind, place: int, by: int) -> 
     )
 
 
-def _match_sizes(
-    old: tuple[int, ...], new: tuple[int, ...]
-) -> list[tuple[list[int], list[int]]] | None:
+def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
     """Group positions of `old` with sizes of `new` so that the products of each group are equal.
 
     Unit axes of `new` that no unit axis of `old` answers to form groups of their own.

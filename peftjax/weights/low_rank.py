@@ -105,9 +105,7 @@ class LowRank(Weight):
     def _sides(self, side: Side) -> tuple[Array, Array]:
         return (self.a, self.b) if side == "i" else (self.b, self.a)
 
-    def _add(
-        self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side
-    ) -> Array:
+    def _add(self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side) -> Array:
         if self.key is not None and self.dropout > 0.0:
             delta = jax.checkpoint(delta)
         return y + delta(x, *self._sides(side)).astype(y.dtype)

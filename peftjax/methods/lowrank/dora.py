@@ -1,0 +1,61 @@
+"""DoRA: train the direction of each weight's columns by LoRA and their lengths apart.
+
+Paper: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arXiv 2402.09353.
+
+    V = W + s·aᵀb          c_j = ‖V_j‖ over all inputs of output j, held constant in backward
+    y = (m / c) ∘ (x·W + s·(x·aᵀ)·b)        m [out] trained, m = ‖W_j‖ at the start
+
+Trained: a, b and m, r·(in + out) + out numbers a weight. Backward keeps LoRA's residuals and the output
+before its scaling; V is never formed: c comes from `‖W_j‖² + 2s b_j·(aW)_j + s² b_jᵀ(aaᵀ)b_j`.
+
+The released PyTorch version forms aᵀb for the lengths, and with dropout runs the base layer a second
+time on the dropped input; here dropout acts on the adapter's path alone, as in LoRA.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.methods.lowrank.factors import Target, start_uniform
+from peftjax.methods.lowrank.lora import Wrap, checked_options, low_rank
+from peftjax.transform import MethodInfo, Transform
+from peftjax.weights.low_rank import LowRank
+from peftjax.weights.scaled import ScaledColumns, column_squares
+
+
+def dora(**options: Any) -> Transform:
+    """Weight-decomposed low-rank adaptation (arXiv 2402.09353).
+
+    Args:
+        **options: those of `lora`, `init` excepted.
+
+    Raises:
+        PeftError: as `lora`.
+    """
+    options = checked_options("dora", options, leave_out=("init",))
+    return low_rank("dora", options, start_uniform, wrap=Wrap(_init, _apply))
+
+
+def _init(target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    squares = column_squares(base, target.layout)
+    chosen = squares if target.layers is None else squares[jnp.asarray(target.layers)]
+    return {"magnitude": jnp.sqrt(chosen)}, {"squares": squares}
+
+
+def _apply(target: Target, weight: LowRank, slots: Mapping[str, Array]) -> ScaledColumns:
+    magnitude, squares = slots["magnitude"], slots["squares"]
+    if target.layers is not None:
+        magnitude = jnp.sqrt(squares).at[jnp.asarray(target.layers)].set(magnitude)
+    return ScaledColumns(weight, magnitude, squares, weight.layout)
+
+
+METHOD = MethodInfo(
+    name="dora",
+    factory=dora,
+    paper="DoRA, Liu et al. 2024, arXiv 2402.09353",
+    trains="r·(in + out) + out",
+    keeps="x (shared), x·aᵀ and the output before scaling",
+    example={"rank": 2, "alpha": 4.0},
+)

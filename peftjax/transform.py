@@ -1,0 +1,208 @@
+"""What a fine-tuning method is: a rewrite of the parameters, the model and the optimizer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.weights.base import Weight, dense
+
+Params = Any
+Trainable = Any
+Forward = Callable[..., Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Frozen:
+    """What a method keeps fixed: a pytree to pass through `jit` beside the trainable.
+
+    Attributes:
+        params: the parameters, with a `Hole` where a plain leaf is trained.
+        state: arrays of the method's own, by parameter path.
+        plan: the method's static decisions (which leaf, which axes, which rank), hashable.
+    """
+
+    params: Params
+    state: Any = field(default_factory=dict)
+    plan: Any = field(default=(), metadata={"static": True})
+
+
+def _keep_model(model: Forward) -> Forward:
+    return model
+
+
+def _keep_optimizer(
+    tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    return tx
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One method, as pure functions; nothing it is given is ever changed.
+
+    Attributes:
+        name: the method's name in the registry.
+        config: the options it was made with; with the name, enough to make it again.
+        init: `(key, params) -> (frozen, trainable)`.
+        apply: `(frozen, trainable, key=None) -> params`, a tree that may hold structured weights; the
+            key drives the randomness of training (adapter dropout), without it there is none.
+        model: `forward -> forward`, a rewrite of the stack of blocks.
+        optimizer: `optax transformation -> optax transformation` over the trainable; `prefix` is the
+            path at which this method's trainable lies inside a chain's.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    init: Callable[[jax.Array, Params], tuple[Frozen, Trainable]]
+    apply: Callable[..., Params]
+    model: Callable[[Forward], Forward] = _keep_model
+    optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
+
+    def merge(self, frozen: Frozen, trainable: Trainable, *, safe: bool = False) -> Params:
+        """Plain arrays of the structure and dtypes of the original parameters; `frozen` stays as it is.
+
+        Args:
+            frozen: from `init`.
+            trainable: the adapter.
+            safe: check the result, outside `jit`.
+
+        Raises:
+            PeftError: with `safe`, a merged parameter has a NaN or an infinity.
+        """
+        merged = tree.map_named(lambda _, leaf: dense(leaf), self.apply(frozen, trainable))
+        if safe:
+            for path, leaf in tree.named_leaves(merged).items():
+                if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+                    raise PeftError(f"merge: parameter {path!r} has values that are not finite")
+        return merged
+
+
+def chain(*methods: Transform) -> Transform:
+    """Apply several methods to one model, the first innermost.
+
+    The trainable, and the frozen state, are dictionaries by method name ('lora', 'lora_2', ...). A
+    later method may adapt what an earlier one left as it was, or wrap a structured weight it made
+    (`chain(nf4(), lora())`).
+
+    Raises:
+        PeftError: when made, without a method; in `init`, if a method adapts or takes a parameter
+            that an earlier one trains, or replaces the base of a weight that an earlier one made.
+    """
+    if not methods:
+        raise PeftError("chain: give at least one method")
+    names = _distinct([method.name for method in methods])
+    named = dict(zip(names, methods))
+
+    def init(key: jax.Array, params: Params) -> tuple[Frozen, dict[str, Trainable]]:
+        base, states, plans, trainables = params, {}, {}, {}
+        current, trained = params, {}
+        for name, method, subkey in zip(names, methods, jax.random.split(key, len(methods))):
+            frozen, trainable = method.init(subkey, current)
+            base = _fold_base(name, base, current, frozen.params, trained, trainable)
+            states[name], plans[name], trainables[name] = frozen.state, frozen.plan, trainable
+            current = method.apply(frozen, trainable)
+            for path, leaf in tree.named_leaves(base).items():
+                if isinstance(leaf, tree.Hole):
+                    trained.setdefault(path, name)
+        return Frozen(base, states, tuple(plans.items())), trainables
+
+    def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
+        params, plans = frozen.params, dict(frozen.plan)
+        for number, (name, method) in enumerate(named.items()):
+            subkey = None if key is None else jax.random.fold_in(key, number)
+            own = Frozen(params, frozen.state[name], plans[name])
+            params = method.apply(own, trainable[name], key=subkey)
+        return params
+
+    def model(forward: Forward) -> Forward:
+        for method in methods:
+            forward = method.model(forward)
+        return forward
+
+    def optimizer(
+        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
+    ) -> optax.GradientTransformation:
+        for name, method in named.items():
+            tx = method.optimizer(tx, (*prefix, name))
+        return tx
+
+    config = {"methods": [{"name": m.name, **m.config} for m in methods]}
+    return Transform("chain", config, init, apply, model, optimizer)
+
+
+def _fold_base(
+    name: str,
+    base: Params,
+    seen: Params,
+    wanted: Params,
+    trained: Mapping[str, str],
+    trainable: Trainable,
+) -> Params:
+    """The chain's base after a method that saw `seen` wants `wanted` as its own base."""
+    bases, seen_leaves = tree.named_leaves(base), tree.named_leaves(seen)
+    changed: dict[str, Any] = {}
+    touched = set(trainable) if isinstance(trainable, Mapping) else set()
+    for path, leaf in tree.named_leaves(wanted).items():
+        if path in trained and (leaf is not seen_leaves[path] or path in touched):
+            raise PeftError(
+                f"chain: {name!r} adapts {path!r}, which {trained[path]!r} already trains; "
+                "exclude it from one of the two"
+            )
+        if leaf is seen_leaves[path]:
+            continue
+        if isinstance(seen_leaves[path], Weight) or bases[path] is not seen_leaves[path]:
+            raise PeftError(
+                f"chain: {name!r} replaces the base of {path!r}, which an earlier method rewrote; "
+                f"put {name!r} first"
+            )
+        changed[path] = leaf
+    return tree.replace(base, changed)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [
+        name if names[:n].count(name) == 0 else f"{name}_{names[:n].count(name) + 1}"
+        for n, name in enumerate(names)
+    ]
+
+
+def at_prefix(updates: Any, prefix: tuple[str, ...], fn: Callable[[Any], Any]) -> Any:
+    """`updates` with the subtree at `prefix` passed through `fn`."""
+    if not prefix:
+        return fn(updates)
+    head, *rest = prefix
+    return {**updates, head: at_prefix(updates[head], tuple(rest), fn)}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows of a method: enough for the README, the command line and the tests.
+
+    Attributes:
+        name: its name, that of its factory.
+        factory: makes the `Transform`, all options by keyword.
+        paper: title or names, year and arXiv number.
+        trains: what is trained, per weight `[in, out]`.
+        keeps: what the backward pass keeps for an adapted layer, beside what the frozen model keeps.
+        mergeable: whether `merge` gives a model with the same outputs.
+        quantized_base: whether it works on a base that is not a plain array.
+        example: options for the conformance tests, on tiny models.
+        starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
+    """
+
+    name: str
+    factory: Callable[..., Transform]
+    paper: str
+    trains: str
+    keeps: str
+    mergeable: bool = True
+    quantized_base: bool = True
+    example: Mapping[str, Any] = field(default_factory=dict)
+    starts_as_base: bool = True

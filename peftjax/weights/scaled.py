@@ -1,0 +1,141 @@
+"""A low-rank weight whose columns are rescaled to trained lengths: DoRA's decomposition."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
+from peftjax.weights.base import (
+    Conv,
+    Dot,
+    Gather,
+    RaggedDot,
+    Weight,
+    canonical,
+    contract,
+    dense,
+    logical,
+    static,
+    structured,
+)
+from peftjax.weights.layout import Layout
+from peftjax.weights.low_rank import LowRank
+
+
+@structured
+class ScaledColumns(Weight):
+    """`w = (magnitude / c) ∘ v`, v a `LowRank` and c the lengths of v's columns, not differentiated.
+
+    `magnitude [*stack, out]`; c is had without forming v, from the squared lengths `base_squares
+    [*stack, out]` of the base's columns: `c² = ‖W‖² + 2s Σ_r b∘(aW) + s² Σ_r b∘((aaᵀ)b)`.
+    """
+
+    base: LowRank = logical()
+    magnitude: Array = canonical("o")
+    base_squares: Array = canonical("o")
+    layout: Layout = static()
+
+    def dense(self) -> Array:
+        """The array, in the base's dtype."""
+        gain = side_to_logical(self.gain(), self.layout, "o")
+        return (dense(self.base) * gain).astype(self.dtype)
+
+    def gain(self) -> Array:
+        """`magnitude / c`, float32 `[*stack, out]`; its gradient is the magnitude's alone."""
+        v = jax.tree.map(lax.stop_gradient, self.base)
+        a, b = v.a.astype(jnp.float32), v.b.astype(jnp.float32)
+        cross = jnp.sum(b * _rows_through(a, v.base, self.layout), axis=-2)
+        gram = jnp.einsum("...ri,...qi->...rq", a, a)
+        own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
+        squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
+        return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
+
+    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+        """Whatever the low-rank weight inside supports; sliced inputs would change the lengths."""
+        return self.base.supports(rule)
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """The low-rank product, scaled where the outputs are."""
+        gain = side_to_logical(self.gain(), self.layout, "o")
+        if side_of(self.layout, rule.w_contract) == "o":
+            scales = lax.squeeze(gain, [p for p in range(self.ndim) if p not in rule.w_contract])
+            order = sorted(rule.w_contract)
+            scales = lax.transpose(scales, [order.index(p) for p in rule.w_contract])
+            shape = [1] * x.ndim
+            for axis, size in zip(rule.x_contract, scales.shape):
+                shape[axis] = size
+            at = sorted(range(len(rule.x_contract)), key=lambda n: rule.x_contract[n])
+            return contract(x * lax.transpose(scales, at).reshape(shape).astype(x.dtype), self.base, rule)
+        y = contract(x, self.base, rule)
+        used = {*rule.w_contract, *rule.w_batch}
+        left = [p for p in range(self.ndim) if p not in used]
+        shape = [1] * y.ndim
+        for axis, p in zip(outputs_in_result(rule, self.layout, y.ndim), left):
+            shape[axis] = gain.shape[p]
+        for axis, p in enumerate(rule.w_batch):
+            shape[axis] = gain.shape[p]
+        gain = lax.transpose(gain, (*rule.w_batch, *left, *rule.w_contract))
+        return (y * gain.reshape(shape)).astype(y.dtype)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """The low-rank rows, scaled."""
+        rows = contract(indices, self.base, rule)
+        gain = side_to_logical(self.gain(), self.layout, "o")
+        if side_of(self.layout, (rule.axis,)) == "o":
+            gains = contract(indices, gain, rule)
+        else:
+            gains = lax.squeeze(gain, (rule.axis,))
+        return (rows * gains).astype(rows.dtype)
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """The low-rank convolution, its channels scaled."""
+        y = contract(x, self.base, rule)
+        shape = [1] * y.ndim
+        shape[rule.dimension_numbers.out_spec[1]] = -1
+        return (y * self.gain().reshape(shape)).astype(y.dtype)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """The low-rank ragged product, each row scaled by its expert's lengths."""
+        y = contract(x, self.base, rule)
+        gain = jnp.repeat(self.gain(), rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
+        return (y * gain).astype(y.dtype)
+
+    def cast(self, dtype: Any) -> "ScaledColumns":
+        """The low-rank weight in another dtype; lengths stay as exact as they are."""
+        return replace(self, base=self.base.cast(dtype))
+
+    def slice_features(self, position: int, start: int, size: int) -> "ScaledColumns | None":
+        """A slice of outputs; one of inputs would change the lengths, so there is none."""
+        if self.layout.axes[position].kind != "o":
+            return None
+        return super().slice_features(position, start, size)
+
+
+def column_squares(w: Any, layout: Layout) -> Array:
+    """The squared length of every column (over all inputs) of a weight, float32 `[*stack, out]`."""
+    squares = jnp.square(dense(w).astype(jnp.float32))
+    order = (*layout.positions("s"), *layout.positions("i"), *layout.positions("o"))
+    n_stack, n_in = len(layout.stack), len(layout.positions("i"))
+    summed = lax.transpose(squares, order).sum(axis=range(n_stack, n_stack + n_in))
+    return summed.reshape(*layout.stack, -1)
+
+
+def _rows_through(a: Array, base: Any, layout: Layout) -> Array:
+    """`a W` for rows a `[*stack, r, in]`: float32 `[*stack, r, out]`, by the base's own rule."""
+    n_stack, inputs = len(layout.stack), layout.positions("i")
+    x = a.reshape(*a.shape[:-1], *(layout.shape[p] for p in inputs)).astype(base.dtype)
+    rule = Dot(
+        x_contract=tuple(n_stack + 1 + n for n in range(len(inputs))),
+        w_contract=inputs,
+        x_batch=tuple(range(n_stack)),
+        w_batch=layout.positions("s"),
+        preferred=jnp.float32,
+    )
+    y = contract(x, base, rule)  # [*stack, r, unit and output axes in logical order]
+    outputs = layout.positions("o")
+    left = sorted((*outputs, *layout.positions("1")))
+    at = [n_stack + 1 + left.index(p) for p in (*layout.positions("1"), *outputs)]
+    return lax.transpose(y, (*range(n_stack + 1), *at)).reshape(*a.shape[:-1], -1)
