@@ -60,24 +60,22 @@ class BestScores:
 
 
 @contextmanager
-def open_checkpoints(
-    directory: str | Path, *, keep_last: int, keep_best: int
-) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -> Iterator[Checkpoints]:
     """The checkpoints in `directory`; at the end pending writes are waited for.
 
     Args:
-        directory: made where absent; left-overs of interrupted writes in it are removed.
+        directory: made where absent; interrupted writes in it are removed, and folders that are
+            incomplete for another reason set aside as `<step>.incomplete`.
         keep_last: newest checkpoints to keep, at least 1.
         keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
     """
     last = ocp.checkpoint_managers.LatestN(keep_last)
     options = ocp.CheckpointManagerOptions(
         best_fn=lambda metrics: metrics["score"],  # without it Orbax does not write the scores
-        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
-            [last, BestScores(keep_best)]
-        ),
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([last, BestScores(keep_best)]),
         cleanup_tmp_directories=True,
     )
+    set_incomplete_aside(Path(directory))
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAY_ITEMS}
     manager = ocp.CheckpointManager(
         Path(directory).absolute(),
@@ -88,6 +86,20 @@ def open_checkpoints(
         yield manager
 
 
+def set_incomplete_aside(directory: Path) -> None:
+    """Rename the folder of an incomplete checkpoint (one copied or deleted in part) out of the way.
+
+    Orbax would count it as the newest, and could delete a complete one to keep it.
+    """
+    if not directory.is_dir() or jax.process_index() != 0:
+        return
+    for folder in directory.iterdir():
+        if folder.name.isdigit() and not (folder / _COMPLETE).exists():
+            aside = folder.with_name(f"{folder.name}.incomplete")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) -> None:
     """Start writing a checkpoint; the arrays may be donated as soon as this returns.
 
@@ -96,19 +108,13 @@ def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) 
         state: to write.
         score: an evaluation's result, higher is better; without one it cannot be a best one.
     """
-    unfinished = Path(checkpoints.directory) / str(state.step)
-    if unfinished.is_dir() and not (unfinished / _COMPLETE).exists():
-        shutil.rmtree(unfinished)
-        checkpoints.reload()
     checkpoints.save(
         state.step,
         metrics={"score": None if score is None else float(score)},
         args=ocp.args.Composite(
             trainable=ocp.args.StandardSave(arrays_by_path(state.trainable)),
             optimizer=ocp.args.StandardSave(arrays_by_path((state.opt_state, state.key))),
-            run=ocp.args.JsonSave(
-                {"step": state.step, "data": state.data, "progress": state.progress}
-            ),
+            run=ocp.args.JsonSave({"step": state.step, "data": state.data, "progress": state.progress}),
         ),
     )
 
@@ -155,12 +161,9 @@ def restore_trainable(checkpoints: Checkpoints, step: int, like: PyTree[Array]) 
 
 
 def complete_steps(checkpoints: Checkpoints) -> list[int]:
-    """The steps of the complete checkpoints, ascending; a folder without Orbax's mark is none."""
+    """The steps of the checkpoints, ascending, after waiting for the one being written."""
     checkpoints.wait_until_finished()
-    folder = Path(checkpoints.directory)
-    return sorted(
-        step for step in checkpoints.all_steps() if (folder / str(step) / _COMPLETE).exists()
-    )
+    return sorted(checkpoints.all_steps())
 
 
 def _restore(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> ocp.args.Composite:
@@ -205,11 +208,7 @@ def _with_structure(arrays: dict[str, Array], like: PyTree[Array]) -> PyTree[Arr
 
     def put_back(path: tuple[Any, ...], leaf: Array) -> Array:
         value = arrays[_name(path)]
-        return (
-            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-            if _is_key(leaf)
-            else value
-        )
+        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
 
     return jax.tree_util.tree_map_with_path(put_back, like)
 

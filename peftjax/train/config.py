@@ -132,9 +132,7 @@ def validate(config: TrainConfig) -> None:
         if values[name] not in choices:
             near = difflib.get_close_matches(str(values[name]), choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise PeftError(
-                f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}"
-            )
+            raise PeftError(f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}")
     for names, allowed, rule in (
         (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),

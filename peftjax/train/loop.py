@@ -98,9 +98,7 @@ def fit(
             if found is not None:
                 state = found
                 batches.set_state(state.data)
-        write = stack.enter_context(
-            open_metrics(directory, state.step, tensorboard=config.tensorboard)
-        )
+        write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
         report = stack.enter_context(show_progress(steps.total, state.step))
         best = Best(**state.progress)
         throughput = Throughput()
@@ -145,9 +143,7 @@ def fit(
     return FitResult(trainable, state.step, best)
 
 
-def _advance(
-    step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch
-) -> tuple[RunState, Metrics]:
+def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch) -> tuple[RunState, Metrics]:
     """One step; the arrays of `state` are donated."""
     step = state.step + 1
     key = jax.random.fold_in(state.key, step)
@@ -179,6 +175,8 @@ def _check_finite(pending: list[tuple[int, Metrics]]) -> dict[str, float | int |
 
 def _score(results: Mapping[str, float], best_by: Metric, step: int) -> float:
     """An evaluation's result as a score, higher is better."""
+    if best_by not in results:
+        raise PeftError(f"best_by is '{best_by}', but the evaluation gives {', '.join(results)}")
     value = results[best_by]
     if not math.isfinite(value):
         raise PeftError(f"the evaluation after step {step} gave {best_by} {value}")

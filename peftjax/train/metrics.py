@@ -52,7 +52,5 @@ def cut(path: Path, step: int) -> None:
         return
     temporary = path.with_suffix(".tmp")
     with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
-        new.writelines(
-            line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step
-        )
+        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
     os.replace(temporary, path)

@@ -114,9 +114,7 @@ def _minimise(loss: Callable[[Weights], Array], start: Weights) -> Weights:
     def improve(carry: tuple[Weights, optax.OptState]) -> tuple[Weights, optax.OptState]:
         weights, state = carry
         value, gradient = value_and_grad(weights, state=state)
-        updates, state = tx.update(
-            gradient, state, weights, value=value, grad=gradient, value_fn=loss
-        )
+        updates, state = tx.update(gradient, state, weights, value=value, grad=gradient, value_fn=loss)
         return optax.apply_updates(weights, updates), state
 
     def goes_on(carry: tuple[Weights, optax.OptState]) -> Array:

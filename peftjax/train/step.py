@@ -15,9 +15,7 @@ from peftjax.transform import Transform
 Forward = Callable[..., Any]
 """`(params, batch, *, key=None) -> outputs`."""
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[
-    [PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Array], PyTree[Array], Metrics]
-]
+Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Array], PyTree[Array], Metrics]]
 """`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
 Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
 """`(trainable, frozen, batches) -> means over all examples`."""
@@ -58,9 +56,7 @@ def make_step(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, Metrics, Array]:
         parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), dict(batch))
-        first = jax.eval_shape(
-            gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key
-        )
+        first = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
         def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:

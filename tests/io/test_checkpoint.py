@@ -64,17 +64,19 @@ def test_keeps_the_last_and_the_best(tmp_path):
             assert checkpoint.complete_steps(checkpoints) == kept
 
 
-def test_incomplete_folders_are_ignored_and_replaced(tmp_path):
+def test_incomplete_folders_are_ignored(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state(3))
     (tmp_path / "9" / "trainable").mkdir(parents=True)
     (tmp_path / "8.orbax-checkpoint-tmp").mkdir()
     with opened(tmp_path) as checkpoints:
         assert checkpoint.restore_latest(checkpoints, state(0)).step == 3
+        checkpoint.save(checkpoints, state(4))
+        assert checkpoint.complete_steps(checkpoints) == [4]
         checkpoint.save(checkpoints, state(9))
     with opened(tmp_path) as checkpoints:
         assert checkpoint.restore_latest(checkpoints, state(0)).step == 9
-    assert not list(tmp_path.glob("*tmp*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["9", "9.incomplete"]
 
 
 def test_another_model(tmp_path):

@@ -6,12 +6,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from peftjax.errors import PeftError
+from peftjax.methods.lowrank.lora import lora
+from peftjax.methods.select.plain import train
+from peftjax.train.identity import run_identity
+from peftjax.transform import chain
 
 TIMED = ("tokens_per_second", "peak_host_bytes", "peak_device_bytes")
 
@@ -51,9 +56,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path):
     finish(launch(broken))
     assert lines(broken) == lines(whole)
     assert [row["step"] for row in lines(whole) if "loss" in row] == list(range(1, 41))
-    np.testing.assert_array_equal(
-        np.load(broken / "kernel.npy"), expected.trainable["head"]["kernel"]
-    )
+    np.testing.assert_array_equal(np.load(broken / "kernel.npy"), expected.trainable["head"]["kernel"])
 
 
 def test_fit_learns_and_leaves_the_callers_arrays():
@@ -68,17 +71,13 @@ def test_finished_run_does_nothing_more(tmp_path):
     config = replace(tiny.CONFIG, steps=4)
     first, second = (tiny.run(tmp_path, config) for _ in range(2))
     assert first.step == second.step == 4
-    np.testing.assert_array_equal(
-        first.trainable["head"]["kernel"], second.trainable["head"]["kernel"]
-    )
+    np.testing.assert_array_equal(first.trainable["head"]["kernel"], second.trainable["head"]["kernel"])
     assert len(lines(tmp_path)) == 5
 
 
 def test_early_stopping_returns_the_best(tmp_path):
     # A huge learning rate: accuracy jumps about, so that some evaluation is not the best.
-    config = replace(
-        tiny.CONFIG, steps=60, learning_rate=30.0, eval_every=2, early_stopping_patience=2
-    )
+    config = replace(tiny.CONFIG, steps=60, learning_rate=30.0, eval_every=2, early_stopping_patience=2)
     result = tiny.run(tmp_path, config)
     scores = {row["step"]: row["eval_accuracy"] for row in lines(tmp_path) if "eval_loss" in row}
     assert result.step == result.best.step + 4 == max(scores) < 60
@@ -111,3 +110,25 @@ def test_trains_with_accumulation_and_without_evaluation():
     result = tiny.run(config=config, held_out=None)
     assert result.best.step is None
     assert jnp.abs(result.trainable["head"]["kernel"]).max() > 0.1
+
+
+def test_real_method_resumes(tmp_path):
+    """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece."""
+    frozen, trainable = tiny.parameters()
+    params = {**frozen, **trainable, "layer": {"kernel": jnp.eye(16)}}
+
+    def forward(params, batch, *, key=None):
+        return tiny.forward({**params, "embed": params["embed"] @ params["layer"]["kernel"]}, batch)
+
+    method = chain(lora(rank=2, targets="layer/.*", dropout=0.1), train("head/.*"))
+    frozen, trainable = method.init(jax.random.key(0), params)
+    options = {"frozen": frozen, "trainable": trainable, "method": method}
+    options["identity"] = run_identity(method.config, params)
+    options["forward"] = method.model(forward)
+    config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=20, keep_best=0)
+    tiny.run(tmp_path, replace(config, steps=8), **options)
+    continued = tiny.run(tmp_path, config, **options)
+    whole = tiny.run(config=config, **options)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert jnp.abs(whole.trainable["lora"]["layer/kernel"]["b"]).max() > 0.01
+    assert whole.best.score > 0.6

@@ -25,9 +25,7 @@ def test_probe_separates_clusters():
 def test_probe_on_noise_chooses_a_large_penalty():
     features, labels = examples(90)
     noise = np.random.default_rng(1).normal(size=(90, 40))
-    result = linear_probe(
-        noise[:60], labels[:60], features[60:] @ np.eye(8, 40), labels[60:], classes=3
-    )
+    result = linear_probe(noise[:60], labels[:60], features[60:] @ np.eye(8, 40), labels[60:], classes=3)
     assert result.penalty >= 1e-2
 
 

@@ -27,9 +27,7 @@ def test_losses_against_numpy():
     half = jnp.asarray(logits, jnp.bfloat16)
     assert cross_entropy(half, labels).dtype == jnp.float32
     np.testing.assert_allclose(cross_entropy(half, labels), each.mean(), rtol=1e-6)
-    np.testing.assert_allclose(
-        cross_entropy(half, labels, weights), (each[0] + 2 * each[1]) / 3, rtol=1e-6
-    )
+    np.testing.assert_allclose(cross_entropy(half, labels, weights), (each[0] + 2 * each[1]) / 3, rtol=1e-6)
     np.testing.assert_allclose(accuracy(half, labels, weights), 1 / 3, rtol=1e-6)
 
 
@@ -72,8 +70,7 @@ def test_evaluation_counts_each_example_once():
     split = tiny.data()
     evaluate = make_evaluate(tiny.forward, tiny.METHOD, classification)
     results = [
-        evaluate(trainable, frozen, tiny.batches.evaluation_batches(split, size))
-        for size in (100, 64)
+        evaluate(trainable, frozen, tiny.batches.evaluation_batches(split, size)) for size in (100, 64)
     ]
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=1e-7)
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)

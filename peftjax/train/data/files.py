@@ -74,9 +74,7 @@ def _read(path: Path, text_column: str | None, label_column: str | None) -> list
             if text is None or label is None:
                 names = list(row)
                 text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
-                label = cols.pick_column(
-                    names, label_column, cols.LABEL_GUESSES, "label", str(path)
-                )
+                label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
             for column in (text, label):
                 if row.get(column) is None:
                     raise PeftError(f"{place} lacks the column '{column}'")
