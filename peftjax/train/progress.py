@@ -20,7 +20,7 @@ SHOWN = {
 @contextmanager
 def show_progress(total: int, step: int, console: Console | None = None) -> Iterator[Report]:
     """Shows a run of `total` steps of which `step` are done; yields what to call with news."""
-    console = console or Console()
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         yield lambda step, values: console.print(
             f"step {step}/{total}: {describe(values)}", soft_wrap=True, highlight=False

@@ -49,6 +49,21 @@ def file_dataset(
     return TextDataset(train.stem, _split(trained, names), _split(held, names), names)
 
 
+def file_split(
+    path: str | Path,
+    names: tuple[str, ...],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Split:
+    """The texts of one file with the labels of a classifier that exists.
+
+    Raises:
+        PeftError: as `file_dataset`; a label that is not among `names` is named with its line.
+    """
+    return _split(_read(Path(path), text_column, label_column), names)
+
+
 def _split(rows: list[cols.LabelledText], names: tuple[str, ...]) -> Split:
     return Split(tuple(row.text for row in rows), cols.label_indices(rows, names))
 
