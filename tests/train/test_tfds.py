@@ -1,47 +1,19 @@
 """The test extra has no TensorFlow, so all of this also shows that none is needed."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from peftjax.errors import PeftError
 from peftjax.train.data.tfds import tfds_dataset
 
-tfds = pytest.importorskip("tensorflow_datasets", reason="peftjax[tfds] is not installed")
-
-
-class TinyReviews(tfds.core.GeneratorBasedBuilder):
-    pkg_dir_path = Path(__file__).parent
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="plain", description="Tiny.")]  # noqa: RUF012
-
-    def _info(self):
-        features = tfds.features.FeaturesDict(
-            {
-                "sentence": tfds.features.Text(),
-                "label": tfds.features.ClassLabel(names=["bad", "good"]),
-                "stars": tfds.features.Scalar(np.int64),
-            }
-        )
-        return self.dataset_info_from_configs(features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._examples(6), "test": self._examples(2), "hidden": self._examples(0)}
-
-    def _generate_examples(self):
-        raise NotImplementedError
-
-    def _examples(self, labelled):
-        for i in range(labelled or 2):
-            label = i % 2 if labelled else -1
-            yield i, {"sentence": f"text {i}", "label": label, "stars": (i * 5) % 11}
+tiny_reviews = pytest.importorskip(
+    "tiny_reviews", exc_type=ImportError, reason="peftjax[tfds] is not installed"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tfds")
-    builder = TinyReviews(data_dir=path, config="plain", file_format="array_record")
+    builder = tiny_reviews.TinyReviews(data_dir=path, config="plain", file_format="array_record")
     builder.download_and_prepare()
     return path
 
