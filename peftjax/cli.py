@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Train(RunOptions):
     """Fine-tune a model on labelled texts; compare with a linear probe and the majority class.
 
     Without options: MiniLM with LoRA on docstrings of this Python's standard library. The same
-    command again continues a run that was stopped."""
+    command again continues a run that was stopped.
+    """
 
     config: Path | None = None
     """A YAML file of these options by name, e.g. 'learning_rate: 1e-3'; options given here win."""
@@ -133,7 +135,7 @@ def _config_arguments(arguments: list[str]) -> list[str]:
     Raises:
         PeftError: the file cannot be read, is no mapping, or names an unknown option.
     """
-    values = [given for flag, given in zip(arguments, arguments[1:]) if flag == "--config"]
+    values = [given for flag, given in pairwise(arguments) if flag == "--config"]
     values += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     if not values:
         return []
