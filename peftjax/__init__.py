@@ -1,5 +1,6 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
+import peftjax.train  # noqa: F401  (loaded first, so that the name stays the function's below)
 from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
 from peftjax.methods import METHODS, build, describe

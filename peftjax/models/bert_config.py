@@ -109,8 +109,7 @@ def read_config(values: Mapping[str, Any]) -> BertConfig:
     for name, required in REQUIRED.items():
         if values.get(name, required) != required:
             raise PeftError(
-                f"config.json sets {name} to {values[name]!r}; "
-                f"peftjax's BERT supports {required!r} only"
+                f"config.json sets {name} to {values[name]!r}; peftjax's BERT supports {required!r} only"
             )
     names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels"}
     settings = {name: values[name] for name in names if name in values}

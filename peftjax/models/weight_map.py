@@ -123,11 +123,7 @@ def read_weights(
     if lost:
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
         raise PeftError(f"{folder} lacks {count}: {_abridged(lost)}")
-    leaves = {
-        path: np.empty(shape, np.dtype(dtype))
-        for path, shape in shapes.items()
-        if path not in fresh
-    }
+    leaves = {path: np.empty(shape, np.dtype(dtype)) for path, shape in shapes.items() if path not in fresh}
     wanted = {source: name for name, source in sources.items() if name in slots}
     for source, tensor in read_tensors({source: files[source] for source in wanted}):
         view = slots[wanted[source]].view(leaves)
@@ -140,9 +136,7 @@ def read_weights(
             raise PeftError(f"{source} of {files[source]} is {tensor.dtype}, not a float")
         view[...] = tensor
     unused = tuple(
-        source
-        for name, source in sources.items()
-        if name not in slots and not re.fullmatch(ignored, name)
+        source for name, source in sources.items() if name not in slots and not re.fullmatch(ignored, name)
     )
     return Loaded(leaves, tuple(sorted(fresh)), unused)
 

@@ -213,7 +213,7 @@ def test_a_dense_use_is_an_error_that_names_everything(name, fn):
 
 def test_wrong_axes_are_an_error_and_never_a_wrong_result():
     weight = low_rank("sio", (D, 2, 4))  # used as [in, heads, size]
-    with pytest.raises(PeftError, match="'dot_general'.*axes 'sio'"):
+    with pytest.raises(PeftError, match=r"'dot_general'.*axes 'sio'"):
         pj.adapt(lambda w, x: jnp.einsum("bd,dhk->bhk", x, w))(weight, X)
 
 

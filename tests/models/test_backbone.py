@@ -157,9 +157,7 @@ def test_attention_dropout_is_unbiased(config, classifier, batch):
     model, params = bert(dataclasses.replace(config, **rates)), classifier[1]
     layer = {"params": jax.tree.map(lambda x: x[0], params["blocks"])}
     hidden, context = model.run_embed(params, batch)
-    run = lambda rngs: model.block.apply(
-        layer, hidden, context, method="attention_branch", rngs=rngs
-    )
+    run = lambda rngs: model.block.apply(layer, hidden, context, method="attention_branch", rngs=rngs)
     samples = jax.vmap(lambda key: run({"dropout": key}))(jax.random.split(jax.random.key(1), 2000))
     spread = samples.std(axis=0)[batch["attention_mask"] == 1]
     assert spread.min() > 0

@@ -162,9 +162,7 @@ def test_missing_pooler_is_never_drawn_for_a_head_without_a_classifier(folder):
 
 
 def test_wrong_shape_names_file_and_tensor(folder):
-    with pytest.raises(
-        PeftError, match=r"classifier\.\w+ of .*safetensors has shape \[3.*needs \[2"
-    ):
+    with pytest.raises(PeftError, match=r"classifier\.\w+ of .*safetensors has shape \[3.*needs \[2"):
         load(folder, head="classifier", num_labels=2)
 
 

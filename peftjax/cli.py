@@ -1,0 +1,217 @@
+"""The command line: `peftjax train | eval | merge | methods | inspect`."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+
+from peftjax import report
+from peftjax.errors import PeftError
+from peftjax.io.adapter import read_config
+from peftjax.methods import METHODS
+from peftjax.train.options import (
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    RunOptions,
+    make_method,
+    open_model,
+)
+from peftjax.train.run import run
+from peftjax.train.saved import evaluate_saved, merge_saved
+from peftjax.tree import nearest
+
+
+@dataclass(frozen=True)
+class Train(RunOptions):
+    """Fine-tune a model on labelled texts; compare with a linear probe and the majority class.
+
+    Without options: MiniLM with LoRA on docstrings of this Python's standard library. The same
+    command again continues a run that was stopped.
+    """
+
+    config: Path | None = None
+    """A YAML file of these options by name, e.g. 'learning_rate: 1e-3'; options given here win."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a trained adapter on labelled texts."""
+
+    source: DataOptions = field(default_factory=DataOptions)
+    adapter: Path = Path("outputs/adapter")
+    """The adapter's folder."""
+    model: str | None = None
+    """The base model's folder, where it is not the one the adapter was trained on."""
+    batch_size: int = 64
+    """Texts at a time."""
+    json: bool = False
+    """Print the scores as JSON."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge a trained adapter into its model and write a Hugging Face folder."""
+
+    output: Path
+    """The folder to write; the base model and the adapter stay as they are."""
+    adapter: Path = Path("outputs/adapter")
+    """The adapter's folder."""
+    model: str | None = None
+    """The base model's folder, where it is not the one the adapter was trained on."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods: paper, what is trained, what the backward pass keeps."""
+
+    markdown: bool = False
+    """As a Markdown table."""
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show a model's parameters and what a method would train, without training."""
+
+    base: ModelOptions = field(default_factory=ModelOptions)
+    tuning: MethodOptions = field(default_factory=MethodOptions)
+    adapter: Path | None = None
+    """Show what this trained adapter holds instead."""
+    json: bool = False
+    """As JSON."""
+
+
+COMMANDS = {"train": Train, "eval": Eval, "merge": Merge, "methods": Methods, "inspect": Inspect}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; bad input is one sentence on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        command = _parse(arguments)
+        _RUN[type(command)](command, console)
+    except PeftError as error:
+        print(f"peftjax: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("peftjax: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> Any:
+    if arguments[:1] == ["train"]:
+        arguments = ["train", *_config_arguments(arguments[1:]), *arguments[1:]]
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        args=arguments,
+        prog="peftjax",
+        description="Parameter- and memory-efficient fine-tuning in JAX.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        use_underscores=False,
+    )
+
+
+def _config_arguments(arguments: list[str]) -> list[str]:
+    """The options of the YAML file that `--config` names, as arguments to come before the given ones.
+
+    Raises:
+        PeftError: the file cannot be read, is no mapping, or names an unknown option.
+    """
+    values = [given for flag, given in pairwise(arguments) if flag == "--config"]
+    values += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    if not values:
+        return []
+    file = Path(values[-1])
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise PeftError(f"cannot read the options file {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise PeftError(f"the options file {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, Mapping):
+        raise PeftError(f"the options file {file} must hold options by name, such as 'rank: 8'")
+    known = _option_names(Train) - {"config"}
+    result = []
+    for name, value in options.items():
+        if name not in known:
+            raise PeftError(f"{file}: unknown option {name!r}; closest: {nearest(str(name), sorted(known))}")
+        flag = str(name).replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            result += [f"--{flag}", *map(str, value)]
+        else:
+            result += [f"--{flag}", str(value)]
+    return result
+
+
+def _option_names(options: type) -> set[str]:
+    names: set[str] = set()
+    for f in fields(options):
+        names |= _option_names(f.type) if is_dataclass(f.type) else {f.name}
+    return names
+
+
+def _train(command: Train, console: Console) -> None:
+    summary = run(command, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
+    _show(command.json, summary, lambda: report.print_summary(summary))
+
+
+def _eval(command: Eval, console: Console) -> None:
+    scores = evaluate_saved(
+        command.adapter, command.source, model=command.model, batch_size=command.batch_size
+    )
+    _show(command.json, scores, lambda: report.print_values(scores))
+
+
+def _merge(command: Merge, console: Console) -> None:
+    merge_saved(command.adapter, command.output, model=command.model)
+    result = {"adapter": str(command.adapter), "merged": str(command.output)}
+    _show(command.json, result, lambda: report.print_values(result))
+
+
+def _methods(command: Methods, console: Console) -> None:
+    if command.markdown:
+        print(report.methods_markdown(METHODS))
+        return
+    rows = [report.method_row(info) for info in METHODS.values()]
+    _show(command.json, rows, lambda: report.print_methods(METHODS))
+
+
+def _inspect(command: Inspect, console: Console) -> None:
+    if command.adapter is not None:
+        config = read_config(command.adapter)
+        _show(command.json, config, lambda: print(yaml.safe_dump(config, sort_keys=False), end=""))
+        return
+    _, params = open_model(command.base, num_labels=2)
+    method = make_method(command.tuning)
+    found = report.inspection(method, params)
+    _show(command.json, found, lambda: report.print_inspection(found))
+
+
+def _show(as_json: bool, value: Any, show: Any) -> None:
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        show()
+
+
+_RUN = {Train: _train, Eval: _eval, Merge: _merge, Methods: _methods, Inspect: _inspect}

@@ -1,0 +1,116 @@
+"""A trained adapter as a folder: its numbers, and the options that make its method again."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.io.safetensors import find_tensors, read_tensors, replacing, write_tensors
+from peftjax.methods import build, describe
+from peftjax.transform import Frozen, Params, Trainable, Transform
+
+TENSORS = "adapter.safetensors"
+CONFIG = "adapter.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `load_adapter` gives: everything `apply` and `merge` need, and what was noted beside it."""
+
+    method: Transform
+    frozen: Frozen
+    trainable: Trainable
+    info: Mapping[str, Any]
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    method: Transform,
+    frozen: Frozen,
+    trainable: Trainable,
+    *,
+    seed: int,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `adapter.safetensors` (trained numbers and the method's own state) and `adapter.json`.
+
+    No base weight is written. Both files are complete before either replaces what was there.
+
+    Args:
+        folder: made if absent.
+        method: the method, made again from its options when loaded.
+        frozen: its frozen part, of which only the state is written.
+        trainable: the adapter.
+        seed: `init` was given `jax.random.key(seed)`.
+        info: JSON values to keep beside it, e.g. label names.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{part}/{name}": np.asarray(leaf)
+        for part, values in (("trainable", trainable), ("state", frozen.state))
+        for name, leaf in tree.named_leaves(values).items()
+    }
+    config = {"method": describe(method), "seed": seed, "info": dict(info or {})}
+    with replacing(folder / TENSORS, folder / CONFIG) as (tensor_file, config_file):
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(tensor_file, tensors)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of `adapter.json`: method, seed and info.
+
+    Raises:
+        PeftError: the folder holds no adapter.
+    """
+    file = Path(folder) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PeftError(f"{folder} holds no adapter: cannot read {CONFIG}: {error.strerror}") from error
+    except ValueError as error:
+        raise PeftError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not {"method", "seed", "info"} <= config.keys():
+        raise PeftError(f"{file} is not an adapter's configuration: it lacks method, seed or info")
+    return config
+
+
+def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
+    """The adapter of a folder on base parameters.
+
+    Raises:
+        PeftError: the folder holds no adapter, a file is damaged, or the adapter was made for another
+            model; the error names the first tensor that is missing or has another shape.
+    """
+    config = read_config(folder)
+    method = build(config["method"])
+    frozen, fresh = method.init(jax.random.key(config["seed"]), params)
+    files = find_tensors(Path(folder) / TENSORS)
+    held = dict(read_tensors(files))
+    wanted = {"trainable": fresh, "state": frozen.state}
+    names = {f"{part}/{name}" for part, values in wanted.items() for name in tree.named_leaves(values)}
+    if extra := sorted(held.keys() - names):
+        raise PeftError(f"{folder}: tensor {extra[0]!r} has no place in this model; it is another's adapter")
+
+    def filled(part: str) -> Any:
+        def fill(name: str, leaf: Any) -> jax.Array:
+            tensor = held.get(f"{part}/{name}")
+            if tensor is None or tensor.shape != leaf.shape:
+                found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+                raise PeftError(
+                    f"{folder}: tensor {f'{part}/{name}'!r} {found}; this model needs {leaf.shape}"
+                )
+            return jnp.asarray(tensor, leaf.dtype)
+
+        return tree.map_named(fill, wanted[part])
+
+    trainable = filled("trainable")
+    return Adapter(method, Frozen(frozen.params, filled("state"), frozen.plan), trainable, config["info"])

@@ -1,0 +1,225 @@
+"""Checkpoints of a run: everything that the next step depends on, written by Orbax.
+
+A checkpoint is a folder `<step>/` with three items: `trainable` (arrays by path), `optimizer`
+(optimizer state and the run's PRNG key, arrays by path) and `run` (step, data iterator and early
+stopping, JSON). It is written in the background under a temporary name and renamed when it is
+complete, so the newest one is never half-written.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Key, PyTree
+
+from peftjax.errors import PeftError
+
+Checkpoints = ocp.CheckpointManager
+"""The checkpoints of one run; `open_checkpoints` makes it."""
+
+_ARRAY_ITEMS = ("trainable", "optimizer")
+_COMPLETE = "_CHECKPOINT_METADATA"  # Orbax writes it into a folder it has finished
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to continue as if it had never stopped."""
+
+    trainable: PyTree[Array]
+    opt_state: PyTree[Array]
+    key: Key[Array, ""]
+    """The run's key; step t uses `fold_in(key, t)`."""
+    step: int
+    """Steps done."""
+    data: dict[str, Any]
+    """State of the data iterator, JSON-able."""
+    progress: dict[str, Any]
+    """Best evaluation so far and patience used, JSON-able."""
+
+
+@dataclass(frozen=True)
+class BestScores:
+    """Keeps the `n` checkpoints with the highest score, the earlier of equals."""
+
+    n: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo], *, context: Any
+    ) -> list[bool]:
+        """Whether to keep each checkpoint; one without a score is never a best one."""
+        scores = {info.step: (info.metrics or {}).get("score") for info in checkpoints}
+        scored = [step for step, score in scores.items() if score is not None]
+        kept = sorted(scored, key=lambda step: (-scores[step], step))[: self.n]
+        return [info.step in kept for info in checkpoints]
+
+
+@contextmanager
+def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -> Iterator[Checkpoints]:
+    """The checkpoints in `directory`; at the end pending writes are waited for.
+
+    Args:
+        directory: made where absent; interrupted writes in it are removed, and folders that are
+            incomplete for another reason set aside as `<step>.incomplete`.
+        keep_last: newest checkpoints to keep, at least 1.
+        keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
+    """
+    last = ocp.checkpoint_managers.LatestN(keep_last)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics["score"],  # without it Orbax does not write the scores
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([last, BestScores(keep_best)]),
+        cleanup_tmp_directories=True,
+    )
+    set_incomplete_aside(Path(directory))
+    handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAY_ITEMS}
+    manager = ocp.CheckpointManager(
+        Path(directory).absolute(),
+        options=options,
+        item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
+    )
+    with manager:
+        yield manager
+
+
+def set_incomplete_aside(directory: Path) -> None:
+    """Rename the folder of an incomplete checkpoint (one copied or deleted in part) out of the way.
+
+    Orbax would count it as the newest, and could delete a complete one to keep it.
+    """
+    if not directory.is_dir() or jax.process_index() != 0:
+        return
+    for folder in directory.iterdir():
+        if folder.name.isdigit() and not (folder / _COMPLETE).exists():
+            aside = folder.with_name(f"{folder.name}.incomplete")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) -> None:
+    """Start writing a checkpoint; the arrays may be donated as soon as this returns.
+
+    Args:
+        checkpoints: of the run.
+        state: to write.
+        score: an evaluation's result, higher is better; without one it cannot be a best one.
+    """
+    checkpoints.save(
+        state.step,
+        metrics={"score": None if score is None else float(score)},
+        args=ocp.args.Composite(
+            trainable=ocp.args.StandardSave(arrays_by_path(state.trainable)),
+            optimizer=ocp.args.StandardSave(arrays_by_path((state.opt_state, state.key))),
+            run=ocp.args.JsonSave({"step": state.step, "data": state.data, "progress": state.progress}),
+        ),
+    )
+
+
+def restore_latest(checkpoints: Checkpoints, like: RunState) -> RunState | None:
+    """The newest complete checkpoint, or None where there is none.
+
+    Args:
+        checkpoints: of the run.
+        like: a state with the same trees, shapes, dtypes and shardings; its values are not read.
+
+    Raises:
+        PeftError: the checkpoint is of another model or method: names the first difference.
+    """
+    steps = complete_steps(checkpoints)
+    if not steps:
+        return None
+    wanted = {
+        "trainable": abstract_by_path(like.trainable),
+        "optimizer": abstract_by_path((like.opt_state, like.key)),
+    }
+    found = _restore(checkpoints, steps[-1], wanted)
+    opt_state, key = _with_structure(found["optimizer"], (like.opt_state, like.key))
+    return RunState(
+        trainable=_with_structure(found["trainable"], like.trainable),
+        opt_state=opt_state,
+        key=key,
+        step=found["run"]["step"],
+        data=found["run"]["data"],
+        progress=found["run"]["progress"],
+    )
+
+
+def restore_trainable(checkpoints: Checkpoints, step: int, like: PyTree[Array]) -> PyTree[Array]:
+    """The trainable arrays of the checkpoint at `step`; `like` as in `restore_latest`."""
+    steps = complete_steps(checkpoints)
+    if step not in steps:
+        raise PeftError(
+            f"{checkpoints.directory} has no checkpoint of step {step}; it has those of steps "
+            f"{', '.join(map(str, steps)) or '(none)'}"
+        )
+    found = _restore(checkpoints, step, {"trainable": abstract_by_path(like)})
+    return _with_structure(found["trainable"], like)
+
+
+def complete_steps(checkpoints: Checkpoints) -> list[int]:
+    """The steps of the checkpoints, ascending, after waiting for the one being written."""
+    checkpoints.wait_until_finished()
+    return sorted(checkpoints.all_steps())
+
+
+def _restore(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> ocp.args.Composite:
+    metadata = checkpoints.item_metadata(step)
+    for name, arrays in wanted.items():
+        difference = first_difference(metadata[name], arrays)
+        if difference is not None:
+            raise PeftError(
+                f"{checkpoints.directory} holds a checkpoint of another model or method: {name} "
+                f"{difference}; choose another output folder, or the options it was made with"
+            )
+    items = {name: ocp.args.StandardRestore(arrays) for name, arrays in wanted.items()}
+    return checkpoints.restore(step, args=ocp.args.Composite(**items, run=ocp.args.JsonRestore()))
+
+
+def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """A sentence on the first path, in sorted order, whose array differs in shape or dtype."""
+    for path in sorted(saved.keys() | wanted.keys()):
+        old, new = (_describe(arrays.get(path)) for arrays in (saved, wanted))
+        if old != new:
+            return f"'{path}' is {old} in the checkpoint and {new} in this run"
+    return None
+
+
+def _describe(array: Any) -> str:
+    return "absent" if array is None else f"{np.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def arrays_by_path(tree: PyTree[Array]) -> dict[str, Array]:
+    """A tree's arrays by path, such as `blocks/query/a`; PRNG keys as their key data."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): _plain(leaf) for path, leaf in leaves}
+
+
+def abstract_by_path(tree: PyTree[Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of `arrays_by_path(tree)`."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays_by_path(tree))
+
+
+def _with_structure(arrays: dict[str, Array], like: PyTree[Array]) -> PyTree[Array]:
+    """`arrays_by_path` undone: a tree like `like` with the values of `arrays`."""
+
+    def put_back(path: tuple[Any, ...], leaf: Array) -> Array:
+        value = arrays[_name(path)]
+        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+
+    return jax.tree_util.tree_map_with_path(put_back, like)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _plain(leaf: Array) -> Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_key(leaf: Array) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

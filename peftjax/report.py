@@ -1,0 +1,111 @@
+"""What the commands print: tables for people, rows for scripts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from peftjax import tree
+from peftjax.transform import MethodInfo, Transform
+from peftjax.weights.base import Weight
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The table that a training run ends with."""
+    table = Table("accuracy on held-out texts", "", title=f"{summary['data']}: {summary['eval_texts']} texts")
+    name = _method_name(summary["method"])
+    table.add_row(f"{name} (step {summary['best_step'] or summary['steps']})", f"{summary['accuracy']:.4f}")
+    if summary["probe_accuracy"] is not None:
+        table.add_row("linear probe on frozen features", f"{summary['probe_accuracy']:.4f}")
+    table.add_row("majority class", f"{summary['majority_accuracy']:.4f}", end_section=True)
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    table.add_row("trainable parameters", f"{trained:,} ({trained / total:.2%} of {total:,})")
+    table.add_row("peak memory of the process", f"{summary['peak_host_bytes'] / 2**20:,.0f} MiB")
+    if "peak_device_bytes" in summary:
+        table.add_row("peak memory of the device", f"{summary['peak_device_bytes'] / 2**20:,.0f} MiB")
+    if summary["tokens_per_second"] is not None:
+        table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("time", f"{summary['seconds']:.0f} s")
+    table.add_row("adapter", summary["adapter"])
+    Console().print(table)
+
+
+def print_values(values: Mapping[str, Any]) -> None:
+    """A name and a value a line."""
+    for name, value in values.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def method_row(info: MethodInfo) -> dict[str, Any]:
+    """What the registry knows of a method, without its factory."""
+    return {
+        "name": info.name,
+        "paper": info.paper,
+        "trains": info.trains,
+        "keeps": info.keeps,
+        "mergeable": info.mergeable,
+        "quantized_base": info.quantized_base,
+    }
+
+
+def methods_markdown(methods: Mapping[str, MethodInfo]) -> str:
+    """The methods table of the README."""
+    lines = [
+        "| method | paper | trained per weight | backward keeps for it | merges | quantised base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for info in methods.values():
+        merges, quantized = ("yes" if flag else "no" for flag in (info.mergeable, info.quantized_base))
+        lines.append(
+            f"| `{info.name}` | {info.paper} | {info.trains} | {info.keeps} | {merges} | {quantized} |"
+        )
+    return "\n".join(lines)
+
+
+def print_methods(methods: Mapping[str, MethodInfo]) -> None:
+    """The methods as a table for a terminal."""
+    table = Table("method", "paper", "trained per weight", "backward keeps for it")
+    for info in methods.values():
+        table.add_row(info.name, info.paper, info.trains, info.keeps)
+    Console().print(table)
+
+
+def inspection(method: Transform, params: Any) -> dict[str, Any]:
+    """Each parameter with what the method makes of it, and the totals; nothing is computed."""
+    frozen, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
+    rewritten = tree.named_leaves(jax.eval_shape(method.apply, frozen, trainable))
+    kept = tree.named_leaves(frozen.params)
+    rows = []
+    for path, leaf in tree.named_leaves(params).items():
+        weight = rewritten[path]
+        row = {"parameter": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "becomes": "frozen"}
+        if isinstance(kept[path], tree.Hole):
+            row["becomes"] = "trained"
+        elif isinstance(weight, Weight):
+            row |= {"becomes": type(weight).__name__, "axes": weight.layout.letters}
+        rows.append(row)
+    return {
+        "method": method.name,
+        "parameters": rows,
+        "trainable_parameters": tree.count(trainable),
+        "total_parameters": tree.count(params),
+    }
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """The parameters as a table, and the totals."""
+    table = Table("parameter", "shape", "dtype", found["method"], "axes (s stack, i in, o out)")
+    for row in found["parameters"]:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["parameter"], shape, row["dtype"], row["becomes"], row.get("axes", ""))
+    Console().print(table)
+    trained, total = found["trainable_parameters"], found["total_parameters"]
+    print(f"{trained:,} trainable parameters beside {total:,}: {trained / total:.3%}")
+
+
+def _method_name(method: Mapping[str, Any]) -> str:
+    if method["name"] != "chain":
+        return str(method["name"])
+    return " + ".join(_method_name(part) for part in method["methods"])

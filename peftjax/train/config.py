@@ -1,0 +1,154 @@
+"""The options of a training run."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from peftjax.errors import PeftError
+
+Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
+Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["float32", "bfloat16"]
+Metric = Literal["accuracy", "loss"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run does; `validate` checks it."""
+
+    steps: int | None = None
+    """Optimizer steps; by default as many as `epochs` needs."""
+    epochs: float = 3.0
+    """Passes over the training data, where `steps` is not given."""
+    batch_size: int = 32
+    """Examples per optimizer step."""
+    grad_accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    max_length: int = 128
+    """Longest text in tokens; longer ones are cut."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    schedule: Schedule = "linear"
+    """How the learning rate goes on after the warm-up: stays, or falls to zero at the end."""
+    warmup_ratio: float = 0.06
+    """Part of all steps in which the learning rate rises to its peak."""
+    optimizer: Optimizer = "adamw"
+    """The optax optimizer."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of everything trainable; adamw and lion have it."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of a gradient; None does not clip."""
+    dtype: Dtype = "float32"
+    """Compute dtype of the model; trainable parameters and their optimizer stay in float32."""
+    remat: str = "none"
+    """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    seed: int = 0
+    """Seed of the initial values, the order of the data and dropout."""
+    eval_every: int | None = None
+    """Steps between evaluations; by default an epoch."""
+    eval_batch_size: int = 64
+    """Examples per evaluation batch."""
+    best_by: Metric = "accuracy"
+    """Which result of the evaluation decides what the best checkpoint is."""
+    early_stopping_patience: int | None = None
+    """Evaluations without a better result after which the run stops; by default never."""
+    log_every: int = 10
+    """Steps between lines of the metrics file."""
+    save_every: int | None = None
+    """Steps between checkpoints, besides one at each evaluation; by default only those."""
+    keep_last: int = 1
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Best checkpoints to keep; if any, the run ends with the best parameters, not the last."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """When things happen in a run, counted in optimizer steps done."""
+
+    total: int
+    log: int
+    evaluate: int
+    save: int | None
+
+    def logs(self, step: int) -> bool:
+        """Whether a line of metrics is due."""
+        return step % self.log == 0 or step == self.total
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due."""
+        return step % self.evaluate == 0 or step == self.total
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due even without an evaluation."""
+        return (self.save is not None and step % self.save == 0) or step == self.total
+
+
+def plan_steps(config: TrainConfig, examples: int) -> Steps:
+    """The steps of a run over `examples` training examples."""
+    per_epoch = examples / config.batch_size
+    return Steps(
+        total=config.steps or math.ceil(config.epochs * per_epoch),
+        log=config.log_every,
+        evaluate=config.eval_every or math.ceil(per_epoch),
+        save=config.save_every,
+    )
+
+
+_AT_LEAST_ONE = (
+    "steps",
+    "batch_size",
+    "grad_accumulation",
+    "max_length",
+    "eval_every",
+    "eval_batch_size",
+    "early_stopping_patience",
+    "log_every",
+    "save_every",
+    "keep_last",
+)
+_POSITIVE = ("epochs", "learning_rate", "clip_norm")
+_NOT_NEGATIVE = ("weight_decay", "keep_best", "seed")
+_CHOICES = {
+    "optimizer": get_args(Optimizer),
+    "schedule": get_args(Schedule),
+    "dtype": get_args(Dtype),
+    "best_by": get_args(Metric),
+}
+
+
+def validate(config: TrainConfig) -> None:
+    """Check every option.
+
+    Raises:
+        PeftError: names the first option that cannot be, and what it can be.
+    """
+    values = dataclasses.asdict(config)
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            near = difflib.get_close_matches(str(values[name]), choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise PeftError(f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}")
+    for names, allowed, rule in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),
+        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "at least 0"),
+        (("warmup_ratio",), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ):
+        for name in names:
+            if values[name] is not None and not allowed(values[name]):
+                raise PeftError(f"{name} is {values[name]}, but has to be {rule}")
+    if config.batch_size % config.grad_accumulation:
+        raise PeftError(
+            f"batch_size {config.batch_size} cannot be computed in grad_accumulation "
+            f"{config.grad_accumulation} equal parts: choose a divisor of the batch size"
+        )
+    if config.weight_decay and config.optimizer not in ("adamw", "lion"):
+        raise PeftError(
+            f"the optimizer {config.optimizer} has no weight_decay ({config.weight_decay} given): "
+            "choose adamw or lion, or 0"
+        )

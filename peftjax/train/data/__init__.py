@@ -1,0 +1,1 @@
+"""Text-classification data: one file per source, and how texts become batches."""

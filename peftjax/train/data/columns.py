@@ -1,0 +1,74 @@
+"""Which column of a table holds the text and which the label, and labels as class indices."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from peftjax.errors import PeftError
+
+TEXT_GUESSES = ("text", "sentence", "content")
+LABEL_GUESSES = ("label", "class", "category")
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One row of a table: its text, its label as written, and where it stands (for errors)."""
+
+    text: str
+    label: str
+    place: str
+
+
+def pick_column(
+    columns: Sequence[str], asked: str | None, guesses: Sequence[str], role: str, source: str
+) -> str:
+    """The column named `asked`, or without a wish the first of `guesses` that exists.
+
+    Raises:
+        PeftError: no such column; the sentence lists the columns that exist.
+    """
+    wanted = (asked,) if asked is not None else guesses
+    for name in wanted:
+        if name in columns:
+            return name
+    near = difflib.get_close_matches(wanted[0], columns, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise PeftError(
+        f"{source} has no {role} column {' or '.join(repr(name) for name in wanted)}; its columns "
+        f"are {', '.join(map(repr, columns))}: name one with {role}_column{hint}"
+    )
+
+
+def text_and_label(text: object, label: object, place: str) -> LabelledText:
+    """A row checked: the text is a string, the label a string or an integer."""
+    if not isinstance(text, str):
+        raise PeftError(f"{place}: the text is {text!r}, not a string")
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise PeftError(f"{place}: the label is {label!r}, not a string or an integer")
+    return LabelledText(text, str(label), place)
+
+
+def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """The distinct labels, sorted: as numbers where all are integers, else as strings."""
+    names = set(labels)
+    try:
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def label_indices(rows: Sequence[LabelledText], names: Sequence[str]) -> tuple[int, ...]:
+    """The index in `names` of each row's label.
+
+    Raises:
+        PeftError: a label that is not in `names`; the sentence says where.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    for row in rows:
+        if row.label not in index:
+            shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+            raise PeftError(
+                f"{row.place}: the label {row.label!r} does not occur in the training data, whose "
+                f"labels are {shown}"
+            )
+    return tuple(index[row.label] for row in rows)

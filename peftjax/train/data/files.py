@@ -1,0 +1,164 @@
+"""Text classification from JSONL, CSV, TSV and Parquet files.
+
+CSV is read with its quotes, TSV without any (a quote is a character of the text, as in SST-2).
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from peftjax.errors import PeftError
+from peftjax.train.data import columns as cols
+from peftjax.train.data.dataset import Split, TextDataset
+
+HELD_OUT_SHARE = 0.1
+
+Rows = Iterator[tuple[int, dict[str, object]]]
+"""Line number (Parquet: row number), counted from 1, and the row's values by column name."""
+
+
+def file_dataset(
+    train: str | Path,
+    evaluation: str | Path | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> TextDataset:
+    """A data set from a training file and an evaluation file of any of the formats.
+
+    Labels are strings or integers. The label names are those of the training file, sorted
+    (integers as numbers). Without an evaluation file, a stable hash of the text holds out about
+    `HELD_OUT_SHARE` of the training file.
+
+    Raises:
+        PeftError: a file that is missing, empty, malformed or of an unknown format, a column that
+            does not exist, a row without its column, or an evaluation label never trained on.
+    """
+    train = Path(train)
+    trained = _read(train, text_column, label_column)
+    names = cols.sorted_names(row.label for row in trained)
+    if evaluation is not None:
+        held = _read(Path(evaluation), text_column, label_column)
+    else:
+        held = [row for row in trained if _held_out(row.text)]
+        trained = [row for row in trained if not _held_out(row.text)]
+        if not held or not trained:
+            raise PeftError(f"{train} has too few rows to hold some out: give an evaluation file")
+    return TextDataset(train.stem, _split(trained, names), _split(held, names), names)
+
+
+def file_split(
+    path: str | Path,
+    names: tuple[str, ...],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Split:
+    """The texts of one file with the labels of a classifier that exists.
+
+    Raises:
+        PeftError: as `file_dataset`; a label that is not among `names` is named with its line.
+    """
+    return _split(_read(Path(path), text_column, label_column), names)
+
+
+def _split(rows: list[cols.LabelledText], names: tuple[str, ...]) -> Split:
+    return Split(tuple(row.text for row in rows), cols.label_indices(rows, names))
+
+
+def _held_out(text: str) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
+    """The labelled texts of one file; the columns are those of its first row."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(_READERS)
+        raise PeftError(f"{path} has the unknown format '{path.suffix}'; known are {known}")
+    if not path.is_file():
+        raise PeftError(f"the data file {path} does not exist")
+    found: list[cols.LabelledText] = []
+    text = label = None
+    try:
+        for line, row in reader(path):
+            place = f"{path}, line {line}"
+            if text is None or label is None:
+                names = list(row)
+                text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
+                label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
+            for column in (text, label):
+                if row.get(column) is None:
+                    raise PeftError(f"{place} lacks the column '{column}'")
+            found.append(cols.text_and_label(row[text], row[label], place))
+    except UnicodeDecodeError as error:
+        raise PeftError(f"{path} is not UTF-8 text ({error.reason})") from None
+    if not found:
+        raise PeftError(f"the data file {path} has no rows")
+    return found
+
+
+def _jsonl(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PeftError(f"{path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise PeftError(f"{path}, line {number} is not a JSON object")
+            yield number, row
+
+
+def _csv(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            for fields in reader:
+                if fields:
+                    yield reader.line_num, _named(header, fields, f"{path}, line {reader.line_num}")
+        except csv.Error as error:
+            raise PeftError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
+
+
+def _tsv(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        header = next(file, "").rstrip("\r\n").split("\t")
+        for number, line in enumerate(file, start=2):
+            if fields := line.rstrip("\r\n"):
+                yield number, _named(header, fields.split("\t"), f"{path}, line {number}")
+
+
+def _named(header: list[str], fields: list[str], place: str) -> dict[str, object]:
+    """A row by column name; a short row lacks its last columns, a long one is an error."""
+    if len(fields) > len(header):
+        raise PeftError(f"{place} has {len(fields)} fields, the header has {len(header)}")
+    return dict(zip(header, fields))
+
+
+def _parquet(path: Path) -> Rows:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except ArrowException as error:
+        raise PeftError(f"{path} is not a Parquet file: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,55 @@
+"""What run an output folder belongs to, so that no run continues another one's checkpoints."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peftjax.errors import PeftError
+
+FILE = "run.json"
+
+
+def run_identity(method: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    """A run's identity: its method's name and options (JSON-able), and its model's parameters.
+
+    `model` is a SHA-256 over every parameter's path, shape and dtype; values do not matter.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    lines = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return {"method": dict(method), "model": digest}
+
+
+def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Write the identity into `directory`, or compare it with what is there.
+
+    Raises:
+        PeftError: the folder belongs to another run: names the first difference.
+    """
+    path = directory / FILE
+    if path.exists():
+        old, new = (_flat(json.loads(text)) for text in (path.read_text(), json.dumps(identity)))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise PeftError(
+                    f"{directory} belongs to another run: {name} is {old.get(name)!r} there and "
+                    f"{new.get(name)!r} in this run; choose another output folder"
+                )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects as one level, keys joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items())
+    return {name: value for part in parts for name, value in part.items()}

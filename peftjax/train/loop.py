@@ -1,0 +1,183 @@
+"""The training loop: `make_step` with data, evaluation, early stopping, metrics, checkpoints."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from peftjax.errors import PeftError
+from peftjax.io import checkpoint
+from peftjax.io.checkpoint import RunState
+from peftjax.train.config import Metric, Steps, TrainConfig
+from peftjax.train.early_stopping import Best, is_over, update
+from peftjax.train.identity import claim_folder
+from peftjax.train.losses import Batch, Objective, classification
+from peftjax.train.metrics import open_metrics
+from peftjax.train.optimizer import learning_rate, make_optimizer
+from peftjax.train.progress import show_progress
+from peftjax.train.step import Forward, Metrics, Step, make_evaluate, make_step
+from peftjax.train.usage import Throughput, peak_memory
+from peftjax.transform import Transform
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run ends with."""
+
+    trainable: PyTree[Array]
+    """The best parameters where the run has evaluations and best checkpoints, else the last."""
+    step: int
+    """The last step done."""
+    best: Best
+    """The best evaluation."""
+
+
+def fit(
+    forward: Forward,
+    method: Transform,
+    frozen: PyTree[Array],
+    trainable: PyTree[Array],
+    batches: grain.DatasetIterator,
+    held_out: Callable[[], Iterable[Batch]] | None,
+    *,
+    config: TrainConfig,
+    steps: Steps,
+    key: Key[Array, ""],
+    directory: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    objective: Objective = classification,
+) -> FitResult:
+    """Train, and continue exactly where an interrupted run with the same `directory` stopped.
+
+    Args:
+        forward: the model as the method rewrites it: `method.model(model)`.
+        method: gives `apply` and `optimizer`.
+        frozen: what `method.init` returned and is not trained.
+        trainable: what `method.init` returned to be trained; it is copied, not donated.
+        batches: endless training batches whose iterator has `get_state` and `set_state`.
+        held_out: makes the evaluation batches, anew for each evaluation; None never evaluates.
+        config: the options; `validate` has passed.
+        steps: when what happens, from `plan_steps`.
+        key: the run's key; step t uses `fold_in(key, t)`.
+        directory: for checkpoints (`checkpoints/`), metrics and identity; None writes nothing.
+        identity: of the run, from `run_identity`, compared with what `directory` belongs to.
+        objective: loss and scores of a batch.
+
+    Raises:
+        PeftError: `directory` belongs to another run, or a loss or gradient is not finite.
+    """
+    tx = method.optimizer(make_optimizer(config, steps.total))
+    rate = learning_rate(config, steps.total)
+    step_fn = make_step(forward, method, tx, objective, accumulation=config.grad_accumulation)
+    evaluate = make_evaluate(forward, method, objective)
+    # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    opt_state = jax.tree.map(jnp.copy, tx.init(trainable))
+    state = RunState(trainable, opt_state, key, 0, {}, dataclasses.asdict(Best()))
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if directory is not None:
+            claim_folder(directory, identity or {})
+            checkpoints = stack.enter_context(
+                checkpoint.open_checkpoints(
+                    directory / "checkpoints",
+                    keep_last=config.keep_last,
+                    keep_best=config.keep_best,
+                )
+            )
+            found = checkpoint.restore_latest(checkpoints, state)
+            if found is not None:
+                state = found
+                batches.set_state(state.data)
+        write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
+        report = stack.enter_context(show_progress(steps.total, state.step))
+        best = Best(**state.progress)
+        throughput = Throughput()
+        pending: list[tuple[int, Metrics]] = []
+
+        while state.step < steps.total and not is_over(best, config.early_stopping_patience):
+            batch = next(batches)
+            throughput.before(batch)
+            state, metrics = _advance(step_fn, state, frozen, batch)
+            throughput.after(batch, metrics)
+            pending.append((state.step, metrics))
+
+            evaluates = held_out is not None and steps.evaluates(state.step)
+            saves = evaluates or steps.saves(state.step)
+            if not (saves or steps.logs(state.step)):
+                continue
+            values = _check_finite(pending)
+            throughput.stop()
+            score = None
+            if steps.logs(state.step):
+                values["learning_rate"] = float(rate(state.step - 1))
+                values["tokens_per_second"] = throughput.take()
+                values |= peak_memory()
+                write(state.step, values)
+                report(state.step, values)
+            if evaluates:
+                results = evaluate(state.trainable, frozen, held_out())
+                values = {f"eval_{name}": value for name, value in results.items()}
+                write(state.step, values)
+                report(state.step, values)
+                score = _score(results, config.best_by, state.step)
+                best = update(best, state.step, score)
+            if saves and checkpoints is not None:
+                progress = dataclasses.asdict(best)
+                state = dataclasses.replace(state, data=batches.get_state(), progress=progress)
+                checkpoint.save(checkpoints, state, score)
+            throughput.start()
+
+        trainable = state.trainable
+        if checkpoints is not None and config.keep_best and best.step is not None:
+            trainable = checkpoint.restore_trainable(checkpoints, best.step, trainable)
+    return FitResult(trainable, state.step, best)
+
+
+def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch) -> tuple[RunState, Metrics]:
+    """One step; the arrays of `state` are donated."""
+    step = state.step + 1
+    key = jax.random.fold_in(state.key, step)
+    trainable, opt_state, metrics = step_fn(state.trainable, state.opt_state, frozen, batch, key)
+    return (
+        dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=step),
+        metrics,
+    )
+
+
+def _check_finite(pending: list[tuple[int, Metrics]]) -> dict[str, float | int | None]:
+    """Wait for the steps since the last call; the values of the newest one.
+
+    Raises:
+        PeftError: names the first step whose loss or gradient is not finite.
+    """
+    values: dict[str, float | int | None] = {}
+    for step, metrics in pending:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise PeftError(
+                    f"the {name} of step {step} is {values[name]}: lower learning_rate, set "
+                    "clip_norm or compute in float32; the last checkpoint is from before it"
+                )
+    pending.clear()
+    return values
+
+
+def _score(results: Mapping[str, float], best_by: Metric, step: int) -> float:
+    """An evaluation's result as a score, higher is better."""
+    if best_by not in results:
+        raise PeftError(f"best_by is '{best_by}', but the evaluation gives {', '.join(results)}")
+    value = results[best_by]
+    if not math.isfinite(value):
+        raise PeftError(f"the evaluation after step {step} gave {best_by} {value}")
+    return -value if best_by == "loss" else value

@@ -1,0 +1,162 @@
+"""What to fine-tune, on what and how: the options of a run, shared by the library and the commands."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods import METHODS, build
+from peftjax.methods.select.plain import train
+from peftjax.models.backbone import Backbone, Params
+from peftjax.models.load import FAMILIES, load
+from peftjax.models.minilm import minilm_path
+from peftjax.train.config import TrainConfig
+from peftjax.train.data.dataset import TextDataset
+from peftjax.train.data.docstrings import docstring_dataset
+from peftjax.train.data.files import file_dataset
+from peftjax.train.data.tfds import PREFIX, tfds_dataset
+from peftjax.transform import Transform, chain
+
+MINILM = "minilm"
+DOCSTRINGS = "docstrings"
+_REGEX_CHARACTERS = re.compile(r"[.*+?\[\](){}|\\^$]")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Labelled texts to train and evaluate on."""
+
+    data: str = DOCSTRINGS
+    """A .jsonl, .csv, .tsv or .parquet file, 'tfds:NAME', or 'docstrings': those of this Python's
+    standard library, labelled with their package."""
+    eval_data: str | None = None
+    """A file to evaluate on; without one, a tenth of the training file is held out."""
+    text_column: str | None = None
+    """The column with the text; guessed from the usual names."""
+    label_column: str | None = None
+    """The column with the label; guessed from the usual names."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The pre-trained model."""
+
+    model: str = MINILM
+    """A Hugging Face folder, or 'minilm': all-MiniLM-L6-v2 from its Python package."""
+    head: str | None = None
+    """The classification head; by default 'mean_classifier' for sentence encoders, else 'classifier'."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The fine-tuning method; options that are not given keep the method's defaults."""
+
+    method: str = "lora"
+    """A method's name; `peftjax methods` lists them."""
+    rank: int | None = None
+    """Rank of the trained factors."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Which weights: 'all-linear', names such as `query value`, or one regular expression."""
+    dropout: float | None = None
+    """Dropout rate on the adapter's input."""
+    method_options: tuple[str, ...] = ()
+    """Further options of the method, each as name=value, e.g. init=orthogonal."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that `run` needs."""
+
+    source: DataOptions = field(default_factory=DataOptions)
+    base: ModelOptions = field(default_factory=ModelOptions)
+    tuning: MethodOptions = field(default_factory=MethodOptions)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    output: Path = Path("outputs")
+    """Folder for the adapter, summary, metrics and checkpoints; a run that was stopped goes on there."""
+    probe: bool = True
+    """Also report what a linear classifier on the frozen model's features reaches."""
+
+
+def open_data(options: DataOptions) -> TextDataset:
+    """The data set that the options name.
+
+    Raises:
+        PeftError: it cannot be read; or columns or evaluation data are given where they have no use.
+    """
+    columns = {"text_column": options.text_column, "label_column": options.label_column}
+    if options.data == DOCSTRINGS:
+        given = {"eval_data": options.eval_data, **columns}
+        if useless := [name for name, value in given.items() if value is not None]:
+            raise PeftError(f"the data set 'docstrings' takes no {useless[0]}; give a file as data")
+        return docstring_dataset()
+    if options.data.startswith(PREFIX):
+        return tfds_dataset(options.data, evaluation_split=options.eval_data, **columns)
+    return file_dataset(options.data, options.eval_data, **columns)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: the installed MiniLM, or the folder named."""
+    if name == MINILM:
+        return minilm_path()
+    folder = Path(name)
+    if not folder.is_dir():
+        raise PeftError(f"the model folder {name} does not exist; give a Hugging Face folder or 'minilm'")
+    return folder
+
+
+def open_model(
+    options: ModelOptions, num_labels: int, *, dtype: str = "float32", remat: str = "none", seed: int = 0
+) -> tuple[Backbone, Params]:
+    """The model with a classification head of `num_labels` columns, drawn from `seed` if new."""
+    folder = model_folder(options.model)
+    sentence_encoder = (folder / "1_Pooling" / "config.json").is_file()
+    head = options.head or ("mean_classifier" if sentence_encoder else "classifier")
+    key = jax.random.key(seed)
+    return load(folder, head=head, num_labels=num_labels, dtype=dtype, remat=remat, key=key)
+
+
+def make_method(options: MethodOptions) -> Transform:
+    """The method with the given options, the others at its defaults.
+
+    Raises:
+        PeftError: the method or an option is unknown, or a value does not fit.
+    """
+    if options.method not in METHODS:
+        raise PeftError(
+            f"no method is called {options.method!r}; closest: {tree.nearest(options.method, METHODS)}"
+        )
+    given: dict[str, Any] = {
+        name: value for name in ("rank", "alpha", "dropout") if (value := getattr(options, name)) is not None
+    }
+    if options.targets:
+        one_string = len(options.targets) == 1 and (
+            options.targets[0] == "all-linear" or _REGEX_CHARACTERS.search(options.targets[0])
+        )
+        given["targets"] = options.targets[0] if one_string else list(options.targets)
+    for pair in options.method_options:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise PeftError(f"method option {pair!r} is not of the form name=value")
+        given[name] = yaml.safe_load(value)
+    return build({"name": options.method, **given})
+
+
+def with_new_head(method: Transform, model: Backbone, params: Params) -> Transform:
+    """The method, and plain training of what the head has new, as far as the method leaves it."""
+    prefix = FAMILIES[model.config.model_type].heads[model.head_name].task_weights
+    if prefix is None:
+        return method
+    frozen, _ = jax.eval_shape(method.init, jax.random.key(0), params)
+    left = [
+        path
+        for path, leaf in tree.named_leaves(frozen.params).items()
+        if path.startswith(prefix) and not isinstance(leaf, tree.Hole)
+    ]
+    return chain(method, train(left)) if left else method

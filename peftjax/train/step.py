@@ -1,0 +1,97 @@
+"""One training step and one evaluation, as jitted functions of `trainable` and `frozen`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from peftjax.adapt import adapt
+from peftjax.train.losses import Batch, Objective
+from peftjax.transform import Transform
+
+Forward = Callable[..., Any]
+"""`(params, batch, *, key=None) -> outputs`."""
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Array], PyTree[Array], Metrics]]
+"""`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
+Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
+"""`(trainable, frozen, batches) -> means over all examples`."""
+
+
+def make_step(
+    forward: Forward,
+    method: Transform,
+    tx: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    accumulation: int = 1,
+) -> Step:
+    """The jitted training step.
+
+    With `accumulation` A > 1 the batch is computed as A equal parts one after the other; the
+    gradient is that of the whole batch's weighted mean, also where parts weigh differently.
+
+    Only `trainable` is differentiated. `trainable` and `opt_state` are donated: use what is
+    returned. `metrics` has the objective's means, with `loss`, and `grad_norm`.
+    """
+
+    def loss_sum(
+        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Array, tuple[Metrics, Array]]:
+        method_key, model_key = jax.random.split(key)
+        params = method.apply(frozen, trainable, key=method_key)
+        sums, weight = objective(adapt(forward)(params, batch, key=model_key), batch)
+        return sums["loss"], (sums, weight)
+
+    def gradient(
+        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[PyTree, Metrics, Array]:
+        gradients, (sums, weight) = jax.grad(loss_sum, has_aux=True)(trainable, frozen, batch, key)
+        return gradients, sums, weight
+
+    def accumulated(
+        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[PyTree, Metrics, Array]:
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), dict(batch))
+        first = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+        def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part)), None
+
+        return jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))[0]
+
+    def step(
+        trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[PyTree, PyTree, Metrics]:
+        compute = gradient if accumulation == 1 else accumulated
+        gradients, sums, weight = compute(trainable, frozen, batch, key)
+        gradients = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradients)
+        metrics = {name: total / weight for name, total in sums.items()}
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = tx.update(gradients, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:
+    """Evaluation without dropout: the objective's means, every example counted once by weight."""
+
+    @jax.jit
+    def sums_of(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[Metrics, Array]:
+        return objective(adapt(forward)(method.apply(frozen, trainable), batch), batch)
+
+    def evaluate(trainable: PyTree, frozen: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+        totals, weights = {}, 0.0
+        for batch in batches:
+            sums, weight = jax.device_get(sums_of(trainable, frozen, batch))
+            weights += float(weight)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return {name: total / weights for name, total in totals.items()}
+
+    return evaluate

@@ -1,0 +1,101 @@
+"""Adapters to and from a folder."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import KEY, assert_close, noisy
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.io.adapter import CONFIG, TENSORS, load_adapter, save_adapter
+
+
+def make_params(width=8, layers=3):
+    keys = jax.random.split(KEY, 2)
+    return {
+        "blocks": {"up": {"kernel": jax.random.normal(keys[0], (layers, width, width))}},
+        "head": {"kernel": jax.random.normal(keys[1], (width, 2)), "bias": jnp.zeros(2)},
+    }
+
+
+PARAMS = make_params()
+METHODS = [
+    pj.lora(rank=2),
+    pj.lora_fa(rank=2),
+    pj.dora(rank=2),
+    pj.pissa(rank=2, iterations=2),
+    pj.chain(pj.lora(rank=2, rank_pattern={"up": 3}), pj.train(["head"])),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_round_trip_is_exact(method, tmp_path):
+    frozen, trainable = method.init(jax.random.key(3), PARAMS)
+    trainable = noisy(trainable)
+    save_adapter(tmp_path, method, frozen, trainable, seed=3, info={"labels": ["a", "b"]})
+    loaded = load_adapter(tmp_path, PARAMS)
+    assert_close(loaded.trainable, trainable, 0)
+    assert_close(loaded.method.merge(loaded.frozen, loaded.trainable), method.merge(frozen, trainable), 0)
+    assert loaded.info == {"labels": ["a", "b"]}
+
+
+def test_the_folder_holds_the_adapter_and_nothing_else(tmp_path):
+    method = pj.lora(rank=8)
+    params = make_params(width=256)
+    frozen, trainable = method.init(KEY, params)
+    save_adapter(tmp_path, method, frozen, trainable, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size <= 1.05 * tree.nbytes(trainable)
+
+
+def test_names_that_contain_each_other_do_not_leak(tmp_path):
+    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("a", "aa", "lora", "weight")}
+    method = pj.lora(rank=1)
+    frozen, trainable = method.init(KEY, params)
+    trainable = noisy(trainable)
+    save_adapter(tmp_path, method, frozen, trainable, seed=0)
+    assert_close(load_adapter(tmp_path, params).trainable, trainable, 0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    method = METHODS[0]
+    frozen, trainable = method.init(KEY, PARAMS)
+    save_adapter(tmp_path, method, frozen, trainable, seed=0)
+    return tmp_path
+
+
+def test_another_models_adapter_is_refused(saved):
+    with pytest.raises(PeftError, match=r"'trainable/blocks/up/kernel/a' has shape \(3, 2, 8\)"):
+        load_adapter(saved, make_params(layers=2))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no tensors", "no config", "not JSON", "no method"])
+def test_damaged_folders_are_named(saved, damage):
+    tensors, config = saved / TENSORS, saved / CONFIG
+    if damage == "truncate":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "not JSON":
+        config.write_text("{")
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "method": {"name": "lorra"}}))
+    with pytest.raises(PeftError, match=r"adapter|lora"):
+        load_adapter(saved, PARAMS)
+
+
+def test_a_failed_write_leaves_the_old_adapter(saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    method = METHODS[0]
+    frozen, trainable = method.init(KEY, PARAMS)
+    unwritable = jax.tree.map(lambda leaf: leaf.astype(jnp.float8_e4m3fn), trainable)
+    with pytest.raises(PeftError, match="no float8_e4m3fn"):
+        save_adapter(saved, method, frozen, unwritable, seed=0)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from peftjax.errors import PeftError
+from peftjax.train.data.files import file_dataset
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def held(tmp_path):
+    return write(tmp_path / "dev.csv", 'text,label\n"a, b",10\nc,2\n')
+
+
+def test_csv_with_quotes_and_numeric_order(tmp_path, held):
+    train = write(tmp_path / "train.csv", "text,label\nx,10\ny,2\nz,1\n")
+    data = file_dataset(train, held)
+    assert data.label_names == ("1", "2", "10")
+    assert data.train.labels == (2, 1, 0)
+    assert data.evaluation.texts == ("a, b", "c")
+    assert data.evaluation.labels == (2, 1)
+
+
+def test_tsv_keeps_quotes_and_odd_line_ends(tmp_path):
+    text = "sentence\tlabel\n\"open quote\tpos\nit's\u2028one\x0crow \tneg\r\n"
+    data = file_dataset(write(tmp_path / "t.tsv", text), tmp_path / "t.tsv")
+    assert data.train.texts == ('"open quote', "it's\u2028one\x0crow ")
+    assert data.label_names == ("neg", "pos")
+
+
+def test_parquet_and_chosen_columns(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.table({"body": ["a", "b"], "topic": [3, 20]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    path = tmp_path / "t.parquet"
+    data = file_dataset(path, path, text_column="body", label_column="topic")
+    assert data.label_names == ("3", "20")
+    assert data.train.texts == ("a", "b")
+
+
+def test_held_out_without_an_evaluation_file(tmp_path):
+    rows = [json.dumps({"content": f"text {i}", "class": "ab"[i % 2]}) for i in range(200)]
+    path = write(tmp_path / "t.jsonl", "\n".join(rows))
+    data = file_dataset(path)
+    assert len(data.train) + len(data.evaluation) == 200
+    assert 8 <= len(data.evaluation) <= 35
+    assert not set(data.train.texts) & set(data.evaluation.texts)
+    assert data == file_dataset(path)
+
+
+GOOD = '{"text": "a", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", "", "has no rows"),
+        ("t.csv", "text,label\n", "has no rows"),
+        ("t.jsonl", GOOD + '{"text": \n', "line 2 is not JSON"),
+        ("t.jsonl", GOOD + "3\n", "line 2 is not a JSON object"),
+        ("t.jsonl", GOOD + '{"text": "b"}\n', "line 2 lacks the column 'label'"),
+        ("t.jsonl", GOOD + '{"text": "b", "label": 1.5}', "line 2: the label is 1.5"),
+        ("t.jsonl", GOOD + '{"text": 3, "label": 1}', "line 2: the text is 3"),
+        ("t.csv", "text,label\na,1\nb\n", "line 3 lacks the column 'label'"),
+        ("t.csv", "text,label\na,1,2\n", "line 2 has 3 fields, the header has 2"),
+        ("t.csv", 'text,label\n"a"b,1\n', "line 2 is not CSV"),
+        ("t.tsv", "txet\tlabel\na\tb\n", "columns are 'txet', 'label'.*did you mean 'txet'"),
+        ("t.parquet", "nothing", "is not a Parquet file"),
+        ("t.xml", "<a/>", "unknown format '.xml'"),
+        ("t.jsonl", GOOD, "too few rows"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if name == "t.parquet":
+        pytest.importorskip("pyarrow")
+    with pytest.raises(PeftError, match=message):
+        file_dataset(write(tmp_path / name, content))
+
+
+def test_missing_file_and_latin1(tmp_path):
+    with pytest.raises(PeftError, match="does not exist"):
+        file_dataset(tmp_path / "none.csv")
+    (tmp_path / "l.csv").write_bytes(b"text,label\n\xe9,1\n")
+    with pytest.raises(PeftError, match="not UTF-8"):
+        file_dataset(tmp_path / "l.csv")
+
+
+def test_label_unseen_in_training(tmp_path, held):
+    train = write(tmp_path / "train.csv", "text,label\nx,10\n")
+    with pytest.raises(PeftError, match=r"dev.csv, line 3: the label '2' does not occur"):
+        file_dataset(train, held)

@@ -1,0 +1,134 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank.lora import lora
+from peftjax.methods.select.plain import train
+from peftjax.train.identity import run_identity
+from peftjax.transform import chain
+
+TIMED = ("tokens_per_second", "peak_host_bytes", "peak_device_bytes")
+
+
+def lines(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if name not in TIMED} for row in rows]
+
+
+def launch(directory):
+    program = [sys.executable, str(Path(tiny.__file__)), str(directory)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+def kill_at(process, metrics, step):
+    """Kill the process once its metrics have a line of `step`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and f'{{"step": {step},' in metrics.read_text():
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_run_continues_bit_for_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = tiny.run(whole)
+    kill_at(launch(broken), broken / "metrics.jsonl", 6)
+    kill_at(launch(broken), broken / "metrics.jsonl", 22)
+    finish(launch(broken))
+    assert lines(broken) == lines(whole)
+    assert [row["step"] for row in lines(whole) if "loss" in row] == list(range(1, 41))
+    np.testing.assert_array_equal(np.load(broken / "kernel.npy"), expected.trainable["head"]["kernel"])
+
+
+def test_fit_learns_and_leaves_the_callers_arrays():
+    frozen, trainable = tiny.parameters()
+    result = tiny.run(trainable=trainable, frozen=frozen)
+    assert result.step == 40
+    assert result.best.score > 0.8
+    assert not trainable["head"]["kernel"].any()
+
+
+def test_finished_run_does_nothing_more(tmp_path):
+    config = replace(tiny.CONFIG, steps=4)
+    first, second = (tiny.run(tmp_path, config) for _ in range(2))
+    assert first.step == second.step == 4
+    np.testing.assert_array_equal(first.trainable["head"]["kernel"], second.trainable["head"]["kernel"])
+    assert len(lines(tmp_path)) == 5
+
+
+def test_early_stopping_returns_the_best(tmp_path):
+    # A huge learning rate: accuracy jumps about, so that some evaluation is not the best.
+    config = replace(tiny.CONFIG, steps=60, learning_rate=30.0, eval_every=2, early_stopping_patience=2)
+    result = tiny.run(tmp_path, config)
+    scores = {row["step"]: row["eval_accuracy"] for row in lines(tmp_path) if "eval_loss" in row}
+    assert result.step == result.best.step + 4 == max(scores) < 60
+    assert result.best.score == max(scores.values()) == scores[result.best.step]
+    again = tiny.run(tmp_path, config)
+    assert again.best == result.best
+    np.testing.assert_array_equal(again.trainable["head"]["bias"], result.trainable["head"]["bias"])
+
+
+def test_not_finite_loss_names_the_step(tmp_path):
+    tiny.run(tmp_path, replace(tiny.CONFIG, steps=4))
+
+    def broken(params, batch, *, key=None):
+        return tiny.forward(params, batch) * jnp.where(params["head"]["bias"].any(), jnp.nan, 1.0)
+
+    with pytest.raises(PeftError, match="loss of step 5 is nan"):
+        tiny.run(tmp_path, replace(tiny.CONFIG, steps=8, log_every=3), forward=broken)
+    assert tiny.run(tmp_path, replace(tiny.CONFIG, steps=5)).step == 5
+
+
+def test_folder_of_another_run(tmp_path):
+    config = replace(tiny.CONFIG, steps=1)
+    tiny.run(tmp_path, config)
+    with pytest.raises(PeftError, match="another run: method is 'tiny' there and 'lora'"):
+        tiny.run(tmp_path, config, identity={"method": "lora"})
+
+
+def test_trains_with_accumulation_and_without_evaluation():
+    config = replace(tiny.CONFIG, grad_accumulation=4)
+    result = tiny.run(config=config, held_out=None)
+    assert result.best.step is None
+    assert jnp.abs(result.trainable["head"]["kernel"]).max() > 0.1
+
+
+def test_real_method_resumes(tmp_path):
+    """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece."""
+    frozen, trainable = tiny.parameters()
+    params = {**frozen, **trainable, "layer": {"kernel": jnp.eye(16)}}
+
+    def forward(params, batch, *, key=None):
+        return tiny.forward({**params, "embed": params["embed"] @ params["layer"]["kernel"]}, batch)
+
+    method = chain(lora(rank=2, targets="layer/.*", dropout=0.1), train("head/.*"))
+    frozen, trainable = method.init(jax.random.key(0), params)
+    options = {"frozen": frozen, "trainable": trainable, "method": method}
+    options["identity"] = run_identity(method.config, params)
+    options["forward"] = method.model(forward)
+    config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=20, keep_best=0)
+    tiny.run(tmp_path, replace(config, steps=8), **options)
+    continued = tiny.run(tmp_path, config, **options)
+    whole = tiny.run(config=config, **options)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert jnp.abs(whole.trainable["lora"]["layer/kernel"]["b"]).max() > 0.01
+    assert whole.best.score > 0.6

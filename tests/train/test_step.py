@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from peftjax.train.data.batches import make_batch
+from peftjax.train.losses import accuracy, classification, cross_entropy
+from peftjax.train.step import make_evaluate, make_step
+
+
+def deterministic(params, batch, *, key=None):
+    return tiny.forward(params, batch)
+
+
+def batch_of_unequal_weights():
+    batch = make_batch(tiny.data(), range(8), 8)
+    batch["weights"] = np.array([1, 1, 0, 2, 0.5, 0, 0, 1], np.float32)
+    return batch
+
+
+def test_losses_against_numpy():
+    logits = np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0], [1.0, 1.0, 5.0]])
+    labels, weights = np.array([0, 0, 2]), np.array([1.0, 2.0, 0.0])
+    each = np.log(np.exp(logits).sum(axis=1)) - logits[range(3), labels]
+    half = jnp.asarray(logits, jnp.bfloat16)
+    assert cross_entropy(half, labels).dtype == jnp.float32
+    np.testing.assert_allclose(cross_entropy(half, labels), each.mean(), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(half, labels, weights), (each[0] + 2 * each[1]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(accuracy(half, labels, weights), 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_whole_batch(parts):
+    frozen, _ = tiny.parameters()
+    batch, key = batch_of_unequal_weights(), jax.random.key(0)
+    results = []
+    for accumulation in (1, parts):
+        tx = optax.sgd(1.0)
+        _, trainable = tiny.parameters()
+        step = make_step(deterministic, tiny.METHOD, tx, classification, accumulation=accumulation)
+        results.append(step(trainable, tx.init(trainable), frozen, batch, key))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    assert results[0][2]["grad_norm"] > 0.1
+
+
+def test_step_is_the_weighted_mean_gradient():
+    frozen, trainable = tiny.parameters()
+    batch = batch_of_unequal_weights()
+
+    def loss(trainable):
+        logits = tiny.forward({**frozen, **trainable}, batch)
+        return cross_entropy(logits, batch["labels"], batch["weights"])
+
+    value, gradient = jax.value_and_grad(loss)(trainable)
+    expected = jax.tree.map(lambda p, g: p - g, trainable, gradient)
+    tx = optax.sgd(1.0)
+    step = make_step(deterministic, tiny.METHOD, tx, classification)
+    found, _, metrics = step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    assert trainable["head"]["kernel"].is_deleted()
+    assert not frozen["embed"].is_deleted()
+
+
+def test_evaluation_counts_each_example_once():
+    frozen, trainable = tiny.parameters()
+    trainable["head"]["kernel"] = jax.random.normal(jax.random.key(2), (16, 3))
+    split = tiny.data()
+    evaluate = make_evaluate(tiny.forward, tiny.METHOD, classification)
+    results = [
+        evaluate(trainable, frozen, tiny.batches.evaluation_batches(split, size)) for size in (100, 64)
+    ]
+    assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=1e-7)
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+    assert 0 < results[0]["accuracy"] < 1
