@@ -1,4 +1,4 @@
-"""The models every registered method is tested on: width 8, two layers, one function each."""
+"""The models every registered method is tested on, of width 8."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from support import KEY
 
@@ -27,33 +28,42 @@ class Tiny:
 
 
 class Block(nn.Module):
-    dtype: Any = None
-
     @nn.compact
     def __call__(self, x, _):
         def dense(name, width, **options):
-            return nn.Dense(width, name=name, dtype=self.dtype, **options)
+            return nn.Dense(width, name=name, **options)
 
-        h = nn.LayerNorm(name="norm_1", dtype=self.dtype)(x)
+        h = nn.LayerNorm(name="norm_1")(x)
         # A key's bias shifts all of a row's logits alike: it has no gradient, so there is none.
         q, k, v = (dense(name, WIDTH, use_bias=name != "key")(h) for name in ("query", "key", "value"))
         h = nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
         x = x + dense("out", WIDTH)(h)
-        h = nn.LayerNorm(name="norm_2", dtype=self.dtype)(x)
+        h = nn.LayerNorm(name="norm_2")(x)
         return x + dense("down", WIDTH)(nn.gelu(dense("up", 12)(h))), None
 
 
-class Transformer(nn.Module):
+class Words(nn.Module):
+    """The smallest model with a lookup, linear layers and a tied output."""
+
     dtype: Any = None
     remat: bool = False
 
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(VOCABULARY, WIDTH, name="words", dtype=self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
-        x, _ = stack(self.dtype, name="blocks")(embed(tokens), None)
-        return embed.attend(nn.LayerNorm(name="norm", dtype=self.dtype)(x))
+        dense = nn.remat(nn.Dense, prevent_cse=False) if self.remat else nn.Dense
+        h = nn.tanh(dense(12, name="up", dtype=self.dtype)(embed(tokens)))
+        h = dense(WIDTH, name="down", dtype=self.dtype)(h)
+        return embed.attend(nn.LayerNorm(name="norm", dtype=self.dtype)(h))
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCABULARY, WIDTH, name="words")
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = stack(name="blocks")(embed(tokens), None)
+        return embed.attend(nn.LayerNorm(name="norm")(x))
 
 
 class Vit(nn.Module):
@@ -61,10 +71,7 @@ class Vit(nn.Module):
     def __call__(self, images):
         x = nn.Conv(WIDTH, (2, 2), strides=(2, 2), name="patch_conv")(images)
         x = x.reshape(x.shape[0], -1, WIDTH)
-        for n in range(LAYERS):
-            h = nn.LayerNorm(name=f"norm_{n}")(x)
-            attention = nn.MultiHeadDotProductAttention(2, use_bias=False, name=f"layers_{n}")
-            x = x + attention(h)
+        x = x + nn.MultiHeadDotProductAttention(2, use_bias=False, name="layers_0")(x)
         return nn.Dense(3, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
 
 
@@ -80,15 +87,13 @@ class Convolutions(nn.Module):
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, WIDTH, use_bias=False, decode=False, rngs=rngs)
         self.up, self.down = nnx.Linear(WIDTH, 12, rngs=rngs), nnx.Linear(12, WIDTH, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.attention(self.norm(x))
-        return x + self.down(nnx.gelu(self.up(x)))
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
 
 
-class NnxTransformer(nnx.Module):
+class NnxStack(nnx.Module):
     def __init__(self, rngs):
         self.words = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         # Its random state lies among the parameters: keys and counters, which no method may touch.
@@ -101,19 +106,22 @@ class NnxTransformer(nnx.Module):
         return self.words.attend(scan(x, self.blocks))
 
 
-def _linen(module: nn.Module, batch: jax.Array) -> Tiny:
-    params = jax.jit(module.init)(KEY, batch)["params"]
-    # No parameter stays zero or one, so that every comparison can fail.
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(KEY, len(leaves))
-    moved = [w + 0.1 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves)]
-    return Tiny(
-        lambda p, x: module.apply({"params": p}, x), jax.tree.unflatten(structure, moved), batch
+def moved(tree: Any, seed: int = 0) -> Any:
+    """The tree as after some steps of training: every number moved by its own random amount."""
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape), leaf.dtype), tree
     )
 
 
+def _linen(module: nn.Module, batch: jax.Array) -> Tiny:
+    # No parameter stays zero or one, so that every comparison can fail.
+    params = moved(jax.jit(module.init)(KEY, batch)["params"])
+    return Tiny(lambda p, x: module.apply({"params": p}, x), params, batch)
+
+
 def _nnx() -> Tiny:
-    definition, state = nnx.split(NnxTransformer(nnx.Rngs(0)))
+    definition, state = nnx.split(NnxStack(nnx.Rngs(0)))
     return Tiny(lambda state, tokens: nnx.merge(definition, state)(tokens), state, TOKENS)
 
 
@@ -123,8 +131,9 @@ def tiny(name: str) -> Tiny:
     images = jax.random.normal(KEY, (2, 4, 4, 3))
     makers = {
         "transformer": lambda: _linen(Transformer(), TOKENS),
-        "transformer bf16": lambda: _linen(Transformer(dtype=jnp.bfloat16), TOKENS),
-        "transformer remat": lambda: _linen(Transformer(remat=True), TOKENS),
+        "words": lambda: _linen(Words(), TOKENS),
+        "words bf16": lambda: _linen(Words(dtype=jnp.bfloat16), TOKENS),
+        "words remat": lambda: _linen(Words(remat=True), TOKENS),
         "vit": lambda: _linen(Vit(), images),
         "convolutions": lambda: _linen(Convolutions(), images),
         "nnx": _nnx,
