@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.weights.arrange import result_of_dot, side_of, to_logical
 from peftjax.weights.base import (
@@ -22,6 +23,9 @@ from peftjax.weights.base import (
     structured,
 )
 from peftjax.weights.layout import Layout, Side
+
+# The name of x·aᵀ for `jax.checkpoint` policies: thin, and enough to train b.
+THIN = "low_rank_thin"
 
 
 @structured
@@ -97,7 +101,7 @@ class LowRank(Weight):
         """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
 
         def delta(x: Array, a: Array, b: Array) -> Array:
-            z = rule(self._dropped(x), a.swapaxes(-1, -2).astype(x.dtype))
+            z = checkpoint_name(rule(self._dropped(x), a.swapaxes(-1, -2).astype(x.dtype)), THIN)
             return rule((self.scale * z).astype(x.dtype), b.astype(x.dtype))
 
         return self._add(contract(x, self.base, rule), delta, x, "i")
@@ -107,7 +111,8 @@ class LowRank(Weight):
 
     def _add(self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side) -> Array:
         if self.key is not None and self.dropout > 0.0:
-            delta = jax.checkpoint(delta)
+            # The mask is made again; x is kept only where a is trained.
+            delta = jax.checkpoint(delta, policy=jax.checkpoint_policies.save_only_these_names(THIN))
         return y + delta(x, *self._sides(side)).astype(y.dtype)
 
     def _dropped(self, x: Array) -> Array:
@@ -150,7 +155,7 @@ def _thin_dot(
         precision=rule.precision,
         preferred_element_type=rule.preferred,
     )
-    # z: [batch, free axes of x, stack axes that x has not, r]
+    z = checkpoint_name(z, THIN)  # [batch, free axes of x, stack axes that x has not, r]
     free_stack = tuple(p for p in stack if p not in rule.w_batch)
     batch = (*range(len(rule.w_batch)), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
     y = lax.dot_general(
@@ -169,7 +174,7 @@ def _thin_conv(x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: L
     inputs = layout.positions("i")
     thin = a.reshape(-1, *(layout.shape[p] for p in inputs)).astype(x.dtype)
     thin = jnp.moveaxis(thin, tuple(range(thin.ndim)), (out_axis, *inputs))
-    z = rule(x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
+    z = checkpoint_name(rule(x, jnp.concatenate([thin] * groups, axis=out_axis)), THIN)  # groups · r channels
     wide = jnp.expand_dims((b if in_axis < out_axis else b.T).astype(x.dtype), tuple(window))
     pointwise = Conv(
         numbers._replace(lhs_spec=numbers.out_spec),
