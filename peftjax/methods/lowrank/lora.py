@@ -120,6 +120,8 @@ def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str
         if option not in known:
             raise PeftError(f"{name}: unknown option {option!r}; did you mean {tree.nearest(option, known)}?")
     options = {**known, **given}
+    if options["layers"] is not None and not isinstance(options["layers"], int):
+        options["layers"] = [int(layer) for layer in options["layers"]]
     if options.get("init", "uniform") not in STARTS:
         raise PeftError(f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}")
     if not 0.0 <= options["dropout"] < 1.0:
