@@ -51,6 +51,8 @@ class ScaledColumns(Weight):
         gram = jnp.einsum("...ri,...qi->...rq", a, a)
         own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
         squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
+        # A column of zeros has length 0 and stays zero, as its magnitude is; rounding may go below.
+        squares = jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
     def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
