@@ -88,7 +88,8 @@ def find_targets(
                 f"{layout.matrix[0]} x {layout.matrix[1]}; lower rank, set rank_pattern, or exclude it"
             )
         scale = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
-        stacked = picked[path] if layout.stack else None
+        # Where the path tells the layer, a stack is one of experts, all of which it takes.
+        stacked = picked[path] if tree.layer_index(path, layers_pattern) is None else None
         found.append(Target(path, layout, own_rank, scale, stacked))
     return found
 
