@@ -18,7 +18,6 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.transform import Frozen, Params, Trainable, Transform
-from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.per_row import PerRow
 
@@ -137,18 +136,20 @@ def _low_rank_leaves(method: Transform, frozen: Frozen, trainable: Trainable) ->
     """The adapted weights, each a sum of its base and one low-rank product."""
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     bases = tree.named_leaves(frozen.params)
-    for path, leaf in leaves.items():
+    for path in leaves:
         if isinstance(bases[path], tree.Hole):
             raise PeftError(
                 f"{method.name}: {path!r} is trained as it is; two such adapters cannot be active "
                 "together, so train only factors in adapters that are added or mixed"
             )
-        if isinstance(leaf, Weight) and leaf is not bases[path] and not isinstance(leaf, LowRank):
+    changed = {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+    for path, leaf in changed.items():
+        if not isinstance(leaf, LowRank) or leaf.base is not bases[path]:
             raise PeftError(
-                f"{method.name}: {path!r} is a {type(leaf).__name__}, not a sum with its base; such "
-                "adapters are switched, not added or mixed"
+                f"{method.name}: {path!r} is a {type(leaf).__name__}, not its base plus one low-rank "
+                "product; such adapters are switched, not added or mixed"
             )
-    return {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+    return changed
 
 
 def _side_by_side(leaves: Sequence[LowRank], weights: Sequence[float]) -> tuple[Array, Array]:
