@@ -105,7 +105,7 @@ def test_every_method_adds_up_or_says_why_not(name):
     try:
         params = pj.add([first, second])
     except PeftError as error:
-        if "not a sum with its base" not in str(error) and "is trained as it is" not in str(error):
+        if "not its base plus one low-rank" not in str(error) and "is trained as it is" not in str(error):
             raise
         return
     base = first[1].params
@@ -230,8 +230,14 @@ def test_the_same_plain_parameter_in_two_adapters_is_refused():
 def test_dora_is_refused():
     one = adapter(1, pj.dora(rank=2, targets=["up"]))
     for together in (pj.add, pj.combine, functools.partial(pj.mix, rows=jnp.zeros(4, int))):
-        with pytest.raises(PeftError, match=r"dora: 'up/kernel' is a ScaledColumns, not a sum"):
+        with pytest.raises(PeftError, match=r"dora: 'up/kernel' is a ScaledColumns, not its base plus"):
             together([one])
+
+
+def test_two_low_rank_products_on_one_weight_are_refused():
+    twice = pj.chain(pj.lora(rank=2, targets=["up"]), pj.lora(rank=2, targets=["up"]))
+    with pytest.raises(PeftError, match=r"chain: 'up/kernel' is a LowRank, not its base plus one low-rank"):
+        pj.add([adapter(1, twice), adapter(2, twice)])
 
 
 def test_different_bases_are_refused():
