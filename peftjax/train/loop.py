@@ -76,7 +76,14 @@ def fit(
     """
     tx = method.optimizer(make_optimizer(config, steps.total))
     rate = learning_rate(config, steps.total)
-    step_fn = make_step(forward, method, tx, objective, accumulation=config.grad_accumulation)
+    step_fn = make_step(
+        forward,
+        method,
+        tx,
+        objective,
+        accumulation=config.grad_accumulation,
+        model_dropout=config.model_dropout,
+    )
     evaluate = make_evaluate(forward, method, objective)
     # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
     trainable = jax.tree.map(jnp.copy, trainable)
