@@ -21,6 +21,7 @@ from peftjax.weights.base import (
     static,
     structured,
 )
+from peftjax.weights.explicit import keeping, like
 from peftjax.weights.layout import Layout, Side
 
 
@@ -108,7 +109,7 @@ class LowRank(Weight):
     def _add(self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side) -> Array:
         if self.key is not None and self.dropout > 0.0:
             delta = jax.checkpoint(delta)
-        return y + delta(x, *self._sides(side)).astype(y.dtype)
+        return y + like(delta(x, *self._sides(side)).astype(y.dtype), y)
 
     def _dropped(self, x: Array) -> Array:
         if self.key is None or self.dropout == 0.0:
@@ -140,6 +141,8 @@ def _thin_dot(
     second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
     rank = len(stack)
     at = {p: n for n, p in enumerate(stack)} | {p: rank + 1 + n for n, p in enumerate(entered)}
+    free_stack = tuple(p for p in stack if p not in rule.w_batch)
+    free = [n for n in range(x.ndim) if n not in (*rule.x_contract, *rule.x_batch)]
     z = lax.dot_general(
         x,
         first,
@@ -149,9 +152,9 @@ def _thin_dot(
         ),
         precision=rule.precision,
         preferred_element_type=rule.preferred,
+        out_sharding=keeping(x, (*rule.x_batch, *free), len(free_stack) + 1),
     )
     # z: [batch, free axes of x, stack axes that x has not, r]
-    free_stack = tuple(p for p in stack if p not in rule.w_batch)
     batch = (*range(len(rule.w_batch)), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
     y = lax.dot_general(
         (scale * z).astype(x.dtype),
