@@ -16,10 +16,10 @@ from jaxtyping import Array, Key, PyTree
 from peftjax.errors import PeftError
 from peftjax.io import checkpoint
 from peftjax.io.checkpoint import RunState
+from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.identity import claim_folder
-from peftjax.train.losses import Batch, Objective, classification
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.progress import show_progress

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from peftjax.adapt import adapt
-from peftjax.train.losses import Batch, Objective
+from peftjax.losses import Batch, Objective
 from peftjax.transform import Transform
 
 Forward = Callable[..., Any]
