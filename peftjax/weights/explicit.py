@@ -34,6 +34,11 @@ def like(x: Array, y: Array) -> Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def is_explicit(x: Array) -> bool:
+    """Whether the sharding of x is part of its type."""
+    return _explicit(x) is not None
+
+
 def _explicit(x: Any) -> NamedSharding | None:
     sharding = getattr(jax.typeof(x), "sharding", None)
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
