@@ -1,6 +1,7 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
 import peftjax.train  # noqa: F401  (loaded first, so that the name stays the function's below)
+from peftjax import losses
 from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
 from peftjax.methods import METHODS, build, describe
@@ -14,6 +15,7 @@ from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
+from peftjax.models.load import load, save
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
 from peftjax.weights.base import Weight, dense, matmul
 
@@ -36,14 +38,17 @@ __all__ = [
     "freeze",
     "full",
     "layouts_of",
+    "load",
     "lora",
     "lora_fa",
     "lora_plus",
+    "losses",
     "matmul",
     "mix",
     "olora",
     "pissa",
     "rows",
     "rslora",
+    "save",
     "train",
 ]

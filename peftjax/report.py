@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from peftjax import tree
 from peftjax.transform import MethodInfo, Transform
@@ -96,13 +96,14 @@ def inspection(method: Transform, params: Any) -> dict[str, Any]:
 
 def print_inspection(found: Mapping[str, Any]) -> None:
     """The parameters as a table, and the totals."""
-    table = Table("parameter", "shape", "dtype", found["method"], "axes (s stack, i in, o out)")
+    table = Table(Column("parameter", no_wrap=True), "shape", found["method"], "axes")
     for row in found["parameters"]:
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["parameter"], shape, row["dtype"], row["becomes"], row.get("axes", ""))
+        table.add_row(row["parameter"], shape, row["becomes"], row.get("axes", ""))
     Console().print(table)
     trained, total = found["trainable_parameters"], found["total_parameters"]
     print(f"{trained:,} trainable parameters beside {total:,}: {trained / total:.3%}")
+    print("axes: s stack (layers, experts), i input, o output")
 
 
 def _method_name(method: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from peftjax.adapt.products import PRODUCTS
 from peftjax.adapt.views import VIEWS
 from peftjax.errors import PeftError
 from peftjax.weights.base import Weight, dense
+from peftjax.weights.explicit import type_of
 
 # A rule takes (parameters of the equation, operands) and gives the results, or None when the operands'
 # structure would be lost. A control rule also takes the evaluator, to run the jaxprs inside it.
@@ -109,4 +110,9 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Weight) else leaf
+    if not isinstance(leaf, Weight):
+        return leaf
+    base = leaf.base
+    while isinstance(base, Weight):
+        base = base.base
+    return type_of(base, leaf.shape, leaf.dtype)

@@ -33,6 +33,7 @@ def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
         weight_first=weight_first,
         precision=eqn.params["precision"],
         preferred=eqn.params["preferred_element_type"],
+        out_sharding=eqn.params.get("out_sharding"),
     )
     x, weight = reversed(operands) if weight_first else operands
     return _apply(x, weight, rule)

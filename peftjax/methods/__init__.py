@@ -1,5 +1,6 @@
 """The registry: every method by its name. A new method is one file and one line here."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,13 @@ def build(config: Mapping[str, Any]) -> Transform:
         return chain(*(build(method) for method in options.get("methods", ())))
     if name not in METHODS:
         raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), METHODS)}")
+    parameters = inspect.signature(METHODS[name].factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option not in parameters and not takes_any:
+            raise PeftError(
+                f"{name}: unknown option {option!r}; closest: {nearest(option, parameters) or 'it has none'}"
+            )
     try:
         return METHODS[name].factory(**options)
     except TypeError as error:

@@ -44,6 +44,8 @@ class TrainConfig:
     """Compute dtype of the model; trainable parameters and their optimizer stay in float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    model_dropout: bool = False
+    """Also use the pre-trained model's own dropout rates, as a Hugging Face trainer does."""
     seed: int = 0
     """Seed of the initial values, the order of the data and dropout."""
     eval_every: int | None = None

@@ -16,10 +16,10 @@ from jaxtyping import Array, Key, PyTree
 from peftjax.errors import PeftError
 from peftjax.io import checkpoint
 from peftjax.io.checkpoint import RunState
+from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.identity import claim_folder
-from peftjax.train.losses import Batch, Objective, classification
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.progress import show_progress
@@ -76,7 +76,14 @@ def fit(
     """
     tx = method.optimizer(make_optimizer(config, steps.total))
     rate = learning_rate(config, steps.total)
-    step_fn = make_step(forward, method, tx, objective, accumulation=config.grad_accumulation)
+    step_fn = make_step(
+        forward,
+        method,
+        tx,
+        objective,
+        accumulation=config.grad_accumulation,
+        model_dropout=config.model_dropout,
+    )
     evaluate = make_evaluate(forward, method, objective)
     # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
     trainable = jax.tree.map(jnp.copy, trainable)

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from peftjax.errors import PeftError
-from peftjax.train.losses import accuracy, cross_entropy
+from peftjax.losses import accuracy, cross_entropy
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for λ."""
@@ -100,7 +100,7 @@ def fit_probe(
     def loss(weights: Weights) -> Float[Array, ""]:
         logits = features @ weights["kernel"] + weights["bias"]
         decay = penalty / 2 * jnp.sum(weights["kernel"] ** 2)
-        return cross_entropy(logits, labels, counts) + decay
+        return cross_entropy(logits, {"labels": labels, "weights": counts}) + decay
 
     start = {"kernel": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
     return _minimise(loss, start)
@@ -127,4 +127,4 @@ def _minimise(loss: Callable[[Weights], Array], start: Weights) -> Weights:
 
 
 def _accuracy(weights: Weights, features: Float[Array, "N D"], labels: Int[Array, "N"]) -> float:
-    return float(accuracy(features @ weights["kernel"] + weights["bias"], labels))
+    return float(accuracy(features @ weights["kernel"] + weights["bias"], {"labels": labels}))

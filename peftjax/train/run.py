@@ -15,6 +15,7 @@ import numpy as np
 from peftjax import tree
 from peftjax.io.adapter import save_adapter
 from peftjax.io.safetensors import replacing
+from peftjax.losses import classification
 from peftjax.methods import describe
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import FAMILIES
@@ -24,7 +25,6 @@ from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, token
 from peftjax.train.data.dataset import TextDataset
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
-from peftjax.train.losses import classification
 from peftjax.train.metrics import FILE as METRICS
 from peftjax.train.options import (
     RunOptions,

@@ -9,13 +9,13 @@ import jax
 
 from peftjax.errors import PeftError
 from peftjax.io.adapter import Adapter, load_adapter, read_config
+from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save
 from peftjax.models.tokenizer import load_tokenizer
 from peftjax.train.data.batches import evaluation_batches, tokenise
 from peftjax.train.data.dataset import Split
 from peftjax.train.data.files import file_split
-from peftjax.train.losses import classification
 from peftjax.train.options import DOCSTRINGS, DataOptions, model_folder, open_data
 from peftjax.train.step import make_evaluate
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from peftjax.adapt import adapt
-from peftjax.train.losses import Batch, Objective
+from peftjax.losses import Batch, Objective
 from peftjax.transform import Transform
 
 Forward = Callable[..., Any]
@@ -28,11 +28,14 @@ def make_step(
     objective: Objective,
     *,
     accumulation: int = 1,
+    model_dropout: bool = False,
 ) -> Step:
     """The jitted training step.
 
     With `accumulation` A > 1 the batch is computed as A equal parts one after the other; the
     gradient is that of the whole batch's weighted mean, also where parts weigh differently.
+
+    The key drives the method's randomness (adapter dropout) and, with `model_dropout`, the model's.
 
     Only `trainable` is differentiated. `trainable` and `opt_state` are donated: use what is
     returned. `metrics` has the objective's means, with `loss`, and `grad_norm`.
@@ -43,7 +46,8 @@ def make_step(
     ) -> tuple[Array, tuple[Metrics, Array]]:
         method_key, model_key = jax.random.split(key)
         params = method.apply(frozen, trainable, key=method_key)
-        sums, weight = objective(adapt(forward)(params, batch, key=model_key), batch)
+        outputs = adapt(forward)(params, batch, key=model_key if model_dropout else None)
+        sums, weight = objective(outputs, batch)
         return sums["loss"], (sums, weight)
 
     def gradient(

@@ -60,6 +60,7 @@ class Dot:
     weight_first: bool = False
     precision: Any = None
     preferred: Any = None
+    out_sharding: Any = None
 
     def __call__(self, x: Array, w: Array) -> Array:
         """The product when both are arrays."""
@@ -74,6 +75,7 @@ class Dot:
             (contract, batch),
             precision=self.precision,
             preferred_element_type=self.preferred,
+            out_sharding=self.out_sharding,
         )
 
 

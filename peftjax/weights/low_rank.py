@@ -21,6 +21,7 @@ from peftjax.weights.base import (
     static,
     structured,
 )
+from peftjax.weights.explicit import is_explicit, keeping, like
 from peftjax.weights.layout import Layout, Side
 
 Product = Callable[[Array, Array], Array]
@@ -108,7 +109,7 @@ class LowRank(Weight):
         return (self.a, self.b) if side == "i" else (self.b, self.a)
 
     def _add(self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side) -> Array:
-        return y + delta(x, *self._sides(side)).astype(y.dtype)
+        return y + like(delta(x, *self._sides(side)).astype(y.dtype), y)
 
     def _enter(self, product: Product, x: Array, first: Array) -> Array:
         """`x·first` with x dropped out; backward makes the mask again, and keeps x only to train `first`."""
@@ -156,16 +157,32 @@ def _thin_dot(
     contracted = (rule.x_contract, tuple(at[p] for p in rule.w_contract))
     batched = (rule.x_batch, tuple(at[p] for p in rule.w_batch))
     precise = {"precision": rule.precision, "preferred_element_type": rule.preferred}
-    z = enter(lambda x, first: lax.dot_general(x, first, (contracted, batched), **precise), x, first)
-    # z: [batch, free axes of x, stack axes that x has not, r]
     free_stack = tuple(p for p in stack if p not in rule.w_batch)
-    batch = (*range(len(rule.w_batch)), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
+    free = [n for n in range(x.ndim) if n not in (*rule.x_contract, *rule.x_batch)]
+    kept = keeping(x, (*rule.x_batch, *free), len(free_stack) + 1)
+
+    def product(x: Array, first: Array) -> Array:
+        return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
+
+    z = enter(product, x, first)
+    # z: [batch, free axes of x, stack axes that x has not, r]. The free axes become one: the gradient
+    # of `second` is a product over them, and a product over several axes makes the compiler rearrange
+    # its first operand, the wide cotangent (measured on a CPU: half of the time of a LoRA step). Where
+    # shardings are part of the type, axes with different shardings cannot become one.
+    n_batch, sizes = len(rule.w_batch), z.shape[len(rule.w_batch) : z.ndim - 1 - len(free_stack)]
+    one = not is_explicit(z)
+    if one:
+        z = z.reshape(*z.shape[:n_batch], -1, *z.shape[n_batch + len(sizes) :])
+    batch = (*range(n_batch), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
     y = lax.dot_general(
         (scale * z).astype(x.dtype),
         second,
         (((z.ndim - 1,), (rank,)), (batch, tuple(at[p] for p in (*rule.w_batch, *free_stack)))),
         **precise,
     )
+    if one:
+        lead = n_batch + len(free_stack)
+        y = y.reshape(*y.shape[:lead], *sizes, *y.shape[lead + 1 :])
     return result_of_dot(y, rule, layout, side)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from peftjax.errors import PeftError
-from peftjax.train.losses import cross_entropy
+from peftjax.losses import cross_entropy
 from peftjax.train.probe import fit_probe, linear_probe, majority_accuracy
 
 
@@ -37,7 +37,9 @@ def test_fit_is_at_the_minimum():
 
     def loss(weights):
         logits = features @ weights["kernel"] + weights["bias"]
-        return cross_entropy(logits, labels, counts) + 0.05 * jnp.sum(weights["kernel"] ** 2)
+        return cross_entropy(logits, {"labels": labels, "weights": counts}) + 0.05 * jnp.sum(
+            weights["kernel"] ** 2
+        )
 
     gradient = jax.grad(loss)(weights)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-3

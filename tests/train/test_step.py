@@ -5,8 +5,8 @@ import optax
 import pytest
 import tiny
 
+from peftjax.losses import accuracy, classification, cross_entropy
 from peftjax.train.data.batches import make_batch
-from peftjax.train.losses import accuracy, classification, cross_entropy
 from peftjax.train.step import make_evaluate, make_step
 
 
@@ -25,10 +25,12 @@ def test_losses_against_numpy():
     labels, weights = np.array([0, 0, 2]), np.array([1.0, 2.0, 0.0])
     each = np.log(np.exp(logits).sum(axis=1)) - logits[range(3), labels]
     half = jnp.asarray(logits, jnp.bfloat16)
-    assert cross_entropy(half, labels).dtype == jnp.float32
-    np.testing.assert_allclose(cross_entropy(half, labels), each.mean(), rtol=1e-6)
-    np.testing.assert_allclose(cross_entropy(half, labels, weights), (each[0] + 2 * each[1]) / 3, rtol=1e-6)
-    np.testing.assert_allclose(accuracy(half, labels, weights), 1 / 3, rtol=1e-6)
+    assert cross_entropy(half, {"labels": labels}).dtype == jnp.float32
+    np.testing.assert_allclose(cross_entropy(half, {"labels": labels}), each.mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        cross_entropy(half, {"labels": labels, "weights": weights}), (each[0] + 2 * each[1]) / 3, rtol=1e-6
+    )
+    np.testing.assert_allclose(accuracy(half, {"labels": labels, "weights": weights}), 1 / 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -51,7 +53,7 @@ def test_step_is_the_weighted_mean_gradient():
 
     def loss(trainable):
         logits = tiny.forward({**frozen, **trainable}, batch)
-        return cross_entropy(logits, batch["labels"], batch["weights"])
+        return cross_entropy(logits, batch)
 
     value, gradient = jax.value_and_grad(loss)(trainable)
     expected = jax.tree.map(lambda p, g: p - g, trainable, gradient)

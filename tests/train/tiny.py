@@ -22,6 +22,7 @@ CONFIG = TrainConfig(
     eval_every=10,
     save_every=4,
     eval_batch_size=16,
+    model_dropout=True,
 )
 
 

@@ -12,22 +12,19 @@ Objective = Callable[[Array, Batch], tuple[dict[str, Float[Array, ""]], Float[Ar
 `sums[name] / weight` reported. Sums, because those of the parts of a batch can be added."""
 
 
-def cross_entropy(
-    logits: Float[Array, "*B C"],
-    labels: Int[Array, "*B"],
-    weights: Float[Array, "*B"] | None = None,
-) -> Float[Array, ""]:
-    """Weighted mean of -log softmax(logits)[label], in float32."""
-    return _mean(_label_losses(logits, labels), weights)
+def cross_entropy(logits: Float[Array, "*B C"], batch: Batch) -> Float[Array, ""]:
+    """Weighted mean of -log softmax(logits)[label], in float32.
+
+    Args:
+        logits: any floating dtype.
+        batch: `labels` [*B] int32, and optionally `weights` [*B].
+    """
+    return _mean(_label_losses(logits, batch["labels"]), batch)
 
 
-def accuracy(
-    logits: Float[Array, "*B C"],
-    labels: Int[Array, "*B"],
-    weights: Float[Array, "*B"] | None = None,
-) -> Float[Array, ""]:
-    """Weighted part of the examples whose largest logit is the label's."""
-    return _mean(_hits(logits, labels), weights)
+def accuracy(logits: Float[Array, "*B C"], batch: Batch) -> Float[Array, ""]:
+    """Weighted part of the examples whose largest logit is the label's; `batch` as above."""
+    return _mean(_hits(logits, batch["labels"]), batch)
 
 
 def classification(
@@ -51,7 +48,7 @@ def _hits(logits: Float[Array, "*B C"], labels: Int[Array, "*B"]) -> Float[Array
     return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
 
 
-def _mean(values: Float[Array, "*B"], weights: Float[Array, "*B"] | None) -> Float[Array, ""]:
-    if weights is None:
+def _mean(values: Float[Array, "*B"], batch: Batch) -> Float[Array, ""]:
+    if "weights" not in batch:
         return jnp.mean(values)
-    return jnp.sum(weights * values) / jnp.sum(weights)
+    return jnp.sum(batch["weights"] * values) / jnp.sum(batch["weights"])

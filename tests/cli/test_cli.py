@@ -1,0 +1,235 @@
+"""Each command as a user runs it: what it leaves, what it prints, what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import assert_close
+
+import peftjax as pj
+from peftjax.cli import main
+from peftjax.models.load import load
+from peftjax.train.saved import open_tuned
+
+STEPS = ["--steps", "30", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
+
+
+def run(capsys, *arguments):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The one line that a command ends with on bad input."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("peftjax: ")
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, data_folder, tmp_path_factory):
+    """A finished run and the command that made it."""
+    output = tmp_path_factory.mktemp("run")
+    command = ["train", "--model", model_folder, "--data", data_folder / "train.csv"]
+    command += ["--eval-data", data_folder / "dev.csv", "--output", output, "--rank", "2", *STEPS]
+    main([str(part) for part in command])
+    return output, command
+
+
+def test_train_leaves_an_adapter_and_a_summary(trained):
+    output, _ = trained
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["accuracy"] > 0.9 > summary["majority_accuracy"]
+    assert summary["probe_accuracy"] is not None
+    assert summary["eval_texts"] == 21
+    assert summary["steps"] == 30
+    assert summary["peak_host_bytes"] > 0
+    assert sorted(path.name for path in (output / "adapter").iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+    ]
+    # rank 2 on q, k, v, output, up, down of 2 layers of width 16 and 32, and the new head
+    assert summary["trainable_parameters"] == 2 * 2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 * 2 + 2
+
+
+def test_the_same_command_again_changes_nothing(trained, capsys):
+    output, command = trained
+    before = (output / "adapter" / "adapter.safetensors").read_bytes()
+    again = json.loads(run(capsys, *command, "--json"))
+    assert again["accuracy"] == json.loads((output / "summary.json").read_text())["accuracy"]
+    assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
+
+
+def test_eval_gives_the_accuracy_of_the_run(trained, data_folder, capsys):
+    output, _ = trained
+    adapter = output / "adapter"
+    printed = run(capsys, "eval", "--adapter", adapter, "--data", data_folder / "dev.csv", "--json")
+    scores = json.loads(printed)
+    summary = json.loads((output / "summary.json").read_text())
+    assert scores["accuracy"] == pytest.approx(summary["accuracy"])
+    assert scores["loss"] == pytest.approx(summary["loss"], rel=1e-5)
+    assert scores["texts"] == 21
+    assert "accuracy:" in run(capsys, "eval", "--adapter", adapter, "--data", data_folder / "dev.csv")
+
+
+def test_merge_writes_a_folder_with_the_same_outputs(trained, tmp_path, capsys):
+    output, _ = trained
+    run(capsys, "merge", "--adapter", output / "adapter", "--output", tmp_path / "merged")
+    tuned = open_tuned(output / "adapter")
+    batch = {"input_ids": jnp.array([[2, 5, 9, 3]])}
+    rewritten = tuned.adapter.method.apply(tuned.adapter.frozen, tuned.adapter.trainable)
+    model, params = load(tmp_path / "merged", head="classifier")
+    assert model.config.labels == ("bad", "good")
+    assert_close(model(params, batch), pj.adapt(tuned.model)(rewritten, batch))
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_merge_refuses_the_folder_of_the_base(trained, model_folder, capsys):
+    adapter = trained[0] / "adapter"
+    assert "choose another" in refused(capsys, "merge", "--adapter", adapter, "--output", model_folder)
+
+
+def test_options_come_from_yaml_and_the_command_line_wins(model_folder, data_folder, tmp_path, capsys):
+    options = tmp_path / "run.yaml"
+    options.write_text(
+        f"model: {model_folder}\ndata: {data_folder / 'train.csv'}\nmethod: dora\nrank: 3\n"
+        f"targets: [query, value]\noutput: {tmp_path / 'run'}\nsteps: 4\nbatch_size: 8\n"
+        "max_length: 16\nprobe: false\nlearning_rate: 1e-3\n"
+    )
+    summary = json.loads(run(capsys, "train", "--config", options, "--steps", "2", "--json"))
+    assert summary["steps"] == 2
+    assert summary["probe_accuracy"] is None
+    method = summary["method"]["methods"][0]
+    assert (method["name"], method["rank"], method["targets"]) == ("dora", 3, ["query", "value"])
+
+
+def test_methods_and_inspect(model_folder, capsys):
+    names = [row["name"] for row in json.loads(run(capsys, "methods", "--json"))]
+    assert names == list(pj.METHODS)
+    found = json.loads(
+        run(capsys, "inspect", "--model", model_folder, "--rank", "2", "--targets", "up", "--json")
+    )
+    assert found["trainable_parameters"] == 2 * 2 * (16 + 32)
+    becomes = {row["parameter"]: row["becomes"] for row in found["parameters"]}
+    assert [name for name, what in becomes.items() if what != "frozen"] == ["blocks/feed_forward/up/kernel"]
+    assert "blocks/feed_forward/up/kernel" in run(capsys, "inspect", "--model", model_folder)
+
+
+def test_inspect_shows_an_adapter(trained, capsys):
+    assert "lora" in run(capsys, "inspect", "--adapter", trained[0] / "adapter")
+
+
+def test_the_readme_has_the_methods_table(capsys):
+    readme = Path(__file__).parents[2] / "README.md"
+    assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "merge", "methods", "inspect"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_unknown_flags_end_with_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--learning-rat", "1"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.csv"], "missing.csv does not exist"),
+        (["--data", "{data}/no_label.csv"], "label"),
+        (["--text-column", "sentence"], "sentence"),
+        (["--eval-data", "{data}/unseen.csv"], "'ugly'"),
+        (["--targets", "q_porj"], "closest"),
+        (["--targets", "query", "upp"], "'upp' matched no parameter"),
+        (["--method", "lorra"], "closest: 'lora'"),
+        (["--method-options", "ranc=3"], "unknown option 'ranc'"),
+        (["--method-options", "ranc"], "name=value"),
+        (["--rank", "100"], "larger than"),
+        (["--model", "nowhere"], "does not exist"),
+        (["--batch-size", "10", "--grad-accumulation", "3"], "divisor"),
+        (["--remat", "everything"], "everything_saveable"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    arguments, message, model_folder, data_folder, tmp_path, capsys
+):
+    output = tmp_path / "run"
+    good = [
+        "--model",
+        model_folder,
+        "--data",
+        data_folder / "train.csv",
+        "--eval-data",
+        data_folder / "dev.csv",
+    ]
+    given = [str(argument).format(data=data_folder) for argument in arguments]
+    assert message in refused(capsys, "train", *good, "--output", output, *STEPS, *given)
+    assert not output.exists()
+
+
+def test_unknown_yaml_options_are_named(tmp_path, capsys):
+    options = tmp_path / "run.yaml"
+    options.write_text("learning_rat: 1\n")
+    assert "closest: 'learning_rate'" in refused(capsys, "train", "--config", options)
+    options.write_text("- 1\n")
+    assert "options by name" in refused(capsys, "train", "--config", options)
+
+
+def test_an_output_folder_of_another_run_is_left_alone(trained, capsys):
+    output, command = trained
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert "belongs to another run" in refused(capsys, *command, "--rank", "3")
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_an_adapter_of_another_model_is_refused(trained, other_model_folder, data_folder, capsys):
+    text = refused(
+        capsys, "eval", "--adapter", trained[0] / "adapter", "--model", other_model_folder, "--data",
+        data_folder / "dev.csv",
+    )  # fmt: skip
+    assert "this model needs" in text
+
+
+def test_a_truncated_model_is_refused(model_folder, data_folder, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    text = refused(
+        capsys,
+        "train",
+        "--model",
+        tmp_path,
+        "--data",
+        data_folder / "train.csv",
+        "--output",
+        tmp_path / "run",
+    )
+    assert "model.safetensors is not a complete safetensors file" in text
+
+
+def test_labels_the_classifier_does_not_know_are_named_with_their_line(trained, data_folder, capsys):
+    text = refused(capsys, "eval", "--adapter", trained[0] / "adapter", "--data", data_folder / "unseen.csv")
+    assert "'ugly'" in text
+    assert "line 3" in text
+
+
+def test_the_adapter_applies_in_ones_own_code(trained):
+    tuned = open_tuned(trained[0] / "adapter")
+    method, frozen, trainable = tuned.adapter.method, tuned.adapter.frozen, tuned.adapter.trainable
+    batch = {"input_ids": jnp.array([[2, 4, 5, 3], [2, 12, 13, 3]])}
+    logits = jax.jit(lambda t, f: pj.adapt(tuned.model)(method.apply(f, t), batch))(trainable, frozen)
+    assert [tuned.adapter.info["labels"][n] for n in logits.argmax(-1)] == ["good", "bad"]

@@ -1,0 +1,109 @@
+"""Sharded runs equal the single-device run: GSPMD (Auto axes), explicit shardings, shard_map."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import KEY, assert_close, noisy
+
+import peftjax as pj
+
+D, F, L = 16, 32, 2
+X = jax.random.normal(KEY, (8, 4, D))
+
+
+def make_params():
+    keys = jax.random.split(KEY, 2)
+    up, down = jax.random.normal(keys[0], (L, D, F)), jax.random.normal(keys[1], (L, F, D))
+    return {"blocks": {"up": {"kernel": 0.1 * up}, "down": {"kernel": 0.1 * down}}}
+
+
+SPECS = {
+    "blocks": {"up": {"kernel": P(None, "fsdp", "tensor")}, "down": {"kernel": P(None, "tensor", "fsdp")}}
+}
+
+
+def model(params, x):
+    def block(x, layer):
+        h = jnp.tanh(x @ layer["up"]["kernel"])
+        return x + h @ layer["down"]["kernel"], None
+
+    return lax.scan(block, x, params["blocks"])[0]
+
+
+def loss_and_grad(method, frozen, trainable, x):
+    def loss(trainable, frozen, x):
+        return jnp.sum(jnp.sin(pj.adapt(model)(method.apply(frozen, trainable), x)))
+
+    return jax.jit(jax.value_and_grad(loss))(trainable, frozen, x)
+
+
+@pytest.mark.parametrize("method", [pj.lora(rank=2), pj.dora(rank=2)], ids=lambda m: m.name)
+def test_gspmd(method):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    params = make_params()
+    frozen, trainable = method.init(KEY, params)
+    trainable = noisy(trainable)
+    want = loss_and_grad(method, frozen, trainable, X)
+
+    spread = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, SPECS)
+    frozen, _ = method.init(KEY, spread)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
+    assert_close(loss_and_grad(method, frozen, trainable, x), want)
+
+
+def test_shard_map_over_a_sharded_weight():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def column_then_row(params, x):
+        def local(x, up, down):
+            return lax.psum(jnp.tanh(x @ up) @ down, "tensor")
+
+        call = jax.shard_map(
+            local, mesh=mesh, in_specs=(P("fsdp"), P(None, "tensor"), P("tensor", None)), out_specs=P("fsdp")
+        )
+        return call(x, params["up"]["kernel"], params["down"]["kernel"])
+
+    params = jax.tree.map(lambda leaf: leaf[0], make_params()["blocks"])
+    method = pj.lora(rank=2, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, params)
+    trainable = noisy(trainable)
+
+    def total(trainable, merged):
+        weights = method.merge(frozen, trainable) if merged else method.apply(frozen, trainable)
+        return jnp.sum(jnp.sin(pj.adapt(column_then_row)(weights, X[:, 0])))
+
+    got = jax.value_and_grad(total)(trainable, False)
+    assert_close(got, jax.value_and_grad(total)(trainable, True))
+
+
+@pytest.mark.parametrize("sharded_input", [False, True])
+def test_explicit_shardings(sharded_input):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    params = jax.tree.map(lambda leaf: leaf[0], make_params()["blocks"])
+    specs = {"up": {"kernel": P(None, "tensor")}, "down": {"kernel": P("tensor", None)}}
+
+    def forward(params, x):
+        h = jnp.tanh(x @ params["up"]["kernel"])
+        return jnp.einsum("btf,fd->btd", h, params["down"]["kernel"], out_sharding=P("data"))
+
+    def plain(params, x):
+        return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+    method = pj.lora(rank=2, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, params)
+    trainable = noisy(trainable)
+    want = jax.grad(lambda t: jnp.sum(jnp.sin(plain(method.merge(frozen, t), X))))(trainable)
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(
+            lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs
+        )
+        x = jax.device_put(X, NamedSharding(mesh, P("data" if sharded_input else None)))
+        frozen, _ = method.init(KEY, spread)
+        got = jax.jit(jax.grad(lambda t, f, x: jnp.sum(jnp.sin(pj.adapt(forward)(method.apply(f, t), x)))))(
+            trainable, frozen, x
+        )
+    assert_close(got, want)
