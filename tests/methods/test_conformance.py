@@ -231,7 +231,7 @@ def test_what_is_trained_and_what_is_frozen_share_no_array(case):
 
 
 def test_remat_gives_the_same_step(smallest):
-    step = jax.jit(step_of(smallest.method, tiny("words remat").forward))
+    step = step_of(smallest.method, tiny("words remat").forward)
     assert_close(step(smallest.trained, smallest.frozen, smallest.model.batch), smallest.at_trained)
 
 
