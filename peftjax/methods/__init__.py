@@ -35,7 +35,7 @@ def build(config: Mapping[str, Any]) -> Transform:
     options = dict(config)
     name = options.pop("name", None)
     if name == "chain":
-        return chain(*(build(method) for method in options["methods"]))
+        return chain(*(build(method) for method in options.get("methods", ())))
     if name not in METHODS:
         raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), METHODS)}")
     parameters = inspect.signature(METHODS[name].factory).parameters

@@ -212,7 +212,11 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
     *modules, name = path.split("/")
     ndim = len(shape)
     parent = modules[-1].lower() if modules else ""
-    stacked = any(module.rstrip("_0123456789").lower() in _STACKS for module in modules)
+    # 'layers/3' and 'layers_3' are one layer: only a list without a number is stacked.
+    stacked = any(
+        module.lower() in _STACKS and not inner.isdecimal()
+        for module, inner in zip(modules, [*modules[1:], ""])
+    )
     if name == "weight":
         return "oi" + "i" * (ndim - 2) if "conv" in parent or ndim > 3 else "s" * (ndim - 2) + "oi"
     if name == "kernel" and "conv" in parent and ndim > 2:

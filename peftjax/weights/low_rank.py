@@ -24,6 +24,8 @@ from peftjax.weights.base import (
 from peftjax.weights.explicit import is_explicit, keeping, like
 from peftjax.weights.layout import Layout, Side
 
+Product = Callable[[Array, Array], Array]
+
 
 @structured
 class LowRank(Weight):
@@ -60,7 +62,7 @@ class LowRank(Weight):
         assert side is not None
 
         def delta(x: Array, first: Array, second: Array) -> Array:
-            return _thin_dot(self._dropped(x), first, second, self.scale, rule, self.layout, side)
+            return _thin_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
 
         return self._add(contract(x, self.base, rule), delta, x, side)
 
@@ -90,7 +92,7 @@ class LowRank(Weight):
         """
 
         def delta(x: Array, a: Array, b: Array) -> Array:
-            return _thin_conv(self._dropped(x), a, b, self.scale, rule, self.layout)
+            return _thin_conv(x, a, b, self.scale, rule, self.layout, self._enter)
 
         return self._add(contract(x, self.base, rule), delta, x, "i")
 
@@ -98,7 +100,7 @@ class LowRank(Weight):
         """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
 
         def delta(x: Array, a: Array, b: Array) -> Array:
-            z = rule(self._dropped(x), a.swapaxes(-1, -2).astype(x.dtype))
+            z = self._enter(rule, x, a.swapaxes(-1, -2).astype(x.dtype))
             return rule((self.scale * z).astype(x.dtype), b.astype(x.dtype))
 
         return self._add(contract(x, self.base, rule), delta, x, "i")
@@ -107,15 +109,19 @@ class LowRank(Weight):
         return (self.a, self.b) if side == "i" else (self.b, self.a)
 
     def _add(self, y: Array, delta: Callable[[Array, Array, Array], Array], x: Array, side: Side) -> Array:
-        if self.key is not None and self.dropout > 0.0:
-            delta = jax.checkpoint(delta)
         return y + like(delta(x, *self._sides(side)).astype(y.dtype), y)
 
-    def _dropped(self, x: Array) -> Array:
+    def _enter(self, product: Product, x: Array, first: Array) -> Array:
+        """`x·first` with x dropped out; backward makes the mask again, and keeps x only to train `first`."""
         if self.key is None or self.dropout == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+            return product(x, first)
+
+        @jax.checkpoint
+        def of_dropped(x: Array, first: Array) -> Array:
+            keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+            return product(jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype)), first)
+
+        return of_dropped(x, first)
 
 
 def low_rank_supports(layout: Layout, rule: Dot | Gather | Conv | RaggedDot) -> bool:
@@ -132,7 +138,14 @@ def low_rank_supports(layout: Layout, rule: Dot | Gather | Conv | RaggedDot) -> 
 
 
 def _thin_dot(
-    x: Array, first: Array, second: Array, scale: float, rule: Dot, layout: Layout, side: Side
+    x: Array,
+    first: Array,
+    second: Array,
+    scale: float,
+    rule: Dot,
+    layout: Layout,
+    side: Side,
+    enter: Callable[[Product, Array, Array], Array],
 ) -> Array:
     """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
     stack, entered = layout.positions("s"), layout.positions(side)
@@ -141,19 +154,17 @@ def _thin_dot(
     second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
     rank = len(stack)
     at = {p: n for n, p in enumerate(stack)} | {p: rank + 1 + n for n, p in enumerate(entered)}
+    contracted = (rule.x_contract, tuple(at[p] for p in rule.w_contract))
+    batched = (rule.x_batch, tuple(at[p] for p in rule.w_batch))
+    precise = {"precision": rule.precision, "preferred_element_type": rule.preferred}
     free_stack = tuple(p for p in stack if p not in rule.w_batch)
     free = [n for n in range(x.ndim) if n not in (*rule.x_contract, *rule.x_batch)]
-    z = lax.dot_general(
-        x,
-        first,
-        (
-            (rule.x_contract, tuple(at[p] for p in rule.w_contract)),
-            (rule.x_batch, tuple(at[p] for p in rule.w_batch)),
-        ),
-        precision=rule.precision,
-        preferred_element_type=rule.preferred,
-        out_sharding=keeping(x, (*rule.x_batch, *free), len(free_stack) + 1),
-    )
+    kept = keeping(x, (*rule.x_batch, *free), len(free_stack) + 1)
+
+    def product(x: Array, first: Array) -> Array:
+        return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
+
+    z = enter(product, x, first)
     # z: [batch, free axes of x, stack axes that x has not, r]. The free axes become one: the gradient
     # of `second` is a product over them, and a product over several axes makes the compiler rearrange
     # its first operand, the wide cotangent (measured on a CPU: half of the time of a LoRA step). Where
@@ -167,8 +178,7 @@ def _thin_dot(
         (scale * z).astype(x.dtype),
         second,
         (((z.ndim - 1,), (rank,)), (batch, tuple(at[p] for p in (*rule.w_batch, *free_stack)))),
-        precision=rule.precision,
-        preferred_element_type=rule.preferred,
+        **precise,
     )
     if one:
         lead = n_batch + len(free_stack)
@@ -176,13 +186,21 @@ def _thin_dot(
     return result_of_dot(y, rule, layout, side)
 
 
-def _thin_conv(x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: Layout) -> Array:
+def _thin_conv(
+    x: Array,
+    a: Array,
+    b: Array,
+    scale: float,
+    rule: Conv,
+    layout: Layout,
+    enter: Callable[[Product, Array, Array], Array],
+) -> Array:
     numbers, groups, options = rule.dimension_numbers, rule.feature_group_count, dict(rule.options)
     out_axis, in_axis, *window = numbers.rhs_spec
     inputs = layout.positions("i")
     thin = a.reshape(-1, *(layout.shape[p] for p in inputs)).astype(x.dtype)
     thin = jnp.moveaxis(thin, tuple(range(thin.ndim)), (out_axis, *inputs))
-    z = rule(x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
+    z = enter(rule, x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
     wide = jnp.expand_dims((b if in_axis < out_axis else b.T).astype(x.dtype), tuple(window))
     pointwise = Conv(
         numbers._replace(lhs_spec=numbers.out_spec),

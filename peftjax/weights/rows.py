@@ -65,6 +65,8 @@ class TrainedRows(Weight):
         """The base's rows, the trained ones in place."""
         found = contract(indices, self.base, rule)
         hits = indices == jnp.asarray(self.rows)  # [*batch, n]: the last axis of indices has size 1
-        place = jnp.argmax(hits, axis=-1)
-        trained = self.values.astype(found.dtype)[place]
-        return jnp.where(jnp.any(hits, axis=-1, keepdims=True), trained, found)
+        hit = jnp.any(hits, axis=-1)
+        # A place past the end reads zeros: the sum keeps these numbers alone, a choice would keep masks.
+        place = jnp.where(hit, jnp.argmax(hits, axis=-1), len(self.rows))
+        trained = self.values.astype(found.dtype).at[place].get(mode="fill", fill_value=0)
+        return jnp.where(hit[..., None], jnp.zeros((), found.dtype), found) + trained

@@ -51,6 +51,8 @@ class ScaledColumns(Weight):
         gram = jnp.einsum("...ri,...qi->...rq", a, a)
         own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
         squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
+        # A column of zeros has length 0 and stays zero, as its magnitude is; rounding may go below.
+        squares = jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
     def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
@@ -78,7 +80,7 @@ class ScaledColumns(Weight):
         for axis, p in enumerate(rule.w_batch):
             shape[axis] = gain.shape[p]
         gain = lax.transpose(gain, (*rule.w_batch, *left, *rule.w_contract))
-        return (y * gain.reshape(shape)).astype(y.dtype)
+        return _rescaled(y, gain.reshape(shape))
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The low-rank rows, scaled."""
@@ -88,20 +90,20 @@ class ScaledColumns(Weight):
             gains = contract(indices, gain, rule)
         else:
             gains = lax.squeeze(gain, (rule.axis,))
-        return (rows * gains).astype(rows.dtype)
+        return _rescaled(rows, gains)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """The low-rank convolution, its channels scaled."""
         y = contract(x, self.base, rule)
         shape = [1] * y.ndim
         shape[rule.dimension_numbers.out_spec[1]] = -1
-        return (y * self.gain().reshape(shape)).astype(y.dtype)
+        return _rescaled(y, self.gain().reshape(shape))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The low-rank ragged product, each row scaled by its expert's lengths."""
         y = contract(x, self.base, rule)
         gain = jnp.repeat(self.gain(), rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
-        return (y * gain).astype(y.dtype)
+        return _rescaled(y, gain)
 
     def cast(self, dtype: Any) -> "ScaledColumns":
         """The low-rank weight in another dtype; lengths stay as exact as they are."""
@@ -121,6 +123,12 @@ def column_squares(w: Any, layout: Layout) -> Array:
     n_stack, n_in = len(layout.stack), len(layout.positions("i"))
     summed = lax.transpose(squares, order).sum(axis=range(n_stack, n_stack + n_in))
     return summed.reshape(*layout.stack, -1)
+
+
+@jax.checkpoint
+def _rescaled(y: Array, gain: Array) -> Array:
+    # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
+    return (y * gain).astype(y.dtype)
 
 
 def _rows_through(a: Array, base: Any, layout: Layout) -> Array:

@@ -60,12 +60,12 @@ def find_targets(
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a pattern or a layer number is not
-            used; a rank is not positive or larger than the matrix.
+            used; a rank or alpha is not positive, or a rank larger than the matrix.
     """
     leaves = tree.named_leaves(params)
     paths = tree.select(params, targets, who=who, exclude=exclude)
     if layers is not None:
-        wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+        wanted = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
         _require_layers_exist(who, wanted, picked)
         paths = [path for path in paths if picked[path] != ()]
@@ -80,13 +80,16 @@ def find_targets(
         own_alpha = tree.pattern_value(path, alpha_pattern, alpha)
         if own_rank < 1:
             raise PeftError(f"{who}: rank must be positive, got {own_rank} for {path!r}")
+        if own_alpha <= 0:
+            raise PeftError(f"{who}: alpha must be positive, got {own_alpha} for {path!r}")
         if own_rank > min(layout.matrix):
             raise PeftError(
                 f"{who}: rank {own_rank} is larger than {path!r}, a matrix of "
                 f"{layout.matrix[0]} x {layout.matrix[1]}; lower rank, set rank_pattern, or exclude it"
             )
         scale = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
-        stacked = picked[path] if layout.stack else None
+        # Where the path tells the layer, a stack is one of experts, all of which it takes.
+        stacked = picked[path] if tree.layer_index(path, layers_pattern) is None else None
         found.append(Target(path, layout, own_rank, scale, stacked))
     return found
 
@@ -117,6 +120,8 @@ def _layers_of(
 
 
 def _require_layers_exist(who: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]) -> None:
+    if not wanted:
+        raise PeftError(f"{who}: layers names no layer; give at least one number, or None for all")
     held = {layer for layers in picked.values() for layer in layers}
     for layer in wanted:
         if layer not in held:
@@ -158,7 +163,7 @@ def start_orthogonal(key: Array, target: Target, leaf: Any) -> tuple[Array, Arra
     """
     rank = target.rank
     if rank % 2:
-        raise PeftError(f"lora: init 'orthogonal' needs an even rank, got {rank} for {target.path!r}")
+        raise PeftError(f"init 'orthogonal' needs an even rank, got {rank} for {target.path!r}")
     (n, m), stack = target.layout.matrix, target.stack
     basis_key, a_key, b_key = jax.random.split(key, 3)
     basis = jnp.linalg.qr(jax.random.normal(basis_key, (*stack, rank, rank)))[0]

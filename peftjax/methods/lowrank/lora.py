@@ -102,7 +102,7 @@ def lora(
             fit the parameters.
     """
     options = checked_options("lora", dict(locals()))
-    return low_rank("lora", options, STARTS[init], rslora=rslora)
+    return low_rank("lora", options, STARTS[init])
 
 
 def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -120,6 +120,8 @@ def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str
         if option not in known:
             raise PeftError(f"{name}: unknown option {option!r}; did you mean {tree.nearest(option, known)}?")
     options = {**known, **given}
+    if options["layers"] is not None and not isinstance(options["layers"], int):
+        options["layers"] = [int(layer) for layer in options["layers"]]
     if options.get("init", "uniform") not in STARTS:
         raise PeftError(f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}")
     if not 0.0 <= options["dropout"] < 1.0:
@@ -148,7 +150,7 @@ def low_rank(
         options: all of them, checked: what the transform can be made from again.
         start: the factors and base at the beginning.
         wrap: what is put around each low-rank weight, with its own slots.
-        rslora: scale by alpha / sqrt(r).
+        rslora: scale by alpha / sqrt(r), where the method has no such option.
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
         optimizer: the method's hook on the optimizer.
     """
@@ -158,9 +160,10 @@ def low_rank(
         "alpha_pattern", "layouts",
     )  # fmt: skip
     where = {key: options[key] for key in names}
+    where["rslora"] = options.get("rslora", rslora)
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
-        plan = find_targets(params, who=name, rslora=rslora, **where)
+        plan = find_targets(params, who=name, **where)
         leaves = tree.named_leaves(params)
         trainable: dict[str, dict[str, Array]] = {}
         state: dict[str, dict[str, Array]] = {}

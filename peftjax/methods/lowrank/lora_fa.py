@@ -6,11 +6,17 @@ Fine-tuning", arXiv 2308.03303.
     y = x·W + s · (x·aᵀ)·b        a frozen, b trained
 
 Trained: r·out numbers a weight. Backward keeps, per adapted layer, only the thin x·aᵀ. `a` is part of
-the frozen state: nothing can make it trainable later.
+the frozen state: nothing can make it trainable later. A lookup table starts with a ~ N(0, 1) and b = 0, the
+other way round than in LoRA, whose a = 0 would stay zero here.
 """
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.methods.lowrank.factors import Target, is_embedding
 from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
 from peftjax.transform import MethodInfo, Transform
 
@@ -25,7 +31,15 @@ def lora_fa(**options: Any) -> Transform:
         PeftError: as `lora`.
     """
     options = checked_options("lora_fa", options)
-    return low_rank("lora_fa", options, STARTS[options["init"]], train_a=False)
+    chosen = STARTS[options["init"]]
+
+    def start(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Any]:
+        a, b, leaf = chosen(key, target, leaf)
+        if is_embedding(target.path):
+            a, b = jax.random.normal(key, a.shape), jnp.zeros_like(b)
+        return a, b, leaf
+
+    return low_rank("lora_fa", options, start, train_a=False)
 
 
 METHOD = MethodInfo(

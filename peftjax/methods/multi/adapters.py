@@ -18,7 +18,6 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.transform import Frozen, Params, Trainable, Transform
-from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.per_row import PerRow
 
@@ -80,8 +79,8 @@ def combine(
     Args:
         adapters: `(method, frozen, trainable)` each, on the same base parameters.
         weights: one factor each; all 1 by default.
-        rank: None keeps the sum exact (the ranks add up); a number keeps the best approximation of
-            that rank, singular values of the sum being `√σ` on both factors.
+        rank: None keeps the sum exact (the ranks add up, to at most that of the matrix); a number keeps
+            the best approximation of that rank, singular values of the sum being `√σ` on both factors.
 
     Returns:
         A `lora` transform with scale 1 on exactly the adapted weights, and its trainable.
@@ -93,14 +92,17 @@ def combine(
         raise PeftError(f"combine: rank must be positive, got {rank}")
     params = add(adapters, weights)
     leaves = {path: leaf for path, leaf in tree.named_leaves(params).items() if isinstance(leaf, LowRank)}
-    factors = {
-        path: (leaf.a, leaf.b) if rank is None else _truncated(leaf.a, leaf.b, rank)
-        for path, leaf in leaves.items()
-    }
+    factors = {}
+    for path, leaf in leaves.items():
+        full = min(leaf.layout.matrix)  # a product has no higher rank, however many ranks add up
+        if rank is None and leaf.a.shape[-2] <= full:
+            factors[path] = (leaf.a, leaf.b)
+        else:
+            factors[path] = _truncated(leaf.a, leaf.b, full if rank is None else rank)
     ranks = {f"^{re.escape(path)}": a.shape[-2] for path, (a, _) in factors.items()}
     method = lora(
         rank=max(ranks.values()),
-        targets=list(factors),
+        targets="|".join(re.escape(path) for path in factors),
         rank_pattern=ranks,
         alpha_pattern={name: float(r) for name, r in ranks.items()},
         layouts={f"^{re.escape(path)}": leaf.layout.letters for path, leaf in leaves.items()},
@@ -109,8 +111,6 @@ def combine(
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
-    if not adapters:
-        raise PeftError("give at least one adapter")
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise PeftError(f"{len(adapters)} adapters were given with {len(weights)} weights")
@@ -119,6 +119,8 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
 
 def _common_base(adapters: Sequence[Adapter]) -> Params:
     """The base parameters, which every adapter must share."""
+    if not adapters:
+        raise PeftError("give at least one adapter")
     first = adapters[0][1].params
     for method, frozen, _ in adapters[1:]:
         for path, leaf in tree.named_leaves(frozen.params).items():
@@ -134,18 +136,20 @@ def _low_rank_leaves(method: Transform, frozen: Frozen, trainable: Trainable) ->
     """The adapted weights, each a sum of its base and one low-rank product."""
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     bases = tree.named_leaves(frozen.params)
-    for path, leaf in leaves.items():
+    for path in leaves:
         if isinstance(bases[path], tree.Hole):
             raise PeftError(
                 f"{method.name}: {path!r} is trained as it is; two such adapters cannot be active "
                 "together, so train only factors in adapters that are added or mixed"
             )
-        if isinstance(leaf, Weight) and leaf is not bases[path] and not isinstance(leaf, LowRank):
+    changed = {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+    for path, leaf in changed.items():
+        if not isinstance(leaf, LowRank) or leaf.base is not bases[path]:
             raise PeftError(
-                f"{method.name}: {path!r} is a {type(leaf).__name__}, not a sum with its base; such "
-                "adapters are switched, not added or mixed"
+                f"{method.name}: {path!r} is a {type(leaf).__name__}, not its base plus one low-rank "
+                "product; such adapters are switched, not added or mixed"
             )
-    return {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+    return changed
 
 
 def _side_by_side(leaves: Sequence[LowRank], weights: Sequence[float]) -> tuple[Array, Array]:

@@ -1,0 +1,323 @@
+"""What every method of the registry must do, on every tiny model; a new one is covered by its line there.
+
+A method that finds nothing to adapt in a model (token rows in an image model) is skipped there with its
+own error as the reason; on the models of tokens none may be.
+
+One program is compiled for each method and model. What needs another program runs on the smallest model.
+"""
+
+import copy
+import functools
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import KEY, assert_close
+from tiny_models import EVERY_WEIGHT, MODELS, Tiny, moved, tiny
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+
+RATE = 1e-3
+
+
+def method_of(name: str) -> pj.Transform:
+    """The method with its example's options, on every weight it can take."""
+    info = pj.METHODS[name]
+    method = info.factory(**info.example)
+    if method.config.get("targets") != "all-linear":
+        return method
+    return info.factory(**{**info.example, "targets": EVERY_WEIGHT})
+
+
+def step_of(method, forward):
+    """`(trainable, frozen, batch)` to all that one step of training says, as one function."""
+    run = pj.adapt(method.model(forward))
+    tx = method.optimizer(optax.sgd(RATE))
+
+    def loss(trainable, frozen, batch):
+        out = run(method.apply(frozen, trainable), batch)
+        weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(weight * jnp.sin(out.astype(jnp.float32))), out
+
+    def step(trainable, frozen, batch):
+        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+        updates, _ = tx.update(grads, tx.init(trainable), trainable)
+        stepped = optax.apply_updates(trainable, updates)
+        return {"loss": value, "out": out, "grads": grads, "stepped": stepped}
+
+    return step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model, fresh and as trained, and its compiled step."""
+
+    name: str
+    model: Tiny
+    method: pj.Transform
+    frozen: Any
+    fresh: Any
+    trained: Any
+    step: Any
+
+    @functools.cached_property
+    def at_fresh(self):
+        return self.step(self.fresh, self.frozen, self.model.batch)
+
+    @functools.cached_property
+    def at_trained(self):
+        return self.step(self.trained, self.frozen, self.model.batch)
+
+    @property
+    def info(self):
+        return pj.METHODS[self.method.name]
+
+    @property
+    def given(self):
+        """All that was handed in."""
+        return (self.frozen, self.fresh, self.trained, self.model.params)
+
+
+@functools.cache
+def made(method_name: str, model_name: str) -> Case | str:
+    model, method = tiny(model_name), method_of(method_name)
+    try:
+        frozen, trainable = method.init(KEY, model.params)
+    except PeftError as error:
+        if "words" in tree.named_leaves(model.params) or "matched no parameter" not in str(error):
+            raise
+        return str(error)
+    step = step_of(method, model.forward)
+    step = jax.jit(step) if model_name in MODELS else step  # op by op, the methods share what is compiled
+    return Case(model_name, model, method, frozen, trainable, moved(trainable), step)
+
+
+@functools.cache
+def plain(model_name: str):
+    """The model itself, compiled."""
+    return jax.jit(tiny(model_name).forward)
+
+
+@pytest.fixture(params=[(name, model) for name in pj.METHODS for model in MODELS], ids="-".join)
+def case(request):
+    found = made(*request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(params=pj.METHODS)
+def smallest(request):
+    return made(request.param, "words")
+
+
+def numbers(values):
+    """Copies of the arrays, but for random keys."""
+    leaves = jax.tree.leaves(values)
+    return [np.array(leaf) for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)]
+
+
+def same(left, right):
+    left, right = numbers(left), numbers(right)
+    return len(left) == len(right) and all(np.array_equal(a, b, equal_nan=True) for a, b in zip(left, right))
+
+
+def pairs(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right))
+    return [(jax.tree_util.keystr(path), ours, theirs) for (path, ours), theirs in leaves]
+
+
+# Construction.
+
+
+@pytest.mark.parametrize("name", pj.METHODS)
+def test_the_factory_makes_a_method_of_its_name_with_all_its_facts(name):
+    info = pj.METHODS[name]
+    assert info.factory(**info.example).name == name
+    assert all((info.paper, info.trains, info.keeps, info.factory.__doc__))
+
+
+def test_a_configuration_survives_json_and_makes_the_same_program(smallest):
+    saved = json.dumps(pj.describe(smallest.method))
+    again = pj.build(copy.deepcopy(json.loads(saved)))
+    assert json.dumps(pj.describe(again)) == saved
+    programs = [str(jax.make_jaxpr(m.init)(KEY, smallest.model.params)) for m in (smallest.method, again)]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("name", pj.METHODS)
+def test_an_unknown_option_is_an_error_that_names_it(name):
+    with pytest.raises(PeftError, match=rf"{name}: .*ranc"):
+        pj.build({"name": name, **pj.METHODS[name].example, "ranc": 4})
+
+
+def test_the_same_key_gives_the_same_start(smallest):
+    frozen, trainable = smallest.method.init(KEY, smallest.model.params)
+    assert same(frozen, smallest.frozen)
+    assert same(trainable, smallest.fresh)
+
+
+def test_the_start_can_be_asked_for_its_shapes_alone(smallest):
+    shapes = jax.eval_shape(smallest.method.init, KEY, smallest.model.params)
+    for wanted, found in zip(shapes, (smallest.frozen, smallest.fresh)):
+        for path, want, leaf in pairs(wanted, found):
+            assert (want.shape, want.dtype) == (leaf.shape, leaf.dtype), path
+
+
+# Forward.
+
+
+def test_a_fresh_adapter_leaves_the_outputs_as_they_were(case):
+    base = plain(case.name)(case.model.params, case.model.batch)
+    difference = float(jnp.abs(case.at_fresh["out"] - base).max())
+    assert (difference < 1e-5) == case.info.starts_as_base
+
+
+def test_a_trained_adapter_is_finite_and_changes_the_outputs(case):
+    out = case.at_trained["out"]
+    assert bool(jnp.isfinite(out).all())
+    assert float(jnp.abs(out - plain(case.name)(case.model.params, case.model.batch)).max()) > 1e-3
+
+
+def test_apply_without_a_key_is_deterministic(smallest):
+    first, second = (smallest.method.apply(smallest.frozen, smallest.trained) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert same(first, second)
+
+
+def test_one_row_of_another_length(smallest):
+    batch = smallest.model.batch[:1, :3]
+    run = pj.adapt(smallest.method.model(smallest.model.forward))
+    out = run(smallest.method.apply(smallest.frozen, smallest.trained), batch)
+    assert out.shape[:2] == batch.shape
+    if smallest.info.mergeable:
+        merged = smallest.method.merge(smallest.frozen, smallest.trained)
+        assert_close(out, plain("words")(merged, batch))
+
+
+# Training.
+
+
+def test_every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case):
+    for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):
+        assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), path
+        assert bool(jnp.isfinite(grad).all()), path
+        assert float(jnp.abs(grad).max()) > 0, path
+
+
+def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss(case):
+    before = numbers(case.given)
+    stepped = case.at_trained["stepped"]
+    for path, new, old in pairs(stepped, case.trained):
+        assert new.dtype == old.dtype, path
+        assert not np.array_equal(new, old), path
+    after = case.step(stepped, case.frozen, case.model.batch)
+    assert float(after["loss"]) < float(case.at_trained["loss"])
+    assert same(case.given, before)
+
+
+def test_what_is_trained_and_what_is_frozen_share_no_array(case):
+    trained = {id(leaf) for leaf in jax.tree.leaves(case.fresh)}
+    assert not trained & {id(leaf) for leaf in jax.tree.leaves(case.frozen)}
+
+
+def test_remat_gives_the_same_step(smallest):
+    step = jax.jit(step_of(smallest.method, tiny("words remat").forward))
+    assert_close(step(smallest.trained, smallest.frozen, smallest.model.batch), smallest.at_trained)
+
+
+def test_bfloat16_computation(smallest):
+    step = step_of(smallest.method, tiny("words bf16").forward)
+    got, want = step(smallest.trained, smallest.frozen, smallest.model.batch), smallest.at_trained
+    assert got["out"].dtype == jnp.bfloat16
+    assert_close(got["out"], want["out"], 5e-2)
+    for path, grad, wanted in pairs(got["grads"], want["grads"]):
+        assert grad.dtype == wanted.dtype, path
+        cosine = np.vdot(grad, wanted) / (np.linalg.norm(grad) * np.linalg.norm(wanted))
+        assert cosine > 0.99, path
+
+
+def test_bfloat16_parameters(smallest):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), smallest.model.params)
+    frozen, trainable = smallest.method.init(KEY, params)
+    merged = smallest.method.merge(frozen, moved(trainable))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
+    if smallest.info.starts_as_base:
+        assert_close(smallest.method.merge(frozen, trainable), params, 1e-2)
+
+
+# Merging.
+
+
+def test_the_merged_model_is_the_adapted_model_and_the_base_is_still_there(case):
+    before = numbers(case.given)
+    merged = case.method.merge(case.frozen, case.trained)
+    for path, leaf, base in pairs(merged, case.model.params):
+        assert (leaf.shape, leaf.dtype) == (base.shape, base.dtype), path
+    assert same(case.given, before)
+    if case.info.mergeable:
+        assert_close(plain(case.name)(merged, case.model.batch), case.at_trained["out"])
+
+
+def test_merging_again_gives_the_same_and_passes_the_safety_check(smallest):
+    merged = smallest.method.merge(smallest.frozen, smallest.trained)
+    assert same(smallest.method.merge(smallest.frozen, smallest.trained, safe=True), merged)
+
+
+def test_a_safe_merge_refuses_nan_and_leaves_everything_as_it_was(smallest):
+    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), smallest.trained)
+    before = numbers(smallest.given)
+    with pytest.raises(PeftError, match=r"merge: parameter '.*' has values that are not finite"):
+        smallest.method.merge(smallest.frozen, poisoned, safe=True)
+    assert same(smallest.given, before)
+
+
+# Composition.
+
+
+def test_an_adapter_comes_back_from_names_and_numpy_arrays(case):
+    """What every file format stores; nothing of the base is among it."""
+    stored = {path: np.array(leaf) for path, leaf in tree.named_leaves(case.trained).items()}
+    assert len(stored) == len(jax.tree.leaves(case.trained))
+    again = tree.map_named(lambda path, leaf: jnp.asarray(stored[path]), case.trained)
+    assert jax.tree.structure(again) == jax.tree.structure(case.trained)
+    assert same(again, case.trained)
+    assert sum(array.nbytes for array in stored.values()) == tree.nbytes(case.trained)
+
+
+def test_training_a_plain_parameter_beside_it(smallest):
+    method = pj.chain(smallest.method, pj.train(["norm/scale"]))
+    if "norm/scale" in tree.named_leaves(smallest.fresh):
+        with pytest.raises(PeftError, match=r"'norm/scale'"):
+            method.init(KEY, smallest.model.params)
+        return
+    frozen, trainable = method.init(KEY, smallest.model.params)
+    assert set(trainable) == {smallest.method.name, "train"}
+    trained = {**trainable, "train": {"norm/scale": jnp.full(8, 2.0)}}
+    merged = method.merge(frozen, trained)
+    np.testing.assert_array_equal(merged["norm"]["scale"], 2.0)
+    out = pj.adapt(smallest.model.forward)(method.apply(frozen, trained), smallest.model.batch)
+    assert_close(out, plain("words")(merged, smallest.model.batch))
+
+
+def test_on_a_base_that_is_not_a_plain_array(smallest):
+    method = pj.chain(pj.lora(rank=2, targets=EVERY_WEIGHT), smallest.method)
+    try:
+        frozen, trainable = method.init(KEY, smallest.model.params)
+    except PeftError as error:
+        refused = re.search(r"LowRank|earlier method", str(error))
+        if smallest.info.quantized_base or refused is None:
+            raise
+        return
+    trained = moved(trainable)
+    out = pj.adapt(smallest.model.forward)(method.apply(frozen, trained), smallest.model.batch)
+    assert_close(out, plain("words")(method.merge(frozen, trained), smallest.model.batch))

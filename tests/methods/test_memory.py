@@ -1,0 +1,155 @@
+"""What the backward pass of an adapted layer keeps, read from the traced program: nothing is compiled.
+
+A kept array is a residual of `jax.vjp` that is no argument of the step (the base, the adapter, the
+batch) itself.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import Literal
+from support import KEY
+
+import peftjax as pj
+
+N, N_IN, N_OUT, RANK = 6, 32, 48, 2
+TABLE = 40
+PARAMS = {
+    "up": {"kernel": jnp.ones((N_IN, N_OUT)), "bias": jnp.ones(N_OUT)},
+    "words": {"embedding": jnp.ones((TABLE, N_IN))},
+}
+X = jax.random.normal(KEY, (N, N_IN))
+TOKENS = jnp.arange(N)
+
+
+def linear(params, x):
+    up = params["up"]
+    return x @ up["kernel"].astype(x.dtype) + up["bias"].astype(x.dtype)
+
+
+def lookup(params, tokens):
+    return params["words"]["embedding"][tokens]
+
+
+def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False):
+    """`(dtype, shape)` of every kept array; `through`: the layer's input needs a gradient too."""
+    frozen, trainable = method.init(KEY, params)
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+
+    def residuals(trainable, frozen, x, key):
+        def out(trainable, scale):
+            h = x * scale if floating else x  # made inside, so that to keep it is to keep an array
+            options = {} if key is None else {"key": key}
+            return pj.adapt(forward)(method.apply(frozen, trainable, **options), h)
+
+        one = jnp.ones((), x.dtype)
+        if through:
+            return jax.tree.leaves(jax.vjp(out, trainable, one)[1])
+        return jax.tree.leaves(jax.vjp(lambda t: out(t, one), trainable)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(trainable, frozen, x, key).jaxpr
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    variables = [v for v in jaxpr.outvars if not isinstance(v, Literal)]
+    made = dict.fromkeys(v for v in variables if v not in given)
+    return sorted((str(v.aval.dtype), v.aval.shape) for v in made)
+
+
+def make(name, **options):
+    info = pj.METHODS[name]
+    config = {**info.example, **options}
+    if "targets" in info.factory(**info.example).config and "targets" not in info.example:
+        config["targets"] = ["up"]
+    return info.factory(**config)
+
+
+ON_A_LINEAR_LAYER = [name for name in pj.METHODS if name != "rows"]
+
+
+X_KEPT, THIN, OUT = ("float32", (N, N_IN)), ("float32", (N, RANK)), ("float32", (N, N_OUT))
+PER_OUTPUT = [("float32", (1, N_OUT)), ("float32", (N_OUT,))]
+SEED = ("key<fry>", ())
+
+
+@pytest.mark.parametrize("name", ON_A_LINEAR_LAYER)
+def test_no_method_keeps_an_array_of_the_weights_size_or_more_than_input_and_output(name):
+    shapes = [shape for _, shape in kept(make(name))]
+    assert all(shape[-2:] != (N_IN, N_OUT) for shape in shapes)
+    assert sum(math.prod(shape) for shape in shapes) <= N * (N_IN + N_OUT + 2 * RANK) + 2 * N_OUT
+
+
+@pytest.mark.parametrize("name", ON_A_LINEAR_LAYER)
+def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
+    arrays = kept(make(name), x=X.astype(jnp.bfloat16), through=True)
+    assert not [shape for dtype, shape in arrays if dtype == "float32" and shape[:1] == (N,)]
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("lora", [X_KEPT, THIN]),
+        ("rslora", [X_KEPT, THIN]),
+        ("lora_plus", [X_KEPT, THIN]),
+        ("pissa", [X_KEPT, THIN]),
+        ("olora", [X_KEPT, THIN]),
+        ("lora_fa", [THIN]),
+        ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
+        ("full", [X_KEPT]),
+        ("bitfit", []),
+    ],
+)
+def test_a_linear_layer_keeps_exactly(name, wanted, through):
+    assert kept(make(name), through=through) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("lora", [X_KEPT, THIN, SEED]),
+        ("lora_fa", [THIN]),
+        ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT, SEED]),
+    ],
+)
+def test_dropout_keeps_a_key_and_no_mask(name, wanted):
+    assert kept(make(name, dropout=0.5), key=KEY) == sorted(wanted)
+
+
+def test_neighbours_keep_their_common_input_once():
+    names = ("query", "key", "value")
+    params = {name: {"kernel": jnp.ones((N_IN, N_OUT))} for name in names}
+
+    def three(params, x):
+        return [x @ params[name]["kernel"] for name in names]
+
+    method = pj.lora(rank=RANK)
+    assert kept(method, three, params=params) == sorted([X_KEPT, *[THIN] * 3])
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        (pj.rows([1, 3]), [("int32", (N, 1))]),
+        (pj.lora(rank=RANK, targets=["words"]), [("int32", (N, 1)), THIN]),
+        (pj.lora_fa(rank=RANK, targets=["words"]), [THIN]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_lookup_keeps_no_row(method, wanted):
+    assert kept(method, lookup, TOKENS) == sorted(wanted)
+
+
+def test_a_convolution_keeps_its_input_and_the_thin_result():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 4, 6))}}
+    images = jnp.ones((2, 5, 5, 4))
+
+    def convolve(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    arrays = kept(pj.lora(rank=RANK, targets=["conv"]), convolve, images, params=params)
+    activations = [array for array in arrays if array[1][:3] == images.shape[:3]]
+    assert activations == [("float32", (2, 5, 5, RANK)), ("float32", images.shape)]
+    assert math.prod(max((shape for _, shape in arrays), key=math.prod)) == images.size

@@ -1,0 +1,144 @@
+"""The models every registered method is tested on, of width 8."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from support import KEY
+
+VOCABULARY, WIDTH, LAYERS = 11, 8, 2
+TOKENS = jax.random.randint(KEY, (2, 5), 0, VOCABULARY)
+# Every weight a method may know how to adapt, for the methods whose default is 'all-linear'.
+EVERY_WEIGHT = r".*(kernel|embedding)"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model as a pure function, with parameters and a batch."""
+
+    forward: Callable[..., Any]
+    params: Any
+    batch: jax.Array
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        def dense(name, width, **options):
+            return nn.Dense(width, name=name, **options)
+
+        h = nn.LayerNorm(name="norm_1")(x)
+        # A key's bias shifts all of a row's logits alike: it has no gradient, so there is none.
+        q, k, v = (dense(name, WIDTH, use_bias=name != "key")(h) for name in ("query", "key", "value"))
+        h = nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+        x = x + dense("out", WIDTH)(h)
+        h = nn.LayerNorm(name="norm_2")(x)
+        return x + dense("down", WIDTH)(nn.gelu(dense("up", 12)(h))), None
+
+
+class Words(nn.Module):
+    """The smallest model with a lookup, linear layers and a tied output."""
+
+    dtype: Any = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCABULARY, WIDTH, name="words", dtype=self.dtype)
+        dense = nn.remat(nn.Dense, prevent_cse=False) if self.remat else nn.Dense
+        h = nn.tanh(dense(12, name="up", dtype=self.dtype)(embed(tokens)))
+        h = dense(WIDTH, name="down", dtype=self.dtype)(h)
+        return embed.attend(nn.LayerNorm(name="norm", dtype=self.dtype)(h))
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCABULARY, WIDTH, name="words")
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = stack(name="blocks")(embed(tokens), None)
+        return embed.attend(nn.LayerNorm(name="norm")(x))
+
+
+class Vit(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(WIDTH, (2, 2), strides=(2, 2), name="patch_conv")(images)
+        x = x.reshape(x.shape[0], -1, WIDTH)
+        x = x + nn.MultiHeadDotProductAttention(2, use_bias=False, name="layers_0")(x)
+        return nn.Dense(3, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
+
+
+class Convolutions(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(nn.Conv(WIDTH, (3, 3), kernel_dilation=2, name="conv_1")(images))
+        x = nn.GroupNorm(2, name="norm")(x)
+        x = nn.Conv(WIDTH, (3, 3), feature_group_count=2, padding="CIRCULAR", name="conv_2")(x)
+        return nn.Dense(3, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.up, self.down = nnx.Linear(WIDTH, 12, rngs=rngs), nnx.Linear(12, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class NnxStack(nnx.Module):
+    def __init__(self, rngs):
+        self.words = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        # Its random state lies among the parameters: keys and counters, which no method may touch.
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.blocks = nnx.split_rngs(splits=LAYERS)(nnx.vmap(NnxBlock, in_axes=0, out_axes=0))(rngs)
+
+    def __call__(self, tokens):
+        x = self.dropout(self.words(tokens))
+        scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.words.attend(scan(x, self.blocks))
+
+
+def moved(tree: Any, seed: int = 0) -> Any:
+    """The tree as after some steps of training: every number moved by its own random amount."""
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape), leaf.dtype), tree
+    )
+
+
+def _linen(module: nn.Module, batch: jax.Array) -> Tiny:
+    # No parameter stays zero or one, so that every comparison can fail.
+    params = moved(jax.jit(module.init)(KEY, batch)["params"])
+    return Tiny(lambda p, x: module.apply({"params": p}, x), params, batch)
+
+
+def _nnx() -> Tiny:
+    definition, state = nnx.split(NnxStack(nnx.Rngs(0)))
+    return Tiny(lambda state, tokens: nnx.merge(definition, state)(tokens), state, TOKENS)
+
+
+@functools.cache
+def tiny(name: str) -> Tiny:
+    """The model of that name, made once."""
+    images = jax.random.normal(KEY, (2, 4, 4, 3))
+    makers = {
+        "transformer": lambda: _linen(Transformer(), TOKENS),
+        "words": lambda: _linen(Words(), TOKENS),
+        "words bf16": lambda: _linen(Words(dtype=jnp.bfloat16), TOKENS),
+        "words remat": lambda: _linen(Words(remat=True), TOKENS),
+        "vit": lambda: _linen(Vit(), images),
+        "convolutions": lambda: _linen(Convolutions(), images),
+        "nnx": _nnx,
+    }
+    return makers[name]()
+
+
+MODELS = ("transformer", "vit", "convolutions", "nnx")
