@@ -1,6 +1,6 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import peftjax as pj
+from peftjax import tree
 
 KEY = jax.random.key(7)
+_PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "scatter-add")
 
 
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
@@ -63,3 +65,40 @@ def assert_equals_merged(
 
 def _summary(out: Any) -> tuple[jax.Array, Any]:
     return sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(out)), out
+
+
+def made_shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """The shapes of every product and sum in a jaxpr and in the jaxprs inside it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in (
+            "dot_general",
+            "conv_general_dilated",
+            "add",
+            "add_any",
+            "mul",
+            "scatter-add",
+        ):
+            yield from (variable.aval.shape for variable in eqn.outvars)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from made_shapes(inner)
+
+
+def assert_no_dense_gradient(
+    forward: Callable[..., Any], params: Any, method: pj.Transform, *inputs: Any
+) -> None:
+    """No product or sum of a training step has the shape of an adapted weight, or of one of a stack."""
+    frozen, trainable = method.init(KEY, params)
+    run = pj.adapt(forward)
+
+    def loss(trainable: Any) -> jax.Array:
+        return _summary(run(method.apply(frozen, trainable), *inputs))[0]
+
+    leaves = tree.named_leaves(method.apply(frozen, trainable))
+    adapted = {leaf.shape for leaf in leaves.values() if isinstance(leaf, pj.Weight)}
+    forbidden = adapted | {shape[1:] for shape in adapted if len(shape) > 2}
+    made = set(made_shapes(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr))
+    assert adapted
+    assert not forbidden & made

@@ -1,6 +1,7 @@
 """What to fine-tune, on what and how: the options of a run, shared by the library and the commands."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ class RunOptions:
     output: Path = Path("outputs")
     """Folder for the adapter, summary, metrics and checkpoints; a run that was stopped goes on there."""
     probe: bool = True
-    """Also report what a linear classifier on the frozen model's features reaches."""
+    """Fit a linear classifier on the frozen model's features first, report what it reaches, and start
+    a 'mean_classifier' head from it."""
 
 
 def open_data(options: DataOptions) -> TextDataset:
@@ -160,3 +162,20 @@ def with_new_head(method: Transform, model: Backbone, params: Params) -> Transfo
         if path.startswith(prefix) and not isinstance(leaf, tree.Hole)
     ]
     return chain(method, train(left)) if left else method
+
+
+def start_at_probe(
+    method: Transform, model: Backbone, params: Params, weights: Mapping[str, jax.Array]
+) -> Params:
+    """The parameters with a linear probe in the place of a newly drawn head on the same features.
+
+    Fine-tuning from the probe moves the features less than from a random head (Kumar et al., ICLR
+    2022, arXiv 2202.10054). A head that the method adapts instead of training it stays as it is: its
+    frozen part could not be drawn again from the seed.
+    """
+    frozen, _ = jax.eval_shape(method.init, jax.random.key(0), params)
+    head = {f"head/classifier/{name}": value for name, value in weights.items()}
+    kept = tree.named_leaves(frozen.params)
+    if model.head_name != "mean_classifier" or not all(isinstance(kept[path], tree.Hole) for path in head):
+        return params
+    return tree.replace(params, head)

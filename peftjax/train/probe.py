@@ -31,6 +31,8 @@ class ProbeResult:
     """The λ chosen."""
     majority_accuracy: float
     """Accuracy of always answering the most frequent training label."""
+    weights: Weights
+    """`kernel` [D, C] and `bias` [C] for the features as they were given."""
 
 
 def linear_probe(
@@ -76,6 +78,10 @@ def linear_probe(
         accuracy=_accuracy(weights, eval_features, eval_labels),
         penalty=penalty,
         majority_accuracy=majority_accuracy(np.asarray(labels), np.asarray(eval_labels)),
+        weights={
+            "kernel": weights["kernel"] / deviation[:, None],
+            "bias": weights["bias"] - mean / deviation @ weights["kernel"],
+        },
     )
 
 

@@ -32,9 +32,10 @@ from peftjax.train.options import (
     model_folder,
     open_data,
     open_model,
+    start_at_probe,
     with_new_head,
 )
-from peftjax.train.probe import linear_probe, majority_accuracy
+from peftjax.train.probe import ProbeResult, linear_probe, majority_accuracy
 from peftjax.train.step import make_evaluate
 from peftjax.train.usage import peak_memory
 
@@ -73,10 +74,12 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
     )
     method = with_new_head(method, model, params)
+    probe = _probe(model, params, train_split, eval_split, config, say) if options.probe else None
+    if probe is not None:
+        params = start_at_probe(method, model, params, probe.weights)
     frozen, trainable = method.init(jax.random.key(config.seed), params)
     say(f"{method.name}: {tree.count(trainable):,} of {tree.count(params):,} parameters are trained")
 
-    probe = _probe(model, params, train_split, eval_split, config, say) if options.probe else None
     forward = method.model(model)
     result = fit(
         forward,
@@ -108,7 +111,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         "method": describe(method),
         "accuracy": scores["accuracy"],
         "loss": scores["loss"],
-        "probe_accuracy": probe,
+        "probe_accuracy": None if probe is None else probe.accuracy,
         "majority_accuracy": majority_accuracy(train_split.labels, eval_split.labels),
         "trainable_parameters": tree.count(trainable),
         "total_parameters": tree.count(params),
@@ -145,8 +148,8 @@ def _probe(
     held_out: TokenisedSplit,
     config: TrainConfig,
     say: Callable[[str], None],
-) -> float:
-    """Accuracy of a linear classifier on the frozen model's mean-pooled features."""
+) -> ProbeResult:
+    """A linear classifier on the frozen model's mean-pooled features."""
     encoder = FAMILIES[model.config.model_type].build(model.config, head="mean", dtype=model.dtype)
     encode = jax.jit(lambda params, batch: encoder(params, batch))
     body = {"embed": params["embed"], "blocks": params["blocks"], "head": {}}
@@ -163,7 +166,7 @@ def _probe(
         seed=config.seed,
     )
     say(f"linear probe on the frozen features: accuracy {result.accuracy:.4f}")
-    return result.accuracy
+    return result
 
 
 def _features(

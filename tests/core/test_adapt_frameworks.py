@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from support import KEY, assert_close, assert_equals_merged, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
 from peftjax import tree
@@ -45,7 +45,7 @@ class Convolutions(nn.Module):
 class Words(nn.Module):
     @nn.compact
     def __call__(self, x):
-        embed = nn.Embed(12, 8, name="words")
+        embed = nn.Embed(13, 8, name="words")
         x = embed(jnp.argmax(x, -1))
         x = nn.DenseGeneral((2, 4), name="query")(x)
         return embed.attend(nn.DenseGeneral(8, axis=(-2, -1), name="out")(x))
@@ -56,6 +56,7 @@ class Words(nn.Module):
 def test_linen(module, method):
     params = module.init(KEY, X)["params"]
     assert_equals_merged(lambda p, x: module.apply({"params": p}, x), params, method, X)
+    assert_no_dense_gradient(lambda p, x: module.apply({"params": p}, x), params, method, X)
 
 
 class NnxBlock(nnx.Module):
@@ -86,6 +87,7 @@ class NnxStack(nnx.Module):
 def test_nnx_through_split_and_merge(remat):
     definition, state = nnx.split(NnxStack(nnx.Rngs(0), remat))
     assert_equals_merged(lambda s, x: nnx.merge(definition, s)(x), state, METHODS[0], X)
+    assert_no_dense_gradient(lambda s, x: nnx.merge(definition, s)(x), state, METHODS[0], X)
 
 
 class EqxBlock(eqx.Module):
@@ -119,6 +121,7 @@ def test_equinox(layers):
 
     axes = {"mix/weight": "oii" if layers is None else "soii"}
     assert_equals_merged(forward, params, pj.lora(**EVERY, layouts=axes), X)
+    assert_no_dense_gradient(forward, params, pj.lora(**EVERY, layouts=axes), X)
     assert pj.layouts_of(forward, params, X, targets=["mix"]) == {"^mix/weight": axes["mix/weight"]}
 
 

@@ -1,0 +1,94 @@
+"""From options to a method, and what becomes of a new head."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.models.bert import bert
+from peftjax.models.bert_config import BertConfig
+from peftjax.train.options import (
+    DataOptions,
+    MethodOptions,
+    make_method,
+    open_data,
+    start_at_probe,
+    with_new_head,
+)
+
+CONFIG = BertConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=8,
+    labels=("a", "b", "c"),
+)
+WEIGHTS = {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}
+
+
+@pytest.fixture(scope="module", params=["mean_classifier", "classifier"])
+def model_and_params(request):
+    model = bert(CONFIG, head=request.param)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (("all-linear",), "all-linear"),
+        (("query", "value"), ["query", "value"]),
+        (("query",), ["query"]),
+        ((".*/(query|value)",), ".*/(query|value)"),
+    ],
+)
+def test_targets(given, wanted):
+    assert make_method(MethodOptions(targets=given)).config["targets"] == wanted
+
+
+def test_method_options_keep_their_types():
+    options = MethodOptions(
+        method_options=("init=gaussian", "rslora=true", "layers=[0, 1]"), rank=4, alpha=2.0
+    )
+    config = make_method(options).config
+    assert (config["init"], config["rslora"], config["layers"], config["rank"]) == (
+        "gaussian",
+        True,
+        [0, 1],
+        4,
+    )
+
+
+def test_a_new_head_is_trained_whatever_the_method(model_and_params):
+    model, params = model_and_params
+    head = {"head/classifier/kernel", "head/classifier/bias"}
+    for method in (pj.lora(rank=2), pj.full(), pj.bitfit(), pj.lora(rank=2, bias="all")):
+        method = with_new_head(method, model, params)
+        frozen, _ = method.init(jax.random.key(0), params)
+        holes = {
+            path for path, leaf in tree.named_leaves(frozen.params).items() if isinstance(leaf, tree.Hole)
+        }
+        assert head <= holes
+
+
+def test_a_head_on_the_probes_features_starts_from_it(model_and_params):
+    model, params = model_and_params
+    method = with_new_head(pj.lora(rank=2), model, params)
+    started = start_at_probe(method, model, params, WEIGHTS)["head"]["classifier"]
+    wanted = WEIGHTS if model.head_name == "mean_classifier" else params["head"]["classifier"]
+    assert all(bool((started[name] == wanted[name]).all()) for name in WEIGHTS)
+
+
+def test_a_head_that_is_adapted_keeps_what_the_seed_drew(model_and_params):
+    model, params = model_and_params
+    method = pj.lora(rank=2, targets=["classifier"])
+    started = start_at_probe(method, model, params, WEIGHTS)
+    assert started["head"]["classifier"]["kernel"] is params["head"]["classifier"]["kernel"]
+
+
+def test_options_without_a_use_are_refused():
+    with pytest.raises(PeftError, match="takes no text_column"):
+        open_data(DataOptions(text_column="body"))
