@@ -77,6 +77,17 @@ def _dynamic_slice(eqn: Any, operands: list[Any]) -> Weight | None:
     return weight
 
 
+def _unstack(eqn: Any, operands: list[Any]) -> list[Weight] | None:
+    # jax 0.11 and newer: iterating over an array.
+    weight, axis = operands[0], eqn.params["axis"]
+    if weight.layout.axes[axis].kind != "s":
+        return None
+    return [
+        weight.map_stack(axis, lambda part, at, n=n: lax.index_in_dim(part, n, at, keepdims=False), None)
+        for n in range(weight.shape[axis])
+    ]
+
+
 def _each_part(eqn: Any, operands: list[Any]) -> Weight:
     return operands[0].elementwise(lambda part: compat.bind(eqn, [part])[0])
 
@@ -95,6 +106,7 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _convert,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "unstack": _unstack,
     "sharding_constraint": _constrain,
     "stop_gradient": _each_part,
     "optimization_barrier": _each_part,

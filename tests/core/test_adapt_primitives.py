@@ -87,6 +87,7 @@ STACKED = {
     "scan that returns weights": lambda w, x: x @ lax.scan(lambda c, w: (c @ w, w), x, w)[1][1],
     "index": lambda w, x: x @ w[1],
     "loop": lambda w, x: sum(x @ w[n] for n in range(E)),
+    "iteration": lambda w, x: sum(x @ each for each in w),
     "traced index": lambda w, x: lax.scan(lambda c, n: (jnp.tanh(c @ w[n]), None), x, jnp.arange(E))[0],
     "vmap over experts": lambda w, x: jax.vmap(lambda w: x @ w)(w),
     "einsum over experts": lambda w, x: jnp.einsum("td,edf->tef", x, w),
