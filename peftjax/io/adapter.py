@@ -13,7 +13,8 @@ import numpy as np
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.io.safetensors import find_tensors, read_tensors, replacing, write_tensors
+from peftjax.io.files import read_json, replacing
+from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.methods import build, describe
 from peftjax.transform import Frozen, Params, Trainable, Transform
 
@@ -72,13 +73,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         PeftError: the folder holds no adapter.
     """
     file = Path(folder) / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PeftError(f"{folder} holds no adapter: cannot read {CONFIG}: {error.strerror}") from error
-    except ValueError as error:
-        raise PeftError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not {"method", "seed", "info"} <= config.keys():
+    if not file.is_file():
+        raise PeftError(f"{folder} holds no adapter: there is no {CONFIG}")
+    config = read_json(file)
+    if not {"method", "seed", "info"} <= config.keys():
         raise PeftError(f"{file} is not an adapter's configuration: it lacks method, seed or info")
     return config
 

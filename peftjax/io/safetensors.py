@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peftjax.errors import PeftError
+from peftjax.io.files import replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -117,22 +118,6 @@ def write_tensors(
         file.write(text)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Give a temporary name beside each of `paths`; move them all into place if the body succeeds.
-
-    The files that were there stay untouched when the body raises.
-    """
-    temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths)
-    try:
-        yield temporaries
-        for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

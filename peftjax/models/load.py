@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
-from peftjax.io.safetensors import SINGLE_FILE, replacing, write_tensors
+from peftjax.io.files import read_json, replacing
+from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
@@ -120,23 +121,6 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        PeftError: when the file is absent or holds no JSON object.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PeftError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise PeftError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise PeftError(f"{file} holds no JSON object")
-    return values
 
 
 def _family(name: Any, file: Path) -> Family:

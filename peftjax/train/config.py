@@ -20,15 +20,15 @@ class TrainConfig:
 
     steps: int | None = None
     """Optimizer steps; by default as many as `epochs` needs."""
-    epochs: float = 3.0
+    epochs: float = 1.0
     """Passes over the training data, where `steps` is not given."""
     batch_size: int = 32
     """Examples per optimizer step."""
     grad_accumulation: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
-    max_length: int = 128
+    max_length: int = 64
     """Longest text in tokens; longer ones are cut."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     """Peak learning rate."""
     schedule: Schedule = "linear"
     """How the learning rate goes on after the warm-up: stays, or falls to zero at the end."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 
 from peftjax.errors import PeftError
+from peftjax.io.files import replacing
 
 FILE = "run.json"
 
@@ -33,7 +33,7 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
     """
     path = directory / FILE
     if path.exists():
-        old, new = (_flat(json.loads(text)) for text in (path.read_text(), json.dumps(identity)))
+        old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(identity)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 raise PeftError(
@@ -42,9 +42,8 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
                 )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as (temporary,):
+        temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The metrics of a run: one JSON object per line, and TensorBoard where asked."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from peftjax.io.files import replacing
 
 Values = Mapping[str, float | int | None]
 Write = Callable[[int, Values], None]
@@ -50,7 +51,9 @@ def cut(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`, and a last line that was not finished."""
     if not path.exists():
         return
-    temporary = path.with_suffix(".tmp")
-    with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+    with (
+        replacing(path) as (kept,),
+        path.open(encoding="utf-8") as old,
+        kept.open("w", encoding="utf-8") as new,
+    ):
         new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
-    os.replace(temporary, path)

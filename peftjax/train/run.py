@@ -14,7 +14,7 @@ import numpy as np
 
 from peftjax import tree
 from peftjax.io.adapter import save_adapter
-from peftjax.io.safetensors import replacing
+from peftjax.io.files import replacing
 from peftjax.losses import classification
 from peftjax.methods import describe
 from peftjax.models.backbone import Backbone, Params

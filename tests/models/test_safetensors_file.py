@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from peftjax.errors import PeftError
-from peftjax.io.safetensors import find_tensors, read_tensors, replacing, write_tensors
+from peftjax.io.files import replacing
+from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 
 TENSORS = {
     "small": np.arange(3, dtype=np.uint8),

@@ -9,7 +9,7 @@ the layer's input x once (shared with its neighbours) and the thin x·aᵀ; neve
 full gradient.
 
 Start: a ~ U(-1/√in, 1/√in), b = 0, as the authors' code does (the paper says Gaussian: `init=
-"gaussian"`, N(0, 1/r²)); lookup tables start with a = 0, b ~ N(0, 1). Defaults r = 8, alpha = 8 are
+"gaussian"`, N(0, 1/r²)); lookup tables start with a = 0, b ~ N(0, 1). Defaults r = 8, alpha = 16 (s = 2) are
 those of common practice, not of the paper. Convolutions with groups share `a` among the groups, so that
 they merge exactly; the usual PyTorch library trains an ungrouped `a` there and cannot merge.
 """
@@ -65,7 +65,7 @@ STARTS: dict[str, Start] = {
 def lora(
     *,
     rank: int = 8,
-    alpha: float = 8.0,
+    alpha: float = 16.0,
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
     layers: int | Sequence[int] | None = None,
