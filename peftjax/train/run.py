@@ -21,7 +21,7 @@ from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import FAMILIES
 from peftjax.models.tokenizer import load_tokenizer
 from peftjax.train.config import TrainConfig, plan_steps, validate
-from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, tokenise, training_batches
+from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, sample, tokenise, training_batches
 from peftjax.train.data.dataset import TextDataset
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
@@ -41,6 +41,8 @@ from peftjax.train.usage import peak_memory
 
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
+PROBE_TEXTS = 10_000
+"""Training texts that the linear probe is fitted on at most, so that it stays short."""
 # Options that change what is written or kept, and not the numbers of the run.
 _NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard")
 
@@ -149,7 +151,8 @@ def _probe(
     config: TrainConfig,
     say: Callable[[str], None],
 ) -> ProbeResult:
-    """A linear classifier on the frozen model's mean-pooled features."""
+    """A linear classifier on the frozen model's mean-pooled features, of `PROBE_TEXTS` at most."""
+    train = sample(train, PROBE_TEXTS, config.seed)
     encoder = FAMILIES[model.config.model_type].build(model.config, head="mean", dtype=model.dtype)
     encode = jax.jit(lambda params, batch: encoder(params, batch))
     body = {"embed": params["embed"], "blocks": params["blocks"], "head": {}}

@@ -3,6 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tiny
 
 from peftjax.errors import PeftError
 from peftjax.train.data import batches
@@ -78,3 +79,15 @@ def test_a_batch_larger_than_the_data(split):
 def test_bad_tokenizer():
     with pytest.raises(PeftError, match="0 tokens for example 1"):
         batches.tokenise(Split(("a", ""), (0, 0)), encode, max_length=4, pad_id=0)
+
+
+def test_a_sample_has_whole_examples_in_their_order():
+    split = tiny.data()
+    part = batches.sample(split, 10, seed=1)
+    assert len(part) == len(part.labels) == 10
+    whole = [split.ids[split.starts[i] : split.starts[i + 1]].tolist() for i in range(len(split))]
+    found = [part.ids[part.starts[i] : part.starts[i + 1]].tolist() for i in range(10)]
+    at = -1
+    for tokens, label in zip(found, part.labels):
+        at = next(i for i in range(at + 1, len(whole)) if (whole[i], split.labels[i]) == (tokens, label))
+    assert batches.sample(split, 1000, seed=1) is split

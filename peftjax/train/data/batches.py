@@ -12,7 +12,7 @@ at most once per bucket.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
@@ -46,6 +46,16 @@ class TokenisedSplit:
     def lengths(self) -> Int64[np.ndarray, "N"]:
         """Tokens per example."""
         return np.diff(self.starts)
+
+
+def sample(split: TokenisedSplit, count: int, seed: int) -> TokenisedSplit:
+    """`count` examples drawn without replacement, in their order; all where there are not more."""
+    if len(split) <= count:
+        return split
+    rows = np.sort(np.random.default_rng(seed).choice(len(split), count, replace=False))
+    pieces = [split.ids[split.starts[row] : split.starts[row + 1]] for row in rows]
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+    return replace(split, ids=np.concatenate(pieces), starts=starts, labels=split.labels[rows])
 
 
 def tokenise(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> TokenisedSplit:
