@@ -5,7 +5,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +157,17 @@ def _probe(
     encode = jax.jit(lambda params, batch: encoder(params, batch))
     body = {"embed": params["embed"], "blocks": params["blocks"], "head": {}}
 
-    def features(split: TokenisedSplit) -> np.ndarray:
-        return np.concatenate(list(_features(encode, body, split, config.eval_batch_size)))
+    def features(split: TokenisedSplit) -> tuple[np.ndarray, np.ndarray]:
+        batches = evaluation_batches(split, config.eval_batch_size)
+        pairs = [(np.asarray(encode(body, b), np.float32)[b["weights"] > 0], b["labels"]) for b in batches]
+        found, labels = (np.concatenate(parts) for parts in zip(*pairs))
+        return found, labels[: len(found)]  # only the last batch has rows to fill it up
 
     result = linear_probe(
-        features(train),
-        train.labels,
-        features(held_out),
-        held_out.labels,
-        classes=len(model.config.labels),
-        seed=config.seed,
+        *features(train), *features(held_out), classes=len(model.config.labels), seed=config.seed
     )
     say(f"linear probe on the frozen features: accuracy {result.accuracy:.4f}")
     return result
-
-
-def _features(
-    encode: Callable[..., jax.Array], params: Params, split: TokenisedSplit, size: int
-) -> Iterator[np.ndarray]:
-    for batch in evaluation_batches(split, size):
-        yield np.asarray(encode(params, batch), np.float32)[batch["weights"] > 0]
 
 
 def _data_and_training(data: TextDataset, config: TrainConfig) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def training_batches(split: TokenisedSplit, batch_size: int, seed: int) -> grain
 
 
 def evaluation_batches(split: TokenisedSplit, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is filled up with rows of weight 0."""
+    """Every example once, the shortest first; the last batch is filled up with rows of weight 0."""
+    order = np.argsort(split.lengths, kind="stable")
     for start in range(0, len(split), batch_size):
-        rows = range(start, min(start + batch_size, len(split)))
-        yield make_batch(split, rows, batch_size)
+        yield make_batch(split, order[start : start + batch_size], batch_size)
