@@ -20,7 +20,7 @@ class TrainConfig:
 
     steps: int | None = None
     """Optimizer steps; by default as many as `epochs` needs."""
-    epochs: float = 1.5
+    epochs: float = 1.0
     """Passes over the training data, where `steps` is not given."""
     batch_size: int = 32
     """Examples per optimizer step."""
