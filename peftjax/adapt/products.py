@@ -5,10 +5,11 @@ from typing import Any
 
 from jax import Array, lax
 
-from peftjax.weights.base import Conv, Dot, Gather, RaggedDot, Weight, contract
+from peftjax.weights.base import Weight, contract
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
-def _apply(x: Any, weight: Any, rule: Dot | Gather | Conv | RaggedDot) -> Array | None:
+def _apply(x: Any, weight: Any, rule: Rule) -> Array | None:
     if isinstance(x, Weight) or not isinstance(weight, Weight) or not weight.supports(rule):
         return None
     return contract(x, weight, rule)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax.tree import Opaque
 from peftjax.weights.layout import Layout, Side
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 W = TypeVar("W", bound="type[Weight]")
 
@@ -47,90 +48,6 @@ def structured(cls: W) -> W:
     meta = [f.name for f in fields(cls) if f.metadata["role"] == "static"]
     data = [f.name for f in fields(cls) if f.metadata["role"] != "static"]
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A `dot_general` between an activation x and a weight w, whichever side w stands on."""
-
-    x_contract: tuple[int, ...]
-    w_contract: tuple[int, ...]
-    x_batch: tuple[int, ...] = ()
-    w_batch: tuple[int, ...] = ()
-    weight_first: bool = False
-    precision: Any = None
-    preferred: Any = None
-    out_sharding: Any = None
-
-    def __call__(self, x: Array, w: Array) -> Array:
-        """The product when both are arrays."""
-        first, second = (w, x) if self.weight_first else (x, w)
-        contract = (self.x_contract, self.w_contract)
-        batch = (self.x_batch, self.w_batch)
-        if self.weight_first:
-            contract, batch = contract[::-1], batch[::-1]
-        return lax.dot_general(
-            first,
-            second,
-            (contract, batch),
-            precision=self.precision,
-            preferred_element_type=self.preferred,
-            out_sharding=self.out_sharding,
-        )
-
-
-@dataclass(frozen=True)
-class Gather:
-    """A `gather` of whole rows of w along one axis, the rows' own axes last in the result."""
-
-    axis: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __call__(self, indices: Array, w: Array) -> Array:
-        """The rows `[*indices.shape[:-1], *rest of w]`; `indices` has a last axis of size 1."""
-        batch = indices.ndim - 1
-        rest = tuple(size for position, size in enumerate(w.shape) if position != self.axis)
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(batch, batch + len(rest))),
-            collapsed_slice_dims=(self.axis,),
-            start_index_map=(self.axis,),
-        )
-        sizes = tuple(1 if position == self.axis else size for position, size in enumerate(w.shape))
-        return lax.gather(w, indices, numbers, sizes, **dict(self.options))
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A `conv_general_dilated` of an activation with a weight as its kernel."""
-
-    dimension_numbers: lax.ConvDimensionNumbers
-    options: tuple[tuple[str, Any], ...]
-    feature_group_count: int = 1
-
-    def __call__(self, x: Array, w: Array) -> Array:
-        """The convolution when the kernel is an array."""
-        return lax.conv_general_dilated(
-            x,
-            w,
-            dimension_numbers=self.dimension_numbers,
-            feature_group_count=self.feature_group_count,
-            **dict(self.options),
-        )
-
-
-@dataclass(frozen=True)
-class RaggedDot:
-    """A `ragged_dot`: rows of x `[n, in]`, grouped by expert, times a weight `[E, in, out]`."""
-
-    group_sizes: Array
-    precision: Any = None
-    preferred: Any = None
-
-    def __call__(self, x: Array, w: Array) -> Array:
-        """The product when the weight is an array."""
-        return lax.ragged_dot(
-            x, w, self.group_sizes, precision=self.precision, preferred_element_type=self.preferred
-        )
 
 
 class Weight(Opaque):
@@ -163,7 +80,7 @@ class Weight(Opaque):
         """The array this weight stands for."""
         raise NotImplementedError(f"{type(self).__name__} must say what its dense value is")
 
-    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    def supports(self, rule: Rule) -> bool:
         """Whether the rule can be applied without forming the dense weight for longer than a layer."""
         return True
 
@@ -361,7 +278,7 @@ def dense(w: Any) -> Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
-def contract(x: Array, w: Any, rule: Dot | Gather | Conv | RaggedDot) -> Array:
+def contract(x: Array, w: Any, rule: Rule) -> Array:
     """Apply a rule to an activation and an array or a structured weight: the one way weights act."""
     if not isinstance(w, Weight):
         return rule(x, w)

@@ -8,21 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.arrange import result_of_dot, side_of, to_logical
-from peftjax.weights.base import (
-    Conv,
-    Dot,
-    Gather,
-    RaggedDot,
-    Weight,
-    canonical,
-    contract,
-    dense,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
 from peftjax.weights.explicit import is_explicit, keeping, like
 from peftjax.weights.layout import Layout, Side
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 Product = Callable[[Array, Array], Array]
 
@@ -50,7 +39,7 @@ class LowRank(Weight):
         delta = self.scale * jnp.einsum("...ri,...ro->...io", self.a, self.b)
         return dense(self.base) + to_logical(delta, self.layout).astype(self.dtype)
 
-    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    def supports(self, rule: Rule) -> bool:
         """Contractions over all inputs or all outputs, and whatever else the base supports."""
         if isinstance(self.base, Weight) and not self.base.supports(rule):
             return False
@@ -124,7 +113,7 @@ class LowRank(Weight):
         return of_dropped(x, first)
 
 
-def low_rank_supports(layout: Layout, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+def low_rank_supports(layout: Layout, rule: Rule) -> bool:
     """Whether factors in this layout can take the rule without forming their product."""
     if isinstance(rule, Dot):
         stack = set(layout.positions("s"))

@@ -7,19 +7,9 @@ from jax import Array, lax
 
 from peftjax.errors import PeftError
 from peftjax.weights.arrange import side_of
-from peftjax.weights.base import (
-    Conv,
-    Dot,
-    Gather,
-    RaggedDot,
-    Weight,
-    canonical,
-    contract,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, canonical, contract, logical, static, structured
 from peftjax.weights.layout import Layout
+from peftjax.weights.rules import Dot, Gather, Rule
 
 
 @structured
@@ -43,7 +33,7 @@ class PerRow(Weight):
             f"{self.layout.name}: adapters mixed per row have no single dense weight; merge one of them"
         )
 
-    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    def supports(self, rule: Rule) -> bool:
         """Products and lookups with the batch in front, on one matrix."""
         if isinstance(rule, Dot):
             plain = not rule.weight_first and not rule.x_batch and 0 not in rule.x_contract

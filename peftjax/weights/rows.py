@@ -6,20 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.weights.arrange import outputs_in_result, side_of
-from peftjax.weights.base import (
-    Conv,
-    Dot,
-    Gather,
-    RaggedDot,
-    Weight,
-    canonical,
-    contract,
-    dense,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
 from peftjax.weights.layout import Layout
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -43,7 +32,7 @@ class TrainedRows(Weight):
             return dense(self.base).at[index].set(values)
         return dense(self.base).at[:, index].set(values.T)
 
-    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    def supports(self, rule: Rule) -> bool:
         """Lookups of rows and products over the outputs; a product over the inputs merges lazily."""
         if sorted(self.layout.letters) != ["i", "o"] or isinstance(rule, Conv | RaggedDot):
             return False

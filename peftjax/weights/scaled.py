@@ -8,21 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
-from peftjax.weights.base import (
-    Conv,
-    Dot,
-    Gather,
-    RaggedDot,
-    Weight,
-    canonical,
-    contract,
-    dense,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -55,7 +44,7 @@ class ScaledColumns(Weight):
         squares = jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
-    def supports(self, rule: Dot | Gather | Conv | RaggedDot) -> bool:
+    def supports(self, rule: Rule) -> bool:
         """Whatever the low-rank weight inside supports; sliced inputs would change the lengths."""
         return self.base.supports(rule)
 

@@ -17,8 +17,9 @@ from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import layout_of
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
-from peftjax.weights.base import Gather, contract
+from peftjax.weights.base import contract
 from peftjax.weights.rows import TrainedRows
+from peftjax.weights.rules import Gather
 
 
 def rows(
