@@ -58,8 +58,8 @@ class TrainConfig:
     """Evaluations without a better result after which the run stops; by default never."""
     log_every: int = 10
     """Steps between lines of the metrics file."""
-    save_every: int | None = None
-    """Steps between checkpoints, besides one at each evaluation; by default only those."""
+    save_every: int | None = 50
+    """Steps between checkpoints, besides one at each evaluation; None saves only at those."""
     keep_last: int = 1
     """Newest checkpoints to keep."""
     keep_best: int = 1

@@ -35,7 +35,7 @@ def test_the_defaults_are_valid():
 
 def test_plan_steps():
     steps = plan_steps(TrainConfig(epochs=2.5, batch_size=32), examples=100)
-    assert (steps.total, steps.evaluate, steps.save) == (8, 4, None)
+    assert (steps.total, steps.evaluate, steps.save) == (8, 4, 50)
     assert [t for t in range(1, 9) if steps.evaluates(t)] == [4, 8]
     assert [t for t in range(1, 9) if steps.saves(t)] == [8]
     steps = plan_steps(TrainConfig(steps=7, eval_every=3, save_every=2), examples=100)
