@@ -1,54 +1,150 @@
-"""Losses and scores of a batch, computed in float32."""
+"""Losses and scores of a batch, computed in float32; over a vocabulary, part by part."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peftjax.logits import Logits
+from peftjax.weights.base import cast
+
 Batch = Mapping[str, Array]
-Objective = Callable[[Array, Batch], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]
+Objective = Callable[[Any, Batch], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]
 """`(outputs, batch) -> (sums, weight)`: `sums["loss"] / weight` is minimised, and every other
 `sums[name] / weight` reported. Sums, because those of the parts of a batch can be added."""
 
+CHUNK = 512
+"""Tokens whose logits over a vocabulary exist at a time."""
 
-def cross_entropy(logits: Float[Array, "*B C"], batch: Batch) -> Float[Array, ""]:
+
+def cross_entropy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
     """Weighted mean of -log softmax(logits)[label], in float32.
 
     Args:
-        logits: any floating dtype.
+        logits: an array of any floating dtype, or a language model's `Logits`, which are then
+            computed `CHUNK` tokens at a time: `[B, S, V]` exists neither forward nor backward.
         batch: `labels` [*B] int32, and optionally `weights` [*B].
     """
-    return _mean(_label_losses(logits, batch["labels"]), batch)
+    return _mean(logits, batch)[0]
 
 
-def accuracy(logits: Float[Array, "*B C"], batch: Batch) -> Float[Array, ""]:
-    """Weighted part of the examples whose largest logit is the label's; `batch` as above."""
-    return _mean(_hits(logits, batch["labels"]), batch)
+def accuracy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
+    """Weighted part of the examples whose largest logit is the label's; arguments as above."""
+    return _mean(logits, batch)[1]
 
 
 def classification(
-    logits: Float[Array, "B C"], batch: Batch
+    logits: Float[Array, "*B C"] | Logits, batch: Batch
 ) -> tuple[dict[str, Float[Array, ""]], Float[Array, ""]]:
-    """The objective of classification: weighted sums of loss and hits, and the sum of weights."""
+    """The objective of classification, of texts or of next tokens: weighted sums, and their weight."""
     weights = batch["weights"]
-    sums = {
-        "loss": jnp.sum(weights * _label_losses(logits, batch["labels"])),
-        "accuracy": jnp.sum(weights * _hits(logits, batch["labels"])),
-    }
-    return sums, jnp.sum(weights)
+    loss, hits = _sums(logits, batch["labels"], weights)
+    return {"loss": loss, "accuracy": hits}, jnp.sum(weights)
 
 
-def _label_losses(logits: Float[Array, "*B C"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+def _mean(logits: Array | Logits, batch: Batch) -> tuple[Array, Array]:
+    weights = batch.get("weights", jnp.ones(batch["labels"].shape, jnp.float32))
+    loss, hits = _sums(logits, batch["labels"], weights)
+    return loss / jnp.sum(weights), hits / jnp.sum(weights)
 
 
-def _hits(logits: Float[Array, "*B C"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+def _sums(
+    logits: Array | Logits, labels: Int[Array, "*B"], weights: Float[Array, "*B"]
+) -> tuple[Array, Array]:
+    """Weighted sums of the losses and of the hits."""
+    if not isinstance(logits, Logits):
+        return _array_sums(logits, labels, weights)
+    logits = replace(logits, kernel=cast(logits.kernel, logits.dtype))
+    return _chunked_sums(logits, labels, jax.lax.stop_gradient(weights))
 
 
-def _mean(values: Float[Array, "*B"], batch: Batch) -> Float[Array, ""]:
-    if "weights" not in batch:
-        return jnp.mean(values)
-    return jnp.sum(batch["weights"] * values) / jnp.sum(batch["weights"])
+def _array_sums(
+    logits: Float[Array, "*B C"], labels: Int[Array, "*B"], weights: Float[Array, "*B"]
+) -> tuple[Array, Array]:
+    logits = logits.astype(jnp.float32)
+    # A comparison, not a lookup: its gradient needs no scatter.
+    chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+    label_logits = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return jnp.sum(weights * losses), jnp.sum(weights * hits)
+
+
+@jax.custom_vjp
+def _chunked_sums(
+    logits: Logits, labels: Int[Array, "B S"], weights: Float[Array, "B S"]
+) -> tuple[Array, Array]:
+    """`_array_sums`, some columns of `labels` at a time.
+
+    The gradient of a sum is known when the sum is: it is formed with each chunk, so that no product
+    over the vocabulary runs twice, and only for the parts of `logits` that are differentiated.
+    """
+
+    def add(sums: tuple[Array, Array], chunk: Any) -> tuple[tuple[Array, Array], None]:
+        hidden, labels, weights = chunk
+        part = _array_sums(replace(logits, hidden=hidden).dense(), labels, weights)
+        return jax.tree.map(jnp.add, sums, part), None
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(add, zeros, _chunks(logits.hidden, labels, weights))[0]
+
+
+def _sums_and_gradients(logits: Any, labels: Any, weights: Any) -> tuple[tuple[Array, Array], Any]:
+    leaves, structure = jax.tree.flatten(logits, is_leaf=lambda node: hasattr(node, "perturbed"))
+    values = [leaf.value for leaf in leaves]
+    of_hidden, *of_rest = [leaf.perturbed for leaf in leaves]
+    plain = jax.tree.unflatten(structure, values)
+    labels, weights = labels.value, weights.value
+    moving = [value for value, perturbed in zip(values[1:], of_rest) if perturbed]
+
+    def loss(hidden: Array, moving: list[Array], labels: Array, weights: Array) -> tuple[Array, Array]:
+        moved = iter(moving)
+        rest = [next(moved) if perturbed else value for value, perturbed in zip(values[1:], of_rest)]
+        part = jax.tree.unflatten(structure, [hidden, *rest])
+        return _array_sums(part.dense(), labels, weights)
+
+    def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
+        sums, totals = carry
+        hidden, labels, weights = chunk
+        value, pull, hits = jax.vjp(
+            partial(loss, labels=labels, weights=weights), hidden, moving, has_aux=True
+        )
+        of_chunk, gradients = pull(jnp.ones_like(value))
+        totals = jax.tree.map(lambda total, new: total + new.astype(total.dtype), totals, gradients)
+        return ((sums[0] + value, sums[1] + hits), totals), of_chunk
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    totals = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in moving]
+    chunks = _chunks(plain.hidden, labels, weights)
+    (sums, totals), by_chunk = jax.lax.scan(add, (zeros, totals), chunks)
+    hidden = jnp.moveaxis(by_chunk, 0, 1).reshape(plain.hidden.shape[0], -1, plain.hidden.shape[2])
+    hidden = hidden[:, : plain.hidden.shape[1]] if of_hidden else None
+    moved = iter(total.astype(leaf.dtype) for total, leaf in zip(totals, moving))
+    rest = [next(moved) if perturbed else None for perturbed in of_rest]
+    return sums, jax.tree.unflatten(structure, [hidden, *rest])
+
+
+def _scale_gradients(gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, None, None]:
+    of_loss, _ = cotangents
+    return jax.tree.map(lambda gradient: gradient * of_loss.astype(gradient.dtype), gradients), None, None
+
+
+_chunked_sums.defvjp(_sums_and_gradients, _scale_gradients, symbolic_zeros=True)
+
+
+def _chunks(hidden: Float[Array, "B S D"], *by_token: Array) -> tuple[Array, ...]:
+    """The arrays cut along the sequence, [chunks, B, s, ...], the last chunk filled up with zeros."""
+    batch, length = hidden.shape[:2]
+    size = max(1, min(length, CHUNK // batch))
+    count = -(-length // size)
+    missing = count * size - length
+
+    def cut(x: Array) -> Array:
+        padding = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    return cut(hidden), *map(cut, by_token)

@@ -54,6 +54,9 @@ class Backbone:
         head_name: the name the family knows `head` by, such as "classifier".
         remat: a name in `REMAT_POLICIES` for `jax.checkpoint` around each block; None or "none"
             keeps what the block's own layers keep.
+        per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
+            context, such as `window`.
+        unroll: how many layers one step of the scan runs; more compile longer and may run faster.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
 
@@ -69,6 +72,8 @@ class Backbone:
     head_name: str = "none"
     remat: str | None = None
     dtype: str = "float32"
+    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unroll: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:
@@ -114,16 +119,17 @@ class Backbone:
     ) -> Float[Array, "B S D"]:
         """Scan `block` over the stacked `params["blocks"]`, under the `remat` policy."""
 
-        def body(hidden: Array, layer: tuple[Params, DropoutKey]) -> tuple[Array, None]:
-            weights, layer_key = layer
-            rngs = dropout_rngs(layer_key)
-            return self.block.apply({"params": weights}, hidden, context, rngs=rngs), None
+        def body(hidden: Array, layer: tuple[Params, Context, DropoutKey]) -> tuple[Array, None]:
+            weights, own, layer_key = layer
+            inputs = (hidden, {**context, **own})
+            return self.block.apply({"params": weights}, *inputs, rngs=dropout_rngs(layer_key)), None
 
         if self.remat in REMAT_POLICIES:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layer_keys = None if key is None else jax.random.split(key, self.num_layers)
-        layers = (params["blocks"], layer_keys)
-        return jax.lax.scan(body, hidden, layers, length=self.num_layers)[0]
+        own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
+        layers = (params["blocks"], own, layer_keys)
+        return jax.lax.scan(body, hidden, layers, length=self.num_layers, unroll=self.unroll)[0]
 
     def run_head(
         self,
@@ -141,7 +147,9 @@ class Backbone:
         """Random parameters in float32; `batch` gives the inputs' shapes and dtypes."""
         embed_key, block_key, head_key = jax.random.split(key, 3)
         embed = _draw(self.embed, embed_key, batch)
-        inputs = self._block_inputs(embed, batch)
+        hidden, context = self._block_inputs(embed, batch)
+        first = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
+        inputs = (hidden, {**context, **first})
         blocks = jax.vmap(lambda layer_key: _draw(self.block, layer_key, *inputs))(
             jax.random.split(block_key, self.num_layers)
         )

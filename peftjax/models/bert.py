@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import flax.linen as nn
@@ -13,7 +12,9 @@ from jaxtyping import Array, Float
 from peftjax.errors import PeftError
 from peftjax.models.backbone import Backbone, Batch
 from peftjax.models.bert_config import BertConfig, read_config, write_config
-from peftjax.models.bert_heads import (
+from peftjax.models.block import Block, BlockConfig
+from peftjax.models.family import Family, Head
+from peftjax.models.heads import (
     Classifier,
     Hidden,
     MaskedLM,
@@ -21,9 +22,9 @@ from peftjax.models.bert_heads import (
     MeanPool,
     Pooler,
 )
-from peftjax.models.family import Family, Head
-from peftjax.models.layers import Context, Dropout, PostNormBlock, layer_norm
+from peftjax.models.layers import Context, Dropout, layer_norm
 from peftjax.models.weight_map import Weight, embedding, linear, norm
+from peftjax.tree import nearest
 
 HEADS = {
     "none": Head("BertModel"),
@@ -115,19 +116,21 @@ def bert(
     Raises:
         PeftError: for an unknown head, and as `Backbone`.
     """
+    block = BlockConfig(
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        inner_size=config.intermediate_size,
+        activation=config.hidden_act,
+        norm_epsilon=config.layer_norm_eps,
+        norm_order="post",
+        attention_dropout=config.attention_probs_dropout_prob,
+        output_dropout=config.hidden_dropout_prob,
+        init_std=config.initializer_range,
+    )
     return Backbone(
         config=config,
         embed=BertEmbed(config, dtype),
-        block=PostNormBlock(
-            num_heads=config.num_attention_heads,
-            inner_size=config.intermediate_size,
-            activation=config.hidden_act,
-            norm_epsilon=config.layer_norm_eps,
-            attention_dropout=config.attention_probs_dropout_prob,
-            output_dropout=config.hidden_dropout_prob,
-            init_std=config.initializer_range,
-            dtype=dtype,
-        ),
+        block=Block(block, dtype),
         head=bert_head(config, head, dtype),
         num_layers=config.num_hidden_layers,
         head_name=head,
@@ -153,8 +156,7 @@ def bert_head(config: BertConfig, name: str, dtype: DTypeLike) -> nn.Module:
         case "masked_lm":
             activation, epsilon = config.hidden_act, config.layer_norm_eps
             return MaskedLM(config.vocab_size, activation, epsilon, std, dtype)
-    close = difflib.get_close_matches(name, HEADS, cutoff=0.3)
-    raise PeftError(f"BERT has no head {name!r}; closest: {', '.join(close or HEADS)}")
+    raise PeftError(f"BERT has no head {name!r}; closest: {nearest(name, HEADS)}")
 
 
 def canonical(name: str) -> str:

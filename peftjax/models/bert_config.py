@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peftjax.errors import PeftError
+from peftjax.models.family import label_names, read_labels, require_known, require_settings
 from peftjax.models.layers import ACTIVATIONS
 
 # Settings that would change the computation, with the only value this backbone computes.
@@ -76,12 +76,7 @@ class BertConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or value <= 0.0:
                 raise PeftError(f"BERT's {name} must be a positive number, not {value!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            close = difflib.get_close_matches(str(self.hidden_act), ACTIVATIONS, cutoff=0.3)
-            raise PeftError(
-                f"BERT's hidden_act {self.hidden_act!r} is not supported; "
-                f"closest: {', '.join(close or ACTIVATIONS)}"
-            )
+        require_known("BERT", "hidden_act", self.hidden_act, ACTIVATIONS)
 
     @property
     def head_dropout(self) -> float:
@@ -92,12 +87,7 @@ class BertConfig:
 
     def with_num_labels(self, num_labels: int) -> BertConfig:
         """The same configuration with `num_labels` labels, whose names are kept if they fit."""
-        if num_labels < 1:
-            raise PeftError(f"num_labels must be at least 1, not {num_labels}")
-        if num_labels == len(self.labels):
-            return self
-        labels = tuple(f"LABEL_{i}" for i in range(num_labels))
-        return dataclasses.replace(self, labels=labels)
+        return dataclasses.replace(self, labels=label_names(self.labels, num_labels))
 
 
 def read_config(values: Mapping[str, Any]) -> BertConfig:
@@ -106,16 +96,10 @@ def read_config(values: Mapping[str, Any]) -> BertConfig:
     Raises:
         PeftError: for a setting this backbone does not compute, and as `BertConfig`.
     """
-    for name, required in REQUIRED.items():
-        if values.get(name, required) != required:
-            raise PeftError(
-                f"config.json sets {name} to {values[name]!r}; peftjax's BERT supports {required!r} only"
-            )
+    require_settings("BERT", values, REQUIRED)
     names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels"}
     settings = {name: values[name] for name in names if name in values}
-    if values.get("id2label"):
-        by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
-        settings["labels"] = tuple(label for _, label in by_index)
+    settings["labels"] = read_labels(values)
     return BertConfig(**settings)
 
 

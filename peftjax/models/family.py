@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from peftjax.errors import PeftError
 from peftjax.models.backbone import Backbone
 from peftjax.models.weight_map import Weight
+from peftjax.tree import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +51,35 @@ class Family:
     weights: tuple[Weight, ...]
     canonical: Callable[[str], str]
     ignored: str
+
+
+def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Names of `count` labels: those given if they fit, else `LABEL_0` and so on.
+
+    Raises:
+        PeftError: when `count` is not positive.
+    """
+    if count < 1:
+        raise PeftError(f"num_labels must be at least 1, not {count}")
+    return names if count == len(names) else tuple(f"LABEL_{i}" for i in range(count))
+
+
+def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels in the content of a `config.json`, in order; Hugging Face's default without any."""
+    if not values.get("id2label"):
+        return ("LABEL_0", "LABEL_1")
+    by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
+    return tuple(label for _, label in by_index)
+
+
+def require_known(who: str, name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise a PeftError with the nearest names unless `value` is one of the `known`."""
+    if value not in known:
+        raise PeftError(f"{who}: {name} {value!r} is not supported; closest: {nearest(str(value), known)}")
+
+
+def require_settings(who: str, values: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+    """Raise a PeftError for a setting in `values` that is not the only one a backbone computes."""
+    for name, only in required.items():
+        if values.get(name, only) != only:
+            raise PeftError(f"config.json sets {name} to {values[name]!r}; {who} here supports {only!r} only")

@@ -19,10 +19,11 @@ from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
+from peftjax.models.llama import LLAMA
 from peftjax.models.weight_map import read_weights, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
 
 logger = logging.getLogger(__name__)
 

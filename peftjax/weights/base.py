@@ -278,6 +278,11 @@ def dense(w: Any) -> Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
+def cast(w: Any, dtype: Any) -> Any:
+    """An array, or every float part of a structured weight, in another dtype."""
+    return w.cast(dtype) if isinstance(w, Weight) else w.astype(dtype)
+
+
 def contract(x: Array, w: Any, rule: Rule) -> Array:
     """Apply a rule to an activation and an array or a structured weight: the one way weights act."""
     if not isinstance(w, Weight):

@@ -1,4 +1,4 @@
-"""The heads of BERT: each is `(hidden [B, S, D], context, embed parameters) -> outputs`."""
+"""The heads of encoders: each is `(hidden [B, S, D], context, embed parameters) -> outputs`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from peftjax.logits import Logits
 from peftjax.models.backbone import Params
 from peftjax.models.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm, recompute
 
@@ -84,7 +85,7 @@ class MeanClassifier(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """`BertForMaskedLM`'s head, its decoder tied to the word embedding; logits [B, S, V]."""
+    """`BertForMaskedLM`'s head, its decoder tied to the word embedding; `Logits` [B, S, V]."""
 
     vocab_size: int
     activation: str
@@ -93,16 +94,10 @@ class MaskedLM(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B S V"]:
+    def __call__(self, hidden: Array, context: Context, embed: Params) -> Logits:
         """Score every word at every position."""
         transform = dense(hidden.shape[-1], self.init_std, self.dtype, "transform")
         norm = layer_norm(self.norm_epsilon, self.dtype, "norm")
         hidden = norm(recompute(ACTIVATIONS[self.activation])(transform(hidden)))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-        return recompute(_decode)(hidden, embed["word"]["embedding"], bias)
-
-
-def _decode(
-    hidden: Float[Array, "B S D"], table: Float[Array, "V D"], bias: Float[Array, " V"]
-) -> Float[Array, "B S V"]:
-    return jnp.dot(hidden, table.astype(hidden.dtype).T) + bias.astype(hidden.dtype)
+        return Logits(hidden, embed["word"]["embedding"], bias, tied=True)

@@ -1,0 +1,305 @@
+"""The transformer block of every family: a family is a choice of `BlockConfig`.
+
+Of a block of width D, with q = N H and k = K H the widths of queries and of keys, and inner size F,
+the backward pass keeps, per token and in the compute dtype, 2 D + 2 q + 2 k + F values (+ F when
+gated): the inputs of both residual branches, query, key, value and the attention's result, and what
+enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
+masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
+norm before them. A post-norm block keeps 2 D more: its norms come after the branches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from peftjax.models.attention import Visibility, attend
+from peftjax.models.layers import (
+    ACTIVATIONS,
+    Context,
+    Dropout,
+    RMSNorm,
+    dense,
+    layer_norm,
+    recompute,
+    recompute_module,
+)
+from peftjax.models.rope import rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What differs between the blocks of the families.
+
+    Attributes:
+        width: D of the residual stream.
+        num_heads: N query heads.
+        num_kv_heads: K heads of keys and values, a divisor of N; default N.
+        head_dim: H; default D / N.
+        inner_size: F of the feed-forward.
+        activation: a name in `ACTIVATIONS`.
+        gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
+        norm: "layer", "rms", or "rms_plus_one" (the stored scale is a difference from one).
+        norm_epsilon: added to the variance.
+        norm_order: "pre" (`x + f(norm(x))`), "post" (`norm(x + f(x))`), or "sandwich"
+            (`x + norm(f(norm(x)))`).
+        qkv_bias: whether query, key and value have a bias.
+        output_bias: whether the attention's output has one.
+        feed_forward_bias: whether the feed-forward has them.
+        qk_norm: whether queries and keys are RMS-normed per head.
+        rotary: whether queries and keys are turned by `context["rotation"]`.
+        causal: whether a token sees only those before it.
+        window: how many places back a token sees, itself included; None is all.
+        softcap: bound of the attention scores.
+        query_scale: factor of the scores; default `H ** -0.5`.
+        attention_dropout: rate on the attention weights.
+        output_dropout: rate on what each branch adds.
+        init_std: deviation of new kernels.
+    """
+
+    width: int
+    num_heads: int
+    inner_size: int
+    activation: str
+    norm_epsilon: float
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gated: bool = False
+    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    qkv_bias: bool = True
+    output_bias: bool = True
+    feed_forward_bias: bool = True
+    qk_norm: bool = False
+    rotary: bool = False
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    query_scale: float | None = None
+    attention_dropout: float = 0.0
+    output_dropout: float = 0.0
+    init_std: float = 0.02
+
+    @property
+    def head_width(self) -> int:
+        """H."""
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_kv_heads or self.num_heads
+
+
+def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
+    """The norm of a family, with parameters `scale` and, for a layer norm, `bias`."""
+    if config.norm == "layer":
+        return layer_norm(config.norm_epsilon, dtype, name)
+    if config.norm == "rms_plus_one":
+        return RMSNorm(config.norm_epsilon, dtype, offset=1.0, scale_last=False, name=name)
+    return RMSNorm(config.norm_epsilon, dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with kernels `query` [D, N H], `key` and `value` [D, K H], `output` [N H, D]."""
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the layers."""
+        config, dtype = self.config, self.dtype
+
+        def linear(width: int, bias: bool) -> nn.Module:
+            return dense(width, config.init_std, dtype, bias=bias)
+
+        self.query = linear(config.num_heads * config.head_width, config.qkv_bias)
+        self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
+        self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
+        self.output = linear(config.width, config.output_bias)
+        if config.qk_norm:
+            self.query_norm = make_norm(config, dtype)
+            self.key_norm = make_norm(config, dtype)
+
+    def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+        """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
+        return tuple(
+            layer(x).reshape(*x.shape[:-1], -1, self.config.head_width)
+            for layer in (self.query, self.key, self.value)
+        )
+
+    def mix(
+        self,
+        query: Float[Array, "B S N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        context: Context,
+    ) -> Float[Array, "B S NH"]:
+        """The values that every token sees, mixed; through the cache where `apply` was given one.
+
+        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, and with
+        a cache [B, T, K, H] also `cache_index`, the slot of the first token, and `mask` [B, T].
+        """
+        config = self.config
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        rotated = rotate if config.rotary else lambda x, _: x
+        turn = context.get("rotation")
+        offset = context.get("cache_index", 0)
+        cached = self.has_variable("cache", "key")
+        if cached:
+            key, value = self._through_cache(rotated(key, turn), value, offset)
+        visible = Visibility(config.causal, context.get("window", config.window), offset)
+        dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
+        dropout_key = self.make_rng("dropout") if dropped else None
+
+        @recompute
+        def mixed(query: Array, key: Array, value: Array, context: Context) -> Array:
+            return attend(
+                rotated(query, turn),
+                key if cached else rotated(key, turn),
+                value,
+                mask=context.get("mask"),
+                segments=context.get("segments"),
+                visible=visible,
+                scale=config.query_scale,
+                softcap=config.softcap,
+                dropout=config.attention_dropout,
+                dropout_key=dropout_key,
+            )
+
+        seen = {name: context[name] for name in ("mask", "segments") if name in context}
+        result = mixed(query, key, value, seen)
+        return result.reshape(*result.shape[:2], -1)
+
+    def _through_cache(self, key: Array, value: Array, index: Array) -> tuple[Array, Array]:
+        """All keys and values up to now, after writing the new ones at slot `index`."""
+        whole = []
+        for name, new in (("key", key), ("value", value)):
+            slots = self.variable("cache", name, lambda: None)
+            start = (0, index, 0, 0)
+            slots.value = jax.lax.dynamic_update_slice(slots.value, new.astype(slots.value.dtype), start)
+            whole.append(slots.value.astype(new.dtype))
+        return whole[0], whole[1]
+
+
+class FeedForward(nn.Module):
+    """`f(x W_up) W_down`, or gated, with kernels `up`, `gate` [D, F] and `down` [F, D]."""
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the layers."""
+        config = self.config
+
+        def linear(width: int) -> nn.Module:
+            return dense(width, config.init_std, self.dtype, bias=config.feed_forward_bias)
+
+        self.up = linear(config.inner_size)
+        self.down = linear(config.width)
+        if config.gated:
+            self.gate = linear(config.inner_size)
+
+    def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
+        """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
+        return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
+
+    def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
+        """The activation and the way down."""
+        active = ACTIVATIONS[self.config.activation](inner[0])
+        return self.down(active * inner[1] if self.config.gated else active)
+
+
+class Block(nn.Module):
+    """A transformer block of two residual branches.
+
+    Its parts are Linen methods, so a block transform can call them apart with
+    `block.apply({"params": layer}, ..., method="attention_branch")` and needs no family's names:
+    `x_branch` is what a residual branch adds to the stream, `x_join` puts it there, and
+    `normalize_x` is the norm on its own, for x in `attention`, `feed_forward`.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the parameters `attention`, `attention_norm`, `feed_forward`, `feed_forward_norm`."""
+        config, dtype = self.config, self.dtype
+        self.attention = Attention(config, dtype)
+        self.attention_norm = make_norm(config, dtype)
+        self.feed_forward = FeedForward(config, dtype)
+        self.feed_forward_norm = make_norm(config, dtype)
+        if config.norm_order == "sandwich":
+            self.attention_post_norm = make_norm(config, dtype)
+            self.feed_forward_post_norm = make_norm(config, dtype)
+        self.attention_dropout = Dropout(config.output_dropout)
+        self.feed_forward_dropout = Dropout(config.output_dropout)
+
+    def __call__(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """Run both residual branches."""
+        hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
+        return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
+
+    def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """What attention adds to the residual stream."""
+        mixed = self.attention.mix(*_project(self, hidden), context)
+        update = self.attention_dropout(self.attention.output(mixed))
+        return self.attention_post_norm(update) if self._sandwich else update
+
+    def attention_join(
+        self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The stream after attention: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_attention(hidden + update) if self._post else hidden + update
+
+    def normalize_attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The norm of the attention branch."""
+        return self.attention_norm(x)
+
+    def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What the feed-forward adds to the residual stream."""
+        update = self.feed_forward_dropout(_contract(self, *_expand(self, hidden)))
+        return self.feed_forward_post_norm(update) if self._sandwich else update
+
+    def feed_forward_join(
+        self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The stream after the feed-forward: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_feed_forward(hidden + update) if self._post else hidden + update
+
+    def normalize_feed_forward(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The norm of the feed-forward branch."""
+        return self.feed_forward_norm(x)
+
+    @property
+    def _post(self) -> bool:
+        return self.config.norm_order == "post"
+
+    @property
+    def _sandwich(self) -> bool:
+        return self.config.norm_order == "sandwich"
+
+
+# Products are linear, so the backward pass of these needs their inputs only: the norm (or activation)
+# is made again, and no product is.
+
+
+@recompute_module
+def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
+    return block.attention.project(hidden if block._post else block.attention_norm(hidden))
+
+
+@recompute_module
+def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
+    return block.feed_forward.expand(hidden if block._post else block.feed_forward_norm(hidden))
+
+
+@recompute_module
+def _contract(block: Block, *inner: Array) -> Array:
+    return block.feed_forward.contract(*inner)
