@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peftjax.errors import PeftError
@@ -46,8 +45,8 @@ class Tokenizer:
     eos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     prefix_ids: tuple[int, ...] = ()
-    special_tokens: Mapping[str, str] = MappingProxyType({})
-    chat_templates: Mapping[str, str] = MappingProxyType({})
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +135,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, decoder: bool = False) -> To
         bos_id=bos_id,
         eos_id=eos_id,
         stop_ids=_stop_ids(eos_id, file.with_name(GENERATION_FILE)),
-        prefix_ids=_prefix_ids(backend, bos_id, settings.get("add_bos_token")),
+        prefix_ids=_prefix_ids(backend),
         special_tokens=named,
         chat_templates=_chat_templates(settings.get("chat_template"), file),
     )
@@ -187,15 +186,14 @@ def _stop_ids(eos_id: int | None, file: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *ids]))
 
 
-def _prefix_ids(backend: tokenizers.Tokenizer, bos_id: int | None, add_bos: bool | None) -> tuple[int, ...]:
-    """What stands in front of a text: by the post-processor, overruled by `add_bos_token` if given."""
+def _prefix_ids(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the post-processor puts in front of a text.
+
+    Like transformers 5, nothing here reads `add_bos_token`: it is for tokenizers without this file.
+    """
     encoding = backend.post_process(backend.encode("a", add_special_tokens=False))
     words = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    prefix = tuple(encoding.ids[: words[0]]) if words else ()
-    if add_bos is None or bos_id is None:
-        return prefix
-    rest = tuple(id for id in prefix if id != bos_id)
-    return (bos_id, *rest) if add_bos else rest
+    return tuple(encoding.ids[: words[0]]) if words else ()
 
 
 def _chat_templates(given: Any, file: Path) -> dict[str, str]:

@@ -150,22 +150,20 @@ def shuffled_batches(
     `set_state()` with it continues with exactly the next batch.
     """
     window = max(1, min(window, len(lengths) // batch_size))
+    size = window * batch_size
 
     def group(rows: list[int], generator: np.random.Generator) -> list[list[int]]:
         ordered = sorted(rows, key=lambda i: (lengths[i], i))
         order = generator.permutation(window)
         return [ordered[k * batch_size : (k + 1) * batch_size] for k in order]
 
-    windows = (
-        grain.MapDataset.source(range(len(lengths)))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(window * batch_size, batch_fn=list)
-        .random_map(group)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    order = grain.MapDataset.source(range(len(lengths))).seed(seed).shuffle().repeat()
+    # grain cannot count the endless batches of a single element.
+    windows = order.batch(size, batch_fn=list) if size > 1 else order.map(lambda row: [row])
+    grouped = windows.random_map(group).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     )
-    rows = grain.experimental.FlatMapIterDataset(windows, _SplitWindow(max_fan_out=window))
+    rows = grain.experimental.FlatMapIterDataset(grouped, _SplitWindow(max_fan_out=window))
     return iter(rows.map(make))
 
 

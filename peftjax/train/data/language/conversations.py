@@ -66,8 +66,10 @@ def read_conversations(path: Path, *, messages_column: str | None = None) -> lis
         if not isinstance(given, list) or not given:
             raise PeftError(f"{place}: {column} is {str(given)[:40]!r}, not a list of messages")
         messages = [_message(message, place) for message in given]
-        if isinstance(row.get("system"), str) and row["system"]:
-            messages.insert(0, {"role": "system", "content": row["system"]})
+        if system := row.get("system"):
+            if not isinstance(system, str):
+                raise PeftError(f"{place}: the system is {system!r}, not a string")
+            messages.insert(0, {"role": "system", "content": system})
         found.append(Conversation(tuple(messages), _tools(row.get("tools"), place), place))
     if not found:
         raise PeftError(f"the data file {path} has no rows")

@@ -24,10 +24,13 @@ class Cut:
     """Examples left out because there is nothing in them to learn."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.shortened} prompts cut by {self.tokens} tokens in all, {self.turns} earlier turns cut, "
-            f"{self.too_long} examples left out as too long and {self.empty} as empty"
+        parts = (
+            (self.shortened, f"{self.shortened} prompts cut by {self.tokens} tokens in all"),
+            (self.turns, f"{self.turns} earlier turns cut"),
+            (self.too_long, f"{self.too_long} examples left out as too long"),
+            (self.empty, f"{self.empty} left out with nothing to learn"),
         )
+        return ", ".join(text for count, text in parts if count) or "nothing cut"
 
 
 def truncate(
