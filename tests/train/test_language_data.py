@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from peftjax.train.data.language.open import open_language_data
 from peftjax.train.data.language.packing import best_fit_decreasing
 from peftjax.train.data.language.rows import corpus_rows, example_rows
 from peftjax.train.data.language.truncation import Cut, truncate
+
+pytest.importorskip("jinja2", reason="jinja2 is in peftjax[train]")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,22 @@ def test_generation_blocks_agree_with_prefixes(tokenizer):
     np.testing.assert_array_equal(by_prefix.own, by_block.own)
 
 
+def test_a_template_that_ends_every_chat_with_eos(tokenizer):
+    source = tiny.CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    (example,) = tokenise_conversations(
+        [chat()], compile_template(source, tokenizer.special_tokens), tokenizer
+    )
+    first, last = (m["content"] + "<|im_end|>" for m in tiny.CHAT[1::2])
+    assert said(tokenizer, example) == f"{first}{last}\n</s>"
+
+
+def test_a_block_may_hold_the_white_space_after_a_turn(tokenizer):
+    source = tiny.GENERATION.replace("<|im_end|>{% endgen", "<|im_end|>{{ '\n' }}{% endgen")
+    (example,) = tokenise_conversations([chat()], compile_template(source, {}), tokenizer)
+    assert said(tokenizer, example).endswith("how are you?<|im_end|>\n")
+    assert count_open_turns([example], tokenizer) == 0
+
+
 def test_a_template_that_rewrites_history_is_an_error(tokenizer):
     template = compile_template(tiny.FORGETFUL, {})
     thinking = [dict(message) for message in tiny.CHAT]
@@ -166,6 +185,12 @@ def test_a_template_that_rewrites_history_is_an_error(tokenizer):
         tokenise_conversations([chat(thinking)], template, tokenizer)
     (example,) = tokenise_conversations([chat(thinking[:2])], template, tokenizer)
     assert said(tokenizer, example) == "<think>so</think>the answer<|im_end|>"
+
+
+def test_a_generation_prompt_that_turns_do_not_begin_with_is_an_error(tokenizer):
+    template = compile_template(tiny.CHATML.replace("assistant\n'", "assistant\n<think>'"), {})
+    with pytest.raises(PeftError, match="is not how message 2 begins"):
+        tokenise_conversations([chat()], template, tokenizer)
 
 
 def test_a_template_without_a_generation_prompt_is_an_error(tokenizer):
@@ -308,6 +333,8 @@ def test_packed_segments_are_the_examples(examples, everywhere):
 
 def test_bucketed_rows_are_the_examples(examples):
     rows = example_rows(examples, max_length=50, pad_id=7, packed=False)
+    slots = sum(next(b for b in (16, 32, 50) if b >= len(one)) for one in examples)
+    assert rows.efficiency == sum(map(len, examples)) / slots
     for chosen in ([3], [0, 5, 9], range(60)):
         batch = make_batch(rows, chosen, 60)
         assert "segment_ids" not in batch
@@ -394,6 +421,13 @@ def test_every_epoch_has_every_example_once(examples, packed):
     assert firsts[0] != firsts[1]
     if packed:
         assert {batch["input_ids"].shape for epoch in epochs for batch in epoch} == {(1, 50)}
+
+
+def test_batches_have_examples_of_similar_length(examples):
+    rows = example_rows(examples[:48], max_length=50, pad_id=0, packed=False)
+    stream = training_batches(rows, 8, seed=3)
+    lengths = sorted(sorted(next(stream)["attention_mask"].sum(axis=1).tolist()) for _ in range(6))
+    assert all(shorter[-1] <= longer[0] for shorter, longer in pairwise(lengths))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -81,27 +81,23 @@ def tokenise_conversations(
 ) -> list[Example]:
     """Every chat as ids; each assistant turn with its end-of-turn token is the model's own.
 
-    The turns are what stands in the template's `{% generation %}` blocks. In a template without them,
-    a turn is what the chat up to and including it adds to the chat before it with the generation
-    prompt, without the white space after the end-of-turn token.
+    The turns are exactly what stands in the template's `{% generation %}` blocks. In a template
+    without them, a turn is what the chat up to and including it adds to the chat before it with the
+    generation prompt, without the white space after the end-of-turn token.
 
     Raises:
         PeftError: when the template cannot render a chat, writes earlier turns in another way once
             later ones follow, or writes no generation prompt to tell a turn from its header.
     """
     texts = [_pieces(chat, template) for chat in chats]
-    encoded = encode_pieces(tokenizer, texts)
-    ends = tokenizer.special_ids | set(tokenizer.stop_ids)
+    ends = _end_ids(tokenizer)
     examples = []
-    for pieces in encoded:
+    for pieces in encode_pieces(tokenizer, texts):
         runs = []
         for k, ids in enumerate(pieces):
             own = k % 2 == 1
-            said = (
-                _up_to_end_of_turn(ids, ends, tokenizer)
-                if own and not template.marks_generation
-                else len(ids)
-            )
+            stop = None if template.marks_generation or not own else _end_of_turn(ids, ends, tokenizer)
+            said = len(ids) if stop is None else stop
             runs += [(ids[:said], own), (ids[said:], False)]
         examples.append(make_example(runs))
     return examples
@@ -109,11 +105,12 @@ def tokenise_conversations(
 
 def count_open_turns(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
     """Turns that do not end in a special token: a model trained on them does not learn to stop."""
-    ends = np.array(sorted(tokenizer.special_ids | set(tokenizer.stop_ids)), np.int32)
+    ends = _end_ids(tokenizer)
     total = 0
     for example in examples:
-        last = np.flatnonzero(example.own & ~np.append(example.own[1:], False))
-        total += int(np.sum(~np.isin(example.ids[last], ends)))
+        edges = np.flatnonzero(np.diff(example.own, prepend=False, append=False))
+        turns = (example.ids[start:stop] for start, stop in edges.reshape(-1, 2))
+        total += sum(_end_of_turn(ids.tolist(), ends, tokenizer) is None for ids in turns)
     return total
 
 
@@ -143,11 +140,18 @@ def _turns(chat: Conversation, template: ChatTemplate) -> tuple[str, list[tuple[
         if message["role"] != ASSISTANT:
             continue
         before, after = text_of(i, prompt=True), text_of(i + 1)
-        if not (whole.startswith(after) and after.startswith(before)):
+        if not whole.startswith(after):  # Some templates end every chat with eos.
+            after = after.removesuffix(template.variables.get("eos_token", ""))
+        if not whole.startswith(after):
             raise PeftError(
                 f"the chat template writes the chat up to message {i + 1} in another way than the whole "
                 "chat (it rewrites earlier turns), so the assistant's turns cannot be found: use a template "
                 "with {% generation %} blocks, or give each such turn a row of its own"
+            )
+        if not after.startswith(before):
+            raise PeftError(
+                f"the generation prompt of the chat template is not how message {i + 1} begins in the chat, so "
+                "the assistant's turns cannot be found: use a template with {% generation %} blocks"
             )
         content = message.get("content")
         said = after[len(before) :].lstrip()
@@ -160,11 +164,16 @@ def _turns(chat: Conversation, template: ChatTemplate) -> tuple[str, list[tuple[
     return whole, spans
 
 
-def _up_to_end_of_turn(ids: Sequence[int], ends: frozenset[int], tokenizer: Tokenizer) -> int:
-    """How many ids there are up to the last special one, if only white space follows it; else all."""
-    last = max((i for i, id in enumerate(ids) if id in ends), default=len(ids) - 1)
-    after = tokenizer.decode(ids[last + 1 :], skip_special_tokens=False)
-    return len(ids) if after.strip() else last + 1
+def _end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return tokenizer.special_ids | set(tokenizer.stop_ids)
+
+
+def _end_of_turn(ids: Sequence[int], ends: frozenset[int], tokenizer: Tokenizer) -> int | None:
+    """How many ids there are up to the last special one, if only white space follows it."""
+    last = max((i for i, id in enumerate(ids) if id in ends), default=None)
+    if last is None or tokenizer.decode(ids[last + 1 :], skip_special_tokens=False).strip():
+        return None
+    return last + 1
 
 
 def _message(message: object, place: str) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from peftjax.train.data.batches import bucket_of
+from peftjax.train.data.batches import bucket_lengths
 from peftjax.train.data.language.example import Example
 from peftjax.train.data.language.packing import best_fit_decreasing
 
@@ -50,14 +50,15 @@ class TokenRows:
     @property
     def counted_tokens(self) -> int:
         """Labels that count, in all rows."""
-        return sum(int(self.counts[a:b].sum()) for a, b in self.segments)
+        return int(self.counts.sum())
 
     @property
     def efficiency(self) -> float:
         """Real tokens per slot; of bucketed rows, where every row has the bucket that it needs itself."""
         if self.layout != "bucketed":
             return self.tokens / (len(self) * self.max_length)
-        return self.tokens / sum(bucket_of(length, self.max_length) for length in self.lengths)
+        buckets = np.array(bucket_lengths(self.max_length))
+        return self.tokens / int(buckets[np.searchsorted(buckets, self.lengths)].sum())
 
 
 def example_rows(
