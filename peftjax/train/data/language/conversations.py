@@ -150,8 +150,8 @@ def _turns(chat: Conversation, template: ChatTemplate) -> tuple[str, list[tuple[
             )
         if not after.startswith(before):
             raise PeftError(
-                f"the generation prompt of the chat template is not how message {i + 1} begins in the chat, so "
-                "the assistant's turns cannot be found: use a template with {% generation %} blocks"
+                f"the generation prompt of the chat template is not how message {i + 1} begins in the chat, "
+                "so the assistant's turns cannot be found: use a template with {% generation %} blocks"
             )
         content = message.get("content")
         said = after[len(before) :].lstrip()
