@@ -1,0 +1,105 @@
+"""What the compiler reserves for a LoRA step: the activations that any method must keep, and no more.
+
+The floor of L layers and T tokens, in bytes of the compute dtype (see `peftjax.models.block`):
+
+    L T (2 D + 2 q + 2 k + n F) itemsize,   n = 2 when gated, else 1, q = N H, k = K H
+
+and 2 D more in a post-norm block. What one layer needs while it works, and one part of the loss, comes once.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import peftjax as pj
+from peftjax.models.bert import bert
+from peftjax.models.bert_config import BertConfig
+from peftjax.models.decoder import decoder
+from peftjax.models.llama import llama_config
+
+B, S, D, F, N, K, V = 4, 192, 64, 176, 8, 4, 1000
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_attention_heads": N,
+    "num_key_value_heads": K,
+    "max_position_embeddings": S,
+}
+PER_TOKEN = {"llama": 2 * D + 2 * D + 2 * (K * D // N) + 2 * F, "bert": 4 * D + 2 * D + 2 * D + F}
+
+
+def model_of(family, layers, dtype):
+    if family == "llama":
+        return decoder(llama_config({**LLAMA, "num_hidden_layers": layers}), dtype=dtype)
+    config = BertConfig(
+        vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=N, intermediate_size=F
+    )
+    return bert(config, head="masked_lm", dtype=dtype)
+
+
+@functools.cache
+def compiled(family, layers, dtype="float32"):
+    """A whole LoRA step, compiled from shapes alone."""
+    model, method = model_of(family, layers, dtype), pj.lora(rank=2)
+    frozen, trainable = jax.eval_shape(
+        method.init, jax.random.key(0), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    tx = method.optimizer(optax.adamw(1e-3))
+    tokens = jax.ShapeDtypeStruct((B, S), jnp.int32)
+
+    def step(trainable, state, frozen, batch):
+        def loss(trainable):
+            return pj.losses.cross_entropy(pj.adapt(model)(method.apply(frozen, trainable), batch), batch)
+
+        value, gradients = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    inputs = (trainable, jax.eval_shape(tx.init, trainable), frozen, {"input_ids": tokens, "labels": tokens})
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*inputs).compile()
+
+
+def temporaries(*args):
+    return compiled(*args).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_layer_adds_the_floor_and_at_most_five_percent(family):
+    floor = B * S * PER_TOKEN[family] * 4
+    per_layer = (temporaries(family, 80) - temporaries(family, 4)) / 76
+    assert floor <= per_layer <= 1.05 * floor
+
+
+def test_eighty_layers_are_within_five_percent_of_the_floor():
+    floor = 80 * B * S * PER_TOKEN["llama"] * 4
+    assert floor <= temporaries("llama", 80) <= 1.05 * floor
+
+
+def test_bfloat16_keeps_half_and_no_activation_in_float32():
+    floor = B * S * PER_TOKEN["llama"] * 2
+    per_layer = (temporaries("llama", 80, "bfloat16") - temporaries("llama", 4, "bfloat16")) / 76
+    assert per_layer <= 1.05 * floor
+
+
+def test_neither_logits_nor_attention_weights_exist_whole():
+    text = compiled("llama", 4).as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"[fs]\d+\[([\d,]+)\]", text)}
+    of_vocabulary = [shape for shape in shapes if V in shape]
+    assert of_vocabulary
+    tokens = [shape for shape in of_vocabulary if D not in shape]
+    assert max(map(_size, tokens), default=0) < B * S * V
+    # The kept arrays carry a number of layers in front; attention weights would carry S twice.
+    assert not [shape for shape in shapes if shape.count(S) >= 2 and _size(shape) >= B * N * S * S]
+
+
+def _size(shape):
+    size = 1
+    for dim in shape:
+        size *= dim
+    return size
