@@ -87,7 +87,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def trained_parameters(folder: str | os.PathLike[str]) -> set[str]:
     """Names under which `adapter.safetensors` may hold a parameter that is trained as it is."""
-    parts = [name.split("/") for name in find_tensors(Path(folder) / TENSORS)]
+    parts = [name.removesuffix("/value").split("/") for name in find_tensors(Path(folder) / TENSORS)]
     return {"/".join(own[start:]) for own in parts for start in range(1, len(own))}
 
 
@@ -121,6 +121,5 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
         return tree.map_named(fill, wanted[part])
 
     trainable = filled("trainable")
-    return Adapter(
-        method, Frozen(frozen.params, filled("state"), frozen.plan), trainable, config["info"], config["seed"]
-    )
+    frozen = Frozen(frozen.params, filled("state"), frozen.plan)
+    return Adapter(method, frozen, trainable, config["info"], config["seed"])

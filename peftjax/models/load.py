@@ -17,11 +17,11 @@ from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
 from peftjax.io.files import read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
-from peftjax.models.weight_map import read_weights, to_hf
+from peftjax.models.weight_map import read_weights, slots_of, to_hf
 
 CONFIG_FILE = "config.json"
 FAMILIES: dict[str, Family] = {family.name: family for family in (BERT,)}
@@ -95,6 +95,15 @@ def load(
     # Popped one by one, so that each numpy leaf is freed before the next goes to the device.
     arrays = {path: jnp.asarray(leaves.pop(path), param_dtype) for path in list(leaves)}
     return model, {"head": {}, **unflatten_dict(arrays, sep="/")}
+
+
+def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
+    """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
+    family = FAMILIES[model.config.model_type]
+    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    held = {family.canonical(name) for name in find_tensors(path)}
+    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.weights)
+    return {slot.path for name, slot in slots.items() if name not in held}
 
 
 def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:

@@ -14,7 +14,7 @@ from peftjax.io.peft.load import import_peft
 from peftjax.io.peft.names import Names, module_of, names_of
 from peftjax.io.peft.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
-from peftjax.models.load import load, read_family
+from peftjax.models.load import lacking, load, read_family
 from peftjax.train.options import model_folder
 from peftjax.train.saved import open_tuned
 from peftjax.tree import nearest
@@ -29,6 +29,8 @@ def export_saved(
     leave_out: Sequence[str] = (),
 ) -> Path:
     """Write a saved adapter as a folder for `PeftModel.from_pretrained`.
+
+    Parameters that the base's checkpoint lacks are written too, frozen or not: PEFT would draw others.
 
     Args:
         adapter: the folder that `train` or `import_saved` wrote.
@@ -51,6 +53,7 @@ def export_saved(
         held.trainable,
         base=base or str(tuned.folder),
         initial=initial,
+        also=lacking(tuned.folder, tuned.model),
         leave_out=leave_out,
     )
     return output
@@ -126,9 +129,10 @@ def _head_of(peft: Path, file: Tensors, task: str | None, family: Family, config
     }
     # The heads of a bare class have the same tensors, and differ in what is made of its output.
     if not fitting or (len(fitting) > 1 and not bare):
+        how_many = "several heads fit" if fitting else "no head fits"
         raise PeftError(
-            f"{peft}: {'no head fits' if not fitting else 'several heads fit'} the adapter's task {task!r} and "
-            f"its tensors; choose one of {', '.join(family.heads)}"
+            f"{peft}: {how_many} the adapter's task {task!r} and its tensors; choose one of "
+            f"{', '.join(family.heads)}"
         )
     return next(iter(fitting))
 
@@ -142,10 +146,10 @@ def _outputs(file: Tensors, names: Names, head: Head) -> int | None:
     """How many labels the classifier in the file has; None where the file has none."""
     if not head.labelled:
         return None
-    own = {name for name, slot in names.slots.items() if slot.path.startswith(head.task_weights or "")}
+    classifier = {name for name, slot in names.slots.items() if slot.path.startswith(head.task_weights or "")}
     sizes: Mapping[str, int] = {
         **{module_of(name): len(tensor) for name, tensor in file.plain.items()},
         **{name: len(own["lora_B.weight"]) for name, own in file.factors.items() if "lora_B.weight" in own},
     }
-    found = [size for module, size in sizes.items() if names.canonical(f"{module}.weight") in own]
+    found = [size for module, size in sizes.items() if names.canonical(f"{module}.weight") in classifier]
     return found[0] if found else None

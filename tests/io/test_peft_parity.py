@@ -15,6 +15,8 @@ from peftjax.errors import PeftError
 from peftjax.io.adapter import load_adapter, save_adapter
 from peftjax.io.safetensors import find_tensors, read_tensors
 from peftjax.models.weight_map import Weight, convolution, embedding, linear
+from peftjax.train.exchange import export_saved, import_saved
+from peftjax.train.saved import merge_saved
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -376,11 +378,24 @@ def test_merged_checkpoints_load_in_transformers(folders, batch, tmp_path):
     model = peft.get_peft_model(hf_model(folders, head), peft.LoraConfig(r=4, **options))
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
-    backbone, params = pj.load(folders[CLASSES[head][0]], head=head)
-    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
-    pj.save(tmp_path / "merged", backbone, method.merge(frozen, trainable))
+    import_saved(tmp_path / "adapter", str(folders[CLASSES[head][0]]), tmp_path / "ours", max_length=9)
+    merge_saved(tmp_path / "ours", tmp_path / "merged")
     merged = getattr(transformers, CLASSES[head][0]).from_pretrained(tmp_path / "merged")
     close(theirs(merged, head, batch), theirs(model, head, batch))
+
+
+def test_a_head_that_the_base_lacks_goes_with_the_adapter(folders, batch, tmp_path):
+    base = folders["BertForMaskedLM"]  # which has neither pooler nor classifier
+    model, params = pj.load(base, head="classifier", key=jax.random.key(5))
+    method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.train(["head/classifier"]))
+    frozen, initial = method.init(jax.random.key(5), params)
+    trainable = noisy(initial)
+    info = {"model": str(base), "head": "classifier", "labels": ["a", "b", "c"], "max_length": 9}
+    save_adapter(tmp_path / "ours", method, frozen, trainable, seed=5, info=info)
+    export_saved(tmp_path / "ours", tmp_path / "peft")
+    hf = transformers.BertForSequenceClassification.from_pretrained(base, attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(hf, str(tmp_path / "peft"))
+    close(theirs(loaded, "classifier", batch), ours(model, method, frozen, trainable, batch))
 
 
 class TorchConvolutions(torch.nn.Module):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def export_peft(
     *,
     base: str | None = None,
     initial: Trainable | None = None,
+    also: Collection[str] = (),
     leave_out: Sequence[str] = (),
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`.
@@ -78,14 +79,20 @@ def export_peft(
         trainable: the adapter.
         base: the name or folder of the base model, for `base_model_name_or_path`.
         initial: the trainable as `init` gave it; needed for PiSSA and OLoRA, and not used else.
+        also: paths of further parameters to write as they are, such as those of a head that the base's
+            checkpoint lacks.
         leave_out: paths, of parameters or modules, that are not to be written though they are trained.
 
     Raises:
-        PeftError: nothing is adapted; something trained has no place in the Hugging Face class or in
+        PeftError: nothing is adapted; a parameter of `also` is; something trained has no place in the Hugging Face class or in
             PEFT's format; `initial` is needed and missing; a path to leave out is not trained.
     """
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     factors, trained = _changed(frozen, leaves)
+    for name in also:
+        if name in factors and not _left(name, leave_out):
+            raise PeftError(f"{name!r} has an adapter and is to be written as it is; train it instead")
+    trained |= {*also}
     _leave_out(leave_out, factors, trained)
     names = names_of(model, leaves)
     for name in (*factors, *trained):
@@ -178,9 +185,13 @@ def _factors(path: str, leaf: Any) -> _Factors:
     return _Factors(leaf.layout, a, b, scale, magnitude, untouched)
 
 
+def _left(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}/") for part in parts)
+
+
 def _leave_out(paths: Sequence[str], factors: dict[str, _Factors], trained: set[str]) -> None:
     for part in paths:
-        hits = [name for name in (*factors, *trained) if name == part or name.startswith(f"{part}/")]
+        hits = [name for name in (*factors, *trained) if _left(name, (part,))]
         if not hits:
             near = tree.nearest(part, [*factors, *trained])
             raise PeftError(f"leave_out: {part!r} is not trained; closest: {near}")
@@ -271,7 +282,8 @@ def _ranks(modules: Mapping[str, _Module]) -> dict[str, Any]:
         ("r", "rank_pattern", {module: own.rank for module, own in modules.items()}),
         ("lora_alpha", "alpha_pattern", {module: own.alpha for module, own in modules.items()}),
     ):
-        values[field] = Counter(of.values()).most_common(1)[0][0]
+        counts = Counter(of.values())
+        values[field] = max(counts, key=lambda value: (counts[value], value))
         others = {module: value for module, value in of.items() if value != values[field]}
         values[pattern] = {f"^{re.escape(module)}": value for module, value in others.items()}
     return values
@@ -308,9 +320,12 @@ def _plain(
         for name in held
         if not name.endswith(".bias") and module_of(name) not in modules and names.is_leaf(module_of(name))
     }
-    ends = (*saved, *TASK_MODULES.get(task or "", ()))
-    whole = {name for name in names.slots if ends and module_of(name).endswith(ends)}
-    saved |= {module_of(name) for name in whole}
+    # It takes every module whose name has such an end; one that would take others too goes by name.
+    known = {module_of(name) for name in names.slots}
+    saved = {module for module in saved if not any(m != module and m.endswith(module) for m in known)}
+    ends = TASK_MODULES.get(task or "", ())
+    saved |= {module for module in known if ends and module.endswith(ends)}
+    whole = {name for name in names.slots if module_of(name) in saved}
     # PEFT keeps tied modules together by the name of the embedding alone: each gets its own tensors.
     shared = {
         module_of(name) for name in names.tied if names.tied[name].path in trained & names.tied_weights()
