@@ -427,11 +427,11 @@ def jax_convolutions(groups):
     return forward
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize(("dims", "groups"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("dims", "groups", "dora"),
+    [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 1, True), (2, 1, True), (3, 1, True)],
+)
 def test_convolutions(dims, groups, dora, tmp_path):
-    if dora and groups > 1:
-        pytest.skip("PEFT's DoRA has no convolution with groups")
     torch.manual_seed(0)
     base = TorchConvolutions(dims, groups)
     x = torch.randn(2, 4, *(9, 8, 7)[:dims])

@@ -84,8 +84,9 @@ def export_peft(
         leave_out: paths, of parameters or modules, that are not to be written though they are trained.
 
     Raises:
-        PeftError: nothing is adapted; a parameter of `also` is; something trained has no place in the Hugging Face class or in
-            PEFT's format; `initial` is needed and missing; a path to leave out is not trained.
+        PeftError: nothing is adapted; a parameter of `also` is; something trained has no place in the
+            Hugging Face class or in PEFT's format; `initial` is needed and missing; a path to leave out
+            is not trained.
     """
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     factors, trained = _changed(frozen, leaves)
