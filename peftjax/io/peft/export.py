@@ -20,26 +20,21 @@ from peftjax.io.peft.config import CONFIG, FIELDS, TASK_MODULES, TENSORS, clean,
 from peftjax.io.peft.factors import MAGNITUDE, magnitude_shape, rank_in_file, to_file
 from peftjax.io.peft.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.io.peft.tensors import PREFIX
+from peftjax.io.peft.trained import (
+    Factors,
+    changed_parameters,
+    difference,
+    is_rslora,
+    lies_in,
+    method_parts,
+    on_residuals,
+    without,
+)
 from peftjax.io.safetensors import write_tensors
-from peftjax.methods import METHODS, describe
+from peftjax.methods import describe
 from peftjax.models.weight_map import Slot
 from peftjax.transform import Frozen, Trainable, Transform
 from peftjax.weights.base import dense
-from peftjax.weights.layout import Layout
-from peftjax.weights.low_rank import LowRank
-from peftjax.weights.scaled import ScaledColumns
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """One adapted parameter: `scale · aᵀb` on all its layers, and DoRA's magnitudes."""
-
-    layout: Layout
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-    magnitude: np.ndarray | None
-    untouched: np.ndarray | None  # the magnitudes of a layer that no one adapts
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,12 @@ def export_peft(
             is not trained.
     """
     leaves = tree.named_leaves(method.apply(frozen, trainable))
-    factors, trained = _changed(frozen, leaves)
+    factors, trained = changed_parameters(frozen, leaves)
     for name in also:
-        if name in factors and not _left(name, leave_out):
+        if name in factors and not lies_in(name, leave_out):
             raise PeftError(f"{name!r} has an adapter and is to be written as it is; train it instead")
     trained |= {*also}
-    _leave_out(leave_out, factors, trained)
+    factors, trained = without(leave_out, factors, trained)
     names = names_of(model, leaves)
     for name in (*factors, *trained):
         if name in names.unnamed:
@@ -108,14 +103,14 @@ def export_peft(
             "merge it and save the model instead"
         )
     config = describe(method)
-    if twofold := _replaced(config, frozen.plan, trainable) & factors.keys():
+    if twofold := on_residuals(config, frozen.plan, trainable) & factors.keys():
         if initial is None:
             raise PeftError(
                 f"{method.name} trains on a residual of the base; pass initial=, the trainable that init "
                 "gave, to write it as LoRA on the base itself"
             )
-        first, _ = _changed(frozen, tree.named_leaves(method.apply(frozen, initial)))
-        factors |= {name: _difference(factors[name], first[name]) for name in twofold}
+        first, _ = changed_parameters(frozen, tree.named_leaves(method.apply(frozen, initial)))
+        factors |= {name: difference(factors[name], first[name]) for name in twofold}
     dora = {name for name, own in factors.items() if own.magnitude is not None}
     if dora and len(dora) < len(factors):
         other = next(name for name in factors if name not in dora)
@@ -123,7 +118,7 @@ def export_peft(
             f"{method.name}: {min(dora)!r} has DoRA's magnitudes and {other!r} has none; PEFT's use_dora "
             "is for all modules, so export them as two adapters or merge one"
         )
-    rslora = all(_rslora(config, frozen.plan, trainable, name) for name in factors)
+    rslora = all(is_rslora(config, frozen.plan, trainable, name) for name in factors)
     modules = _modules(names, factors, rslora)
     if not modules:
         raise PeftError(f"{method.name}: every factor is zero, so there is no adapter to write")
@@ -139,7 +134,7 @@ def export_peft(
         "base_model_name_or_path": base,
         "ensure_weight_tying": bool(names.tied_weights() & (factors.keys() | trained)),
         "fan_in_fan_out": _fan_in_fan_out(names, factors, modules),
-        "lora_dropout": max((part.get("dropout", 0.0) for part in _parts(config)), default=0.0),
+        "lora_dropout": max((part.get("dropout", 0.0) for part in method_parts(config)), default=0.0),
         "target_modules": sorted(written),
         "task_type": task,
         "use_dora": bool(dora),
@@ -153,94 +148,7 @@ def export_peft(
         write_tensors(tensor_file, tensors, {"format": "pt"})
 
 
-def _changed(frozen: Frozen, leaves: Mapping[str, Any]) -> tuple[dict[str, _Factors], set[str]]:
-    """The parameters with low-rank factors, and those trained as they are."""
-    kept = tree.named_leaves(frozen.params)
-    factors, trained = {}, set()
-    for path, leaf in leaves.items():
-        if isinstance(kept[path], tree.Hole):
-            trained.add(path)
-        elif leaf is not kept[path]:
-            factors[path] = _factors(path, leaf)
-    return factors, trained
-
-
-def _factors(path: str, leaf: Any) -> _Factors:
-    magnitude = untouched = None
-    if isinstance(leaf, ScaledColumns):
-        magnitude, untouched = np.asarray(leaf.magnitude), np.sqrt(np.asarray(leaf.base_squares))
-        leaf = leaf.base
-    if not isinstance(leaf, LowRank):
-        raise PeftError(
-            f"{path!r} is a {type(leaf).__name__}, which PEFT's LoRA format has no form for; merge the "
-            "adapter and save the model instead"
-        )
-    a, b, scale = np.asarray(leaf.a), np.asarray(leaf.b), leaf.scale
-    if isinstance(leaf.base, LowRank | ScaledColumns):
-        inner = _factors(path, leaf.base)
-        if magnitude is not None or inner.magnitude is not None:
-            raise PeftError(f"{path!r} has DoRA over or under another adapter; merge one of them first")
-        a = np.concatenate([inner.a, a], axis=-2)
-        b = np.concatenate([inner.scale * inner.b, scale * b], axis=-2)
-        scale = 1.0
-    return _Factors(leaf.layout, a, b, scale, magnitude, untouched)
-
-
-def _left(name: str, parts: Sequence[str]) -> bool:
-    return any(name == part or name.startswith(f"{part}/") for part in parts)
-
-
-def _leave_out(paths: Sequence[str], factors: dict[str, _Factors], trained: set[str]) -> None:
-    for part in paths:
-        hits = [name for name in (*factors, *trained) if _left(name, (part,))]
-        if not hits:
-            near = tree.nearest(part, [*factors, *trained])
-            raise PeftError(f"leave_out: {part!r} is not trained; closest: {near}")
-        for name in hits:
-            factors.pop(name, None)
-            trained.discard(name)
-
-
-def _difference(now: _Factors, first: _Factors) -> _Factors:
-    a = np.concatenate([now.a, first.a], axis=-2)
-    b = np.concatenate([now.b, -first.b], axis=-2)
-    return _Factors(now.layout, a, b, now.scale, None, None)
-
-
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configurations of a chain's methods, or the method's own."""
-    if config["name"] != "chain":
-        return [config]
-    return [part for method in config["methods"] for part in _parts(method)]
-
-
-def _adapting(
-    config: Mapping[str, Any], plan: Any, trainable: Trainable, path: str
-) -> list[Mapping[str, Any]]:
-    """The configurations of the methods that adapt or train a parameter."""
-    if config["name"] == "chain":
-        return [
-            part
-            for method, (name, own) in zip(config["methods"], plan)
-            for part in _adapting(method, own, trainable[name], path)
-        ]
-    return [config] if path in trainable else []
-
-
-def _replaced(config: Mapping[str, Any], plan: Any, trainable: Trainable) -> set[str]:
-    """The parameters whose base the method put another in the place of."""
-    if config["name"] == "chain":
-        pairs = zip(config["methods"], plan)
-        return set().union(*(_replaced(method, own, trainable[name]) for method, (name, own) in pairs))
-    return set(trainable) if METHODS[config["name"]].replaces_base else set()
-
-
-def _rslora(config: Mapping[str, Any], plan: Any, trainable: Trainable, path: str) -> bool:
-    adapting = _adapting(config, plan, trainable, path)
-    return len(adapting) == 1 and (adapting[0]["name"] == "rslora" or adapting[0].get("rslora", False))
-
-
-def _modules(names: Names, factors: Mapping[str, _Factors], rslora: bool) -> dict[str, _Module]:
+def _modules(names: Names, factors: Mapping[str, Factors], rslora: bool) -> dict[str, _Module]:
     """Every adapted module: a layer each of the stacks, without the layers that have only zeros."""
     modules = {}
     for name, slot in (*names.slots.items(), *names.tied.items()):
@@ -249,7 +157,7 @@ def _modules(names: Names, factors: Mapping[str, _Factors], rslora: bool) -> dic
     return modules
 
 
-def _module(name: str, slot: Slot, own: _Factors, rslora: bool) -> _Module | None:
+def _module(name: str, slot: Slot, own: Factors, rslora: bool) -> _Module | None:
     require_one_stack(slot, name, own.layout)
     row = ... if slot.layer is None else slot.layer
     a, b = own.a[row], own.b[row]
@@ -290,7 +198,7 @@ def _ranks(modules: Mapping[str, _Module]) -> dict[str, Any]:
     return values
 
 
-def _fan_in_fan_out(names: Names, factors: Mapping[str, _Factors], modules: Mapping[str, _Module]) -> bool:
+def _fan_in_fan_out(names: Names, factors: Mapping[str, Factors], modules: Mapping[str, _Module]) -> bool:
     """Whether Hugging Face keeps the linear weights as [in, out], as GPT-2's Conv1D does."""
     slots = [slot for name, slot in names.slots.items() if module_of(name) in modules]
     linear = [slot for slot in slots if slot.path in factors and slot.weight.kind == "linear"]
