@@ -4,6 +4,8 @@ import peftjax.train  # noqa: F401  (loaded first, so that the name stays the fu
 from peftjax import losses
 from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
+from peftjax.io.peft.export import export_peft
+from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
@@ -35,8 +37,10 @@ __all__ = [
     "dense",
     "describe",
     "dora",
+    "export_peft",
     "freeze",
     "full",
+    "import_peft",
     "layouts_of",
     "load",
     "lora",

@@ -1,4 +1,4 @@
-"""The command line: `peftjax train | eval | merge | methods | inspect`."""
+"""The command line: `peftjax train | eval | merge | export | import | methods | inspect`."""
 
 import json
 import logging
@@ -18,6 +18,8 @@ from peftjax import report
 from peftjax.errors import PeftError
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
+from peftjax.train.config import TrainConfig
+from peftjax.train.exchange import export_saved, import_saved
 from peftjax.train.options import (
     DataOptions,
     MethodOptions,
@@ -75,6 +77,46 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained adapter in the format of Hugging Face's PEFT."""
+
+    output: Path
+    """The folder to write, for PeftModel.from_pretrained."""
+    adapter: Path = Path("outputs/adapter")
+    """The adapter's folder."""
+    model: str | None = None
+    """The base model's folder, where it is not the one the adapter was trained on."""
+    base: str | None = None
+    """The base model's name to write into the configuration; by default its folder."""
+    leave_out: tuple[str, ...] = ()
+    """Parameters or modules that are not written though they are trained, such as 'head'."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read an adapter of Hugging Face's PEFT into a folder for eval, merge and export."""
+
+    peft: Path
+    """The folder with adapter_config.json and adapter_model.safetensors."""
+    model: str
+    """The base model: a Hugging Face folder, or 'minilm'."""
+    output: Path = Path("outputs/adapter")
+    """The adapter's folder to write."""
+    head: str | None = None
+    """The model's head; by default the one of the adapter's task and class."""
+    labels: tuple[str, ...] = ()
+    """The labels' names in the order of the classifier's outputs; by default the base model's."""
+    max_length: int = TrainConfig.max_length
+    """Tokens of a text at most, when the adapter is evaluated."""
+    leave_out: tuple[str, ...] = ()
+    """Modules of the file that are not read."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the methods: paper, what is trained, what the backward pass keeps."""
 
@@ -96,7 +138,15 @@ class Inspect:
     """As JSON."""
 
 
-COMMANDS = {"train": Train, "eval": Eval, "merge": Merge, "methods": Methods, "inspect": Inspect}
+COMMANDS = {
+    "train": Train,
+    "eval": Eval,
+    "merge": Merge,
+    "export": Export,
+    "import": Import,
+    "methods": Methods,
+    "inspect": Inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -188,6 +238,31 @@ def _merge(command: Merge, console: Console) -> None:
     _show(command.json, result, lambda: report.print_values(result))
 
 
+def _export(command: Export, console: Console) -> None:
+    export_saved(
+        command.adapter,
+        command.output,
+        model=command.model,
+        base=command.base,
+        leave_out=command.leave_out,
+    )
+    result = {"adapter": str(command.adapter), "exported": str(command.output)}
+    _show(command.json, result, lambda: report.print_values(result))
+
+
+def _import(command: Import, console: Console) -> None:
+    result = import_saved(
+        command.peft,
+        command.model,
+        command.output,
+        head=command.head,
+        labels=command.labels,
+        max_length=command.max_length,
+        leave_out=command.leave_out,
+    )
+    _show(command.json, result, lambda: report.print_values(result))
+
+
 def _methods(command: Methods, console: Console) -> None:
     if command.markdown:
         print(report.methods_markdown(METHODS))
@@ -214,4 +289,12 @@ def _show(as_json: bool, value: Any, show: Any) -> None:
         show()
 
 
-_RUN = {Train: _train, Eval: _eval, Merge: _merge, Methods: _methods, Inspect: _inspect}
+_RUN = {
+    Train: _train,
+    Eval: _eval,
+    Merge: _merge,
+    Export: _export,
+    Import: _import,
+    Methods: _methods,
+    Inspect: _inspect,
+}

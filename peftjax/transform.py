@@ -195,6 +195,7 @@ class MethodInfo:
         quantized_base: whether it works on a base that is not a plain array.
         example: options for the conformance tests, on tiny models.
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
+        replaces_base: whether `init` puts another array in the place of an adapted one.
     """
 
     name: str
@@ -206,3 +207,4 @@ class MethodInfo:
     quantized_base: bool = True
     example: Mapping[str, Any] = field(default_factory=dict)
     starts_as_base: bool = True
+    replaces_base: bool = False

@@ -24,12 +24,16 @@ CONFIG = "adapter.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What `load_adapter` gives: everything `apply` and `merge` need, and what was noted beside it."""
+    """What `load_adapter` gives: everything `apply` and `merge` need, and what was noted beside it.
+
+    `init` was given `jax.random.key(seed)`.
+    """
 
     method: Transform
     frozen: Frozen
     trainable: Trainable
     info: Mapping[str, Any]
+    seed: int
 
 
 def save_adapter(
@@ -81,6 +85,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def trained_parameters(folder: str | os.PathLike[str]) -> set[str]:
+    """Names under which `adapter.safetensors` may hold a parameter that is trained as it is."""
+    parts = [name.removesuffix("/value").split("/") for name in find_tensors(Path(folder) / TENSORS)]
+    return {"/".join(own[start:]) for own in parts for start in range(1, len(own))}
+
+
 def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     """The adapter of a folder on base parameters.
 
@@ -111,4 +121,5 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
         return tree.map_named(fill, wanted[part])
 
     trainable = filled("trainable")
-    return Adapter(method, Frozen(frozen.params, filled("state"), frozen.plan), trainable, config["info"])
+    frozen = Frozen(frozen.params, filled("state"), frozen.plan)
+    return Adapter(method, frozen, trainable, config["info"], config["seed"])

@@ -26,13 +26,21 @@ from peftjax.models.layers import Context, Dropout, layer_norm
 from peftjax.models.weight_map import Weight, embedding, linear, norm
 from peftjax.tree import nearest
 
+FEATURES = {"task": "FEATURE_EXTRACTION", "bare": True}
 HEADS = {
-    "none": Head("BertModel"),
-    "mean": Head("BertModel"),
-    "cls": Head("BertModel"),
-    "classifier": Head("BertForSequenceClassification", "head/classifier/", labelled=True),
-    "mean_classifier": Head("BertModel", "head/classifier/", labelled=True),
-    "masked_lm": Head("BertForMaskedLM", "head/"),
+    "none": Head("BertModel", **FEATURES),
+    "mean": Head("BertModel", **FEATURES),
+    "cls": Head("BertModel", **FEATURES),
+    "classifier": Head("BertForSequenceClassification", "head/classifier/", labelled=True, task="SEQ_CLS"),
+    "mean_classifier": Head("BertModel", "head/classifier/", labelled=True, **FEATURES),
+    "masked_lm": Head(
+        "BertForMaskedLM",
+        "head/",
+        tied=(
+            Weight("embed/word/embedding", "cls.predictions.decoder.weight", kind="tied"),
+            Weight("head/bias", "cls.predictions.decoder.bias", kind="tied"),
+        ),
+    ),
 }
 
 LAYER = "bert.encoder.layer.{layer}."
@@ -176,4 +184,5 @@ BERT = Family(
     weights=WEIGHTS,
     canonical=canonical,
     ignored=IGNORED,
+    prefix="bert.",
 )

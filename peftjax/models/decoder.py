@@ -19,6 +19,7 @@ from peftjax.models.family import Head, label_names, require_known
 from peftjax.models.heads import mean_pool
 from peftjax.models.layers import Context, dense
 from peftjax.models.rope import rotation
+from peftjax.models.weight_map import Weight
 
 HEADS = ("causal_lm", "classifier", "mean", "none")
 
@@ -191,11 +192,13 @@ def decoder(
 
 def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]:
     """The heads of a family by the names of its Hugging Face classes."""
+    features = Head(base, task="FEATURE_EXTRACTION", bare=True)
+    table = Weight("embed/word/embedding", "lm_head.weight", kind="tied")
     return {
-        "causal_lm": Head(causal_lm),
-        "classifier": Head(classifier, "head/classifier/", labelled=True),
-        "mean": Head(base),
-        "none": Head(base),
+        "causal_lm": Head(causal_lm, task="CAUSAL_LM", tied=(table,)),
+        "classifier": Head(classifier, "head/classifier/", labelled=True, task="SEQ_CLS"),
+        "mean": features,
+        "none": features,
     }
 
 

@@ -21,11 +21,18 @@ class Head:
         task_weights: prefix of the parameters a pretrained checkpoint may lack altogether; they
             are then drawn at random. None when the head is never drawn.
         labelled: whether its output has one column per label.
+        task: Hugging Face's name of the task, such as "SEQ_CLS"; None where it has none.
+        bare: whether the class is the backbone alone: its names lack the family's prefix, and it has no
+            tensor whose name has another.
+        tied: further names of parameters under this class, where they have no tensor of their own.
     """
 
     architecture: str
     task_weights: str | None = None
     labelled: bool = False
+    task: str | None = None
+    bare: bool = False
+    tied: tuple[Weight, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Family:
         weights: every parameter with its Hugging Face name.
         canonical: the spelling `weights` uses of a name found in a checkpoint.
         ignored: regular expression of canonical names that carry nothing to load.
+        prefix: what the backbone's names begin with in a class that has a head, such as "bert.".
     """
 
     name: str
@@ -51,6 +59,7 @@ class Family:
     weights: tuple[Weight, ...]
     canonical: Callable[[str], str]
     ignored: str
+    prefix: str = ""
 
 
 def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:

@@ -128,4 +128,5 @@ LLAMA = Family(
     weights=WEIGHTS,
     canonical=canonical,
     ignored=IGNORED,
+    prefix="model.",
 )

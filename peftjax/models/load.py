@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
 from peftjax.io.files import read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.llama import LLAMA
-from peftjax.models.weight_map import read_weights, to_hf
+from peftjax.models.weight_map import read_weights, slots_of, to_hf
 
 CONFIG_FILE = "config.json"
 FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
@@ -37,6 +39,7 @@ def load(
     param_dtype: str = "float32",
     remat: str | None = None,
     key: Key[Array, ""] | None = None,
+    replaced: Collection[str] = (),
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
@@ -49,14 +52,14 @@ def load(
         remat: checkpoint policy of the blocks, see `Backbone`.
         key: draws the task head when the checkpoint has none. The parameters drawn, and the
             tensors of the checkpoint that nothing reads, are logged.
+        replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a head to draw without `key`; labels for a head that has none.
     """
     folder = Path(path)
-    values = read_json(folder / CONFIG_FILE)
-    family = _family(values.get("model_type"), folder / CONFIG_FILE)
+    family, values = read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
     config = family.read_config(values)
@@ -77,20 +80,31 @@ def load(
         task_weights=family.heads[head].task_weights,
     )
     leaves: dict[str, Any] = loaded.params
-    if loaded.fresh:
+    fresh = [path for path in loaded.fresh if path not in replaced]
+    if fresh:
         if key is None:
             raise PeftError(
-                f"{folder} has no weights for {', '.join(loaded.fresh)}; "
-                "pass key=jax.random.key(seed) to draw them"
+                f"{folder} has no weights for {', '.join(fresh)}; pass key=jax.random.key(seed) to draw them"
             )
-        logger.warning("drawn at random, not in %s: %s", folder, ", ".join(loaded.fresh))
+        logger.warning("drawn at random, not in %s: %s", folder, ", ".join(fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
-        leaves.update({path: drawn[path] for path in loaded.fresh})
+        leaves.update({path: drawn[path] for path in fresh})
+    shapes = flatten_dict(specs, sep="/")
+    leaves.update({path: np.zeros(shapes[path].shape) for path in loaded.fresh if path in replaced})
     if loaded.unused:
         logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
     # Popped one by one, so that each numpy leaf is freed before the next goes to the device.
     arrays = {path: jnp.asarray(leaves.pop(path), param_dtype) for path in list(leaves)}
     return model, {"head": {}, **unflatten_dict(arrays, sep="/")}
+
+
+def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
+    """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
+    family = FAMILIES[model.config.model_type]
+    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    held = {family.canonical(name) for name in find_tensors(path)}
+    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.weights)
+    return {slot.path for name, slot in slots.items() if name not in held}
 
 
 def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
@@ -124,7 +138,14 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
 
 
-def _family(name: Any, file: Path) -> Family:
+def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a checkpoint, and the content of its `config.json`.
+
+    Raises:
+        PeftError: the file cannot be read, or is of no supported family.
+    """
+    values = read_json(folder / CONFIG_FILE)
+    name = values.get("model_type")
     if name not in FAMILIES:
-        raise PeftError(f"{file} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+        raise PeftError(f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name], values

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,9 @@ from flax.traverse_util import flatten_dict
 from peftjax.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors
 
+# What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
+# an output layer that shares an embedding's table, and so has its inputs and outputs exchanged.
+Kind = Literal["linear", "embedding", "convolution", "tied"]
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, jnp.bfloat16)))
 
 
@@ -29,12 +32,17 @@ class Weight:
     Attributes:
         path: ours, such as `blocks/attention/query/kernel`.
         name: Hugging Face's, with `{layer}` where the layer's number stands.
-        transpose: whether the two axes are swapped.
+        transpose: whether the two axes are swapped; of a convolution, whether ours is channel-last,
+            [*window, in, out], where Hugging Face has [out, in, *window].
+        kind: what Hugging Face's module is.
+        groups: of a convolution.
     """
 
     path: str
     name: str
     transpose: bool = False
+    kind: Kind = "linear"
+    groups: int = 1
 
 
 def linear(path: str, name: str) -> tuple[Weight, Weight]:
@@ -52,7 +60,15 @@ def norm(path: str, name: str) -> tuple[Weight, Weight]:
 
 def embedding(path: str, name: str) -> Weight:
     """An embedding table."""
-    return Weight(f"{path}/embedding", f"{name}.weight")
+    return Weight(f"{path}/embedding", f"{name}.weight", kind="embedding")
+
+
+def convolution(path: str, name: str, groups: int = 1) -> tuple[Weight, Weight]:
+    """The kernel [*window, in, out] and bias of a convolution."""
+    return (
+        Weight(f"{path}/kernel", f"{name}.weight", transpose=True, kind="convolution", groups=groups),
+        Weight(f"{path}/bias", f"{name}.bias"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +87,24 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
-    path: str
+class Slot:
+    """Where one Hugging Face tensor lies: a row of our leaf, or all of it."""
+
+    weight: Weight
     layer: int | None
-    transpose: bool
+
+    @property
+    def path(self) -> str:
+        """The leaf's path."""
+        return self.weight.path
 
     def view(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """The part of our leaf that holds the tensor, in Hugging Face's orientation."""
         leaf = leaves[self.path]
         part = leaf if self.layer is None else leaf[self.layer, ...]
-        return part.T if self.transpose else part
+        if not self.weight.transpose:
+            return part
+        return np.moveaxis(part, (-1, -2), (0, 1)) if self.weight.kind == "convolution" else part.T
 
 
 def read_weights(
@@ -110,7 +134,7 @@ def read_weights(
             one name, or an unreadable file.
     """
     shapes = {path: spec.shape for path, spec in flatten_dict(specs, sep="/").items()}
-    slots = _slots(shapes, weights)
+    slots = slots_of(shapes, weights)
     files = find_tensors(folder)
     sources: dict[str, str] = {}
     for name in files:
@@ -148,12 +172,16 @@ def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, n
         PeftError: for a parameter that is not in the table.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    slots = _slots({path: leaf.shape for path, leaf in leaves.items()}, weights)
+    slots = slots_of({path: leaf.shape for path, leaf in leaves.items()}, weights)
     return {name: slot.view(leaves) for name, slot in slots.items()}
 
 
-def _slots(shapes: Mapping[str, tuple[int, ...]], weights: tuple[Weight, ...]) -> dict[str, _Slot]:
-    """Where each Hugging Face tensor of the parameters `shapes` lies in them."""
+def slots_of(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:
+    """Where each Hugging Face tensor of the parameters `shapes` lies in them.
+
+    Raises:
+        PeftError: for a parameter that is not in the table.
+    """
     table = {weight.path: weight for weight in weights}
     slots = {}
     for path, shape in shapes.items():
@@ -162,7 +190,7 @@ def _slots(shapes: Mapping[str, tuple[int, ...]], weights: tuple[Weight, ...]) -
         weight = table[path]
         layers = range(shape[0]) if "{layer}" in weight.name else (None,)
         for layer in layers:
-            slots[weight.name.format(layer=layer)] = _Slot(path, layer, weight.transpose)
+            slots[weight.name.format(layer=layer)] = Slot(weight, layer)
     return slots
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from peftjax.errors import PeftError
-from peftjax.io.adapter import Adapter, load_adapter, read_config
+from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_parameters
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save
@@ -48,10 +48,15 @@ def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
         raise PeftError(f"{adapter}: the adapter does not say its {missing[0]}; it was not made by `train`")
     folder = model_folder(model or info["model"])
     backbone, params = load(
-        folder, head=info["head"], num_labels=len(info["labels"]), key=jax.random.key(config["seed"])
+        folder,
+        head=info["head"],
+        num_labels=len(info["labels"]) or None,
+        key=jax.random.key(config["seed"]),
+        replaced=trained_parameters(adapter),
     )
-    named = dataclasses.replace(backbone.config, labels=tuple(info["labels"]))
-    backbone = dataclasses.replace(backbone, config=named)
+    if info["labels"]:
+        named = dataclasses.replace(backbone.config, labels=tuple(info["labels"]))
+        backbone = dataclasses.replace(backbone, config=named)
     return Tuned(backbone, params, load_adapter(adapter, params), folder)
 
 
@@ -71,6 +76,8 @@ def evaluate_saved(
         PeftError: the data cannot be read, or has a label the classifier does not know.
     """
     names = tuple(read_config(adapter)["info"].get("labels", ()))
+    if not names:
+        raise PeftError(f"{adapter}: the adapter has no classifier to evaluate")
     split = _evaluation_part(data, names)
     tuned = open_tuned(adapter, model)
     tokenizer = load_tokenizer(tuned.folder)

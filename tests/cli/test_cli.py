@@ -94,6 +94,52 @@ def test_merge_refuses_the_folder_of_the_base(trained, model_folder, capsys):
     assert "choose another" in refused(capsys, "merge", "--adapter", adapter, "--output", model_folder)
 
 
+def test_an_adapter_goes_to_peft_and_back(trained, model_folder, data_folder, tmp_path, capsys):
+    adapter, back = trained[0] / "adapter", tmp_path / "back"
+    run(capsys, "export", "--adapter", adapter, "--output", tmp_path / "peft", "--base", "someone/model")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("someone/model", "SEQ_CLS")
+    command = ["import", "--peft", tmp_path / "peft", "--model", model_folder, "--output", back]
+    made = json.loads(run(capsys, *command, "--labels", "bad", "good", "--max-length", "16", "--json"))
+    assert made == {"adapter": str(back), "method": "chain", "head": "classifier"}
+    # Without the names, the labels are the base's own, and there are as many as the classifier has outputs.
+    run(capsys, *command[:-1], tmp_path / "unnamed")
+    assert json.loads((tmp_path / "unnamed" / "adapter.json").read_text())["info"]["labels"] == [
+        "LABEL_0",
+        "LABEL_1",
+    ]
+    scores = []
+    for folder in (adapter, back):
+        run(capsys, "merge", "--adapter", folder, "--output", tmp_path / folder.name / "merged")
+        main(["eval", "--adapter", str(folder), "--data", str(data_folder / "dev.csv"), "--json"])
+        printed = capsys.readouterr()
+        assert "head/classifier" not in printed.err  # nothing is drawn that the adapter holds
+        scores.append({**json.loads(printed.out), "adapter": None})
+    assert scores[0] == scores[1]
+    merged = [(tmp_path / name / "merged" / "model.safetensors").read_bytes() for name in ("adapter", "back")]
+    assert merged[0] == merged[1]
+
+
+def test_import_and_export_name_what_is_wrong(trained, model_folder, tmp_path, capsys):
+    adapter = trained[0] / "adapter"
+    assert "leave_out: 'heads'" in refused(
+        capsys, "export", "--adapter", adapter, "--output", tmp_path / "peft", "--leave-out", "heads"
+    )
+    run(capsys, "export", "--adapter", adapter, "--output", tmp_path / "peft")
+    command = ["import", "--peft", tmp_path / "peft", "--output", tmp_path / "back", "--model"]
+    assert "has no head 'clasifier'; closest: 'classifier'" in refused(
+        capsys, *command, model_folder, "--head", "clasifier"
+    )
+    assert "3 labels were given; the classifier has 2 outputs" in refused(
+        capsys, *command, model_folder, "--labels", "a", "b", "c"
+    )
+    assert "load the model with the head it belongs to" in refused(
+        capsys, *command, model_folder, "--head", "none"
+    )
+    assert "does not exist" in refused(capsys, *command, "nowhere")
+    assert not (tmp_path / "back").exists()
+
+
 def test_options_come_from_yaml_and_the_command_line_wins(model_folder, data_folder, tmp_path, capsys):
     options = tmp_path / "run.yaml"
     options.write_text(
@@ -129,7 +175,7 @@ def test_the_readme_has_the_methods_table(capsys):
     assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "merge", "methods", "inspect"])
+@pytest.mark.parametrize("command", ["train", "eval", "merge", "export", "import", "methods", "inspect"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

@@ -21,7 +21,7 @@ from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder
 from peftjax.models.llama import llama_config
 
-B, S, D, F, N, K, V = 4, 192, 64, 176, 8, 4, 1000
+B, S, D, F, N, K, V = 16, 192, 128, 344, 8, 4, 1000
 LLAMA = {
     "model_type": "llama",
     "vocab_size": V,

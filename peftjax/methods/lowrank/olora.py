@@ -44,5 +44,6 @@ METHOD = MethodInfo(
     trains="r·(in + out)",
     keeps="the input x (shared) and x·aᵀ",
     quantized_base=False,
+    replaces_base=True,
     example={"rank": 2, "alpha": 4.0},
 )

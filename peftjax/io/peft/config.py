@@ -1,0 +1,233 @@
+"""`adapter_config.json` of a LoRA adapter: its fields, what they say of a module, and which we can read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftjax.errors import PeftError
+from peftjax.io.files import read_json
+from peftjax.tree import nearest
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+Names = str | Sequence[str]
+
+# Every field that PEFT 0.21 writes, with its default.
+FIELDS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": None,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+# Fields that, when set, change what the tensors mean or which there are, in a way nothing here stands for.
+VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Starts after which the base is the model's own; the others put a residual in its place.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# The output layers that PEFT trains and saves by itself for a task, by the end of their name.
+TASK_MODULES = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# The embedding whose ties PEFT heeds under ensure_weight_tying; ties of others it overlooks.
+TIED_EMBEDDING = "embed_tokens"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What `adapter_config.json` says, checked."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    dora: bool
+    dropout: float
+    bias: str
+    lora_bias: bool
+    target_modules: Names | None
+    exclude_modules: Names | None
+    layers: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    tied: bool
+    task: str | None
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+        return _pattern_value(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module's adapter."""
+        return _pattern_value(self.alpha_pattern, module, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """The factor of a module's product `B·A`."""
+        return self.alpha_of(module) / rank_power(self.rank_of(module), self.rslora)
+
+    def targets(self, module: str) -> bool:
+        """Whether a list or a pattern asks for a module; 'all-linear' asks for every one."""
+        if self.exclude_modules is not None and _asked_for(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return False
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return self.target_modules is not None
+        if not _asked_for(self.target_modules, module):
+            return False
+        exact = isinstance(self.target_modules, str) or module in self.target_modules
+        return exact or not self.layers or _layer_of(module, self.layers_pattern) in self.layers
+
+
+def rank_power(rank: int, rslora: bool) -> float:
+    """What alpha is divided by: the rank, or its root."""
+    return math.sqrt(rank) if rslora else rank
+
+
+def clean(alpha: float) -> float | int:
+    """Alpha as it was given: rid of the rounding of `alpha / √r · √r`, and whole where it is."""
+    rounded = round(alpha, 9)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The configuration of a folder.
+
+    Raises:
+        PeftError: there is none; it is of another method than LoRA and its relatives, of a variant that
+            we have not, or of a start that needs the base's residual.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise PeftError(f"{folder} holds no PEFT adapter: there is no {CONFIG}")
+    given = read_json(file)
+    if given.get("peft_type") != "LORA":
+        raise PeftError(
+            f"{file} has peft_type {given.get('peft_type')!r}; only 'LORA' (with rsLoRA and DoRA) can be read"
+        )
+    for name, value in given.items():
+        if name not in FIELDS and name != "runtime_config" and value:
+            raise PeftError(
+                f"{file} sets {name}, which this reader does not know; closest: {nearest(name, FIELDS)}"
+            )
+    values = {**FIELDS, **{name: value for name, value in given.items() if value is not None}}
+    for name in VARIANTS:
+        if values[name]:
+            raise PeftError(f"{file} sets {name}: peftjax has no such variant of LoRA")
+    _require_plain_start(file, values["init_lora_weights"])
+    if values["bias"] not in ("none", "all", "lora_only"):
+        raise PeftError(f"{file} has bias {values['bias']!r}; PEFT knows 'none', 'all' and 'lora_only'")
+    try:
+        return LoraConfig(
+            rank=int(values["r"]),
+            alpha=float(values["lora_alpha"]),
+            rank_pattern={str(k): int(v) for k, v in values["rank_pattern"].items()},
+            alpha_pattern={str(k): float(v) for k, v in values["alpha_pattern"].items()},
+            rslora=bool(values["use_rslora"]),
+            dora=bool(values["use_dora"]),
+            dropout=float(values["lora_dropout"]),
+            bias=values["bias"],
+            lora_bias=bool(values["lora_bias"]),
+            target_modules=values["target_modules"],
+            exclude_modules=values["exclude_modules"] or None,
+            layers=_tuple(values["layers_to_transform"]),
+            layers_pattern=_tuple(values["layers_pattern"]),
+            modules_to_save=_tuple(values["modules_to_save"]),
+            tied=bool(values["ensure_weight_tying"]),
+            task=values["task_type"],
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PeftError(f"{file} has a field of the wrong type: {error}") from error
+
+
+def _require_plain_start(file: Path, start: Any) -> None:
+    if start in PLAIN_STARTS:
+        return
+    raise PeftError(
+        f"{file} has init_lora_weights {start!r}: its factors belong to a residual of the base that is not "
+        "in the file; save it again from PEFT with save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=FOLDER_OF_THE_INITIAL_ADAPTER), which makes it plain LoRA"
+    )
+
+
+def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _asked_for(names: Names, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _layer_of(module: str, patterns: tuple[str, ...]) -> int | None:
+    for pattern in patterns or (r"[^.]*",):
+        # The first number counts: one further in is an expert's.
+        lead = r"(?:^|.*?\.)" if patterns else r".*?\."
+        if match := re.match(rf"{lead}{pattern}\.(\d+)\.", module):
+            return int(match.group(1))
+    return None
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int | str) else tuple(value)

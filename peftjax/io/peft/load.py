@@ -1,0 +1,133 @@
+"""An adapter that Hugging Face's PEFT saved, as a method with its frozen part and its trainable."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.io.peft.adapted import Adapted, read_adapted
+from peftjax.io.peft.config import LoraConfig, clean, rank_power, read_config
+from peftjax.io.peft.names import Model, names_of
+from peftjax.io.peft.plain import read_plain
+from peftjax.io.peft.tensors import read_file
+from peftjax.methods import build
+from peftjax.transform import Frozen, Params, Trainable, Transform
+
+
+def import_peft(
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    leave_out: Sequence[str] = (),
+    layouts: Mapping[str, str] | None = None,
+) -> tuple[Transform, Frozen, Trainable]:
+    """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
+
+    The method is `lora`, `rslora` or `dora`, in a chain with `train` where the file holds parameters
+    trained as they are. Layers of one of our stacks may have different ranks, different scales or no
+    adapter: ranks are filled up with rows of zeros in both factors, which stay zero in training, and
+    scales go into `b`. A rank larger than the matrix is brought down to it, with the same product.
+
+    Args:
+        path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        model: the backbone the parameters belong to; or a table, as in `export_peft`.
+        params: the base parameters.
+        leave_out: modules or tensors of the file that are not to be read, by PEFT's names without
+            'base_model.model.'.
+        layouts: axes by pattern, as in `lora`.
+
+    Raises:
+        PeftError: the adapter is of another method or of a variant that we have not, or its start needs
+            the base's residual; a tensor has no place in the model, another shape, or is missing.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    file = read_file(folder, leave_out)
+    names = names_of(model, params)
+    leaves = tree.named_leaves(params)
+    try:
+        adapted = read_adapted(config, file, names, leaves, layouts)
+        plain = read_plain(config, file, names, leaves)
+    except PeftError as error:
+        raise PeftError(f"{folder}: {error}") from error
+    bias, of_bias = _bias(config, leaves, adapted, plain)
+    options = _options(config, adapted, bias, layouts)
+    rest = [name for name in plain if name not in of_bias]
+    if not rest:
+        method = build(options)
+        frozen, fresh = method.init(jax.random.key(0), params)
+        return method, frozen, _filled(fresh, adapted, plain, options)
+    train = {"name": "train", "targets": "|".join(map(re.escape, rest))}
+    method = build({"name": "chain", "methods": [options, train]})
+    frozen, fresh = method.init(jax.random.key(0), params)
+    values = {name: jnp.asarray(plain[name], leaf.dtype) for name, leaf in fresh["train"].items()}
+    own = _filled(fresh[options["name"]], adapted, plain, options)
+    return method, frozen, {options["name"]: own, "train": values}
+
+
+def _bias(
+    config: LoraConfig, leaves: Mapping[str, Any], adapted: Mapping[str, Adapted], plain: Mapping[str, Any]
+) -> tuple[str, set[str]]:
+    """The low-rank method's option `bias`, and the biases that it then trains."""
+    every = {name for name in leaves if name.rsplit("/", 1)[-1] == "bias"}
+    own = {f"{tree.module_of(name)}/bias" for name in adapted} & every
+    if config.bias == "all" and every and every <= plain.keys():
+        return "all", every
+    if (config.bias == "lora_only" or config.lora_bias) and own and own <= plain.keys():
+        return "adapted", own
+    return "none", set()
+
+
+def _options(
+    config: LoraConfig, adapted: Mapping[str, Adapted], bias: str, layouts: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What `build` makes the low-rank method from."""
+    ranks = {name: own.rank for name, own in adapted.items()}
+    alphas = {name: clean(own.scale * rank_power(own.rank, config.rslora)) for name, own in adapted.items()}
+    plain_name = "rslora" if config.rslora else "lora"
+    return {
+        "name": "dora" if config.dora else plain_name,
+        **({"rslora": config.rslora} if config.dora else {}),
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": "|".join(map(re.escape, adapted)),
+        "layers": _layers(adapted),
+        "rank_pattern": _others(ranks, config.rank),
+        "alpha_pattern": _others(alphas, config.alpha),
+        "layouts": None if layouts is None else dict(layouts),
+        "bias": bias,
+        "dropout": config.dropout,
+    }
+
+
+def _layers(adapted: Mapping[str, Adapted]) -> list[int] | None:
+    """The layers that every adapter has, when it is of the same part of its stack; else None, all."""
+    held = {tuple(own.layers) for own in adapted.values()}
+    partial = any(own.layout.stack and len(own.layers) < own.layout.stack[0] for own in adapted.values())
+    if len(held) > 1 or not partial:
+        return None
+    return [number for number in held.pop() if number is not None]
+
+
+def _others(values: Mapping[str, Any], usual: Any) -> dict[str, Any] | None:
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual} or None
+
+
+def _filled(
+    fresh: Trainable, adapted: Mapping[str, Adapted], plain: Mapping[str, Any], options: Mapping[str, Any]
+) -> Trainable:
+    return {
+        name: adapted[name].filled(slots, options["layers"])
+        if name in adapted
+        else {"value": jnp.asarray(plain[name], slots["value"].dtype)}
+        for name, slots in fresh.items()
+    }

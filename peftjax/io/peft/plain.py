@@ -1,0 +1,111 @@
+"""Reading the parameters that a PEFT file holds as they are: saved modules, biases, shifts of biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from peftjax.errors import PeftError
+from peftjax.io.peft.config import TIED_EMBEDDING, LoraConfig
+from peftjax.io.peft.names import Names, module_of
+from peftjax.io.peft.tensors import Tensors
+from peftjax.models.weight_map import Slot
+from peftjax.weights.base import Weight
+
+
+def read_plain(
+    config: LoraConfig, file: Tensors, names: Names, leaves: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The parameters that the file trains as they are; layers it lacks are at the base's values.
+
+    A `lora_B.bias` becomes its part of the module's own bias: `bias + scale · lora_B.bias`.
+
+    Raises:
+        PeftError: a tensor has no place, another shape, or is missing; a module has a `lora_B.bias` and
+            no bias; a parameter that several modules share is changed for one of them.
+    """
+    values: dict[str, np.ndarray] = {}
+    known = {names.canonical(name): name for name in file.plain}
+    _require_complete(config, file, names, set(known))
+    _require_ties(config, file, names, known)
+    for name in sorted(known, key=lambda name: name in names.slots):  # a tied name, then its owner
+        _, slot = names.place(known[name])
+        view = _view(values, slot, leaves)
+        tensor = file.plain[known[name]]
+        if tensor.shape != view.shape:
+            raise PeftError(
+                f"tensor {known[name]!r} has shape {list(tensor.shape)}; {slot.path!r} needs "
+                f"{list(view.shape)}"
+            )
+        view[...] = tensor
+    for module, tensors in file.factors.items():
+        if (shift := tensors.get("lora_B.bias")) is None:
+            continue
+        name = names.canonical(f"{module}.bias")
+        if name not in names.slots:
+            raise PeftError(
+                f"{module!r} has a lora_B.bias and no bias of its own to add it to; train the adapter with "
+                "lora_bias=False"
+            )
+        view = _view(values, names.slots[name], leaves)
+        if shift.shape != view.shape:
+            raise PeftError(
+                f"tensor '{module}.lora_B.bias' has shape {list(shift.shape)}, not {list(view.shape)}"
+            )
+        view[...] += (config.scale_of(module) * shift).astype(view.dtype)
+    return values
+
+
+def _view(values: dict[str, np.ndarray], slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+    leaf = leaves[slot.path]
+    if isinstance(leaf, Weight):
+        raise PeftError(
+            f"the adapter replaces {slot.path!r}, which is a {type(leaf).__name__} here; import it on the "
+            "plain base"
+        )
+    values.setdefault(slot.path, np.array(leaf))
+    return slot.view(values)
+
+
+def _require_complete(config: LoraConfig, file: Tensors, names: Names, held: set[str]) -> None:
+    for name in _expected(config, file, names):
+        if name not in held and not file.leaves_out(names.written(name)):
+            raise PeftError(
+                f"tensor {names.written(name)!r} is missing in the file: modules_to_save="
+                f"{list(config.modules_to_save)} and bias={config.bias!r} ask for it"
+            )
+
+
+def _expected(config: LoraConfig, file: Tensors, names: Names) -> Iterator[str]:
+    """The tensors of saved modules and, as `bias` says, of biases."""
+    adapted = {names.canonical(f"{module}.weight") for module in file.factors}
+    for name in names.slots:
+        module = module_of(name)
+        saved = bool(config.modules_to_save) and f".{module}".endswith(
+            tuple(f".{part}" for part in config.modules_to_save)
+        )
+        bias = name.endswith(".bias") and (
+            config.bias == "all" or (config.bias == "lora_only" and f"{module}.weight" in adapted)
+        )
+        if saved or bias:
+            yield name
+
+
+def _require_ties(config: LoraConfig, file: Tensors, names: Names, known: Mapping[str, str]) -> None:
+    """Raise a PeftError where a shared weight is exchanged in one of its modules alone."""
+    for tied, slot in names.tied.items():
+        owners = [name for name, own in names.slots.items() if own.path == slot.path]
+        given = [file.plain[known[name]] for name in (*owners, tied) if name in known]
+        if not given or not tied.endswith(".weight"):
+            continue
+        equal = len(given) == 2 and np.array_equal(*given)
+        together = config.tied and module_of(owners[0]).endswith(TIED_EMBEDDING) and owners[0] in known
+        if not equal and not (together and len(given) == 1):
+            raise PeftError(
+                f"{slot.path!r} is the weight of {module_of(owners[0])!r} and of {module_of(tied)!r} in this "
+                "model, and the adapter exchanges one of them: leave it out, or train without it (PEFT "
+                f"keeps the two together where the embedding is called {TIED_EMBEDDING!r} and "
+                "ensure_weight_tying is True)"
+            )
