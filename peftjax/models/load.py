@@ -19,11 +19,17 @@ from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
+from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
 from peftjax.models.llama import LLAMA
+from peftjax.models.mistral import MISTRAL
+from peftjax.models.qwen2 import QWEN2
+from peftjax.models.qwen3 import QWEN3
 from peftjax.models.weight_map import read_weights, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (BERT, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
+}
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +120,8 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         if want != got:
             raise PeftError(f"parameter {name} has shape {got}; the model needs {want}")
     values: dict[str, Any] = {
-        "architectures": [family.heads[model.head_name].architecture],
         **family.write_config(model.config),
+        "architectures": [family.heads[model.head_name].architecture],
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,5 +132,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
 
 def _family(name: Any, file: Path) -> Family:
     if name not in FAMILIES:
-        raise PeftError(f"{file} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
+        text = f"{name}_text"
+        hint = f"; the language model alone, {text}, is" if text in FAMILIES else ""
+        raise PeftError(f"{file} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}")
     return FAMILIES[name]
