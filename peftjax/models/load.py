@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
@@ -31,6 +33,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family for family in (BERT, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
 }
 
+Shardings = Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +47,7 @@ def load(
     param_dtype: str = "float32",
     remat: str | None = None,
     key: Key[Array, ""] | None = None,
+    sharding: Shardings | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
@@ -55,10 +60,13 @@ def load(
         remat: checkpoint policy of the blocks, see `Backbone`.
         key: draws the task head when the checkpoint has none. The parameters drawn, and the
             tensors of the checkpoint that nothing reads, are logged.
+        sharding: where each parameter goes: a function of its path and shape, or a tree like the
+            parameters'. Each process reads only what its devices hold, one parameter at a time.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
-            tensor; a head to draw without `key`; labels for a head that has none.
+            tensor; a head to draw without `key`; labels for a head that has none; a sharding that is
+            absent from its tree or does not divide a parameter.
     """
     folder = Path(path)
     values = read_json(folder / CONFIG_FILE)
@@ -73,6 +81,7 @@ def load(
         labelled = ", ".join(name for name, spec in family.heads.items() if spec.labelled)
         raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labelled}")
     specs = jax.eval_shape(model.init, jax.random.key(0))
+    place = _placement(sharding)
     loaded = read_weights(
         folder,
         specs,
@@ -81,8 +90,9 @@ def load(
         canonical=family.canonical,
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
+        place=place,
     )
-    leaves: dict[str, Any] = loaded.params
+    leaves = dict(loaded.params)
     if loaded.fresh:
         if key is None:
             raise PeftError(
@@ -91,12 +101,12 @@ def load(
             )
         logger.warning("drawn at random, not in %s: %s", folder, ", ".join(loaded.fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
-        leaves.update({path: drawn[path] for path in loaded.fresh})
+        for path in loaded.fresh:
+            leaf = drawn[path].astype(param_dtype)
+            leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
     if loaded.unused:
         logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
-    # Popped one by one, so that each numpy leaf is freed before the next goes to the device.
-    arrays = {path: jnp.asarray(leaves.pop(path), param_dtype) for path in list(leaves)}
-    return model, {"head": {}, **unflatten_dict(arrays, sep="/")}
+    return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
 
 
 def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
@@ -128,6 +138,20 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
+
+
+def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:
+    """The sharding of each parameter by path and shape; None is the default device."""
+    if sharding is None or callable(sharding):
+        return sharding or (lambda path, shape: None)
+    by_path = flatten_dict(sharding, sep="/")
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        if path not in by_path:
+            raise PeftError(f"the tree of shardings has none for {path} {list(shape)}")
+        return by_path[path]
+
+    return place
 
 
 def _family(name: Any, file: Path) -> Family:
