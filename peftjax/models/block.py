@@ -5,7 +5,8 @@ the backward pass keeps, per token and in the compute dtype, 2 D + 2 q + 2 k + F
 gated): the inputs of both residual branches, query, key, value and the attention's result, and what
 enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
 masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
-norm before them. A post-norm block keeps 2 D more: its norms come after the branches.
+norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
+2 D more, and norms of query and key q + k.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class DecoderConfig:
     num_layers: int
     block: BlockConfig
     max_positions: int
-    rope: Mapping[str, Any] | None = None
+    rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     windows: tuple[int | None, ...] = ()
-    local_rope: Mapping[str, Any] | None = None
+    local_rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     tied: bool = False
     embedding_scale: float = 1.0
     logit_softcap: float | None = None

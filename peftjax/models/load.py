@@ -82,6 +82,8 @@ def load(
         raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labelled}")
     specs = jax.eval_shape(model.init, jax.random.key(0))
     place = _placement(sharding)
+    for name, spec in flatten_dict(specs, sep="/").items():
+        place(name, spec.shape)
     loaded = read_weights(
         folder,
         specs,
@@ -141,15 +143,20 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
 
 
 def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:
-    """The sharding of each parameter by path and shape; None is the default device."""
-    if sharding is None or callable(sharding):
-        return sharding or (lambda path, shape: None)
-    by_path = flatten_dict(sharding, sep="/")
+    """The sharding of each parameter by path and shape, checked; None is the default device."""
+    if sharding is None:
+        return lambda path, shape: None
+    by_path = {} if callable(sharding) else flatten_dict(sharding, sep="/")
 
     def place(path: str, shape: tuple[int, ...]) -> Sharding:
-        if path not in by_path:
-            raise PeftError(f"the tree of shardings has none for {path} {list(shape)}")
-        return by_path[path]
+        found = sharding(path, shape) if callable(sharding) else by_path.get(path)
+        if not isinstance(found, Sharding):
+            raise PeftError(f"sharding gives {found!r} for {path} {list(shape)}, not a jax.sharding.Sharding")
+        try:
+            found.shard_shape(shape)
+        except ValueError as error:
+            raise PeftError(f"{path} {list(shape)} cannot be placed: {error}") from error
+        return found
 
     return place
 

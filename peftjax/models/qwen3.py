@@ -26,7 +26,8 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         PeftError: as `complete`, `llama_config` and `read_windows`.
     """
-    return qwen_config(complete(values, DEFAULTS), {"qk_norm": True, **attention_biases(values)})
+    values = complete(values, DEFAULTS)
+    return qwen_config(values, {"qk_norm": True, **attention_biases(values)})
 
 
 QWEN3 = llama_family("qwen3", read_config, "Qwen3", (*SHARED, *BLOCK_NORMS, *QUERY_KEY_NORMS))

@@ -25,8 +25,8 @@ from peftjax.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, jnp.bfloat16)))
-BLOCK_NUMBERS = 2**22
-"""How many numbers of a tensor are read at a time: 16 MiB of float32, twice, beside the result."""
+BLOCK_NUMBERS = 2**20
+"""How many numbers of a tensor are read at a time: 4 MiB of float32, twice, beside the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def read_weights(
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
-            one name, a sharding that does not divide a shape, or an unreadable file.
+            one name, or an unreadable file.
     """
     shapes = {path: spec.shape for path, spec in flatten_dict(specs, sep="/").items()}
     slots = _slots(shapes, weights)
@@ -181,29 +181,35 @@ def read_leaf(
         sharding: where it goes; None is the default device.
 
     Raises:
-        PeftError: when the sharding does not divide the shape, or a tensor cannot be read.
+        PeftError: when a tensor cannot be read.
     """
     held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape))
         if bounds not in held:  # devices may hold the same part
-            held[bounds] = _read_part(weight, tensors, tuple(slice(*ends) for ends in bounds), dtype)
+            held[bounds] = read_part(weight, tensors, tuple(slice(*ends) for ends in bounds), dtype)
         return held[bounds]
 
     if sharding is None:
         return jax.block_until_ready(jnp.asarray(part((slice(None),) * len(shape))))
-    try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        raise PeftError(f"{weight.path} {list(shape)} cannot be placed: {error}") from error
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
-def _read_part(
+def read_part(
     weight: Weight, tensors: Mapping[int | None, Tensor], index: tuple[slice, ...], dtype: str
 ) -> np.ndarray:
-    """The part of a parameter at `index`, read a block of rows at a time."""
+    """The part of a parameter at `index`, read a block of rows at a time.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        index: a slice with its ends for each of our axes.
+        dtype: ours.
+
+    Raises:
+        PeftError: when a tensor cannot be read.
+    """
     result = np.empty([cut.stop - cut.start for cut in index], np.dtype(dtype))
     stacked = None not in tensors
     inner = index[1:] if stacked else index
