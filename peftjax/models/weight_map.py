@@ -239,7 +239,10 @@ def _require_fit(tensor: Tensor, shape: tuple[int, ...]) -> None:
             f"{tensor.name} of {tensor.file} has shape {list(tensor.shape)}; the model needs {list(shape)}"
         )
     if tensor.dtype not in FLOATS:
-        raise PeftError(f"{tensor.name} of {tensor.file} is {tensor.dtype}, not a float")
+        raise PeftError(
+            f"{tensor.name} of {tensor.file} is {tensor.dtype}; "
+            f"a weight is one of {', '.join(map(str, FLOATS))}"
+        )
 
 
 def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, np.ndarray]:

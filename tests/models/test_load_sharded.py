@@ -170,6 +170,16 @@ def test_sharding_that_does_not_divide_is_named(folder, mesh):
         load(folder, head="causal_lm", sharding=lambda path, shape: sharding)
 
 
+def test_a_dtype_that_numpy_lacks_is_named(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.norm.weight"
+    tensors[name] = tensors[name].astype(jnp.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(PeftError, match=rf"{name} of .* is F8_E4M3; a weight is one of .*bfloat16"):
+        load(tmp_path)
+
+
 MEASURE = """
 import json, sys
 from pathlib import Path
