@@ -7,6 +7,7 @@ a JSON header with each tensor's dtype, shape and byte range, and the tensors' b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,54 @@ def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, np.ndarray]]:
                 except (SafetensorError, TypeError, AttributeError) as error:
                     raise PeftError(f"cannot read {name} of {file}: {error}") from error
                 yield name, tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file, not read yet.
+
+    Attributes:
+        file: the file that holds it.
+        name: its name there.
+        shape: its shape.
+        dtype: its dtype, or the format's code of one that numpy lacks.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype | str
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The part at `index`, with a slice of step one for each axis; no other part is read.
+
+        The file is mapped only while this runs: pages of a mapping that stays count as memory in use.
+
+        Raises:
+            PeftError: when it cannot be read.
+        """
+        with _opened(self.file) as handle:
+            try:
+                return handle.get_slice(self.name)[index]
+            except (SafetensorError, TypeError, AttributeError) as error:
+                raise PeftError(f"cannot read {self.name} of {self.file}: {error}") from error
+
+
+def describe_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Shape and dtype for each name of `find_tensors`, from the headers of the files.
+
+    Raises:
+        PeftError: when a file cannot be read.
+    """
+    dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+    tensors = {}
+    for file in sorted(set(files.values())):
+        with _opened(file) as handle:
+            for name in (name for name, place in files.items() if place == file):
+                header = handle.get_slice(name)
+                code = header.get_dtype()
+                tensors[name] = Tensor(file, name, tuple(header.get_shape()), dtypes.get(code, code))
+    return tensors
 
 
 def write_tensors(

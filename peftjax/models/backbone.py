@@ -72,7 +72,7 @@ class Backbone:
     head_name: str = "none"
     remat: str | None = None
     dtype: str = "float32"
-    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     unroll: int = 1
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ the backward pass keeps, per token and in the compute dtype, 2 D + 2 q + 2 k + F
 gated): the inputs of both residual branches, query, key, value and the attention's result, and what
 enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
 masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
-norm before them. A post-norm block keeps 2 D more: its norms come after the branches.
+norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
+2 D more, and norms of query and key q + k.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from peftjax.models.layers import (
     recompute,
     recompute_module,
 )
-from peftjax.models.rope import rotate
+from peftjax.models.rope import layer_rotation, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,18 +143,21 @@ class Attention(nn.Module):
     ) -> Float[Array, "B S NH"]:
         """The values that every token sees, mixed; through the cache where `apply` was given one.
 
-        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, and with
-        a cache [B, T, K, H] also `cache_index`, the slot of the first token, and `mask` [B, T].
+        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, with two
+        rotations also `local_rotation` and `local`, whether this layer reads that one, and with a
+        cache [B, T, K, H] also `cache_index`, the slot of the first token, and `mask` [B, T].
         """
         config = self.config
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        rotated = rotate if config.rotary else lambda x, _: x
-        turn = context.get("rotation")
+
+        def rotated(x: Array) -> Array:
+            return rotate(x, layer_rotation(context)) if config.rotary else x
+
         offset = context.get("cache_index", 0)
         cached = self.has_variable("cache", "key")
         if cached:
-            key, value = self._through_cache(rotated(key, turn), value, offset)
+            key, value = self._through_cache(rotated(key), value, offset)
         visible = Visibility(config.causal, context.get("window", config.window), offset)
         dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
         dropout_key = self.make_rng("dropout") if dropped else None
@@ -161,8 +165,8 @@ class Attention(nn.Module):
         @recompute
         def mixed(query: Array, key: Array, value: Array, context: Context) -> Array:
             return attend(
-                rotated(query, turn),
-                key if cached else rotated(key, turn),
+                rotated(query),
+                key if cached else rotated(key),
                 value,
                 mask=context.get("mask"),
                 segments=context.get("segments"),

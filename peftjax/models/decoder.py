@@ -21,6 +21,8 @@ from peftjax.models.layers import Context, dense
 from peftjax.models.rope import rotation
 from peftjax.models.weight_map import Weight
 
+ALL_PLACES = 2**31 - 1
+"""A window that hides nothing, for layers without one among layers with one."""
 HEADS = ("causal_lm", "classifier", "mean", "none")
 
 
@@ -35,6 +37,9 @@ class DecoderConfig:
         block: what differs between their blocks.
         max_positions: longest sequence the checkpoint was made for.
         rope: Hugging Face's `rope_parameters`, None without rotary positions.
+        windows: how many places back each layer sees, None is all, where the layers differ; if they do
+            not, empty, and the block's `window` holds.
+        local_rope: the `rope_parameters` of the layers with a window, where those are others.
         tied: whether the output layer is the embedding table.
         embedding_scale: factor of the embeddings.
         logit_softcap: bound of the logits.
@@ -48,7 +53,9 @@ class DecoderConfig:
     num_layers: int
     block: BlockConfig
     max_positions: int
-    rope: Mapping[str, Any] | None = None
+    rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    windows: tuple[int | None, ...] = ()
+    local_rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     tied: bool = False
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
@@ -67,8 +74,15 @@ class DecoderConfig:
                 f"{self.model_type}: num_key_value_heads {block.kv_heads} does not divide "
                 f"num_attention_heads {block.num_heads}"
             )
+        if block.head_dim is None and block.width % block.num_heads:
+            raise PeftError(
+                f"{self.model_type}: num_attention_heads {block.num_heads} does not divide "
+                f"hidden_size {block.width}"
+            )
         if block.rotary and block.head_width % 2:
             raise PeftError(f"{self.model_type}: rotary positions need an even head_dim")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise PeftError(f"{self.model_type}: {len(self.windows)} windows for {self.num_layers} layers")
 
     def with_num_labels(self, num_labels: int) -> DecoderConfig:
         """The same configuration with `num_labels` labels, whose names are kept if they fit."""
@@ -109,8 +123,10 @@ class DecoderEmbed(nn.Module):
             context["segments"] = batch["segment_ids"]
         if config.rope is not None:
             positions = batch.get("position_ids", jnp.arange(ids.shape[1])[None])
-            settings = (config.block.head_width, config.rope, config.max_positions)
-            context["rotation"] = rotation(positions, *settings)
+            ropes = {"rotation": config.rope, "local_rotation": config.local_rope}
+            for name, rope in ropes.items():
+                if rope is not None:
+                    context[name] = rotation(positions, config.block.head_width, rope, config.max_positions)
         return hidden, context
 
 
@@ -187,7 +203,18 @@ def decoder(
         head_name=head,
         remat=remat,
         dtype=dtype,
+        per_layer=layer_differences(config),
     )
+
+
+def layer_differences(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """What differs between the layers, for `Backbone.per_layer`: `window`, and `local` with two ropes."""
+    if not config.windows:
+        return {}
+    own = {"window": tuple(ALL_PLACES if window is None else window for window in config.windows)}
+    if config.local_rope is not None:
+        own["local"] = tuple(window is not None for window in config.windows)
+    return own
 
 
 def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]:
@@ -203,9 +230,13 @@ def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """The content of `config.json` that gives `config` back: what was read, with its labels."""
+    """The content of `config.json` that gives `config` back: what was read, with its labels.
+
+    It names no dtype, which is that of the tensors saved with it.
+    """
+    values = {name: value for name, value in config.values.items() if name not in ("dtype", "torch_dtype")}
     return {
-        **config.values,
+        **values,
         "model_type": config.model_type,
         "id2label": {str(i): label for i, label in enumerate(config.labels)},
         "label2id": {label: i for i, label in enumerate(config.labels)},

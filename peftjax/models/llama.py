@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from peftjax.errors import PeftError
 from peftjax.models.block import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
-from peftjax.models.family import Family, read_labels, require_known
+from peftjax.models.family import Family, read_labels, require_known, require_settings
 from peftjax.models.layers import ACTIVATIONS
-from peftjax.models.rope import rope_type
+from peftjax.models.rope import read_rope
 from peftjax.models.weight_map import Weight, embedding, linear
 
 LAYER = "model.layers.{layer}."
@@ -20,14 +21,21 @@ def scale(path: str, name: str) -> Weight:
     return Weight(f"{path}/scale", f"{name}.weight")
 
 
-WEIGHTS: tuple[Weight, ...] = (
-    embedding("embed/word", "model.embed_tokens"),
+BLOCK_NORMS = (
     scale("blocks/attention_norm", LAYER + "input_layernorm"),
+    scale("blocks/feed_forward_norm", LAYER + "post_attention_layernorm"),
+)
+QUERY_KEY_NORMS = (
+    scale("blocks/attention/query_norm", LAYER + "self_attn.q_norm"),
+    scale("blocks/attention/key_norm", LAYER + "self_attn.k_norm"),
+)
+"""Norms that Llama lacks and some of its relatives have."""
+SHARED = (
+    embedding("embed/word", "model.embed_tokens"),
     *linear("blocks/attention/query", LAYER + "self_attn.q_proj"),
     *linear("blocks/attention/key", LAYER + "self_attn.k_proj"),
     *linear("blocks/attention/value", LAYER + "self_attn.v_proj"),
     *linear("blocks/attention/output", LAYER + "self_attn.o_proj"),
-    scale("blocks/feed_forward_norm", LAYER + "post_attention_layernorm"),
     *linear("blocks/feed_forward/gate", LAYER + "mlp.gate_proj"),
     *linear("blocks/feed_forward/up", LAYER + "mlp.up_proj"),
     *linear("blocks/feed_forward/down", LAYER + "mlp.down_proj"),
@@ -35,83 +43,107 @@ WEIGHTS: tuple[Weight, ...] = (
     *linear("head/output", "lm_head"),
     *linear("head/classifier", "score"),
 )
+"""Every weight but the norms of the blocks."""
 # The rotation's frequencies, and output layers of other heads or tied to the embedding.
 IGNORED = r".*rotary_emb\.inv_freq|lm_head\.weight|score\.weight|.*\.masked_bias"
-ACTIVATION = "silu"
-
-
-def rope_settings(values: Mapping[str, Any], theta: float = 10000.0) -> dict[str, Any]:
-    """Hugging Face's rope settings, of its present `rope_parameters` or the older two keys.
-
-    Raises:
-        PeftError: for a `rope_type` that is not supported.
-    """
-    settings = {
-        "rope_theta": values.get("rope_theta", theta),
-        **(values.get("rope_scaling") or {}),
-        **(values.get("rope_parameters") or {}),
-    }
-    rope_type(settings)
-    return settings
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+}
+# Settings that would change the computation, with the only value this backbone computes.
+REQUIRED = {"quantization_config": None}
 
 
 def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     """The configuration in the content of a `config.json`.
 
     Raises:
-        PeftError: for a setting this backbone does not compute, and as `DecoderConfig`.
+        PeftError: as `complete` and `llama_config`.
     """
-    return llama_config(values)
+    values = complete(values, {})
+    return llama_config(values, block={**attention_biases(values), "feed_forward_bias": values["mlp_bias"]})
+
+
+def complete(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` with what the family has where it says nothing.
+
+    Raises:
+        PeftError: for a size that is absent.
+    """
+    for name in SIZES:
+        if values.get(name) is None:
+            raise PeftError(f"config.json of {values['model_type']} has no {name}")
+    return {**DEFAULTS, **defaults, **values}
+
+
+def attention_biases(values: Mapping[str, Any]) -> dict[str, bool]:
+    """The biases of a family whose `attention_bias` is for query, key, value and output alike."""
+    return {"qkv_bias": values["attention_bias"], "output_bias": values["attention_bias"]}
 
 
 def llama_config(
     values: Mapping[str, Any], *, block: Mapping[str, Any] | None = None, **settings: Any
 ) -> DecoderConfig:
-    """The configuration of a family like Llama.
+    """The configuration of a family like Llama, without biases.
 
     Args:
-        values: the content of `config.json`.
-        block: where its `BlockConfig` differs from Llama's.
+        values: what `complete` made of `config.json`.
+        block: where its `BlockConfig` differs from that.
         settings: where its `DecoderConfig` does.
+
+    Raises:
+        PeftError: for a setting this backbone does not compute, and as `DecoderConfig`.
     """
     who = values["model_type"]
-    activation = values.get("hidden_act") or values.get("hidden_activation") or ACTIVATION
-    require_known(who, "hidden_act", activation, ACTIVATIONS)
-    attention_bias = values.get("attention_bias", False)
+    require_settings(who, values, REQUIRED)
     blocks = {
         "width": values["hidden_size"],
         "num_heads": values["num_attention_heads"],
         "num_kv_heads": values.get("num_key_value_heads"),
         "head_dim": values.get("head_dim"),
         "inner_size": values["intermediate_size"],
-        "activation": activation,
+        "activation": values["hidden_act"],
         "gated": True,
         "norm": "rms",
-        "norm_epsilon": values.get("rms_norm_eps", 1e-6),
-        "qkv_bias": attention_bias,
-        "output_bias": attention_bias,
-        "feed_forward_bias": values.get("mlp_bias", False),
+        "norm_epsilon": values["rms_norm_eps"],
+        "qkv_bias": False,
+        "output_bias": False,
+        "feed_forward_bias": False,
         "rotary": True,
         "causal": True,
-        "attention_dropout": values.get("attention_dropout", 0.0),
-        "init_std": values.get("initializer_range", 0.02),
+        "attention_dropout": values["attention_dropout"] or 0.0,
+        "init_std": values["initializer_range"],
         **(block or {}),
     }
-    return DecoderConfig(
-        **{
-            "model_type": who,
-            "vocab_size": values["vocab_size"],
-            "num_layers": values["num_hidden_layers"],
-            "block": BlockConfig(**blocks),
-            "max_positions": values.get("max_position_embeddings", 2048),
-            "rope": rope_settings(values),
-            "tied": values.get("tie_word_embeddings", False),
-            "pad_token_id": values.get("pad_token_id"),
-            "labels": read_labels(values),
-            "values": dict(values),
-            **settings,
-        }
-    )
+    require_known(who, "activation", blocks["activation"], ACTIVATIONS)
+    config = {
+        "model_type": who,
+        "vocab_size": values["vocab_size"],
+        "num_layers": values["num_hidden_layers"],
+        "block": BlockConfig(**blocks),
+        "max_positions": values["max_position_embeddings"],
+        "tied": values["tie_word_embeddings"],
+        "pad_token_id": values.get("pad_token_id"),
+        "labels": read_labels(values),
+        "values": dict(values),
+        **settings,
+    }
+    if "rope" not in config:
+        config["rope"] = read_rope(values.get("rope_scaling") or values.get("rope_parameters"), values)
+    return DecoderConfig(**config)
 
 
 def canonical(name: str) -> str:
@@ -119,14 +151,35 @@ def canonical(name: str) -> str:
     return name if name.startswith(("model.", "lm_head.", "score.")) else f"model.{name}"
 
 
-LLAMA = Family(
-    name="llama",
-    read_config=read_config,
-    write_config=write_config,
-    build=decoder,
-    heads=decoder_heads("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),
-    weights=WEIGHTS,
-    canonical=canonical,
-    ignored=IGNORED,
-    prefix="model.",
-)
+def llama_family(
+    name: str,
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig],
+    classes: str,
+    weights: tuple[Weight, ...] = (*SHARED, *BLOCK_NORMS),
+    base: str = "",
+) -> Family:
+    """A family like Llama.
+
+    Args:
+        name: Hugging Face's `model_type`.
+        read_config: content of `config.json` -> configuration.
+        classes: what its Hugging Face classes' names begin with; of the classifier and the base model,
+            `base`.
+        weights: every parameter with its Hugging Face name.
+        base: as `classes`, where it differs.
+    """
+    base = base or classes
+    return Family(
+        name=name,
+        read_config=read_config,
+        write_config=write_config,
+        build=decoder,
+        heads=decoder_heads(f"{classes}ForCausalLM", f"{base}ForSequenceClassification", f"{base}Model"),
+        weights=weights,
+        canonical=canonical,
+        ignored=IGNORED,
+        prefix="model.",
+    )
+
+
+LLAMA = llama_family("llama", read_config, "Llama")

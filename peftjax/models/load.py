@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
@@ -21,11 +21,19 @@ from peftjax.io.safetensors import SINGLE_FILE, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
+from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
 from peftjax.models.llama import LLAMA
+from peftjax.models.mistral import MISTRAL
+from peftjax.models.qwen2 import QWEN2
+from peftjax.models.qwen3 import QWEN3
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (BERT, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
+}
+
+Shardings = Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ def load(
     remat: str | None = None,
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
+    sharding: Shardings | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
@@ -53,10 +62,13 @@ def load(
         key: draws the task head when the checkpoint has none. The parameters drawn, and the
             tensors of the checkpoint that nothing reads, are logged.
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
+        sharding: where each parameter goes: a function of its path and shape, or a tree like the
+            parameters'. Each process reads only what its devices hold, one parameter at a time.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
-            tensor; a head to draw without `key`; labels for a head that has none.
+            tensor; a head to draw without `key`; labels for a head that has none; a sharding that is
+            absent from its tree or does not divide a parameter.
     """
     folder = Path(path)
     family, values = read_family(folder)
@@ -70,6 +82,9 @@ def load(
         labelled = ", ".join(name for name, spec in family.heads.items() if spec.labelled)
         raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labelled}")
     specs = jax.eval_shape(model.init, jax.random.key(0))
+    place = _placement(sharding)
+    for name, spec in flatten_dict(specs, sep="/").items():
+        place(name, spec.shape)
     loaded = read_weights(
         folder,
         specs,
@@ -78,8 +93,9 @@ def load(
         canonical=family.canonical,
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
+        place=place,
     )
-    leaves: dict[str, Any] = loaded.params
+    leaves = dict(loaded.params)
     fresh = [path for path in loaded.fresh if path not in replaced]
     if fresh:
         if key is None:
@@ -88,14 +104,16 @@ def load(
             )
         logger.warning("drawn at random, not in %s: %s", folder, ", ".join(fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
-        leaves.update({path: drawn[path] for path in fresh})
+        for path in fresh:
+            leaf = drawn[path].astype(param_dtype)
+            leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
     shapes = flatten_dict(specs, sep="/")
-    leaves.update({path: np.zeros(shapes[path].shape) for path in loaded.fresh if path in replaced})
+    for path in set(loaded.fresh) - set(fresh):
+        empty = jnp.zeros(shapes[path].shape, param_dtype)
+        leaves[path] = jax.device_put(empty, place(path, empty.shape))
     if loaded.unused:
         logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
-    # Popped one by one, so that each numpy leaf is freed before the next goes to the device.
-    arrays = {path: jnp.asarray(leaves.pop(path), param_dtype) for path in list(leaves)}
-    return model, {"head": {}, **unflatten_dict(arrays, sep="/")}
+    return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
 
 
 def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
@@ -128,8 +146,8 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         if want != got:
             raise PeftError(f"parameter {name} has shape {got}; the model needs {want}")
     values: dict[str, Any] = {
-        "architectures": [family.heads[model.head_name].architecture],
         **family.write_config(model.config),
+        "architectures": [family.heads[model.head_name].architecture],
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,5 +165,28 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
     values = read_json(folder / CONFIG_FILE)
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise PeftError(f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
+        text = f"{name}_text"
+        hint = f"; the language model alone, {text}, is" if text in FAMILIES else ""
+        raise PeftError(
+            f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
+        )
     return FAMILIES[name], values
+
+
+def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:
+    """The sharding of each parameter by path and shape, checked; None is the default device."""
+    if sharding is None:
+        return lambda path, shape: None
+    by_path = {} if callable(sharding) else flatten_dict(sharding, sep="/")
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        found = sharding(path, shape) if callable(sharding) else by_path.get(path)
+        if not isinstance(found, Sharding):
+            raise PeftError(f"sharding gives {found!r} for {path} {list(shape)}, not a jax.sharding.Sharding")
+        try:
+            found.shard_shape(shape)
+        except ValueError as error:
+            raise PeftError(f"{path} {list(shape)} cannot be placed: {error}") from error
+        return found
+
+    return place

@@ -1,28 +1,35 @@
 """Our parameter paths <-> Hugging Face's tensor names, and the reading and writing by that table.
 
 A linear layer's `weight` [out, in] is our `kernel` [in, out]; a layer's tensors are rows of our
-stacked leaf [L, ...]. Reading fills the final arrays tensor by tensor, in their final dtype.
+stacked leaf [L, ...]. Reading makes the final arrays leaf by leaf, in their final dtype and sharding; of
+each tensor only the part that a device of this process holds is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Sharding
+from jaxtyping import Array
 
 from peftjax.errors import PeftError
-from peftjax.io.safetensors import find_tensors, read_tensors
+from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
 # an output layer that shares an embedding's table, and so has its inputs and outputs exchanged.
 Kind = Literal["linear", "embedding", "convolution", "tied"]
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, jnp.bfloat16)))
+BLOCK_NUMBERS = 2**20
+"""How many numbers of a tensor are read at a time: 4 MiB of float32, twice, beside the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,14 @@ class Weight:
     transpose: bool = False
     kind: Kind = "linear"
     groups: int = 1
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Our axes in the order of Hugging Face's, of a tensor with `ndim`."""
+        if not self.transpose:
+            return tuple(range(ndim))
+        if self.kind == "convolution":
+            return (ndim - 1, ndim - 2, *range(ndim - 2))
+        return tuple(reversed(range(ndim)))
 
 
 def linear(path: str, name: str) -> tuple[Weight, Weight]:
@@ -76,12 +91,12 @@ class Loaded:
     """What a checkpoint gave.
 
     Attributes:
-        params: numpy arrays by path; without the `fresh` ones.
+        params: arrays by path; without the `fresh` ones.
         fresh: paths the checkpoint lacks, which the caller draws at random.
         unused: the checkpoint's names that nothing read.
     """
 
-    params: dict[str, np.ndarray]
+    params: dict[str, Array]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -98,13 +113,15 @@ class Slot:
         """The leaf's path."""
         return self.weight.path
 
-    def view(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+    def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, from our leaf's."""
+        part = leaf if self.layer is None else leaf[1:]
+        return tuple(part[axis] for axis in self.weight.axes(len(part)))
+
+    def view(self, leaf: np.ndarray) -> np.ndarray:
         """The part of our leaf that holds the tensor, in Hugging Face's orientation."""
-        leaf = leaves[self.path]
         part = leaf if self.layer is None else leaf[self.layer, ...]
-        if not self.weight.transpose:
-            return part
-        return np.moveaxis(part, (-1, -2), (0, 1)) if self.weight.kind == "convolution" else part.T
+        return part.transpose(self.weight.axes(part.ndim))
 
 
 def read_weights(
@@ -116,6 +133,7 @@ def read_weights(
     canonical: Callable[[str], str],
     ignored: str,
     task_weights: str | None,
+    place: Callable[[str, tuple[int, ...]], Sharding | None] = lambda path, shape: None,
 ) -> Loaded:
     """Read the parameters of `specs` from the safetensors of `folder`.
 
@@ -128,6 +146,7 @@ def read_weights(
         ignored: regular expression of canonical names not to report as unused.
         task_weights: prefix of the paths that are `fresh` when the checkpoint has none of them;
             so is then any other module of the head that it lacks altogether.
+        place: sharding of the parameter at a path, by its shape; None is the default device.
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
@@ -147,22 +166,105 @@ def read_weights(
     if lost:
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
         raise PeftError(f"{folder} lacks {count}: {_abridged(lost)}")
-    leaves = {path: np.empty(shape, np.dtype(dtype)) for path, shape in shapes.items() if path not in fresh}
-    wanted = {source: name for name, source in sources.items() if name in slots}
-    for source, tensor in read_tensors({source: files[source] for source in wanted}):
-        view = slots[wanted[source]].view(leaves)
-        if tensor.shape != view.shape:
-            raise PeftError(
-                f"{source} of {files[source]} has shape {list(tensor.shape)}; "
-                f"the model needs {list(view.shape)}"
-            )
-        if tensor.dtype not in FLOATS:
-            raise PeftError(f"{source} of {files[source]} is {tensor.dtype}, not a float")
-        view[...] = tensor
+    wanted = {source: slots[name] for name, source in sources.items() if name in slots}
+    tensors = describe_tensors({source: files[source] for source in wanted})
+    parts: dict[str, dict[int | None, Tensor]] = {}
+    for source, tensor in tensors.items():
+        slot = wanted[source]
+        _require_fit(tensor, slot.shape(shapes[slot.path]))
+        parts.setdefault(slot.path, {})[slot.layer] = tensor
+    table = {slot.path: slot.weight for slot in slots.values()}
+    # The largest first: the copy that a leaf needs on its way to the device meets an emptier memory.
+    ordered = sorted(parts, key=lambda path: (-math.prod(shapes[path]), path))
+    leaves = {
+        path: read_leaf(table[path], parts[path], shapes[path], dtype, place(path, shapes[path]))
+        for path in ordered
+    }
     unused = tuple(
         source for name, source in sources.items() if name not in slots and not re.fullmatch(ignored, name)
     )
     return Loaded(leaves, tuple(sorted(fresh)), unused)
+
+
+def read_leaf(
+    weight: Weight,
+    tensors: Mapping[int | None, Tensor],
+    shape: tuple[int, ...],
+    dtype: str,
+    sharding: Sharding | None,
+) -> Array:
+    """One parameter, in its final dtype and sharding.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        shape: ours.
+        dtype: ours.
+        sharding: where it goes; None is the default device.
+
+    Raises:
+        PeftError: when a tensor cannot be read.
+    """
+    held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape))
+        if bounds not in held:  # devices may hold the same part
+            held[bounds] = read_part(weight, tensors, tuple(slice(*ends) for ends in bounds), dtype)
+        return held[bounds]
+
+    if sharding is None:
+        return jax.block_until_ready(jnp.asarray(part((slice(None),) * len(shape))))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def read_part(
+    weight: Weight, tensors: Mapping[int | None, Tensor], index: tuple[slice, ...], dtype: str
+) -> np.ndarray:
+    """The part of a parameter at `index`, read a block of rows at a time.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        index: a slice with its ends for each of our axes.
+        dtype: ours.
+
+    Raises:
+        PeftError: when a tensor cannot be read.
+    """
+    result = np.empty([cut.stop - cut.start for cut in index], np.dtype(dtype))
+    stacked = None not in tensors
+    inner = index[1:] if stacked else index
+    layers = range(index[0].start, index[0].stop) if stacked else (None,)
+    axes = weight.axes(len(inner))
+    cut = tuple(inner[axis] for axis in axes)
+    for place, layer in enumerate(layers):
+        out = (result[place, ...] if stacked else result).transpose(axes)
+        for rows in _blocks(cut):
+            start = rows[0].start - cut[0].start
+            block = tensors[layer].read(rows)
+            out[start : start + len(block)] = block
+    return result
+
+
+def _blocks(cut: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
+    """`cut` as runs of rows of at most `BLOCK_NUMBERS` numbers."""
+    width = math.prod(axis.stop - axis.start for axis in cut[1:])
+    step = max(1, BLOCK_NUMBERS // max(width, 1))
+    for start in range(cut[0].start, cut[0].stop, step):
+        yield slice(start, min(start + step, cut[0].stop)), *cut[1:]
+
+
+def _require_fit(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise PeftError(
+            f"{tensor.name} of {tensor.file} has shape {list(tensor.shape)}; the model needs {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise PeftError(
+            f"{tensor.name} of {tensor.file} is {tensor.dtype}; "
+            f"a weight is one of {', '.join(map(str, FLOATS))}"
+        )
 
 
 def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, np.ndarray]:
@@ -173,7 +275,7 @@ def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, n
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     slots = slots_of({path: leaf.shape for path, leaf in leaves.items()}, weights)
-    return {name: slot.view(leaves) for name, slot in slots.items()}
+    return {name: slot.view(leaves[slot.path]) for name, slot in slots.items()}
 
 
 def slots_of(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:

@@ -1,9 +1,102 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
+from peftjax.models.load import FAMILIES
+
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}
+WINDOW = {"sliding_window": 7}
+GEMMA3_ROPES = {
+    "full_attention": LINEAR_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+}
+DECODERS = {
+    "llama2": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama3": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
+    "llama_biased": {
+        "model_type": "llama",
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "mistral": {"model_type": "mistral", **WINDOW},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    "qwen3": {"model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
+    "gemma": {"model_type": "gemma", "head_dim": 10, "num_key_value_heads": 1},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 10,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        **WINDOW,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 10,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": GEMMA3_ROPES,
+        **WINDOW,
+    },
+}
+"""The content of `config.json` of tiny decoders, one for each family and for each style of Llama."""
+
+
+@pytest.fixture(scope="session")
+def decoders():
+    return {name: {**TINY, **values} for name, values in DECODERS.items()}
+
+
+@pytest.fixture(scope="session", params=DECODERS)
+def decoder_values(request, decoders):
+    return decoders[request.param]
+
+
+@pytest.fixture(scope="session")
+def random_decoder():
+    """`(values, head) -> (model, params)` with numbers that are far from trivial; nothing is compiled."""
+
+    def make(values, head="causal_lm"):
+        family = FAMILIES[values["model_type"]]
+        model = family.build(family.read_config(values), head=head)
+        rng = np.random.default_rng(0)
+        specs = jax.eval_shape(model.init, jax.random.key(0))
+        return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), specs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def padded():
+    """Two rows of 130 tokens, the first padded on the left and the second on the right."""
+    rng = np.random.default_rng(0)
+    places = np.arange(130)[None]
+    mask = ((places >= [[9], [0]]) & (places < [[130], [110]])).astype(np.int32)
+    ids = rng.integers(1, 61, mask.shape).astype(np.int32) * mask
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.fixture(scope="session")

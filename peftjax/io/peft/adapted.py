@@ -182,7 +182,7 @@ def _require_bases(file: Tensors, names: Names, leaves: Mapping[str, Any]) -> No
     """Raise a PeftError when a weight that PEFT saved beside its adapter is not this model's."""
     for name, tensor in file.bases.items():
         _, slot = names.place(name)
-        base = slot.view({slot.path: np.asarray(leaves[slot.path])})
+        base = slot.view(np.asarray(leaves[slot.path]))
         if base.shape != tensor.shape or not np.array_equal(base.astype(tensor.dtype), tensor):
             raise PeftError(
                 f"the adapter holds its own weight for {name!r}, {list(tensor.shape)}, and this model's is "

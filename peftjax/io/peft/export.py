@@ -253,7 +253,7 @@ def _plain(
             continue
         module = module_of(name)
         kept_name = f"{module}.base_layer.{name[len(module) + 1 :]}" if module in modules else name
-        tensors[kept_name] = slot.view({slot.path: np.asarray(dense(leaves[slot.path]))})
+        tensors[kept_name] = slot.view(np.asarray(dense(leaves[slot.path])))
     values = {
         "bias": bias,
         "modules_to_save": sorted(names.written(module) for module in saved) or None,

@@ -66,7 +66,7 @@ def _view(values: dict[str, np.ndarray], slot: Slot, leaves: Mapping[str, Any]) 
             "plain base"
         )
     values.setdefault(slot.path, np.array(leaf))
-    return slot.view(values)
+    return slot.view(values[slot.path])
 
 
 def _require_complete(config: LoraConfig, file: Tensors, names: Names, held: set[str]) -> None:
