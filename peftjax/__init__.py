@@ -4,6 +4,7 @@ import peftjax.train  # noqa: F401  (loaded first, so that the name stays the fu
 from peftjax import losses
 from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
+from peftjax.generation.generate import Generated, generate
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
@@ -22,6 +23,7 @@ from peftjax.weights.base import Weight, dense, matmul
 __all__ = [
     "METHODS",
     "Frozen",
+    "Generated",
     "MethodInfo",
     "PeftError",
     "Transform",
@@ -37,6 +39,7 @@ __all__ = [
     "dora",
     "freeze",
     "full",
+    "generate",
     "layouts_of",
     "load",
     "lora",
