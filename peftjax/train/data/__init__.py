@@ -1,1 +1,1 @@
-"""Text-classification data: one file per source, and how texts become batches."""
+"""Data: one file per source of labelled texts, and how texts become batches; `language` for decoders."""

@@ -92,10 +92,14 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_length), max_length)
 
 
+def bucket_of(length: int, max_length: int) -> int:
+    """The smallest of `bucket_lengths(max_length)` that holds `length` tokens."""
+    return next(bucket for bucket in bucket_lengths(max_length) if bucket >= length)
+
+
 def make_batch(split: TokenisedSplit, rows: Sequence[int], size: int) -> Batch:
     """The batch of the examples `rows`, filled up to `size` rows of weight 0."""
-    longest = max(split.starts[i + 1] - split.starts[i] for i in rows)
-    length = next(bucket for bucket in bucket_lengths(split.max_length) if bucket >= longest)
+    length = bucket_of(max(split.starts[i + 1] - split.starts[i] for i in rows), split.max_length)
     batch = {
         "input_ids": np.full((size, length), split.pad_id, np.int32),
         "attention_mask": np.zeros((size, length), np.int32),
@@ -124,36 +128,53 @@ class _SplitWindow(grain.experimental.FlatMapTransform):
 
 
 def training_batches(split: TokenisedSplit, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """An endless iterator over training batches, the same for the same seed.
+    """An endless iterator over training batches, the same for the same seed; see `shuffled_batches`."""
+    return shuffled_batches(
+        split.lengths, batch_size, seed, lambda rows: make_batch(split, rows, batch_size), window=WINDOW
+    )
 
-    Every epoch visits every example once in a new order. Of each `WINDOW` consecutive batches the
+
+def shuffled_batches(
+    lengths: Int64[np.ndarray, "N"],
+    batch_size: int,
+    seed: int,
+    make: Callable[[list[int]], Batch],
+    *,
+    window: int,
+) -> grain.DatasetIterator:
+    """An endless iterator over `make(examples)`, the same for the same seed.
+
+    Every epoch visits every example once in a new order. Of each `window` consecutive batches the
     examples are sorted by length, cut into batches, and the batches shuffled, so a batch has
     examples of similar length and little padding. `get_state()` is a JSON-able dict;
     `set_state()` with it continues with exactly the next batch.
     """
-    window = max(1, min(WINDOW, len(split) // batch_size))
-    lengths = split.lengths
+    window = max(1, min(window, len(lengths) // batch_size))
+    size = window * batch_size
 
     def group(rows: list[int], generator: np.random.Generator) -> list[list[int]]:
         ordered = sorted(rows, key=lambda i: (lengths[i], i))
         order = generator.permutation(window)
         return [ordered[k * batch_size : (k + 1) * batch_size] for k in order]
 
-    windows = (
-        grain.MapDataset.source(range(len(split)))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(window * batch_size, batch_fn=list)
-        .random_map(group)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    order = grain.MapDataset.source(range(len(lengths))).seed(seed).shuffle().repeat()
+    # grain cannot count the endless batches of a single element.
+    windows = order.batch(size, batch_fn=list) if size > 1 else order.map(lambda row: [row])
+    grouped = windows.random_map(group).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     )
-    rows = grain.experimental.FlatMapIterDataset(windows, _SplitWindow(max_fan_out=window))
-    return iter(rows.map(lambda chosen: make_batch(split, chosen, batch_size)))
+    rows = grain.experimental.FlatMapIterDataset(grouped, _SplitWindow(max_fan_out=window))
+    return iter(rows.map(make))
 
 
 def evaluation_batches(split: TokenisedSplit, batch_size: int) -> Iterator[Batch]:
     """Every example once, the shortest first; the last batch is filled up with rows of weight 0."""
-    order = np.argsort(split.lengths, kind="stable")
-    for start in range(0, len(split), batch_size):
-        yield make_batch(split, order[start : start + batch_size], batch_size)
+    for rows in shortest_first(split.lengths, batch_size):
+        yield make_batch(split, rows, batch_size)
+
+
+def shortest_first(lengths: Int64[np.ndarray, "N"], batch_size: int) -> Iterator[Int64[np.ndarray, "B"]]:
+    """The examples of each evaluation batch; the last may have fewer than `batch_size`."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(lengths), batch_size):
+        yield order[start : start + batch_size]

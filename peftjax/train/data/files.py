@@ -42,8 +42,8 @@ def file_dataset(
     if evaluation is not None:
         held = _read(Path(evaluation), text_column, label_column)
     else:
-        held = [row for row in trained if _held_out(row.text)]
-        trained = [row for row in trained if not _held_out(row.text)]
+        held = [row for row in trained if is_held_out(row.text)]
+        trained = [row for row in trained if not is_held_out(row.text)]
         if not held or not trained:
             raise PeftError(f"{train} has too few rows to hold some out: give an evaluation file")
     return TextDataset(train.stem, _split(trained, names), _split(held, names), names)
@@ -68,34 +68,44 @@ def _split(rows: list[cols.LabelledText], names: tuple[str, ...]) -> Split:
     return Split(tuple(row.text for row in rows), cols.label_indices(rows, names))
 
 
-def _held_out(text: str) -> bool:
+def is_held_out(text: str) -> bool:
+    """Whether a stable hash puts the text into the `HELD_OUT_SHARE` to evaluate on."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
-def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
-    """The labelled texts of one file; the columns are those of its first row."""
+def read_rows(path: Path) -> Rows:
+    """The rows of a file of any of the formats.
+
+    Raises:
+        PeftError: when the file is missing, malformed or of an unknown format.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         known = ", ".join(_READERS)
         raise PeftError(f"{path} has the unknown format '{path.suffix}'; known are {known}")
     if not path.is_file():
         raise PeftError(f"the data file {path} does not exist")
-    found: list[cols.LabelledText] = []
-    text = label = None
     try:
-        for line, row in reader(path):
-            place = f"{path}, line {line}"
-            if text is None or label is None:
-                names = list(row)
-                text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
-                label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
-            for column in (text, label):
-                if row.get(column) is None:
-                    raise PeftError(f"{place} lacks the column '{column}'")
-            found.append(cols.text_and_label(row[text], row[label], place))
+        yield from reader(path)
     except UnicodeDecodeError as error:
         raise PeftError(f"{path} is not UTF-8 text ({error.reason})") from None
+
+
+def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
+    """The labelled texts of one file; the columns are those of its first row."""
+    found: list[cols.LabelledText] = []
+    text = label = None
+    for line, row in read_rows(path):
+        place = f"{path}, line {line}"
+        if text is None or label is None:
+            names = list(row)
+            text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
+            label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
+        for column in (text, label):
+            if row.get(column) is None:
+                raise PeftError(f"{place} lacks the column '{column}'")
+        found.append(cols.text_and_label(row[text], row[label], place))
     if not found:
         raise PeftError(f"the data file {path} has no rows")
     return found

@@ -1,0 +1,1 @@
+"""Data for language models: one file per source, how it is cut to length, packed and batched."""

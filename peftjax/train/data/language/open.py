@@ -1,0 +1,173 @@
+"""A language-modelling data set from a file: which source it is, and what is held out."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.models.chat import ChatTemplate, compile_template
+from peftjax.models.tokenizer import Tokenizer
+from peftjax.train.data.columns import TEXT_GUESSES
+from peftjax.train.data.files import is_held_out, read_rows
+from peftjax.train.data.language import completions, conversations, corpus
+from peftjax.train.data.language.dataset import LanguageDataset, LanguageOptions, Source
+from peftjax.train.data.language.example import Example
+from peftjax.train.data.language.rows import TokenRows, corpus_rows, example_rows
+from peftjax.train.data.language.truncation import Cut, truncate
+
+logger = logging.getLogger(__name__)
+
+
+def open_language_data(
+    data: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    eval_data: str | Path | None = None,
+    options: LanguageOptions | None = None,
+    template: ChatTemplate | None = None,
+) -> LanguageDataset:
+    """The rows of a training file and an evaluation file.
+
+    Plain text is a corpus. A table is what `options` name columns for, and else what its columns
+    look like: chats before prompts with completions before running text. Without an evaluation
+    file, a stable hash of each chat's or completion's prompt (of a document's text) holds out about
+    a tenth of the training file; of a corpus of a single document it is the last tenth.
+
+    Args:
+        data: .jsonl, .parquet, .csv, .tsv, or plain text (.txt).
+        tokenizer: of the model.
+        max_length: tokens of the longest row.
+        eval_data: a file of the same kind to evaluate on.
+        options: how the rows are made.
+        template: writes chats; by default the tokenizer's.
+
+    Raises:
+        PeftError: for a file, column, row or option that cannot be used, or when nothing fits.
+    """
+    options = options or LanguageOptions()
+    if max_length < 2:
+        raise PeftError(f"max_length is {max_length}, but a row needs a token and the next one: at least 2")
+    data = Path(data)
+    source = find_source(data, options)
+    items = _read(data, source, options)
+    parts = (items, _read(Path(eval_data), source, options)) if eval_data else _hold_out(items, data)
+    if source == "corpus":
+        train, evaluation = (_blocks(part, tokenizer, max_length, options) for part in parts)
+        return LanguageDataset(data.stem, source, train, evaluation, Cut(), Cut())
+    if source == "conversations" and template is None:
+        template = compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
+    made = []
+    for part, purpose in zip(parts, ("train on", "evaluate on")):
+        if source == "conversations":
+            examples = conversations.tokenise_conversations(part, template, tokenizer)
+            _warn_of_open_turns(examples, tokenizer, data.name)
+        else:
+            examples = completions.tokenise_completions(part, tokenizer)
+        place = f"{data.name}, examples to {purpose}"
+        made.append(_fitting_rows(examples, tokenizer, max_length, options, place))
+    (train, train_cut), (evaluation, evaluation_cut) = made
+    return LanguageDataset(data.stem, source, train, evaluation, train_cut, evaluation_cut)
+
+
+def find_source(path: Path, options: LanguageOptions) -> Source:
+    """What the options say, or name columns for, or what the columns of the first row look like.
+
+    Raises:
+        PeftError: when it is none of them; the sentence lists the columns.
+    """
+    if options.source is not None:
+        if options.source not in get_args(Source):
+            known = tree.nearest(options.source, get_args(Source))
+            raise PeftError(f"no source of texts is called {options.source!r}; closest: {known}")
+        return options.source
+    if path.suffix.lower() in corpus.PLAIN_TEXT:
+        return "corpus"
+    if options.messages_column:
+        return "conversations"
+    if options.prompt_column or options.completion_column:
+        return "completions"
+    if options.text_column:
+        return "corpus"
+    _, row = next(read_rows(path), (0, {}))
+    if row.keys() & set(conversations.MESSAGE_COLUMNS):
+        return "conversations"
+    if row.keys() & set(completions.PROMPT_GUESSES) and row.keys() & set(completions.COMPLETION_GUESSES):
+        return "completions"
+    if row.keys() & set(TEXT_GUESSES):
+        return "corpus"
+    raise PeftError(
+        f"the columns of {path} ({', '.join(map(repr, row))}) are neither a chat's (messages), nor a "
+        "prompt's and a completion's, nor a text's: name one with messages_column, prompt_column and "
+        "completion_column, or text_column"
+    )
+
+
+def _read(path: Path, source: Source, options: LanguageOptions) -> Sequence[Any]:
+    if source == "conversations":
+        return conversations.read_conversations(path, messages_column=options.messages_column)
+    if source == "corpus":
+        return corpus.read_corpus(path, text_column=options.text_column)
+    return completions.read_completions(
+        path,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+        separator=options.separator,
+    )
+
+
+def _hold_out(items: Sequence[Any], path: Path) -> tuple[Sequence[Any], Sequence[Any]]:
+    """What to train on and what to evaluate on, of one file."""
+    if len(items) == 1 and isinstance(items[0], str):
+        train, held = corpus.split_document(items[0])
+        return [train], [held]
+    groups = [item if isinstance(item, str) else item.group for item in items]
+    train = [item for item, group in zip(items, groups) if not is_held_out(group)]
+    held = [item for item, group in zip(items, groups) if is_held_out(group)]
+    if not held or not train:
+        raise PeftError(f"{path} has too few rows to hold some out: give an evaluation file")
+    return train, held
+
+
+def _blocks(
+    documents: Sequence[str], tokenizer: Tokenizer, max_length: int, options: LanguageOptions
+) -> TokenRows:
+    return corpus_rows(
+        corpus.tokenise_corpus(documents, tokenizer),
+        max_length=max_length,
+        pad_id=tokenizer.pad_id,
+        attend_across_documents=options.attend_across_documents,
+    )
+
+
+def _fitting_rows(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, options: LanguageOptions, place: str
+) -> tuple[TokenRows, Cut]:
+    """The examples in rows, and what did not fit, which is logged too."""
+    kept, cut = truncate(
+        examples, max_length, prefix=tokenizer.prefix_ids, train_on_prompt=options.train_on_prompt
+    )
+    if cut != Cut():
+        logger.warning("%s (%d): %s", place, len(examples), cut)
+    if not kept:
+        raise PeftError(f"{place}: none of {len(examples)} can be used with max_length {max_length}: {cut}")
+    rows = example_rows(
+        kept,
+        max_length=max_length,
+        pad_id=tokenizer.pad_id,
+        packed=options.packed,
+        train_on_prompt=options.train_on_prompt,
+    )
+    return rows, cut
+
+
+def _warn_of_open_turns(examples: Sequence[Example], tokenizer: Tokenizer, name: str) -> None:
+    if count := conversations.count_open_turns(examples, tokenizer):
+        logger.warning(
+            "%s: the chat template ends %d of the assistant's turns without an end-of-turn token: a model "
+            "trained on them does not learn to stop",
+            name,
+            count,
+        )
