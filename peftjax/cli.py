@@ -1,4 +1,4 @@
-"""The command line: `peftjax train | eval | merge | methods | inspect`."""
+"""The command line: `peftjax train | eval | merge | generate | methods | inspect`."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 from peftjax import report
 from peftjax.errors import PeftError
+from peftjax.generation.command import GenerateOptions, run_generate
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
 from peftjax.train.options import (
@@ -75,6 +76,14 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Generate(GenerateOptions):
+    """Let a decoder continue a prompt, or each prompt of a file."""
+
+    json: bool = False
+    """Print the texts as JSON, one entry a prompt."""
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the methods: paper, what is trained, what the backward pass keeps."""
 
@@ -96,7 +105,14 @@ class Inspect:
     """As JSON."""
 
 
-COMMANDS = {"train": Train, "eval": Eval, "merge": Merge, "methods": Methods, "inspect": Inspect}
+COMMANDS = {
+    "train": Train,
+    "eval": Eval,
+    "merge": Merge,
+    "generate": Generate,
+    "methods": Methods,
+    "inspect": Inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"peftjax: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("peftjax: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command continues from the last checkpoint" if arguments[0] == "train" else ""
+        print(f"peftjax: interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -188,6 +205,12 @@ def _merge(command: Merge, console: Console) -> None:
     _show(command.json, result, lambda: report.print_values(result))
 
 
+def _generate(command: Generate, console: Console) -> None:
+    live = sys.stdout.isatty() and not command.json
+    written = run_generate(command, (lambda text: print(text, end="", flush=True)) if live else None)
+    _show(command.json, written, lambda: report.print_written(written))
+
+
 def _methods(command: Methods, console: Console) -> None:
     if command.markdown:
         print(report.methods_markdown(METHODS))
@@ -214,4 +237,4 @@ def _show(as_json: bool, value: Any, show: Any) -> None:
         show()
 
 
-_RUN = {Train: _train, Eval: _eval, Merge: _merge, Methods: _methods, Inspect: _inspect}
+_RUN = {Train: _train, Eval: _eval, Merge: _merge, Generate: _generate, Methods: _methods, Inspect: _inspect}
