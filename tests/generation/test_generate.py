@@ -82,7 +82,8 @@ def test_bfloat16_logits_and_cache():
     """The logits of a cached step are those of the whole sequence, and the cache is in bfloat16."""
     model, params = make_decoder(dtype="bfloat16")
     ids = UNPADDED["input_ids"]
-    full = np.asarray(model(params, {"input_ids": ids}).dense()[:, -2:], np.float32)
+    full = jax.jit(lambda params: model(params, {"input_ids": ids}).dense()[:, -2:])(params)
+    full = np.asarray(full, np.float32)
     first, decoding = jax.jit(partial(start, model, room=1))(params, {"input_ids": ids[:, :-1]})
     second, decoding = jax.jit(partial(step, model))(params, decoding, ids[:, -1])
     assert {leaf.dtype for leaf in jax.tree.leaves(decoding.cache)} == {jnp.dtype(jnp.bfloat16)}
@@ -91,12 +92,11 @@ def test_bfloat16_logits_and_cache():
 
 
 def test_a_row_ends_with_its_stop_token(tiny, wanted):
-    batch, at = padded(PROMPTS, "left", 10), 4
-    assert wanted[0, at] not in wanted[0, :at]
-    stops = (int(wanted[0, at]), int(wanted[1, 0]))
+    batch = padded(PROMPTS, "left", 10)
+    stops = (int(wanted[0, 3]), int(wanted[1, 1]))
     made = pj.generate(*tiny, batch, max_new_tokens=NEW, stop_ids=stops, pad_id=60)
     lengths = [next((n + 1 for n, token in enumerate(row) if token in stops), NEW) for row in wanted]
-    assert lengths[:2] == [at + 1, 1]
+    assert lengths == [4, 2, NEW]
     np.testing.assert_array_equal(made.lengths, lengths)
     for row, length, tokens in zip(wanted, lengths, made.tokens):
         np.testing.assert_array_equal(tokens, [*row[:length], *[60] * (NEW - length)])
@@ -123,8 +123,9 @@ def test_the_loop_ends_when_all_rows_have_stopped(tiny, wanted):
 
 
 def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
+    """On the embeddings too, which are the output layer."""
     model, params = tiny
-    method = pj.lora(rank=2, targets="all-linear")
+    method = pj.lora(rank=2, targets=["embed/word", "query", "down"])
     adapters = []
     for number in range(2):
         key = jax.random.key(number)
@@ -143,19 +144,6 @@ def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
     mixed = pj.mix(adapters, jnp.array([1, -1, 0]))
     rows = pj.generate(model, mixed, batch, max_new_tokens=NEW).tokens
     np.testing.assert_array_equal(rows, [by_adapter[1][0], wanted[1], by_adapter[0][2]])
-
-
-def test_tied_and_structured_embeddings():
-    model, _ = make_decoder()
-    model = decoder(dataclasses.replace(model.config, tied=True))
-    params = jax.jit(model.init)(jax.random.key(1))
-    method = pj.lora(rank=2, targets=["embed/word"])
-    frozen, trainable = method.init(jax.random.key(2), params)
-    trainable = noisy(trainable)
-    tokens, lead = without_cache(model, method.merge(frozen, trainable), PROMPTS, NEW)
-    assert lead > 1e-3
-    made = pj.generate(model, method.apply(frozen, trainable), padded(PROMPTS), max_new_tokens=NEW)
-    np.testing.assert_array_equal(made.tokens, tokens)
 
 
 def test_sharded_over_batch_and_heads(tiny):
@@ -188,7 +176,7 @@ def test_a_loop_of_ones_own_draws_the_same_tokens(tiny):
     made = pj.generate(model, params, batch, max_new_tokens=4, key=key, **options)
     again = pj.generate(model, params, batch, max_new_tokens=4, key=jax.random.key(4), **options)
     assert (made.tokens != again.tokens).any()
-    choose, advance, drawn = choice(**options), jax.jit(partial(step, model)), []
+    choose, advance, drawn = jax.jit(choice(**options)), jax.jit(partial(step, model)), []
     logits, decoding = jax.jit(partial(start, model, room=3))(params, batch)
     for count in range(4):
         drawn.append(choose(logits, key, count))
@@ -202,11 +190,11 @@ def test_positions_may_be_given(tiny):
     """They are moved with their tokens, and go on from the last one."""
     batch = padded(PROMPTS, "right")
     positions = np.where(batch["attention_mask"], 10 + 2 * np.arange(7), 0)
-    logits, decoding = start(*tiny, {**batch, "position_ids": positions}, room=0)
-    np.testing.assert_array_equal(decoding.positions, [10 + 2 * (len(p) - 1) + 1 for p in PROMPTS])
     model, params = tiny
-    full = model(params, {**batch, "position_ids": positions})
-    last = full.at(jnp.array([len(p) - 1 for p in PROMPTS])).dense()[:, 0]
+    logits, decoding = jax.jit(partial(start, model, room=0))(params, {**batch, "position_ids": positions})
+    np.testing.assert_array_equal(decoding.positions, [10 + 2 * (len(p) - 1) + 1 for p in PROMPTS])
+    at = jnp.array([len(p) - 1 for p in PROMPTS])
+    last = jax.jit(lambda p: model(p, {**batch, "position_ids": positions}).at(at).dense()[:, 0])(params)
     np.testing.assert_allclose(logits, last, atol=1e-4)
 
 
@@ -216,8 +204,6 @@ def test_a_new_temperature_or_pad_id_compiles_nothing(tiny):
     size = whole._generate._cache_size()
     run(temperature=1.5, top_p=0.8, pad_id=1)
     assert whole._generate._cache_size() == size
-    run(temperature=1.5)
-    assert whole._generate._cache_size() == size + 1
 
 
 def test_a_step_changes_the_cache_in_place():

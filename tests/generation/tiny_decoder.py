@@ -19,6 +19,7 @@ VALUES = {
     "intermediate_size": 48,
     "initializer_range": 0.3,
     "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
 }
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35], [8, 9, 7], [20, 1, 8, 28, 1]]
 
