@@ -4,6 +4,7 @@ import peftjax.train  # noqa: F401  (loaded first, so that the name stays the fu
 from peftjax import losses
 from peftjax.adapt import adapt, layouts_of
 from peftjax.errors import PeftError
+from peftjax.generation.generate import Generated, generate
 from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
@@ -24,6 +25,7 @@ from peftjax.weights.base import Weight, dense, matmul
 __all__ = [
     "METHODS",
     "Frozen",
+    "Generated",
     "MethodInfo",
     "PeftError",
     "Transform",
@@ -40,6 +42,7 @@ __all__ = [
     "export_peft",
     "freeze",
     "full",
+    "generate",
     "import_peft",
     "layouts_of",
     "load",

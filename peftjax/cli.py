@@ -1,4 +1,4 @@
-"""The command line: `peftjax train | eval | merge | export | import | methods | inspect`."""
+"""The command line: `peftjax train | eval | merge | generate | export | import | methods | inspect`."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 from peftjax import report
 from peftjax.errors import PeftError
+from peftjax.generation.command import GenerateOptions, run_generate
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
 from peftjax.train.config import TrainConfig
@@ -117,6 +118,14 @@ class Import:
 
 
 @dataclass(frozen=True)
+class Generate(GenerateOptions):
+    """Let a decoder continue a prompt, or each prompt of a file."""
+
+    json: bool = False
+    """Print the texts as JSON, one entry a prompt."""
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the methods: paper, what is trained, what the backward pass keeps."""
 
@@ -144,6 +153,7 @@ COMMANDS = {
     "merge": Merge,
     "export": Export,
     "import": Import,
+    "generate": Generate,
     "methods": Methods,
     "inspect": Inspect,
 }
@@ -162,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"peftjax: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("peftjax: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command continues from the last checkpoint" if arguments[0] == "train" else ""
+        print(f"peftjax: interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -263,6 +274,12 @@ def _import(command: Import, console: Console) -> None:
     _show(command.json, result, lambda: report.print_values(result))
 
 
+def _generate(command: Generate, console: Console) -> None:
+    live = sys.stdout.isatty() and not command.json
+    written = run_generate(command, (lambda text: print(text, end="", flush=True)) if live else None)
+    _show(command.json, written, lambda: report.print_written(written))
+
+
 def _methods(command: Methods, console: Console) -> None:
     if command.markdown:
         print(report.methods_markdown(METHODS))
@@ -293,6 +310,7 @@ _RUN = {
     Train: _train,
     Eval: _eval,
     Merge: _merge,
+    Generate: _generate,
     Export: _export,
     Import: _import,
     Methods: _methods,

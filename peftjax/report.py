@@ -1,6 +1,6 @@
 """What the commands print: tables for people, rows for scripts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,15 @@ def print_values(values: Mapping[str, Any]) -> None:
     """A name and a value a line."""
     for name, value in values.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def print_written(written: Sequence[Mapping[str, Any]]) -> None:
+    """The text of one prompt; of several each with its number; after a text shown live, its last line end."""
+    if len(written) > 1:
+        for number, row in enumerate(written, start=1):
+            print(f"[{number}] {row['text']}")
+    else:
+        print(written[0]["text"] if written else "")
 
 
 def method_row(info: MethodInfo) -> dict[str, Any]:

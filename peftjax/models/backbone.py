@@ -17,6 +17,8 @@ from peftjax.models.layers import Context
 
 Params = dict[str, Any]
 Batch = Mapping[str, Any]
+Cache = dict[str, Any]
+"""Keys and values of the tokens so far: leaves [num_layers, B, ...] by the names of a block's parts."""
 DropoutKey = Key[Array, ""] | None
 
 TOKENS: Batch = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
@@ -130,6 +132,50 @@ class Backbone:
         own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
         layers = (params["blocks"], own, layer_keys)
         return jax.lax.scan(body, hidden, layers, length=self.num_layers, unroll=self.unroll)[0]
+
+    def empty_cache(self, params: Params, hidden: Float[Array, "B S D"], context: Context) -> Cache:
+        """Zeros for the keys and values of every layer, in the compute dtype.
+
+        Args:
+            params: as of `__call__`.
+            hidden: from `run_embed`; only its shape is read.
+            context: with `cache_index`, and `mask` [B, T] for a cache of T slots.
+        """
+
+        def first_layer(blocks: Params, hidden: Array, context: Context) -> Cache:
+            weights = jax.tree.map(lambda leaf: leaf[0], blocks)
+            own = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
+            inputs = (hidden, {**context, **own})
+            return self.block.apply({"params": weights}, *inputs, mutable=["cache"])[1]["cache"]
+
+        one = jax.eval_shape(first_layer, params["blocks"], hidden, context)
+        return jax.tree.map(lambda leaf: jnp.zeros((self.num_layers, *leaf.shape[1:]), leaf.dtype), one)
+
+    def run_blocks_cached(
+        self, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """As `run_blocks` for S further tokens, and the cache with their keys and values.
+
+        The scan carries the cache and each block writes its own slots, so the cache is changed in
+        place. Nothing is differentiated or dropped out.
+
+        Args:
+            params: as of `__call__`.
+            hidden: the new tokens'.
+            context: with `cache_index`, the slot of the first new token, and `mask` [B, T].
+            cache: from `empty_cache` or an earlier call.
+        """
+
+        def body(carry: tuple[Array, Cache], layer: tuple[Params, Context]) -> tuple[Any, None]:
+            (hidden, cache), (weights, own) = carry, layer
+            variables = {"params": weights, "cache": cache}
+            hidden, changed = self.block.apply(variables, hidden, {**context, **own}, mutable=["cache"])
+            return (hidden, changed["cache"]), None
+
+        own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
+        own["layer"] = jnp.arange(self.num_layers)
+        layers = (params["blocks"], own)
+        return jax.lax.scan(body, (hidden, cache), layers, length=self.num_layers, unroll=self.unroll)[0]
 
     def run_head(
         self,

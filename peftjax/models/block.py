@@ -16,6 +16,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -141,11 +142,12 @@ class Attention(nn.Module):
         value: Float[Array, "B S K H"],
         context: Context,
     ) -> Float[Array, "B S NH"]:
-        """The values that every token sees, mixed; through the cache where `apply` was given one.
+        """The values that every token sees, mixed; of earlier calls too where there is a cache.
 
-        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, with two
-        rotations also `local_rotation` and `local`, whether this layer reads that one, and with a
-        cache [B, T, K, H] also `cache_index`, the slot of the first token, and `mask` [B, T].
+        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, and with two
+        rotations also `local_rotation` and `local`, whether this layer reads that one. With
+        `cache_index`, the slot of the first token, keys and values go through the collection "cache",
+        and `mask` [B, T] tells which of its slots are tokens; see `_through_cache`.
         """
         config = self.config
         if config.qk_norm:
@@ -155,9 +157,9 @@ class Attention(nn.Module):
             return rotate(x, layer_rotation(context)) if config.rotary else x
 
         offset = context.get("cache_index", 0)
-        cached = self.has_variable("cache", "key")
+        cached = "cache_index" in context
         if cached:
-            key, value = self._through_cache(rotated(key), value, offset)
+            key, value = self._through_cache(rotated(key), value, context)
         visible = Visibility(config.causal, context.get("window", config.window), offset)
         dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
         dropout_key = self.make_rng("dropout") if dropped else None
@@ -181,14 +183,27 @@ class Attention(nn.Module):
         result = mixed(query, key, value, seen)
         return result.reshape(*result.shape[:2], -1)
 
-    def _through_cache(self, key: Array, value: Array, index: Array) -> tuple[Array, Array]:
-        """All keys and values up to now, after writing the new ones at slot `index`."""
+    def _through_cache(
+        self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """All keys and values up to now, after writing the new ones from slot `cache_index` on.
+
+        The cache holds `keys` and `values` [L, B, K, T, H] of all layers, of which this one's are at
+        `context["layer"]`: written so, a loop over the layers changes one array in place. Heads come
+        before slots because that is how attention reads them. A new cache has one layer.
+        """
+        layer, index = context.get("layer", 0), context["cache_index"]
+        batch, _, heads, width = key.shape
+        shape = (1, batch, heads, context["mask"].shape[1], width)
         whole = []
-        for name, new in (("key", key), ("value", value)):
-            slots = self.variable("cache", name, lambda: None)
-            start = (0, index, 0, 0)
-            slots.value = jax.lax.dynamic_update_slice(slots.value, new.astype(slots.value.dtype), start)
-            whole.append(slots.value.astype(new.dtype))
+        for name, new in (("keys", key), ("values", value)):
+            if not self.has_variable("cache", name):
+                self.put_variable("cache", name, jnp.zeros(shape, new.dtype))
+            slots, rows = self.get_variable("cache", name), new.transpose(0, 2, 1, 3)[None]
+            slots = jax.lax.dynamic_update_slice(slots, rows, (layer, 0, 0, index, 0))
+            self.put_variable("cache", name, slots)
+            own = jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False)
+            whole.append(own.transpose(0, 2, 1, 3))
         return whole[0], whole[1]
 
 

@@ -9,7 +9,7 @@ import pytest
 from support import assert_close
 
 import peftjax as pj
-from peftjax.cli import main
+from peftjax.cli import COMMANDS, main
 from peftjax.models.load import load
 from peftjax.train.saved import open_tuned
 
@@ -175,7 +175,9 @@ def test_the_readme_has_the_methods_table(capsys):
     assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "merge", "export", "import", "methods", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "merge", "generate", "export", "import", "methods", "inspect"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
