@@ -83,3 +83,9 @@ def require_settings(who: str, values: Mapping[str, Any], required: Mapping[str,
     for name, only in required.items():
         if values.get(name, only) != only:
             raise PeftError(f"config.json sets {name} to {values[name]!r}; {who} here supports {only!r} only")
+
+
+def require_length(who: str, length: int, longest: int) -> None:
+    """Raise a PeftError when `length` is more than the `longest` sequence that has positions."""
+    if length > longest:
+        raise PeftError(f"input_ids has {length} positions; this {who} has {longest}: truncate the inputs")

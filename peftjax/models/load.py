@@ -20,10 +20,11 @@ from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.llama import LLAMA
+from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
 from peftjax.models.weight_map import read_weights, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, LLAMA)}
 
 logger = logging.getLogger(__name__)
 
