@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.models.family import label_names, read_labels, require_known, require_settings
+from peftjax.models.family import (
+    label_names,
+    read_labels,
+    require_known,
+    require_rate,
+    require_settings,
+    require_size,
+    write_labels,
+)
 from peftjax.models.layers import ACTIVATIONS
 
 # Settings that would change the computation, with the only value this backbone computes.
@@ -26,7 +34,7 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +65,16 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise PeftError(f"{self.model_type}: {name} must be a positive integer, not {size!r}")
+            require_size(self.model_type, name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise PeftError(
                 f"{self.model_type}: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         for name in RATES:
-            rate = getattr(self, name)
-            if rate is None and name == "classifier_dropout":
-                continue
-            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-                raise PeftError(f"{self.model_type}: {name} must be a number in [0, 1), not {rate!r}")
+            require_rate(self.model_type, name, getattr(self, name))
+        if self.classifier_dropout is not None:
+            require_rate(self.model_type, "classifier_dropout", self.classifier_dropout)
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or value <= 0.0:
@@ -106,8 +110,4 @@ def write_config(config: BertConfig) -> dict[str, Any]:
     """The content of `config.json` that gives `config` back."""
     values = dataclasses.asdict(config)
     labels = values.pop("labels")
-    return {
-        **values,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+    return {**values, **write_labels(labels)}

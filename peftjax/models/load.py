@@ -19,12 +19,17 @@ from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
+from peftjax.models.gpt2 import GPT2
 from peftjax.models.llama import LLAMA
+from peftjax.models.opt import OPT
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, VIT, GPT2, OPT, LLAMA)
+}
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ def load(
 
     Args:
         path: folder with `config.json` and safetensors, single or sharded.
-        head: a head of the family; for BERT see `peftjax.models.bert.bert`.
+        head: a head of the family; see its file, such as `peftjax.models.bert.bert`.
         num_labels: columns of a classifier; default the checkpoint's.
         dtype: compute dtype of the model.
         param_dtype: dtype the parameters are stored in.

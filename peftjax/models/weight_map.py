@@ -1,7 +1,8 @@
 """Our parameter paths <-> Hugging Face's tensor names, and the reading and writing by that table.
 
-A linear layer's `weight` [out, in] is our `kernel` [in, out]; a layer's tensors are rows of our
-stacked leaf [L, ...]. Reading fills the final arrays tensor by tensor, in their final dtype.
+A linear layer's `weight` [out, in] is our `kernel` [in, out], a convolution's [out, in, *window] is
+[*window, in, out]; a layer's tensors are rows of our stacked leaf [L, ...]. Reading fills the final
+arrays tensor by tensor, in their final dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,8 @@ from peftjax.io.safetensors import find_tensors, read_tensors
 
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, jnp.bfloat16)))
 
+Kind = Literal["linear", "convolution"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -29,18 +32,36 @@ class Weight:
     Attributes:
         path: ours, such as `blocks/attention/query/kernel`.
         name: Hugging Face's, with `{layer}` where the layer's number stands.
-        transpose: whether the two axes are swapped.
+        transpose: whether the two axes are swapped; of a convolution, whether ours is [*window, in, out]
+            where Hugging Face has [out, in, *window].
+        kind: what Hugging Face's module is.
+        leading: axes of length one that Hugging Face's tensor has before ours.
     """
 
     path: str
     name: str
     transpose: bool = False
+    kind: Kind = "linear"
+    leading: int = 0
 
 
 def linear(path: str, name: str) -> tuple[Weight, Weight]:
     """The kernel and bias of a linear layer."""
     return (
         Weight(f"{path}/kernel", f"{name}.weight", transpose=True),
+        Weight(f"{path}/bias", f"{name}.bias"),
+    )
+
+
+def conv1d(path: str, name: str) -> tuple[Weight, Weight]:
+    """The kernel and bias of Hugging Face's `Conv1D`, a linear layer stored [in, out]."""
+    return Weight(f"{path}/kernel", f"{name}.weight"), Weight(f"{path}/bias", f"{name}.bias")
+
+
+def convolution(path: str, name: str) -> tuple[Weight, Weight]:
+    """The kernel [*window, in, out] and bias of a convolution."""
+    return (
+        Weight(f"{path}/kernel", f"{name}.weight", transpose=True, kind="convolution"),
         Weight(f"{path}/bias", f"{name}.bias"),
     )
 
@@ -72,15 +93,20 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    path: str
+    weight: Weight
     layer: int | None
-    transpose: bool
+
+    @property
+    def path(self) -> str:
+        return self.weight.path
 
     def view(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """The part of our leaf that holds the tensor, in Hugging Face's orientation."""
         leaf = leaves[self.path]
         part = leaf if self.layer is None else leaf[self.layer, ...]
-        return part.T if self.transpose else part
+        if self.weight.transpose:
+            part = np.moveaxis(part, (-1, -2), (0, 1)) if self.weight.kind == "convolution" else part.T
+        return part[(None,) * self.weight.leading]
 
 
 def read_weights(
@@ -162,7 +188,7 @@ def _slots(shapes: Mapping[str, tuple[int, ...]], weights: tuple[Weight, ...]) -
         weight = table[path]
         layers = range(shape[0]) if "{layer}" in weight.name else (None,)
         for layer in layers:
-            slots[weight.name.format(layer=layer)] = _Slot(path, layer, weight.transpose)
+            slots[weight.name.format(layer=layer)] = _Slot(weight, layer)
     return slots
 
 
