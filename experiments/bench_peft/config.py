@@ -11,7 +11,7 @@ import numpy as np
 
 import peftjax as pj
 from peftjax.models.decoder import decoder
-from peftjax.models.llama import llama_config
+from peftjax.models.llama import read_config
 
 LLAMA_31M = {
     "model_type": "llama",
@@ -67,7 +67,7 @@ class Race:
 
 def write_checkpoint(folder: Path, values: dict[str, Any] = LLAMA_31M) -> None:
     """A random checkpoint in Hugging Face's format, from one seed."""
-    model = decoder(llama_config(values))
+    model = decoder(read_config(values))
     pj.save(folder, model, model.init(jax.random.key(0)))
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from peftjax.errors import PeftError
 from peftjax.models.backbone import Backbone, Batch
 from peftjax.models.bert_config import BertConfig, read_config, write_config
 from peftjax.models.block import Block, BlockConfig
-from peftjax.models.family import Family, Head
+from peftjax.models.family import FEATURES, Family, Head, require_length
 from peftjax.models.heads import (
     Classifier,
     Hidden,
@@ -26,7 +27,6 @@ from peftjax.models.layers import Context, Dropout, layer_norm
 from peftjax.models.weight_map import Weight, embedding, linear, norm
 from peftjax.tree import nearest
 
-FEATURES = {"task": "FEATURE_EXTRACTION", "bare": True}
 HEADS = {
     "none": Head("BertModel", **FEATURES),
     "mean": Head("BertModel", **FEATURES),
@@ -43,21 +43,29 @@ HEADS = {
     ),
 }
 
-LAYER = "bert.encoder.layer.{layer}."
+
+def body_weights(prefix: str) -> tuple[Weight, ...]:
+    """The Hugging Face names of embeddings, blocks and pooler, which begin with `prefix`."""
+    layer = prefix + "encoder.layer.{layer}."
+    return (
+        embedding("embed/word", f"{prefix}embeddings.word_embeddings"),
+        embedding("embed/position", f"{prefix}embeddings.position_embeddings"),
+        embedding("embed/token_type", f"{prefix}embeddings.token_type_embeddings"),
+        *norm("embed/norm", f"{prefix}embeddings.LayerNorm"),
+        *linear("blocks/attention/query", f"{layer}attention.self.query"),
+        *linear("blocks/attention/key", f"{layer}attention.self.key"),
+        *linear("blocks/attention/value", f"{layer}attention.self.value"),
+        *linear("blocks/attention/output", f"{layer}attention.output.dense"),
+        *norm("blocks/attention_norm", f"{layer}attention.output.LayerNorm"),
+        *linear("blocks/feed_forward/up", f"{layer}intermediate.dense"),
+        *linear("blocks/feed_forward/down", f"{layer}output.dense"),
+        *norm("blocks/feed_forward_norm", f"{layer}output.LayerNorm"),
+        *linear("head/pooler", f"{prefix}pooler.dense"),
+    )
+
+
 WEIGHTS: tuple[Weight, ...] = (
-    embedding("embed/word", "bert.embeddings.word_embeddings"),
-    embedding("embed/position", "bert.embeddings.position_embeddings"),
-    embedding("embed/token_type", "bert.embeddings.token_type_embeddings"),
-    *norm("embed/norm", "bert.embeddings.LayerNorm"),
-    *linear("blocks/attention/query", LAYER + "attention.self.query"),
-    *linear("blocks/attention/key", LAYER + "attention.self.key"),
-    *linear("blocks/attention/value", LAYER + "attention.self.value"),
-    *linear("blocks/attention/output", LAYER + "attention.output.dense"),
-    *norm("blocks/attention_norm", LAYER + "attention.output.LayerNorm"),
-    *linear("blocks/feed_forward/up", LAYER + "intermediate.dense"),
-    *linear("blocks/feed_forward/down", LAYER + "output.dense"),
-    *norm("blocks/feed_forward_norm", LAYER + "output.LayerNorm"),
-    *linear("head/pooler", "bert.pooler.dense"),
+    *body_weights("bert."),
     *linear("head/classifier", "classifier"),
     *linear("head/transform", "cls.predictions.transform.dense"),
     *norm("head/norm", "cls.predictions.transform.LayerNorm"),
@@ -67,40 +75,54 @@ WEIGHTS: tuple[Weight, ...] = (
 IGNORED = r"bert\.embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)"
 
 
+Positions = Callable[[BertConfig, Batch], Int[Array, "#B S"]]
+
+
+def positions_in_order(config: BertConfig, batch: Batch) -> Int[Array, "1 S"]:
+    """Positions 0 ... S - 1.
+
+    Raises:
+        PeftError: when S is longer than the position table.
+    """
+    length = batch["input_ids"].shape[1]
+    require_length(config.model_type, length, config.max_position_embeddings)
+    return jnp.arange(length)[None]
+
+
 class BertEmbed(nn.Module):
     """Word, position and token type embeddings, their norm and dropout."""
 
     config: BertConfig
     dtype: DTypeLike
+    positions: Positions = positions_in_order
 
     @nn.compact
     def __call__(self, batch: Batch) -> tuple[Float[Array, "B S D"], Context]:
-        """Embed `input_ids` [B, S]; the context is `mask` [B, S], True where a token is.
+        """Embed a batch; the context is `mask` [B, S], True where a token is.
+
+        Args:
+            batch: `input_ids` [B, S] int32, and optionally `attention_mask` [B, S] (1 = token),
+                `token_type_ids` [B, S] and `position_ids` [B, S] (rows of the position table).
 
         Raises:
-            PeftError: when S is longer than the position table.
+            PeftError: when S is longer than the position table, without `position_ids`.
         """
-        ids = batch["input_ids"]
-        length = ids.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise PeftError(
-                f"input_ids has {length} positions; this BERT has "
-                f"{self.config.max_position_embeddings}: truncate the inputs"
-            )
+        config, ids = self.config, batch["input_ids"]
 
         def look_up(name: str, rows: int, ids: Array) -> Float[Array, "... D"]:
-            init = nn.initializers.normal(self.config.initializer_range)
-            table = nn.Embed(rows, self.config.hidden_size, embedding_init=init, name=name)
+            init = nn.initializers.normal(config.initializer_range)
+            table = nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
             # Cast the rows looked up, not the table, whose copy would be larger.
             return table(ids).astype(self.dtype)
 
         types = batch.get("token_type_ids", jnp.zeros_like(ids))
-        hidden = look_up("word", self.config.vocab_size, ids)
-        hidden += look_up("token_type", self.config.type_vocab_size, types)
-        hidden += look_up("position", self.config.max_position_embeddings, jnp.arange(length))
-        hidden = layer_norm(self.config.layer_norm_eps, self.dtype, "norm")(hidden)
+        positions = batch["position_ids"] if "position_ids" in batch else self.positions(config, batch)
+        hidden = look_up("word", config.vocab_size, ids)
+        hidden += look_up("token_type", config.type_vocab_size, types)
+        hidden += look_up("position", config.max_position_embeddings, positions)
+        hidden = layer_norm(config.layer_norm_eps, self.dtype, "norm")(hidden)
         mask = batch.get("attention_mask", jnp.ones_like(ids)) != 0
-        return Dropout(self.config.hidden_dropout_prob)(hidden), {"mask": mask}
+        return Dropout(config.hidden_dropout_prob)(hidden), {"mask": mask}
 
 
 def bert(
@@ -124,6 +146,15 @@ def bert(
     Raises:
         PeftError: for an unknown head, and as `Backbone`.
     """
+    return encoder(
+        config, BertEmbed(config, dtype), bert_head(config, head, dtype), name=head, dtype=dtype, remat=remat
+    )
+
+
+def encoder(
+    config: BertConfig, embed: nn.Module, head: nn.Module, *, name: str, dtype: str, remat: str | None
+) -> Backbone:
+    """BERT's blocks between `embed` and the `head` called `name`."""
     block = BlockConfig(
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
@@ -137,11 +168,11 @@ def bert(
     )
     return Backbone(
         config=config,
-        embed=BertEmbed(config, dtype),
+        embed=embed,
         block=Block(block, dtype),
-        head=bert_head(config, head, dtype),
+        head=head,
         num_layers=config.num_hidden_layers,
-        head_name=head,
+        head_name=name,
         remat=remat,
         dtype=dtype,
     )
@@ -164,7 +195,7 @@ def bert_head(config: BertConfig, name: str, dtype: DTypeLike) -> nn.Module:
         case "masked_lm":
             activation, epsilon = config.hidden_act, config.layer_norm_eps
             return MaskedLM(config.vocab_size, activation, epsilon, std, dtype)
-    raise PeftError(f"BERT has no head {name!r}; closest: {nearest(name, HEADS)}")
+    raise PeftError(f"{config.model_type} has no head {name!r}; closest: {nearest(name, HEADS)}")
 
 
 def canonical(name: str) -> str:

@@ -1,13 +1,21 @@
-"""BERT's configuration, read from and written to Hugging Face's `config.json`."""
+"""The configuration of BERT and its like, read from and written to Hugging Face's `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.models.family import label_names, read_labels, require_known, require_settings
+from peftjax.models.family import (
+    label_names,
+    read_labels,
+    require_known,
+    require_rate,
+    require_settings,
+    require_size,
+    write_labels,
+)
 from peftjax.models.layers import ACTIVATIONS
 
 # Settings that would change the computation, with the only value this backbone computes.
@@ -26,12 +34,12 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The settings of `config.json` that BERT's computation reads, with Hugging Face's defaults.
+    """The settings of `config.json` that BERT and its like read, with Hugging Face's defaults for BERT.
 
     Raises:
         PeftError: for a size that is not a positive integer, a width the heads do not divide, a
@@ -53,30 +61,25 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
-
-    model_type: ClassVar[str] = "bert"
+    model_type: str = "bert"
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise PeftError(f"BERT's {name} must be a positive integer, not {size!r}")
+            require_size(self.model_type, name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise PeftError(
-                f"BERT's hidden_size {self.hidden_size} is not a multiple of "
+                f"{self.model_type}: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         for name in RATES:
-            rate = getattr(self, name)
-            if rate is None and name == "classifier_dropout":
-                continue
-            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-                raise PeftError(f"BERT's {name} must be a number in [0, 1), not {rate!r}")
+            require_rate(self.model_type, name, getattr(self, name))
+        if self.classifier_dropout is not None:
+            require_rate(self.model_type, "classifier_dropout", self.classifier_dropout)
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or value <= 0.0:
-                raise PeftError(f"BERT's {name} must be a positive number, not {value!r}")
-        require_known("BERT", "hidden_act", self.hidden_act, ACTIVATIONS)
+                raise PeftError(f"{self.model_type}: {name} must be a positive number, not {value!r}")
+        require_known(self.model_type, "hidden_act", self.hidden_act, ACTIVATIONS)
 
     @property
     def head_dropout(self) -> float:
@@ -96,7 +99,7 @@ def read_config(values: Mapping[str, Any]) -> BertConfig:
     Raises:
         PeftError: for a setting this backbone does not compute, and as `BertConfig`.
     """
-    require_settings("BERT", values, REQUIRED)
+    require_settings(values.get("model_type", BertConfig.model_type), values, REQUIRED)
     names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels"}
     settings = {name: values[name] for name in names if name in values}
     settings["labels"] = read_labels(values)
@@ -107,9 +110,4 @@ def write_config(config: BertConfig) -> dict[str, Any]:
     """The content of `config.json` that gives `config` back."""
     values = dataclasses.asdict(config)
     labels = values.pop("labels")
-    return {
-        "model_type": config.model_type,
-        **values,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+    return {**values, **write_labels(labels)}

@@ -9,21 +9,44 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from peftjax.errors import PeftError
 from peftjax.logits import Logits
 from peftjax.models.backbone import Backbone, Batch, Params
 from peftjax.models.block import Block, BlockConfig, make_norm
-from peftjax.models.family import Head, label_names, require_known
+from peftjax.models.family import (
+    FEATURES,
+    Head,
+    label_names,
+    require_known,
+    require_length,
+    require_rate,
+    require_size,
+    write_labels,
+)
 from peftjax.models.heads import mean_pool
-from peftjax.models.layers import Context, dense
+from peftjax.models.layers import Context, Dropout, dense
 from peftjax.models.rope import rotation
 from peftjax.models.weight_map import Weight
 
 ALL_PLACES = 2**31 - 1
 """A window that hides nothing, for layers without one among layers with one."""
 HEADS = ("causal_lm", "classifier", "mean", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A position table [offset + max_positions, D] added to the embeddings: position p is row p + offset.
+
+    Attributes:
+        offset: rows before that of position 0.
+        by_mask: whether only tokens are counted, and padding has position -1, where a batch has a mask
+            and no `position_ids`.
+    """
+
+    offset: int = 0
+    by_mask: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +63,11 @@ class DecoderConfig:
         windows: how many places back each layer sees, None is all, where the layers differ; if they do
             not, empty, and the block's `window` holds.
         local_rope: the `rope_parameters` of the layers with a window, where those are others.
+        learned_positions: the position table, None without one.
+        embedding_width: E of the word embeddings and of the output layer, with a projection between
+            them and the blocks; None is the blocks' D, without projections.
+        embedding_dropout: rate on what enters the first block.
+        final_norm: whether there is a norm after the last block.
         tied: whether the output layer is the embedding table.
         embedding_scale: factor of the embeddings.
         logit_softcap: bound of the logits.
@@ -56,6 +84,11 @@ class DecoderConfig:
     rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     windows: tuple[int | None, ...] = ()
     local_rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    rope: Mapping[str, Any] | None = None
+    learned_positions: LearnedPositions | None = None
+    embedding_width: int | None = None
+    embedding_dropout: float = 0.0
+    final_norm: bool = True
     tied: bool = False
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
@@ -65,10 +98,19 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "max_positions"):
-            _require_size(self.model_type, name, getattr(self, name))
+            require_size(self.model_type, name, getattr(self, name))
         block = self.block
         for name in ("width", "num_heads", "inner_size", "kv_heads", "head_width"):
-            _require_size(self.model_type, name, getattr(block, name))
+            require_size(self.model_type, name, getattr(block, name))
+        if self.embedding_width is not None:
+            require_size(self.model_type, "embedding_width", self.embedding_width)
+        require_rate(self.model_type, "embedding_dropout", self.embedding_dropout)
+        for name in ("attention_dropout", "output_dropout"):
+            require_rate(self.model_type, name, getattr(block, name))
+        if block.head_dim is None and block.width % block.num_heads:
+            raise PeftError(
+                f"{self.model_type}: width {block.width} is not a multiple of the {block.num_heads} heads"
+            )
         if block.num_heads % block.kv_heads:
             raise PeftError(
                 f"{self.model_type}: num_key_value_heads {block.kv_heads} does not divide "
@@ -89,13 +131,8 @@ class DecoderConfig:
         return dataclasses.replace(self, labels=label_names(self.labels, num_labels))
 
 
-def _require_size(who: str, name: str, size: Any) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise PeftError(f"{who}: {name} must be a positive integer, not {size!r}")
-
-
 class DecoderEmbed(nn.Module):
-    """Word embeddings, and what the blocks share: mask, positions, segments, rotation."""
+    """Word and position embeddings, and what the blocks share: mask, segments, rotation."""
 
     config: DecoderConfig
     dtype: DTypeLike
@@ -108,14 +145,29 @@ class DecoderEmbed(nn.Module):
             batch: `input_ids` [B, S] int32, and optionally `attention_mask` [B, S] (1 = token),
                 `position_ids` [B, S] (default 0 ... S - 1, as in `transformers`) and `segment_ids`
                 [B, S]: tokens of other segments are not seen.
+
+        Raises:
+            PeftError: when S is longer than a position table, without `position_ids`.
         """
         config, ids = self.config, batch["input_ids"]
-        init = nn.initializers.normal(config.block.init_std)
-        table = nn.Embed(config.vocab_size, config.block.width, embedding_init=init, name="word")
-        # Cast the rows looked up, not the table, whose copy would be larger.
-        hidden = table(ids).astype(self.dtype)
+        block = config.block
+
+        def look_up(name: str, rows: int, width: int, ids: Array) -> Float[Array, "... W"]:
+            init = nn.initializers.normal(block.init_std)
+            table = nn.Embed(rows, width, embedding_init=init, name=name)
+            # Cast the rows looked up, not the table, whose copy would be larger.
+            return table(ids).astype(self.dtype)
+
+        hidden = look_up("word", config.vocab_size, config.embedding_width or block.width, ids)
         if config.embedding_scale != 1.0:
             hidden = hidden * jnp.asarray(config.embedding_scale, self.dtype)
+        if config.embedding_width is not None:
+            hidden = dense(block.width, block.init_std, self.dtype, "project_in", bias=False)(hidden)
+        if config.learned_positions is not None:
+            offset = config.learned_positions.offset
+            rows = position_ids(config, batch) + offset
+            hidden += look_up("position", config.max_positions + offset, block.width, rows)
+        hidden = Dropout(config.embedding_dropout)(hidden)
         context: Context = {"last": last_token(batch, config.pad_token_id)}
         if "attention_mask" in batch:
             context["mask"] = batch["attention_mask"] != 0
@@ -126,8 +178,24 @@ class DecoderEmbed(nn.Module):
             ropes = {"rotation": config.rope, "local_rotation": config.local_rope}
             for name, rope in ropes.items():
                 if rope is not None:
-                    context[name] = rotation(positions, config.block.head_width, rope, config.max_positions)
+                    context[name] = rotation(positions, block.head_width, rope, config.max_positions)
         return hidden, context
+
+
+def position_ids(config: DecoderConfig, batch: Batch) -> Int[Array, "#B S"]:
+    """The position of every token in a learned table: `position_ids`, else its place or its count.
+
+    Raises:
+        PeftError: when S is longer than the table, without `position_ids`.
+    """
+    if "position_ids" in batch:
+        return batch["position_ids"]
+    length = batch["input_ids"].shape[1]
+    require_length(config.model_type, length, config.max_positions)
+    if config.learned_positions.by_mask and "attention_mask" in batch:
+        mask = (batch["attention_mask"] != 0).astype(jnp.int32)
+        return jnp.cumsum(mask, axis=1) * mask - 1
+    return jnp.arange(length)[None]
 
 
 def last_token(batch: Batch, pad_token_id: int | None) -> Array:
@@ -160,14 +228,18 @@ class DecoderHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, context: Context, embed: Params) -> Array | Logits:
-        """`Logits` [B, S, V], class logits [B, C], mean states [B, D] or states [B, S, D]."""
+        """`Logits` [B, S, V], class logits [B, C], mean states [B, E] or states [B, S, E]."""
         config, block = self.config, self.config.block
-        hidden = make_norm(block, self.dtype, "norm")(hidden)
+        width = config.embedding_width or block.width
+        if config.final_norm:
+            hidden = make_norm(block, self.dtype, "norm")(hidden)
+        if config.embedding_width is not None:
+            hidden = dense(width, block.init_std, self.dtype, "project_out", bias=False)(hidden)
         match self.kind:
             case "causal_lm" if config.tied:
                 return Logits(hidden, embed["word"]["embedding"], softcap=config.logit_softcap, tied=True)
             case "causal_lm":
-                kernel = _Output(block.width, config.vocab_size, block.init_std, name="output")()
+                kernel = _Output(width, config.vocab_size, block.init_std, name="output")()
                 return Logits(hidden, kernel, softcap=config.logit_softcap)
             case "classifier":
                 last = jnp.take_along_axis(hidden, context["last"][:, None, None], axis=1)[:, 0]
@@ -219,7 +291,7 @@ def layer_differences(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]:
     """The heads of a family by the names of its Hugging Face classes."""
-    features = Head(base, task="FEATURE_EXTRACTION", bare=True)
+    features = Head(base, **FEATURES)
     table = Weight("embed/word/embedding", "lm_head.weight", kind="tied")
     return {
         "causal_lm": Head(causal_lm, task="CAUSAL_LM", tied=(table,)),
@@ -238,6 +310,5 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     return {
         **values,
         "model_type": config.model_type,
-        "id2label": {str(i): label for i, label in enumerate(config.labels)},
-        "label2id": {label: i for i, label in enumerate(config.labels)},
+        **write_labels(config.labels),
     }

@@ -54,19 +54,26 @@ class Pooler(nn.Module):
 
 
 class Classifier(nn.Module):
-    """`BertForSequenceClassification`'s head: pooler, dropout, linear; logits [B, C]."""
+    """A classifier on the first token: linear, tanh, dropout, linear; logits [B, C].
+
+    With "pooler" as `first`, the name of its first layer, it is `BertForSequenceClassification`'s;
+    `RobertaForSequenceClassification` has a layer of its own, "dense", and dropout before it too.
+    """
 
     num_labels: int
     dropout: float
     init_std: float
     dtype: DTypeLike
+    first: str = "pooler"
+    input_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B C"]:
-        """Classify the pooled first token."""
-        pooler = dense(hidden.shape[-1], self.init_std, self.dtype, "pooler")
+        """Classify the first token."""
+        first = dense(hidden.shape[-1], self.init_std, self.dtype, self.first)
         classifier = dense(self.num_labels, self.init_std, self.dtype, "classifier")
-        return classifier(Dropout(self.dropout)(jnp.tanh(pooler(hidden[:, 0]))))
+        inner = first(Dropout(self.input_dropout)(hidden[:, 0]))
+        return classifier(Dropout(self.dropout)(jnp.tanh(inner)))
 
 
 class MeanClassifier(nn.Module):
@@ -85,7 +92,7 @@ class MeanClassifier(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """`BertForMaskedLM`'s head, its decoder tied to the word embedding; `Logits` [B, S, V]."""
+    """A head for masked words, its decoder tied to the word embedding; `Logits` [B, S, V]."""
 
     vocab_size: int
     activation: str

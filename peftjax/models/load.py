@@ -22,16 +22,20 @@ from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
+from peftjax.models.gpt2 import GPT2
 from peftjax.models.llama import LLAMA
 from peftjax.models.mistral import MISTRAL
+from peftjax.models.opt import OPT
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
+from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (BERT, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
-}
+_ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
+_DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, GPT2, OPT)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ENCODERS, *_DECODERS)}
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
 
@@ -54,7 +58,7 @@ def load(
 
     Args:
         path: folder with `config.json` and safetensors, single or sharded.
-        head: a head of the family; for BERT see `peftjax.models.bert.bert`.
+        head: a head of the family; see its file, such as `peftjax.models.bert.bert`.
         num_labels: columns of a classifier; default the checkpoint's.
         dtype: compute dtype of the model.
         param_dtype: dtype the parameters are stored in.

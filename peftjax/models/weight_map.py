@@ -43,6 +43,7 @@ class Weight:
             [*window, in, out], where Hugging Face has [out, in, *window].
         kind: what Hugging Face's module is.
         groups: of a convolution.
+        leading: axes of length one that Hugging Face's tensor has before ours.
     """
 
     path: str
@@ -50,9 +51,10 @@ class Weight:
     transpose: bool = False
     kind: Kind = "linear"
     groups: int = 1
+    leading: int = 0
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Our axes in the order of Hugging Face's, of a tensor with `ndim`."""
+        """Our axes in the order of Hugging Face's, of a tensor with `ndim` beside the leading ones."""
         if not self.transpose:
             return tuple(range(ndim))
         if self.kind == "convolution":
@@ -66,6 +68,11 @@ def linear(path: str, name: str) -> tuple[Weight, Weight]:
         Weight(f"{path}/kernel", f"{name}.weight", transpose=True),
         Weight(f"{path}/bias", f"{name}.bias"),
     )
+
+
+def conv1d(path: str, name: str) -> tuple[Weight, Weight]:
+    """The kernel and bias of Hugging Face's `Conv1D`, a linear layer stored [in, out]."""
+    return Weight(f"{path}/kernel", f"{name}.weight"), Weight(f"{path}/bias", f"{name}.bias")
 
 
 def norm(path: str, name: str) -> tuple[Weight, Weight]:
@@ -116,12 +123,13 @@ class Slot:
     def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, from our leaf's."""
         part = leaf if self.layer is None else leaf[1:]
-        return tuple(part[axis] for axis in self.weight.axes(len(part)))
+        own = (part[axis] for axis in self.weight.axes(len(part)))
+        return (*(1,) * self.weight.leading, *own)
 
     def view(self, leaf: np.ndarray) -> np.ndarray:
         """The part of our leaf that holds the tensor, in Hugging Face's orientation."""
         part = leaf if self.layer is None else leaf[self.layer, ...]
-        return part.transpose(self.weight.axes(part.ndim))
+        return part.transpose(self.weight.axes(part.ndim))[(None,) * self.weight.leading]
 
 
 def read_weights(
@@ -242,7 +250,8 @@ def read_part(
         out = (result[place, ...] if stacked else result).transpose(axes)
         for rows in _blocks(cut):
             start = rows[0].start - cut[0].start
-            block = tensors[layer].read(rows)
+            block = tensors[layer].read((slice(0, 1),) * weight.leading + rows)
+            block = block.reshape(block.shape[weight.leading :])
             out[start : start + len(block)] = block
     return result
 

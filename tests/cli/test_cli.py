@@ -175,9 +175,7 @@ def test_the_readme_has_the_methods_table(capsys):
     assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "eval", "merge", "generate", "export", "import", "methods", "inspect"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

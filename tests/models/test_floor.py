@@ -19,7 +19,7 @@ import peftjax as pj
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder
-from peftjax.models.llama import llama_config
+from peftjax.models.llama import read_config
 
 B, S, D, F, N, K, V = 16, 192, 128, 344, 8, 4, 1000
 LLAMA = {
@@ -36,7 +36,7 @@ PER_TOKEN = {"llama": 2 * D + 2 * D + 2 * (K * D // N) + 2 * F, "bert": 4 * D + 
 
 def model_of(family, layers, dtype):
     if family == "llama":
-        return decoder(llama_config({**LLAMA, "num_hidden_layers": layers}), dtype=dtype)
+        return decoder(read_config({**LLAMA, "num_hidden_layers": layers}), dtype=dtype)
     config = BertConfig(
         vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=N, intermediate_size=F
     )
