@@ -77,7 +77,7 @@ class Backbone:
     dtype: str = "float32"
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     unroll: int = 1
-    example: Batch = dataclasses.field(default_factory=lambda: TOKENS)
+    example: Batch = dataclasses.field(default_factory=lambda: TOKENS, hash=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:

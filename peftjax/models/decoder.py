@@ -84,7 +84,6 @@ class DecoderConfig:
     rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     windows: tuple[int | None, ...] = ()
     local_rope: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
-    rope: Mapping[str, Any] | None = None
     learned_positions: LearnedPositions | None = None
     embedding_width: int | None = None
     embedding_dropout: float = 0.0
@@ -107,10 +106,6 @@ class DecoderConfig:
         require_rate(self.model_type, "embedding_dropout", self.embedding_dropout)
         for name in ("attention_dropout", "output_dropout"):
             require_rate(self.model_type, name, getattr(block, name))
-        if block.head_dim is None and block.width % block.num_heads:
-            raise PeftError(
-                f"{self.model_type}: width {block.width} is not a multiple of the {block.num_heads} heads"
-            )
         if block.num_heads % block.kv_heads:
             raise PeftError(
                 f"{self.model_type}: num_key_value_heads {block.kv_heads} does not divide "
