@@ -57,6 +57,7 @@ class Backbone:
         per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
             context, such as `window`.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
+        example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
 
@@ -74,6 +75,7 @@ class Backbone:
     dtype: str = "float32"
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unroll: int = 1
+    example: Batch = dataclasses.field(default_factory=lambda: TOKENS)
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:
@@ -95,7 +97,8 @@ class Backbone:
         Args:
             params: `{"embed", "blocks", "head"}`.
             batch: for token models `input_ids` [B, S] int32, and optionally `attention_mask`
-                [B, S] (1 = token; default all tokens) and `token_type_ids` [B, S].
+                [B, S] (1 = token; default all tokens), `position_ids` [B, S] and `token_type_ids`
+                [B, S]; for image models `pixel_values` [B, C, H, W].
             key: dropout key; None is deterministic.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
@@ -143,8 +146,9 @@ class Backbone:
         variables = {"params": params["head"]}
         return self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))
 
-    def init(self, key: Key[Array, ""], batch: Batch = TOKENS) -> Params:
-        """Random parameters in float32; `batch` gives the inputs' shapes and dtypes."""
+    def init(self, key: Key[Array, ""], batch: Batch | None = None) -> Params:
+        """Random parameters in float32; `batch` gives the inputs' shapes and dtypes, else `example`."""
+        batch = self.example if batch is None else batch
         embed_key, block_key, head_key = jax.random.split(key, 3)
         embed = _draw(self.embed, embed_key, batch)
         hidden, context = self._block_inputs(embed, batch)
@@ -155,8 +159,9 @@ class Backbone:
         )
         return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch)}
 
-    def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch = TOKENS) -> Params:
+    def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch | None = None) -> Params:
         """Random parameters of the head alone; `embed` are the embeddings or their shapes."""
+        batch = self.example if batch is None else batch
         return _draw(self.head, key, *self._block_inputs(embed, batch), embed)
 
     def _block_inputs(self, embed: Params, batch: Batch) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -49,6 +50,7 @@ class BlockConfig:
         norm_order: "pre" (`x + f(norm(x))`), "post" (`norm(x + f(x))`), or "sandwich"
             (`x + norm(f(norm(x)))`).
         qkv_bias: whether query, key and value have a bias.
+        fused_qkv: whether their kernels are one, `qkv` [D, (N + 2 K) H], query first.
         output_bias: whether the attention's output has one.
         feed_forward_bias: whether the feed-forward has them.
         qk_norm: whether queries and keys are RMS-normed per head.
@@ -73,6 +75,7 @@ class BlockConfig:
     norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
     norm_order: Literal["pre", "post", "sandwich"] = "pre"
     qkv_bias: bool = True
+    fused_qkv: bool = False
     output_bias: bool = True
     feed_forward_bias: bool = True
     qk_norm: bool = False
@@ -106,7 +109,10 @@ def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) ->
 
 
 class Attention(nn.Module):
-    """Multi-head attention with kernels `query` [D, N H], `key` and `value` [D, K H], `output` [N H, D]."""
+    """Multi-head attention with kernels `query` [D, N H], `key` and `value` [D, K H], `output` [N H, D].
+
+    With `fused_qkv` the first three are one kernel `qkv`.
+    """
 
     config: BlockConfig
     dtype: DTypeLike
@@ -118,9 +124,12 @@ class Attention(nn.Module):
         def linear(width: int, bias: bool) -> nn.Module:
             return dense(width, config.init_std, dtype, bias=bias)
 
-        self.query = linear(config.num_heads * config.head_width, config.qkv_bias)
-        self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
-        self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
+        if config.fused_qkv:
+            self.qkv = linear((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
+        else:
+            self.query = linear(config.num_heads * config.head_width, config.qkv_bias)
+            self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
+            self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
         self.output = linear(config.width, config.output_bias)
         if config.qk_norm:
             self.query_norm = make_norm(config, dtype)
@@ -128,8 +137,12 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
+        config = self.config
+        if config.fused_qkv:
+            heads = self.qkv(x).reshape(*x.shape[:-1], -1, config.head_width)
+            return tuple(jnp.split(heads, (config.num_heads, config.num_heads + config.kv_heads), axis=-2))
         return tuple(
-            layer(x).reshape(*x.shape[:-1], -1, self.config.head_width)
+            layer(x).reshape(*x.shape[:-1], -1, config.head_width)
             for layer in (self.query, self.key, self.value)
         )
 

@@ -72,6 +72,14 @@ def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(label for _, label in by_index)
 
 
+def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of a `config.json` that name the labels."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
 def require_known(who: str, name: str, value: Any, known: Iterable[str]) -> None:
     """Raise a PeftError with the nearest names unless `value` is one of the `known`."""
     if value not in known:
@@ -83,3 +91,21 @@ def require_settings(who: str, values: Mapping[str, Any], required: Mapping[str,
     for name, only in required.items():
         if values.get(name, only) != only:
             raise PeftError(f"config.json sets {name} to {values[name]!r}; {who} here supports {only!r} only")
+
+
+def require_size(who: str, name: str, size: Any) -> None:
+    """Raise a PeftError unless `size` is a positive integer."""
+    if not isinstance(size, int) or size < 1:
+        raise PeftError(f"{who}: {name} must be a positive integer, not {size!r}")
+
+
+def require_rate(who: str, name: str, rate: Any) -> None:
+    """Raise a PeftError unless `rate` is a dropout rate."""
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        raise PeftError(f"{who}: {name} must be a number in [0, 1), not {rate!r}")
+
+
+def require_length(who: str, length: int, longest: int) -> None:
+    """Raise a PeftError when `length` is more than the `longest` sequence that has positions."""
+    if length > longest:
+        raise PeftError(f"input_ids has {length} positions; this {who} has {longest}: truncate the inputs")
