@@ -20,10 +20,11 @@ from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.llama import LLAMA
+from peftjax.models.t5 import MT5, T5
 from peftjax.models.weight_map import read_weights, to_hf
 
 CONFIG_FILE = "config.json"
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, LLAMA, T5, MT5)}
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load(
     family = _family(values.get("model_type"), folder / CONFIG_FILE)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    config = family.read_config(values)
+    config = family.settle(family.read_config(values), folder)
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
     model = family.build(config, head=head, dtype=dtype, remat=remat)
@@ -70,7 +71,7 @@ def load(
     loaded = read_weights(
         folder,
         specs,
-        family.weights,
+        family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
         ignored=family.ignored,
@@ -121,7 +122,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
+        write_tensors(weights_file, to_hf(params, family.table(model)), {"format": "pt"})
 
 
 def _family(name: Any, file: Path) -> Family:
