@@ -1,6 +1,7 @@
 """A tiny T5 and a batch with padding on both sides, for the tests of T5."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax.models.t5 import t5
@@ -28,10 +29,14 @@ def values(**changes):
 def make(head="seq2seq_lm", **changes):
     """A model and parameters none of which are trivial."""
     model = t5(read_config(values(**changes)), head=head)
-    leaves, structure = jax.tree.flatten(model.init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return model, structure.unflatten(noisy)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+
+    def draw(leaf):
+        ones = leaf.ndim < 3 and leaf.shape[-1] == 16 and leaf.shape[0] != 40
+        return jnp.asarray(ones + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return model, jax.tree.map(draw, shapes)
 
 
 def token_batch(length=9, target=5, seed=0, left=False):

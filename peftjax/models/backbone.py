@@ -80,10 +80,10 @@ class Backbone:
     head_name: str = "none"
     remat: str | None = None
     dtype: str = "float32"
-    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     unroll: int = 1
     encoder: Backbone | None = None
-    example: Batch = dataclasses.field(default_factory=lambda: TOKENS)
+    example: Batch = dataclasses.field(default_factory=lambda: TOKENS, hash=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:
