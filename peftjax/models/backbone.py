@@ -109,7 +109,9 @@ class Backbone:
             params: `{"embed", "blocks", "head"}`, and `"encoder"` where there is one.
             batch: for token models `input_ids` [B, S] int32, and optionally `attention_mask`
                 [B, S] (1 = token; default all tokens), `position_ids` [B, S] and `token_type_ids`
-                [B, S]; for image models `pixel_values` [B, C, H, W].
+                [B, S]; for image models `pixel_values` [B, C, H, W]; for encoder-decoders also
+                `decoder_input_ids` [B, T], or `labels` [B, T] to make them of, and optionally
+                `decoder_attention_mask` [B, T].
             key: dropout key; None is deterministic.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))

@@ -66,7 +66,7 @@ def last_eos(config: T5Config, batch: Batch, length: int) -> Int[Array, " B"]:
             f"{length} decoder_input_ids"
         )
     token = jnp.where(batch.get("attention_mask", jnp.ones_like(ids)) != 0, 1, 0)
-    rank = token if config.eos_token_id is None else token + 2 * (ids == config.eos_token_id)
+    rank = token + 2 * jnp.isin(ids, jnp.array(config.eos_token_ids, ids.dtype))
     return length - 1 - jnp.argmax(rank[:, ::-1], axis=1)
 
 

@@ -54,7 +54,7 @@ class T5Config:
         tied: whether the output layer is the embedding table.
         scaled_output: whether the states are multiplied by `D ** -0.5` before the output layer (T5 1.0).
         pad_token_id: stands in `decoder_input_ids` for a label that is no token.
-        eos_token_id: a classifier reads its last one.
+        eos_token_ids: a classifier reads the last one of these.
         decoder_start_token_id: first of the `decoder_input_ids` made from labels.
         labels: names of a classifier's labels.
         values: the content of `config.json` it was read from.
@@ -83,7 +83,7 @@ class T5Config:
     tied: bool = True
     scaled_output: bool = True
     pad_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (1,)
     decoder_start_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
@@ -146,8 +146,6 @@ def read_config(values: Mapping[str, Any]) -> T5Config:
     default = "gated-gelu" if who == "mt5" else "relu"
     gated, activation = _feed_forward(who, values.get("feed_forward_proj", default))
     eos = values.get("eos_token_id", 1)
-    if isinstance(eos, list):
-        raise PeftError(f"{who}: eos_token_id is the list {eos}; name the one that ends a text")
     tied = values.get("tie_word_embeddings") is not False
     names = {field.name for field in dataclasses.fields(T5Config)}
     settings = {name: values[name] for name in names & values.keys()}
@@ -158,7 +156,7 @@ def read_config(values: Mapping[str, Any]) -> T5Config:
         "tied": tied,
         # mT5 never scales; transformers 5 writes whether T5 does, since it calls every T5 tied.
         "scaled_output": who == "t5" and values.get("scale_decoder_outputs", tied),
-        "eos_token_id": eos,
+        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         "decoder_start_token_id": values.get("decoder_start_token_id", 0 if who == "mt5" else None),
         "labels": read_labels(values),
         "values": dict(values),

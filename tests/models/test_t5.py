@@ -270,6 +270,8 @@ def test_a_classifier_reads_the_last_eos_else_the_last_token():
     ids = jnp.array([[5, 1, 6, 1, 0], [5, 6, 7, 0, 0], [1, 4, 4, 4, 4]])
     batch = {"input_ids": ids, "attention_mask": jnp.array([[1] * 4 + [0], [1] * 3 + [0] * 2, [1] * 5])}
     assert last_eos(config, batch, 5).tolist() == [3, 2, 0]
+    for eos, places in (([1, 6], [3, 1, 0]), (None, [3, 2, 4])):
+        assert last_eos(read_config(values(eos_token_id=eos)), batch, 5).tolist() == places
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,6 @@ def test_a_classifier_reads_the_last_eos_else_the_last_token():
         ({"num_heads": 0}, "num_heads must be a positive integer"),
         ({"dropout_rate": 1.0}, "dropout_rate must be a number"),
         ({"relative_attention_max_distance": 4}, "relative_attention_num_buckets 8"),
-        ({"eos_token_id": [1, 2]}, r"eos_token_id is the list \[1, 2\]"),
     ],
 )
 def test_settings_that_are_not_computed_are_named(changes, message):

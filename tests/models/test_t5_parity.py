@@ -156,10 +156,9 @@ def test_outputs_and_gradients_agree(tiny):
         compare(case, folder, batch, gradient)
 
 
+@pytest.mark.parametrize("tiny", ["flan"], indirect=True)
 def test_a_mask_of_the_decoder_and_ids_made_of_labels(tiny):
     case, folder = tiny
-    if case != "flan":
-        pytest.skip("a matter of the decoder's inputs, which the other cases share")
     batch = token_batch()
     masked = {**batch, "decoder_attention_mask": np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.int32)}
     compare(case, folder, masked, our_gradient(case, folder))
