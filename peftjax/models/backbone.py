@@ -47,6 +47,12 @@ class Backbone:
     `params` is `{"embed": ..., "blocks": ..., "head": ...}`, each leaf of `blocks` stacked
     [num_layers, ...]. Change `remat` or `dtype` with `dataclasses.replace`.
 
+    An encoder-decoder is the decoder's backbone with the encoder's as `encoder`, whose parameters are
+    `params["encoder"]`, `{"blocks", "head"}`. Both stacks are then the same thing to a rewrite, which
+    changes the encoder as it would change an encoder alone; the task's head stays `params["head"]`.
+    The stacks share `params["embed"]`, as they share its word table. What the encoder gives is part of
+    what all blocks of the decoder share, so `run_embed` runs it: `context["encoded"]`.
+
     Attributes:
         config: the family's configuration.
         embed: `(batch) -> (hidden [B, S, D], context)`.
@@ -59,6 +65,7 @@ class Backbone:
         per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
             context, such as `window`.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
+        encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
@@ -77,6 +84,7 @@ class Backbone:
     dtype: str = "float32"
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     unroll: int = 1
+    encoder: Backbone | None = None
     example: Batch = dataclasses.field(default_factory=lambda: TOKENS, hash=False)
 
     def __post_init__(self) -> None:
@@ -92,15 +100,20 @@ class Backbone:
             # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
+        if self.encoder is not None:
+            same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}
+            object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
 
     def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array:
         """Run embed, blocks and head.
 
         Args:
-            params: `{"embed", "blocks", "head"}`.
+            params: `{"embed", "blocks", "head"}`, and `"encoder"` where there is one.
             batch: for token models `input_ids` [B, S] int32, and optionally `attention_mask`
                 [B, S] (1 = token; default all tokens), `position_ids` [B, S] and `token_type_ids`
-                [B, S]; for image models `pixel_values` [B, C, H, W].
+                [B, S]; for image models `pixel_values` [B, C, H, W]; for encoder-decoders also
+                `decoder_input_ids` [B, T], or `labels` [B, T] to make them of, and optionally
+                `decoder_attention_mask` [B, T].
             key: dropout key; None is deterministic.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
@@ -111,8 +124,13 @@ class Backbone:
     def run_embed(
         self, params: Params, batch: Batch, *, key: DropoutKey = None
     ) -> tuple[Float[Array, "B S D"], Context]:
-        """The hidden states before the first block, and what all blocks share."""
-        return self.embed.apply({"params": params["embed"]}, batch, rngs=dropout_rngs(key))
+        """The hidden states before the first block, and what all blocks share; runs the encoder."""
+        if self.encoder is None:
+            return self._embed(params["embed"], batch, key)
+        key, encoder_key = (None, None) if key is None else jax.random.split(key)
+        hidden, context = self._embed(params["embed"], batch, key)
+        of_encoder = {**params["encoder"], "embed": params["embed"]}
+        return hidden, {**context, "encoded": self.encoder(of_encoder, batch, key=encoder_key)}
 
     def run_blocks(
         self,
@@ -197,13 +215,17 @@ class Backbone:
         batch = self.example if batch is None else batch
         embed_key, block_key, head_key = jax.random.split(key, 3)
         embed = _draw(self.embed, embed_key, batch)
+        encoder = {}
+        if self.encoder is not None:
+            encoder = {"encoder": self.encoder.init(jax.random.fold_in(key, 1), batch)}
+            embed = {**encoder["encoder"].pop("embed"), **embed}
         hidden, context = self._block_inputs(embed, batch)
         first = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
         inputs = (hidden, {**context, **first})
         blocks = jax.vmap(lambda layer_key: _draw(self.block, layer_key, *inputs))(
             jax.random.split(block_key, self.num_layers)
         )
-        return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch)}
+        return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch), **encoder}
 
     def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch | None = None) -> Params:
         """Random parameters of the head alone; `embed` are the embeddings or their shapes."""
@@ -211,8 +233,14 @@ class Backbone:
         return _draw(self.head, key, *self._block_inputs(embed, batch), embed)
 
     def _block_inputs(self, embed: Params, batch: Batch) -> tuple[Any, Any]:
-        """The shapes of what `embed` hands to the blocks."""
-        return jax.eval_shape(lambda p, b: self.run_embed({"embed": p}, b), embed, batch)
+        """The shapes of what `run_embed` hands to the blocks; an encoder gives the shape it embeds."""
+        hidden, context = jax.eval_shape(self._embed, embed, batch)
+        if self.encoder is not None:
+            context["encoded"] = self.encoder._block_inputs(embed, batch)[0]
+        return hidden, context
+
+    def _embed(self, embed: Params, batch: Batch, key: DropoutKey = None) -> tuple[Array, Context]:
+        return self.embed.apply({"params": embed}, batch, rngs=dropout_rngs(key))
 
 
 def _draw(module: nn.Module, key: Key[Array, ""], *inputs: Any) -> Params:

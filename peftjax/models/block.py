@@ -6,7 +6,8 @@ gated): the inputs of both residual branches, query, key, value and the attentio
 enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
 masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
 norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
-2 D more, and norms of query and key q + k.
+2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
+the encoder; `context["encoded"]` is kept once for all blocks, and so is `context["bias"]`.
 """
 
 from __future__ import annotations
@@ -56,13 +57,16 @@ class BlockConfig:
         feed_forward_bias: whether the feed-forward has them.
         qk_norm: whether queries and keys are RMS-normed per head.
         rotary: whether queries and keys are turned by `context["rotation"]`.
+        cross_attention: whether a branch that reads `context["encoded"]` follows the attention's.
         causal: whether a token sees only those before it.
         window: how many places back a token sees, itself included; None is all.
         softcap: bound of the attention scores.
         query_scale: factor of the scores; default `H ** -0.5`.
         attention_dropout: rate on the attention weights.
         output_dropout: rate on what each branch adds.
+        inner_dropout: rate on what the activation gives.
         init_std: deviation of new kernels.
+        scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
     """
 
     width: int
@@ -81,13 +85,16 @@ class BlockConfig:
     feed_forward_bias: bool = True
     qk_norm: bool = False
     rotary: bool = False
+    cross_attention: bool = False
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
     query_scale: float | None = None
     attention_dropout: float = 0.0
     output_dropout: float = 0.0
+    inner_dropout: float = 0.0
     init_std: float = 0.02
+    scaled_init: bool = False
 
     @property
     def head_width(self) -> int:
@@ -98,6 +105,10 @@ class BlockConfig:
     def kv_heads(self) -> int:
         """K."""
         return self.num_kv_heads or self.num_heads
+
+    def deviation(self, inputs: int) -> float:
+        """The deviation of a new kernel [inputs, out]."""
+        return self.init_std * inputs**-0.5 if self.scaled_init else self.init_std
 
 
 def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
@@ -122,16 +133,20 @@ class Attention(nn.Module):
         """Name the layers."""
         config, dtype = self.config, self.dtype
 
-        def linear(width: int, bias: bool) -> nn.Module:
-            return dense(width, config.init_std, dtype, bias=bias)
+        def linear(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
+            return dense(width, factor * config.deviation(inputs), dtype, bias=bias)
 
         if config.fused_qkv:
             self.qkv = linear((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
         else:
-            self.query = linear(config.num_heads * config.head_width, config.qkv_bias)
+            # Scores that are not scaled begin as small as scaled ones.
+            unscaled = config.scaled_init and config.query_scale == 1.0
+            factor = config.head_width**-0.5 if unscaled else 1.0
+            self.query = linear(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
             self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
             self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
-        self.output = linear(config.width, config.output_bias)
+        mixed = config.num_heads * config.head_width
+        self.output = linear(config.width, config.output_bias, mixed)
         if config.qk_norm:
             self.query_norm = make_norm(config, dtype)
             self.key_norm = make_norm(config, dtype)
@@ -156,10 +171,11 @@ class Attention(nn.Module):
     ) -> Float[Array, "B S NH"]:
         """The values that every token sees, mixed; of earlier calls too where there is a cache.
 
-        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, and with two
-        rotations also `local_rotation` and `local`, whether this layer reads that one. With
-        `cache_index`, the slot of the first token, keys and values go through the collection "cache",
-        and `mask` [B, T] tells which of its slots are tokens; see `_through_cache`.
+        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, `bias`
+        [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
+        this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
+        through the collection "cache", and `mask` [B, T] tells which of its slots are tokens; see
+        `_through_cache`.
         """
         config = self.config
         if config.qk_norm:
@@ -185,13 +201,14 @@ class Attention(nn.Module):
                 mask=context.get("mask"),
                 segments=context.get("segments"),
                 visible=visible,
+                bias=context.get("bias"),
                 scale=config.query_scale,
                 softcap=config.softcap,
                 dropout=config.attention_dropout,
                 dropout_key=dropout_key,
             )
 
-        seen = {name: context[name] for name in ("mask", "segments") if name in context}
+        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
         result = mixed(query, key, value, seen)
         return result.reshape(*result.shape[:2], -1)
 
@@ -219,6 +236,17 @@ class Attention(nn.Module):
         return whole[0], whole[1]
 
 
+class CrossAttention(Attention):
+    """Attention of the stream's queries to keys and values of what is `encoded`."""
+
+    def project(self, x: Float[Array, "B T D"], encoded: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+        """Query [B, T, N, H] of the branch's input, key and value [B, S, K, H] of `encoded`."""
+        return tuple(
+            layer(of).reshape(*of.shape[:-1], -1, self.config.head_width)
+            for layer, of in ((self.query, x), (self.key, encoded), (self.value, encoded))
+        )
+
+
 class FeedForward(nn.Module):
     """`f(x W_up) W_down`, or gated, with kernels `up`, `gate` [D, F] and `down` [F, D]."""
 
@@ -229,13 +257,14 @@ class FeedForward(nn.Module):
         """Name the layers."""
         config = self.config
 
-        def linear(width: int) -> nn.Module:
-            return dense(width, config.init_std, self.dtype, bias=config.feed_forward_bias)
+        def linear(width: int, inputs: int = config.width) -> nn.Module:
+            return dense(width, config.deviation(inputs), self.dtype, bias=config.feed_forward_bias)
 
         self.up = linear(config.inner_size)
-        self.down = linear(config.width)
+        self.down = linear(config.width, config.inner_size)
         if config.gated:
             self.gate = linear(config.inner_size)
+        self.dropout = Dropout(config.inner_dropout)
 
     def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
         """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
@@ -244,16 +273,16 @@ class FeedForward(nn.Module):
     def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
         """The activation and the way down."""
         active = ACTIVATIONS[self.config.activation](inner[0])
-        return self.down(active * inner[1] if self.config.gated else active)
+        return self.down(self.dropout(active * inner[1] if self.config.gated else active))
 
 
 class Block(nn.Module):
-    """A transformer block of two residual branches.
+    """A transformer block of two residual branches, or three with `cross_attention` between them.
 
     Its parts are Linen methods, so a block transform can call them apart with
     `block.apply({"params": layer}, ..., method="attention_branch")` and needs no family's names:
     `x_branch` is what a residual branch adds to the stream, `x_join` puts it there, and
-    `normalize_x` is the norm on its own, for x in `attention`, `feed_forward`.
+    `normalize_x` is the norm on its own, for x in `attention`, `cross_attention`, `feed_forward`.
     """
 
     config: BlockConfig
@@ -264,17 +293,27 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         self.attention = Attention(config, dtype)
         self.attention_norm = make_norm(config, dtype)
+        if config.cross_attention:
+            # There is no order between two sequences, and nothing to fuse of two inputs.
+            apart = {"causal": False, "window": None, "rotary": False, "fused_qkv": False}
+            self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
+            self.cross_attention_norm = make_norm(config, dtype)
+            self.cross_attention_dropout = Dropout(config.output_dropout)
         self.feed_forward = FeedForward(config, dtype)
         self.feed_forward_norm = make_norm(config, dtype)
         if config.norm_order == "sandwich":
             self.attention_post_norm = make_norm(config, dtype)
+            if config.cross_attention:
+                self.cross_attention_post_norm = make_norm(config, dtype)
             self.feed_forward_post_norm = make_norm(config, dtype)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
 
     def __call__(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
-        """Run both residual branches."""
+        """Run the residual branches."""
         hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
+        if self.config.cross_attention:
+            hidden = self.cross_attention_join(hidden, self.cross_attention_branch(hidden, context))
         return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
@@ -292,6 +331,27 @@ class Block(nn.Module):
     def normalize_attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The norm of the attention branch."""
         return self.attention_norm(x)
+
+    def cross_attention_branch(
+        self, hidden: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B T D"]:
+        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True."""
+        mixed = self.cross_attention.mix(
+            *_project_cross(self, hidden, context["encoded"]),
+            {"mask": context["encoded_mask"]} if "encoded_mask" in context else {},
+        )
+        update = self.cross_attention_dropout(self.cross_attention.output(mixed))
+        return self.cross_attention_post_norm(update) if self._sandwich else update
+
+    def cross_attention_join(
+        self, hidden: Float[Array, "B T D"], update: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The stream after cross-attention: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_cross_attention(hidden + update) if self._post else hidden + update
+
+    def normalize_cross_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm of the cross-attention branch."""
+        return self.cross_attention_norm(x)
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
@@ -324,6 +384,13 @@ class Block(nn.Module):
 @recompute_module
 def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
     return block.attention.project(hidden if block._post else block.attention_norm(hidden))
+
+
+@recompute_module
+def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, Array, Array]:
+    return block.cross_attention.project(
+        hidden if block._post else block.cross_attention_norm(hidden), encoded
+    )
 
 
 @recompute_module

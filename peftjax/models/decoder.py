@@ -201,7 +201,7 @@ def last_token(batch: Batch, pad_token_id: int | None) -> Array:
     return jnp.max(jnp.where(is_token != 0, jnp.arange(ids.shape[1]), 0), axis=1)
 
 
-class _Output(nn.Module):
+class OutputKernel(nn.Module):
     """An output layer's `kernel` [D, V], given away unread."""
 
     width: int
@@ -210,6 +210,7 @@ class _Output(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "D V"]:
+        """The kernel."""
         shape = (self.width, self.vocab_size)
         return self.param("kernel", nn.initializers.normal(self.init_std), shape)
 
@@ -234,7 +235,7 @@ class DecoderHead(nn.Module):
             case "causal_lm" if config.tied:
                 return Logits(hidden, embed["word"]["embedding"], softcap=config.logit_softcap, tied=True)
             case "causal_lm":
-                kernel = _Output(width, config.vocab_size, block.init_std, name="output")()
+                kernel = OutputKernel(width, config.vocab_size, block.init_std, name="output")()
                 return Logits(hidden, kernel, softcap=config.logit_softcap)
             case "classifier":
                 last = jnp.take_along_axis(hidden, context["last"][:, None, None], axis=1)[:, 0]
@@ -291,8 +292,8 @@ def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]
     return {
         "causal_lm": Head(causal_lm, task="CAUSAL_LM", tied=(table,)),
         "classifier": Head(classifier, "head/classifier/", labelled=True, task="SEQ_CLS"),
-        "mean": features,
         "none": features,
+        "mean": features,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from peftjax.errors import PeftError
@@ -49,10 +50,12 @@ class Family:
         write_config: configuration -> content of `config.json`.
         build: `(config, head=, dtype=, remat=) -> Backbone`.
         heads: the heads `build` knows by name.
-        weights: every parameter with its Hugging Face name.
+        weights: every parameter with its Hugging Face name; a function of the model where a path has
+            another name with another head or setting. `table` reads it.
         canonical: the spelling `weights` uses of a name found in a checkpoint.
         ignored: regular expression of canonical names that carry nothing to load.
         prefix: what the backbone's names begin with in a class that has a head, such as "bert.".
+        settle: `(config, folder) -> config`, what the configuration leaves to the checkpoint's tensors.
     """
 
     name: str
@@ -60,10 +63,15 @@ class Family:
     write_config: Callable[[Any], dict[str, Any]]
     build: Callable[..., Backbone]
     heads: Mapping[str, Head]
-    weights: tuple[Weight, ...]
+    weights: tuple[Weight, ...] | Callable[[Backbone], tuple[Weight, ...]]
     canonical: Callable[[str], str]
     ignored: str
     prefix: str = ""
+    settle: Callable[[Any, Path], Any] = lambda config, folder: config
+
+    def table(self, model: Backbone) -> tuple[Weight, ...]:
+        """Every parameter of a model of the family with its Hugging Face name."""
+        return self.weights(model) if callable(self.weights) else self.weights
 
 
 def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 Context = dict[str, Any]
 """What `embed` hands to every block and to the head: `mask` [B, S] bool, True where a token is, and
-what a family adds (`positions`, `segments`, `rotation`)."""
+what a family adds (`positions`, `segments`, `rotation`, `bias`, `encoded`)."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),

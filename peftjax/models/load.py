@@ -29,13 +29,15 @@ from peftjax.models.opt import OPT
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
 
 CONFIG_FILE = "config.json"
 _ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
 _DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, GPT2, OPT)
-FAMILIES: dict[str, Family] = {family.name: family for family in (*_ENCODERS, *_DECODERS)}
+_ENCODER_DECODERS = (T5, MT5)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ENCODERS, *_DECODERS, *_ENCODER_DECODERS)}
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
 
@@ -78,7 +80,7 @@ def load(
     family, values = read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    config = family.read_config(values)
+    config = family.settle(family.read_config(values), folder)
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
     model = family.build(config, head=head, dtype=dtype, remat=remat)
@@ -92,7 +94,7 @@ def load(
     loaded = read_weights(
         folder,
         specs,
-        family.weights,
+        family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
         ignored=family.ignored,
@@ -125,7 +127,7 @@ def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     held = {family.canonical(name) for name in find_tensors(path)}
-    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.weights)
+    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     return {slot.path for name, slot in slots.items() if name not in held}
 
 
@@ -157,7 +159,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
+        write_tensors(weights_file, to_hf(params, family.table(model)), {"format": "pt"})
 
 
 def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:

@@ -110,7 +110,7 @@ def names_of(model: Model, params: Any) -> Names:
         return Names(slots, tied, _without(shapes, slots))
     family = FAMILIES[model.config.model_type]
     head = family.heads[model.head_name]
-    slots = _of_known(shapes, family.weights)
+    slots = _of_known(shapes, family.table(model))
     if head.bare:
         slots = {name: slot for name, slot in slots.items() if name.startswith(family.prefix)}
     tied = {name: slot for name, slot in _of_known(shapes, head.tied).items() if name not in slots}
