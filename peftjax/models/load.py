@@ -55,8 +55,7 @@ def load(
             tensor; a head to draw without `key`; labels for a head that has none.
     """
     folder = Path(path)
-    values = read_json(folder / CONFIG_FILE)
-    family = _family(values.get("model_type"), folder / CONFIG_FILE)
+    family, values = read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
     config = family.read_config(values)
@@ -114,8 +113,8 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         if want != got:
             raise PeftError(f"parameter {name} has shape {got}; the model needs {want}")
     values: dict[str, Any] = {
-        "architectures": [family.heads[model.head_name].architecture],
         **family.write_config(model.config),
+        "architectures": [family.heads[model.head_name].architecture],
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +123,14 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         write_tensors(weights_file, to_hf(params, family.weights), {"format": "pt"})
 
 
-def _family(name: Any, file: Path) -> Family:
+def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a checkpoint, and the content of its `config.json`.
+
+    Raises:
+        PeftError: the file cannot be read, or is of no supported family.
+    """
+    values = read_json(folder / CONFIG_FILE)
+    name = values.get("model_type")
     if name not in FAMILIES:
-        raise PeftError(f"{file} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+        raise PeftError(f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name], values
