@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_decoder
 import tiny_language
+import tokenizers
 from support import assert_close
 
 import peftjax as pj
@@ -261,4 +262,17 @@ def test_an_encoder_writes_nothing(model_folder, data, tmp_path, capsys):
     arguments = ["train", "--model", model_folder, "--output", tmp_path / "run", "--data"]
     text = refused(capsys, *arguments, data / "train.jsonl", "--task", "language")
     assert "is an encoder and writes no text: give a decoder" in text
-    assert "plain text without labels" in refused(capsys, *arguments, data / "short.txt")
+    assert "or give a decoder as the model" in refused(capsys, *arguments, data / "train.jsonl")
+    text = refused(capsys, *arguments, data / "short.txt", "--task", "classification")
+    assert "plain text without labels" in text
+
+
+def test_a_tokenizer_of_another_model_is_refused(decoder, data, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(decoder, folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["the dog"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = refused(capsys, *command_of(folder, data, tmp_path / "run"))
+    assert "the model knows" in text
+    assert not (tmp_path / "run").exists()

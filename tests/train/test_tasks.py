@@ -70,7 +70,7 @@ def options_of(folders, model, data, *, rows=None, head=None, task=None, **texts
     ("model", "data", "given", "task"),
     [
         ("encoder", "labelled.jsonl", {}, "classification"),
-        ("encoder", "texts.jsonl", {}, "classification"),
+        ("encoder", "rated.jsonl", {"label_column": "stars"}, "classification"),
         ("decoder", "labelled.jsonl", {}, "classification"),
         ("decoder", "docstrings", {}, "classification"),
         ("decoder", "tfds:imdb", {}, "classification"),
@@ -99,6 +99,8 @@ def test_model_and_data_decide(folders, model, data, given, task):
             {"task": "language"},
             r"writes no text: give a decoder \(llama",
         ),
+        ("encoder", "texts.jsonl", {}, "no label column .* or give a decoder as the model"),
+        ("encoder", "book.txt", {}, "no label column"),
         ("decoder", "texts.jsonl", {"task": "langauge"}, "no task is called 'langauge'; closest: 'language'"),
         ("decoder", "docstrings", {"task": "language"}, "'docstrings' is for the task classification"),
         ("decoder", "texts.jsonl", {"label_column": "stars", "task": "language"}, "no use for label_column"),

@@ -32,8 +32,7 @@ def find_task(options: RunOptions) -> Task:
     if task is not None and task not in get_args(Task):
         raise PeftError(f"no task is called {task!r}; closest: {nearest(task, get_args(Task))}")
     if task is None:
-        writes = is_decoder(folder) and not _has_labels(options.texts)
-        task = "language" if writes else "classification"
+        task = _of_decoder(options.texts) if is_decoder(folder) else _of_encoder(options.texts)
     if task == "classification":
         _refuse(task, _given(options.rows, RowOptions))
     else:
@@ -56,7 +55,7 @@ def check_data(texts: DataOptions, task: Task) -> None:
     if task == "classification":
         _refuse(task, set(_given(texts, SourceOptions)) - {"text_column"})
         return
-    _refuse(task, ["label_column"] if texts.label_column is not None else [])
+    _refuse(task, [] if texts.label_column is None else ["label_column"])
     if _is_labelled_set(texts.data):
         raise PeftError(
             f"the data set {texts.data!r} is for the task classification; a language model needs a file of "
@@ -70,13 +69,29 @@ def language_options(texts: DataOptions, rows: RowOptions) -> LanguageOptions:
     return LanguageOptions(**{f.name: getattr(part, f.name) for part, of in parts for f in fields(of)})
 
 
-def _has_labels(texts: DataOptions) -> bool:
+def _of_decoder(texts: DataOptions) -> Task:
     if texts.label_column is not None or _is_labelled_set(texts.data):
-        return True
+        return "classification"
+    source = find_source(Path(texts.data), language_options(texts, RowOptions()))
+    written = texts.source is not None or source != "corpus"
+    return "language" if written or not _guesses_labels(texts) else "classification"
+
+
+def _of_encoder(texts: DataOptions) -> Task:
+    labelled = texts.label_column is not None or _is_labelled_set(texts.data) or _guesses_labels(texts)
+    if not labelled:
+        raise PeftError(
+            f"{texts.data} has no label column ({', '.join(map(repr, LABEL_GUESSES))}), which an encoder "
+            "needs: name it with label_column, or give a decoder as the model to learn to write the texts"
+        )
+    return "classification"
+
+
+def _guesses_labels(texts: DataOptions) -> bool:
     path = Path(texts.data)
-    if find_source(path, language_options(texts, RowOptions())) != "corpus" or texts.source is not None:
+    if path.suffix.lower() in PLAIN_TEXT:
         return False
-    _, row = next(read_rows(path), (0, {})) if path.suffix.lower() not in PLAIN_TEXT else (0, {})
+    _, row = next(read_rows(path), (0, {}))
     return bool(row.keys() & set(LABEL_GUESSES))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.errors import PeftError
 from peftjax.losses import Batch
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.language.batches import evaluation_batches, training_batches
@@ -41,6 +42,12 @@ def prepare(
     for rows, cut, purpose in parts:
         say(f"{data.name} ({data.source}): {_described(rows, cut)} to {purpose}")
     model, params = open_model(options.base, None, dtype=config.dtype, remat=config.remat, seed=config.seed)
+    for rows in (data.train, data.evaluation):
+        if (largest := int(rows.ids.max())) >= model.config.vocab_size:
+            raise PeftError(
+                f"the tokenizer of {options.base.model} gives the id {largest}, but the model knows only "
+                f"those below {model.config.vocab_size}: it is the tokenizer of another model"
+            )
     return Prepared(
         model,
         params,
