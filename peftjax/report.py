@@ -21,9 +21,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     table.add_row("peak memory of the process", f"{summary['peak_host_bytes'] / 2**20:,.0f} MiB")
     if "peak_device_bytes" in summary:
         table.add_row("peak memory of the device", f"{summary['peak_device_bytes'] / 2**20:,.0f} MiB")
-    for name in ("tokens", "labels"):
+    counted = {"classification": "texts", "language": "counted tokens"}[summary["task"]]
+    for shown, name in (("tokens", "tokens"), (counted, "labels")):
         if (rate := summary[f"{name}_per_second"]) is not None:
-            table.add_row(f"{name} per second", f"{rate:,.0f}")
+            table.add_row(f"{shown} per second", f"{rate:,.0f}")
     table.add_row("time", f"{summary['seconds']:.0f} s")
     table.add_row("adapter", summary["adapter"])
     Console().print(table)

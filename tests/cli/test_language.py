@@ -203,10 +203,9 @@ def test_a_decoder_classifies_labelled_texts(decoder, data, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps({**values, "pad_token_id": 3}))
     labelled = data / "labelled.jsonl"
     arguments = ["--model", folder, "--data", labelled, "--eval-data", labelled, "--output", tmp_path / "run"]
-    arguments += ["--steps", "2", "--batch-size", "20", "--max-length", "16", "--rank", "2"]
+    arguments += ["--steps", "2", "--batch-size", "20", "--max-length", "16", "--rank", "2", "--no-probe"]
     summary = json.loads(run(capsys, "train", *arguments, "--json"))
     assert (summary["task"], summary["labels"]) == ("classification", 2)
-    assert summary["probe_accuracy"] is not None
     tuned = open_tuned(tmp_path / "run" / "adapter")
     params = tuned.adapter.method.apply(tuned.adapter.frozen, tuned.adapter.trainable)
     tokenizer = load_tokenizer(folder, decoder=True)
@@ -220,6 +219,14 @@ def test_a_decoder_classifies_labelled_texts(decoder, data, tmp_path, capsys):
     save(tmp_path / "saved", tuned.model, tuned.params)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert written["architectures"] == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.slow
+def test_a_decoders_classifier_is_compared_with_a_probe(decoder, data, tmp_path, capsys):
+    labelled = data / "labelled.jsonl"
+    arguments = ["--model", decoder, "--data", labelled, "--eval-data", labelled, "--output", tmp_path]
+    summary = json.loads(run(capsys, "train", *arguments, "--steps", "1", "--max-length", "16", "--json"))
+    assert 0.5 <= summary["probe_accuracy"] <= 1.0
 
 
 def test_inspect_shows_the_language_head(decoder, capsys):
