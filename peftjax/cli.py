@@ -19,14 +19,16 @@ from peftjax.errors import PeftError
 from peftjax.generation.command import GenerateOptions, run_generate
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
-from peftjax.train.config import TrainConfig
 from peftjax.train.exchange import export_saved, import_saved
 from peftjax.train.options import (
+    LANGUAGE_HEAD,
     DataOptions,
     MethodOptions,
     ModelOptions,
     RunOptions,
+    is_decoder,
     make_method,
+    model_folder,
     open_model,
 )
 from peftjax.train.run import run
@@ -36,7 +38,7 @@ from peftjax.tree import nearest
 
 @dataclass(frozen=True)
 class Train(RunOptions):
-    """Fine-tune a model on labelled texts; compare with a linear probe and the majority class.
+    """Fine-tune an encoder on labelled texts, or a decoder to write chats, completions or running text.
 
     Without options: MiniLM with LoRA on docstrings of this Python's standard library. The same
     command again continues a run that was stopped.
@@ -50,9 +52,9 @@ class Train(RunOptions):
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained adapter on labelled texts."""
+    """Evaluate a trained adapter on texts of its task."""
 
-    source: DataOptions = field(default_factory=DataOptions)
+    texts: DataOptions = field(default_factory=DataOptions)
     adapter: Path = Path("outputs/adapter")
     """The adapter's folder."""
     model: str | None = None
@@ -109,8 +111,8 @@ class Import:
     """The model's head; by default the one of the adapter's task and class."""
     labels: tuple[str, ...] = ()
     """The labels' names in the order of the classifier's outputs; by default the base model's."""
-    max_length: int = TrainConfig.max_length
-    """Tokens of a text at most, when the adapter is evaluated."""
+    max_length: int | None = None
+    """Tokens of a text at most, when the adapter is evaluated; by default as `train` would use for its task."""
     leave_out: tuple[str, ...] = ()
     """Modules of the file that are not read."""
     json: bool = False
@@ -238,7 +240,7 @@ def _train(command: Train, console: Console) -> None:
 
 def _eval(command: Eval, console: Console) -> None:
     scores = evaluate_saved(
-        command.adapter, command.source, model=command.model, batch_size=command.batch_size
+        command.adapter, command.texts, model=command.model, batch_size=command.batch_size
     )
     _show(command.json, scores, lambda: report.print_values(scores))
 
@@ -293,7 +295,8 @@ def _inspect(command: Inspect, console: Console) -> None:
         config = read_config(command.adapter)
         _show(command.json, config, lambda: print(yaml.safe_dump(config, sort_keys=False), end=""))
         return
-    _, params = open_model(command.base, num_labels=2)
+    writes = command.base.head in (None, LANGUAGE_HEAD) and is_decoder(model_folder(command.base.model))
+    _, params = open_model(command.base, num_labels=None if writes else 2)
     method = make_method(command.tuning)
     found = report.inspection(method, params)
     _show(command.json, found, lambda: report.print_inspection(found))

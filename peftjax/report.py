@@ -14,22 +14,51 @@ from peftjax.weights.base import Weight
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The table that a training run ends with."""
-    table = Table("accuracy on held-out texts", "", title=f"{summary['data']}: {summary['eval_texts']} texts")
-    name = _method_name(summary["method"])
-    table.add_row(f"{name} (step {summary['best_step'] or summary['steps']})", f"{summary['accuracy']:.4f}")
-    if summary["probe_accuracy"] is not None:
-        table.add_row("linear probe on frozen features", f"{summary['probe_accuracy']:.4f}")
-    table.add_row("majority class", f"{summary['majority_accuracy']:.4f}", end_section=True)
+    tuned = f"{_method_name(summary['method'])} (step {summary['best_step'] or summary['steps']})"
+    table = _SCORES[summary["task"]](summary, tuned)
     trained, total = summary["trainable_parameters"], summary["total_parameters"]
     table.add_row("trainable parameters", f"{trained:,} ({trained / total:.2%} of {total:,})")
     table.add_row("peak memory of the process", f"{summary['peak_host_bytes'] / 2**20:,.0f} MiB")
     if "peak_device_bytes" in summary:
         table.add_row("peak memory of the device", f"{summary['peak_device_bytes'] / 2**20:,.0f} MiB")
-    if summary["tokens_per_second"] is not None:
-        table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    counted = {"classification": "texts", "language": "counted tokens"}[summary["task"]]
+    for shown, name in (("tokens", "tokens"), (counted, "labels")):
+        if (rate := summary[f"{name}_per_second"]) is not None:
+            table.add_row(f"{shown} per second", f"{rate:,.0f}")
     table.add_row("time", f"{summary['seconds']:.0f} s")
     table.add_row("adapter", summary["adapter"])
     Console().print(table)
+
+
+def _classification_scores(summary: Mapping[str, Any], tuned: str) -> Table:
+    table = Table("accuracy on held-out texts", "", title=f"{summary['data']}: {summary['eval_texts']} texts")
+    table.add_row(tuned, f"{summary['accuracy']:.4f}")
+    if summary["probe_accuracy"] is not None:
+        table.add_row("linear probe on frozen features", f"{summary['probe_accuracy']:.4f}")
+    table.add_row("majority class", f"{summary['majority_accuracy']:.4f}", end_section=True)
+    return table
+
+
+def _language_scores(summary: Mapping[str, Any], tuned: str) -> Table:
+    title = f"{summary['data']}: {summary['eval_counted_tokens']:,} held-out tokens"
+    table = Table("loss per token, perplexity, accuracy", "", title=title)
+    for name, after in ((tuned, ""), ("before training", "_before")):
+        scores = (summary[f"{score}{after}"] for score in ("loss", "perplexity", "token_accuracy"))
+        table.add_row(name, "{:.4f}, {:.2f}, {:.4f}".format(*scores), end_section=bool(after))
+    for part in ("train", "eval"):
+        table.add_row(
+            f"{part} rows, tokens, counted",
+            f"{summary[f'{part}_rows']:,}, {summary[f'{part}_tokens']:,}, "
+            f"{summary[f'{part}_counted_tokens']:,}",
+        )
+        cut = {name: count for name, count in summary[f"{part}_cut"].items() if count}
+        if cut:
+            table.add_row(f"{part} cut", ", ".join(f"{count:,} {name}" for name, count in cut.items()))
+    table.add_row("slots filled in training rows", f"{summary['train_efficiency']:.1%}", end_section=True)
+    return table
+
+
+_SCORES = {"classification": _classification_scores, "language": _language_scores}
 
 
 def print_values(values: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 def load(
     path: str | os.PathLike[str],
     *,
-    head: str = "none",
+    head: str | None = None,
     num_labels: int | None = None,
     dtype: str = "float32",
     param_dtype: str = "float32",
@@ -60,7 +60,8 @@ def load(
 
     Args:
         path: folder with `config.json` and safetensors, single or sharded.
-        head: a head of the family; see its file, such as `peftjax.models.bert.bert`.
+        head: a head of the family, see its file, such as `peftjax.models.bert.bert`; by default the one whose
+            Hugging Face class `config.json` names, else "none".
         num_labels: columns of a classifier; default the checkpoint's.
         dtype: compute dtype of the model.
         param_dtype: dtype the parameters are stored in.
@@ -83,6 +84,7 @@ def load(
     config = family.settle(family.read_config(values), folder)
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
+    head = head or _head_of(family, values)
     model = family.build(config, head=head, dtype=dtype, remat=remat)
     if num_labels is not None and not family.heads[head].labelled:
         labelled = ", ".join(name for name, spec in family.heads.items() if spec.labelled)
@@ -177,6 +179,12 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     return FAMILIES[name], values
+
+
+def _head_of(family: Family, values: Mapping[str, Any]) -> str:
+    """The first head of the class that a `config.json` names."""
+    classes = values.get("architectures") or ()
+    return next((name for name, head in family.heads.items() if head.architecture in classes), "none")
 
 
 def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:

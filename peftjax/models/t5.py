@@ -19,7 +19,7 @@ from peftjax.logits import Logits
 from peftjax.models.backbone import TOKENS, Backbone, Batch, Params
 from peftjax.models.block import Block, make_norm
 from peftjax.models.decoder import OutputKernel
-from peftjax.models.family import Family, Head, require_known
+from peftjax.models.family import FEATURES, Family, Head, require_known
 from peftjax.models.heads import mean_pool
 from peftjax.models.layers import Context, Dropout, dense
 from peftjax.models.t5_config import T5Config, match_output, read_config, write_config
@@ -198,11 +198,13 @@ def t5(
 def _heads(prefix: str) -> dict[str, Head]:
     """The heads by the names of the Hugging Face classes, which begin with `prefix`."""
     return {
-        "seq2seq_lm": Head(f"{prefix}ForConditionalGeneration"),
-        "classifier": Head(f"{prefix}ForSequenceClassification", "head/classifier/", labelled=True),
-        "none": Head(f"{prefix}Model"),
-        "encoder": Head(f"{prefix}EncoderModel"),
-        "mean": Head(f"{prefix}EncoderModel"),
+        "seq2seq_lm": Head(f"{prefix}ForConditionalGeneration", task="SEQ_2_SEQ_LM"),
+        "classifier": Head(
+            f"{prefix}ForSequenceClassification", "head/classifier/", labelled=True, task="SEQ_CLS"
+        ),
+        "none": Head(f"{prefix}Model", **FEATURES),
+        "encoder": Head(f"{prefix}EncoderModel", **FEATURES),
+        "mean": Head(f"{prefix}EncoderModel", **FEATURES),
     }
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peftjax.errors import PeftError
 
@@ -12,11 +13,18 @@ Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["accuracy", "loss"]
+Task = Literal["classification", "language"]
+
+DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
+    "classification": {"max_length": 64, "learning_rate": 2e-3, "best_by": "accuracy"},
+    "language": {"max_length": 512, "learning_rate": 2e-4, "best_by": "loss"},
+}
+"""The options whose default the task decides."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training run does; `validate` checks it."""
+    """What a training run does; `validate` checks it, `with_defaults` fills in what the task decides."""
 
     steps: int | None = None
     """Optimizer steps; by default as many as `epochs` needs."""
@@ -26,10 +34,11 @@ class TrainConfig:
     """Examples per optimizer step."""
     grad_accumulation: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
-    max_length: int = 64
-    """Longest text in tokens; longer ones are cut."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
+    max_length: int | None = None
+    """Longest text in tokens; longer ones are cut. By default 64 for classification, and for a language
+    model 512, or what the model was made for if that is less."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default 2e-3 for classification, 2e-4 for a language model."""
     schedule: Schedule = "linear"
     """How the learning rate goes on after the warm-up: stays, or falls to zero at the end."""
     warmup_ratio: float = 0.06
@@ -52,8 +61,9 @@ class TrainConfig:
     """Steps between evaluations; by default an epoch."""
     eval_batch_size: int = 64
     """Examples per evaluation batch."""
-    best_by: Metric = "accuracy"
-    """Which result of the evaluation decides what the best checkpoint is."""
+    best_by: Metric | None = None
+    """Which result of the evaluation decides what the best checkpoint is; by default the accuracy for
+    classification, the loss for a language model."""
     early_stopping_patience: int | None = None
     """Evaluations without a better result after which the run stops; by default never."""
     log_every: int = 10
@@ -88,6 +98,28 @@ class Steps:
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due even without an evaluation."""
         return (self.save is not None and step % self.save == 0) or step == self.total
+
+
+def with_defaults(config: TrainConfig, task: Task, longest: int | None = None) -> TrainConfig:
+    """The options with the task's value for each that is not given.
+
+    Args:
+        config: the options; `validate` has passed.
+        task: decides on the defaults.
+        longest: tokens that the model was made for, where it has a limit.
+
+    Raises:
+        PeftError: `max_length` is given and more than `longest`.
+    """
+    if longest is not None and (config.max_length or 0) > longest:
+        raise PeftError(
+            f"max_length is {config.max_length}, but the model was made for at most {longest} tokens: "
+            "choose at most that"
+        )
+    defaults = {name: value for name, value in DEFAULTS[task].items() if getattr(config, name) is None}
+    if "max_length" in defaults and longest is not None:
+        defaults["max_length"] = min(defaults["max_length"], longest)
+    return dataclasses.replace(config, **defaults)
 
 
 def plan_steps(config: TrainConfig, examples: int) -> Steps:
@@ -131,7 +163,7 @@ def validate(config: TrainConfig) -> None:
     """
     values = dataclasses.asdict(config)
     for name, choices in _CHOICES.items():
-        if values[name] not in choices:
+        if values[name] is not None and values[name] not in choices:
             near = difflib.get_close_matches(str(values[name]), choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise PeftError(f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}")

@@ -15,7 +15,8 @@ from peftjax.io.peft.names import Names, module_of, names_of
 from peftjax.io.peft.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
 from peftjax.models.load import lacking, load, read_family
-from peftjax.train.options import model_folder
+from peftjax.train.config import DEFAULTS
+from peftjax.train.options import LANGUAGE_HEAD, model_folder
 from peftjax.train.saved import open_tuned
 from peftjax.tree import nearest
 
@@ -66,7 +67,7 @@ def import_saved(
     *,
     head: str | None = None,
     labels: Sequence[str] = (),
-    max_length: int,
+    max_length: int | None = None,
     leave_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write an adapter of PEFT's as a folder that `eval`, `merge` and `export` take.
@@ -77,7 +78,7 @@ def import_saved(
         output: the folder to write.
         head: the head of our model; by default the one of the adapter's task and class.
         labels: the labels' names in the order of the classifier's outputs; by default the base's.
-        max_length: tokens of a text at most, when the adapter is evaluated.
+        max_length: tokens of a text at most, when the adapter is evaluated; by default the task's.
         leave_out: modules of the file that are not read.
 
     Returns:
@@ -107,7 +108,14 @@ def import_saved(
     backbone, params = load(folder, head=head, num_labels=outputs, key=jax.random.key(0), replaced=replaced)
     method, frozen, trainable = import_peft(peft, backbone, params, leave_out=leave_out)
     known = list(labels or backbone.config.labels) if spec.labelled else []
-    info = {"model": model, "head": head, "labels": known, "max_length": max_length}
+    purpose = "language" if head == LANGUAGE_HEAD else "classification"
+    info = {
+        "model": model,
+        "head": head,
+        "task": purpose,
+        "labels": known,
+        "max_length": max_length or DEFAULTS[purpose]["max_length"],
+    }
     save_adapter(output, method, frozen, trainable, seed=0, info=info)
     return {"adapter": str(output), "method": method.name, "head": head}
 

@@ -23,7 +23,7 @@ from peftjax.train.identity import claim_folder
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.progress import show_progress
-from peftjax.train.step import Forward, Metrics, Step, make_evaluate, make_step
+from peftjax.train.step import Evaluate, Forward, Metrics, Step, make_evaluate, make_step
 from peftjax.train.usage import Throughput, peak_memory
 from peftjax.transform import Transform
 
@@ -54,6 +54,7 @@ def fit(
     directory: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     objective: Objective = classification,
+    evaluate: Evaluate | None = None,
 ) -> FitResult:
     """Train, and continue exactly where an interrupted run with the same `directory` stopped.
 
@@ -64,12 +65,13 @@ def fit(
         trainable: what `method.init` returned to be trained; it is copied, not donated.
         batches: endless training batches whose iterator has `get_state` and `set_state`.
         held_out: makes the evaluation batches, anew for each evaluation; None never evaluates.
-        config: the options; `validate` has passed.
+        config: the options; `validate` and `with_defaults` have passed.
         steps: when what happens, from `plan_steps`.
         key: the run's key; step t uses `fold_in(key, t)`.
         directory: for checkpoints (`checkpoints/`), metrics and identity; None writes nothing.
         identity: of the run, from `run_identity`, compared with what `directory` belongs to.
         objective: loss and scores of a batch.
+        evaluate: from `make_evaluate` of the same, where the caller shares what it compiled.
 
     Raises:
         PeftError: `directory` belongs to another run, or a loss or gradient is not finite.
@@ -84,7 +86,7 @@ def fit(
         accumulation=config.grad_accumulation,
         model_dropout=config.model_dropout,
     )
-    evaluate = make_evaluate(forward, method, objective)
+    evaluate = evaluate or make_evaluate(forward, method, objective)
     # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
     trainable = jax.tree.map(jnp.copy, trainable)
     opt_state = jax.tree.map(jnp.copy, tx.init(trainable))
@@ -127,8 +129,7 @@ def fit(
             score = None
             if steps.logs(state.step):
                 values["learning_rate"] = float(rate(state.step - 1))
-                values["tokens_per_second"] = throughput.take()
-                values |= peak_memory()
+                values |= throughput.take() | peak_memory()
                 write(state.step, values)
                 report(state.step, values)
             if evaluates:

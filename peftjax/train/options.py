@@ -14,31 +14,35 @@ from peftjax.errors import PeftError
 from peftjax.methods import METHODS, build
 from peftjax.methods.select.plain import train
 from peftjax.models.backbone import Backbone, Params
-from peftjax.models.load import FAMILIES, load
+from peftjax.models.load import FAMILIES, load, read_family
 from peftjax.models.minilm import minilm_path
-from peftjax.train.config import TrainConfig
+from peftjax.models.tokenizer import Tokenizer, load_tokenizer
+from peftjax.train.config import Task, TrainConfig
 from peftjax.train.data.dataset import TextDataset
 from peftjax.train.data.docstrings import docstring_dataset
 from peftjax.train.data.files import file_dataset
+from peftjax.train.data.language.corpus import PLAIN_TEXT
+from peftjax.train.data.language.dataset import RowOptions, SourceOptions
 from peftjax.train.data.tfds import PREFIX, tfds_dataset
 from peftjax.transform import Transform, chain
 
 MINILM = "minilm"
 DOCSTRINGS = "docstrings"
+LANGUAGE_HEAD = "causal_lm"
+"""The head of a decoder that scores the next token."""
 _REGEX_CHARACTERS = re.compile(r"[.*+?\[\](){}|\\^$]")
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Labelled texts to train and evaluate on."""
+class DataOptions(SourceOptions):
+    """Texts to train and evaluate on: labelled ones, or what a language model is to write."""
 
     data: str = DOCSTRINGS
     """A .jsonl, .csv, .tsv or .parquet file, 'tfds:NAME', or 'docstrings': those of this Python's
-    standard library, labelled with their package."""
+    standard library, labelled with their package. For a language model a file of chats, of prompts with
+    completions, or of running text, which can also be plain (.txt)."""
     eval_data: str | None = None
     """A file to evaluate on; without one, a tenth of the training file is held out."""
-    text_column: str | None = None
-    """The column with the text; guessed from the usual names."""
     label_column: str | None = None
     """The column with the label; guessed from the usual names."""
 
@@ -50,7 +54,8 @@ class ModelOptions:
     model: str = MINILM
     """A Hugging Face folder, or 'minilm': all-MiniLM-L6-v2 from its Python package."""
     head: str | None = None
-    """The classification head; by default 'mean_classifier' for sentence encoders, else 'classifier'."""
+    """The model's head; by default 'causal_lm' for the task language, and for classification
+    'mean_classifier' for sentence encoders, else 'classifier'."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,19 @@ class MethodOptions:
 class RunOptions:
     """Everything that `run` needs."""
 
-    source: DataOptions = field(default_factory=DataOptions)
+    task: Task | None = None
+    """'classification' of labelled texts, or 'language' (the next token, for a decoder); by default
+    language for a decoder on texts without labels, else classification."""
+    texts: DataOptions = field(default_factory=DataOptions)
+    rows: RowOptions = field(default_factory=RowOptions)
     base: ModelOptions = field(default_factory=ModelOptions)
     tuning: MethodOptions = field(default_factory=MethodOptions)
     training: TrainConfig = field(default_factory=TrainConfig)
     output: Path = Path("outputs")
     """Folder for the adapter, summary, metrics and checkpoints; a run that was stopped goes on there."""
     probe: bool = True
-    """Fit a linear classifier on the frozen model's features first, report what it reaches, and start
-    a 'mean_classifier' head from it."""
+    """For classification, fit a linear classifier on the frozen model's features first, report what it
+    reaches, and start a 'mean_classifier' head from it."""
 
 
 def open_data(options: DataOptions) -> TextDataset:
@@ -98,6 +107,11 @@ def open_data(options: DataOptions) -> TextDataset:
         if useless := [name for name, value in given.items() if value is not None]:
             raise PeftError(f"the data set 'docstrings' takes no {useless[0]}; give a file as data")
         return docstring_dataset()
+    if Path(options.data).suffix.lower() in PLAIN_TEXT:
+        raise PeftError(
+            f"{options.data} is plain text without labels: give a table with a text and a label column, or "
+            "a decoder as the model and the task language"
+        )
     if options.data.startswith(PREFIX):
         return tfds_dataset(options.data, evaluation_split=options.eval_data, **columns)
     return file_dataset(options.data, options.eval_data, **columns)
@@ -113,13 +127,38 @@ def model_folder(name: str) -> Path:
     return folder
 
 
+def is_decoder(folder: Path) -> bool:
+    """Whether the model of a folder scores next tokens."""
+    return LANGUAGE_HEAD in read_family(folder)[0].heads
+
+
+def longest_text(folder: Path) -> int | None:
+    """The tokens that a decoder was made for; None for an encoder, which says it itself."""
+    family, values = read_family(folder)
+    return family.read_config(values).max_positions if is_decoder(folder) else None
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an encoder or a decoder."""
+    return load_tokenizer(folder, decoder=is_decoder(folder))
+
+
 def open_model(
-    options: ModelOptions, num_labels: int, *, dtype: str = "float32", remat: str = "none", seed: int = 0
+    options: ModelOptions,
+    num_labels: int | None,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+    seed: int = 0,
 ) -> tuple[Backbone, Params]:
-    """The model with a classification head of `num_labels` columns, drawn from `seed` if new."""
+    """The model with a classification head of `num_labels` columns, drawn from `seed` if new.
+
+    Without `num_labels` it is a decoder with its own output layer.
+    """
     folder = model_folder(options.model)
     sentence_encoder = (folder / "1_Pooling" / "config.json").is_file()
-    head = options.head or ("mean_classifier" if sentence_encoder else "classifier")
+    classifier = "mean_classifier" if sentence_encoder else "classifier"
+    head = options.head or (LANGUAGE_HEAD if num_labels is None else classifier)
     key = jax.random.key(seed)
     return load(folder, head=head, num_labels=num_labels, dtype=dtype, remat=remat, key=key)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_param
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save
-from peftjax.models.tokenizer import load_tokenizer
-from peftjax.train.data.batches import evaluation_batches, tokenise
-from peftjax.train.data.dataset import Split
-from peftjax.train.data.files import file_split
-from peftjax.train.options import DOCSTRINGS, DataOptions, model_folder, open_data
+from peftjax.train.config import Task
+from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
 from peftjax.train.step import make_evaluate
+from peftjax.train.tasks import TASKS
+from peftjax.train.tasks.find import check_data
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_BESIDE_THE_WEIGHTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +54,7 @@ def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
         PeftError: the adapter was not made by `run`, or does not fit the model.
     """
     config = read_config(adapter)
-    info: dict[str, Any] = config["info"]
-    if missing := [name for name in ("model", "head", "labels", "max_length") if name not in info]:
-        raise PeftError(f"{adapter}: the adapter does not say its {missing[0]}; it was not made by `train`")
+    info = _info(adapter)
     folder = model_folder(model or info["model"])
     backbone, params = load(
         folder,
@@ -63,7 +72,7 @@ def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
 def evaluate_saved(
     adapter: Path, data: DataOptions, *, model: str | None = None, batch_size: int = 64
 ) -> dict:
-    """Accuracy and loss of a saved adapter on labelled texts.
+    """The scores of a saved adapter, on texts prepared as in its training.
 
     Args:
         adapter: its folder.
@@ -73,24 +82,21 @@ def evaluate_saved(
         batch_size: texts at a time.
 
     Raises:
-        PeftError: the data cannot be read, or has a label the classifier does not know.
+        PeftError: the data cannot be read, is not for the adapter's task, or has a label the classifier
+            does not know.
     """
-    names = tuple(read_config(adapter)["info"].get("labels", ()))
-    if not names:
-        raise PeftError(f"{adapter}: the adapter has no classifier to evaluate")
-    split = _evaluation_part(data, names)
+    if data.eval_data is not None:
+        raise PeftError("eval takes the texts to evaluate on as data, and no eval_data")
+    info = _info(adapter)
+    task = _task(info)
+    check_data(data, task)
+    folder = model_folder(model or info["model"])
+    batches, counts = TASKS[task].saved_batches(info, data, folder, batch_size)
     tuned = open_tuned(adapter, model)
-    tokenizer = load_tokenizer(tuned.folder)
-    texts = tokenise(
-        split,
-        tokenizer.encode,
-        max_length=tuned.adapter.info["max_length"],
-        pad_id=tokenizer.pad_id,
-    )
     method = tuned.adapter.method
     evaluate = make_evaluate(method.model(tuned.model), method, classification)
-    scores = evaluate(tuned.adapter.trainable, tuned.adapter.frozen, evaluation_batches(texts, batch_size))
-    return {"adapter": str(adapter), "data": data.data, "texts": len(split), **scores}
+    scores = evaluate(tuned.adapter.trainable, tuned.adapter.frozen, batches)
+    return {"adapter": str(adapter), "data": data.data, **counts, **TASKS[task].named_scores(scores)}
 
 
 def merge_saved(adapter: Path, output: Path, *, model: str | None = None) -> Path:
@@ -104,20 +110,19 @@ def merge_saved(adapter: Path, output: Path, *, model: str | None = None) -> Pat
         raise PeftError(f"{output} is the base model's folder; choose another output folder")
     merged = tuned.adapter.method.merge(tuned.adapter.frozen, tuned.adapter.trainable, safe=True)
     save(output, tuned.model, merged)
-    for name in _TOKENIZER_FILES:
+    for name in _BESIDE_THE_WEIGHTS:
         if (tuned.folder / name).is_file():
             shutil.copyfile(tuned.folder / name, output / name)
     return output
 
 
-def _evaluation_part(data: DataOptions, names: tuple[str, ...]) -> Split:
-    if data.eval_data is not None:
-        raise PeftError("eval takes the texts to evaluate on as data, and no eval_data")
-    if data.data == DOCSTRINGS or data.data.startswith("tfds:"):
-        dataset = open_data(data)
-        if dataset.label_names != names:
-            raise PeftError(
-                f"{data.data} has other labels than the adapter: {', '.join(dataset.label_names)}"
-            )
-        return dataset.evaluation
-    return file_split(data.data, names, text_column=data.text_column, label_column=data.label_column)
+def _info(adapter: Path) -> dict[str, Any]:
+    info = read_config(adapter)["info"]
+    if missing := [name for name in ("model", "head", "labels", "max_length") if name not in info]:
+        raise PeftError(f"{adapter}: the adapter does not say its {missing[0]}; it was not made by `train`")
+    return info
+
+
+def _task(info: Mapping[str, Any]) -> Task:
+    """What the adapter was trained for; one that came from elsewhere says it by its head."""
+    return info.get("task") or ("language" if info["head"] == LANGUAGE_HEAD else "classification")

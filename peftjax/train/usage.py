@@ -12,12 +12,13 @@ import jax
 
 @dataclass
 class Throughput:
-    """Tokens per second of the steps that do not compile, padding not counted.
+    """Tokens (no padding) and labels (by weight) per second, of the steps that do not compile.
 
     Steps run asynchronously: around whatever is not to be timed, they are waited for.
     """
 
     tokens: int = 0
+    labels: float = 0.0
     seconds: float = 0.0
     started: float | None = None
     shapes: set[tuple[int, ...]] = field(default_factory=set)
@@ -34,6 +35,7 @@ class Throughput:
         self.latest = outputs
         if batch["input_ids"].shape in self.shapes:
             self.tokens += int(batch["attention_mask"].sum())
+            self.labels += float(batch["weights"].sum())
             return
         self.shapes.add(batch["input_ids"].shape)
         jax.block_until_ready(outputs)
@@ -49,11 +51,15 @@ class Throughput:
             self.seconds += time.perf_counter() - self.started
         self.started = None
 
-    def take(self) -> float | None:
-        """Tokens per second since the last `take`, None where nothing was timed."""
-        rate = self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
-        self.tokens, self.seconds = 0, 0.0
-        return rate
+    def take(self) -> dict[str, float | None]:
+        """The rates since the last `take`, None where nothing was timed."""
+        timed = self.tokens > 0 and self.seconds > 0
+        rates = {
+            "tokens_per_second": self.tokens / self.seconds if timed else None,
+            "labels_per_second": self.labels / self.seconds if timed else None,
+        }
+        self.tokens, self.labels, self.seconds = 0, 0.0, 0.0
+        return rates
 
 
 def peak_memory() -> dict[str, int]:

@@ -18,7 +18,7 @@ from peftjax.methods.select.plain import train
 from peftjax.train.identity import run_identity
 from peftjax.transform import chain
 
-TIMED = ("tokens_per_second", "peak_host_bytes", "peak_device_bytes")
+TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes", "peak_device_bytes")
 
 
 def lines(directory):

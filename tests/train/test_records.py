@@ -61,7 +61,8 @@ def test_bar_on_a_terminal():
 def batch(tokens, length):
     mask = np.zeros((2, length), np.int32)
     mask.flat[:tokens] = 1
-    return {"input_ids": np.zeros_like(mask), "attention_mask": mask}
+    weights = np.array([1.0, 0.0], np.float32)
+    return {"input_ids": np.zeros_like(mask), "attention_mask": mask, "weights": weights}
 
 
 def test_throughput_skips_compilation_pauses_and_padding(monkeypatch):
@@ -74,8 +75,8 @@ def test_throughput_skips_compilation_pauses_and_padding(monkeypatch):
     throughput.before(batch(9, 16))  # compiles: time stands still, 1 s after it began
     throughput.after(batch(9, 16), jnp.zeros(1))
     assert throughput.seconds == 1.0
-    assert throughput.take() == 11.0
-    assert throughput.take() is None
+    assert throughput.take() == {"tokens_per_second": 11.0, "labels_per_second": 2.0}
+    assert throughput.take() == {"tokens_per_second": None, "labels_per_second": None}
 
 
 def test_peak_memory():

@@ -23,6 +23,7 @@ CONFIG = TrainConfig(
     save_every=4,
     eval_batch_size=16,
     model_dropout=True,
+    best_by="accuracy",
 )
 
 

@@ -22,8 +22,8 @@ class LanguageDataset:
 
 
 @dataclass(frozen=True)
-class LanguageOptions:
-    """How a file of texts becomes rows of tokens."""
+class SourceOptions:
+    """What a file of texts for a language model holds, and where."""
 
     source: Source | None = None
     """What the file holds; by default found out from its columns."""
@@ -34,7 +34,13 @@ class LanguageOptions:
     completion_column: str | None = None
     """The column with the completion; guessed from the usual names."""
     text_column: str | None = None
-    """The column with running text; guessed from the usual names."""
+    """The column with the text; guessed from the usual names."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How texts become rows of tokens."""
+
     separator: str = "\n"
     """Goes between prompt and completion where neither has white space there."""
     train_on_prompt: bool = False
@@ -43,3 +49,8 @@ class LanguageOptions:
     """Put several examples in a row of the greatest length; they do not see each other."""
     attend_across_documents: bool = True
     """In running text, let tokens see the documents before their own in a block."""
+
+
+@dataclass(frozen=True)
+class LanguageOptions(RowOptions, SourceOptions):
+    """How a file of texts becomes rows of tokens."""

@@ -54,22 +54,21 @@ def open_language_data(
     source = find_source(data, options)
     items = _read(data, source, options)
     parts = (items, _read(Path(eval_data), source, options)) if eval_data else _hold_out(items, data)
-    if source == "corpus":
-        train, evaluation = (_blocks(part, tokenizer, max_length, options) for part in parts)
-        return LanguageDataset(data.stem, source, train, evaluation, Cut(), Cut())
-    if source == "conversations" and template is None:
-        template = compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
-    made = []
-    for part, purpose in zip(parts, ("train on", "evaluate on")):
-        if source == "conversations":
-            examples = conversations.tokenise_conversations(part, template, tokenizer)
-            _warn_of_open_turns(examples, tokenizer, data.name)
-        else:
-            examples = completions.tokenise_completions(part, tokenizer)
-        place = f"{data.name}, examples to {purpose}"
-        made.append(_fitting_rows(examples, tokenizer, max_length, options, place))
-    (train, train_cut), (evaluation, evaluation_cut) = made
+    (train, train_cut), (evaluation, evaluation_cut) = (
+        _rows(part, source, tokenizer, max_length, options, template, f"{data.name}, examples to {purpose}")
+        for part, purpose in zip(parts, ("train on", "evaluate on"))
+    )
     return LanguageDataset(data.stem, source, train, evaluation, train_cut, evaluation_cut)
+
+
+def open_language_rows(
+    data: str | Path, tokenizer: Tokenizer, *, max_length: int, options: LanguageOptions | None = None
+) -> tuple[TokenRows, Cut]:
+    """The rows of a whole file, nothing held out, and what did not fit; otherwise `open_language_data`."""
+    options = options or LanguageOptions()
+    data = Path(data)
+    source = find_source(data, options)
+    return _rows(_read(data, source, options), source, tokenizer, max_length, options, None, data.name)
 
 
 def find_source(path: Path, options: LanguageOptions) -> Source:
@@ -131,15 +130,31 @@ def _hold_out(items: Sequence[Any], path: Path) -> tuple[Sequence[Any], Sequence
     return train, held
 
 
-def _blocks(
-    documents: Sequence[str], tokenizer: Tokenizer, max_length: int, options: LanguageOptions
-) -> TokenRows:
-    return corpus_rows(
-        corpus.tokenise_corpus(documents, tokenizer),
-        max_length=max_length,
-        pad_id=tokenizer.pad_id,
-        attend_across_documents=options.attend_across_documents,
-    )
+def _rows(
+    items: Sequence[Any],
+    source: Source,
+    tokenizer: Tokenizer,
+    max_length: int,
+    options: LanguageOptions,
+    template: ChatTemplate | None,
+    place: str,
+) -> tuple[TokenRows, Cut]:
+    """What `_read` gave as rows, and what did not fit into them; of a corpus everything does."""
+    if source == "corpus":
+        rows = corpus_rows(
+            corpus.tokenise_corpus(items, tokenizer),
+            max_length=max_length,
+            pad_id=tokenizer.pad_id,
+            attend_across_documents=options.attend_across_documents,
+        )
+        return rows, Cut()
+    if source == "conversations":
+        template = template or compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
+        examples = conversations.tokenise_conversations(items, template, tokenizer)
+        _warn_of_open_turns(examples, tokenizer, place)
+    else:
+        examples = completions.tokenise_completions(items, tokenizer)
+    return _fitting_rows(examples, tokenizer, max_length, options, place)
 
 
 def _fitting_rows(
@@ -163,11 +178,11 @@ def _fitting_rows(
     return rows, cut
 
 
-def _warn_of_open_turns(examples: Sequence[Example], tokenizer: Tokenizer, name: str) -> None:
+def _warn_of_open_turns(examples: Sequence[Example], tokenizer: Tokenizer, place: str) -> None:
     if count := conversations.count_open_turns(examples, tokenizer):
         logger.warning(
             "%s: the chat template ends %d of the assistant's turns without an end-of-turn token: a model "
             "trained on them does not learn to stop",
-            name,
+            place,
             count,
         )

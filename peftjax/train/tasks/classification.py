@@ -1,0 +1,158 @@
+"""Classification of labelled texts, beside a linear probe and the majority class."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax.errors import PeftError
+from peftjax.losses import Batch
+from peftjax.models.backbone import Backbone, Params
+from peftjax.models.load import FAMILIES, read_family
+from peftjax.train.config import TrainConfig
+from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, sample, tokenise, training_batches
+from peftjax.train.data.dataset import Split, TextDataset
+from peftjax.train.data.files import file_split
+from peftjax.train.data.tfds import PREFIX
+from peftjax.train.options import (
+    DOCSTRINGS,
+    DataOptions,
+    RunOptions,
+    is_decoder,
+    model_folder,
+    open_data,
+    open_model,
+    open_tokenizer,
+    start_at_probe,
+    with_new_head,
+)
+from peftjax.train.probe import ProbeResult, linear_probe, majority_accuracy
+from peftjax.train.tasks.prepared import Prepared
+from peftjax.transform import Transform
+
+PROBE_TEXTS = 10_000
+"""Training texts that the linear probe is fitted on at most, so that it stays short."""
+
+
+def prepare(
+    options: RunOptions, config: TrainConfig, method: Transform, say: Callable[[str], None]
+) -> Prepared:
+    """Data, model and probe of a run.
+
+    Raises:
+        PeftError: the data, the model or an option cannot be used.
+    """
+    data = open_data(options.texts)
+    say(f"{data.name}: {len(data.train)} texts to train on, {len(data.evaluation)} to evaluate on, "
+        f"{len(data.label_names)} labels")  # fmt: skip
+    folder = model_folder(options.base.model)
+    train, held_out = (
+        _tokenised(split, folder, config.max_length) for split in (data.train, data.evaluation)
+    )
+    model, params = open_model(
+        options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
+    )
+    method = with_new_head(method, model, params)
+    probe = _probe(model, params, train, held_out, config, say) if options.probe else None
+    if probe is not None:
+        params = start_at_probe(method, model, params, probe.weights)
+    return Prepared(
+        model,
+        params,
+        method,
+        examples=len(train),
+        training=training_batches(train, config.batch_size, config.seed),
+        held_out=lambda: evaluation_batches(held_out, config.eval_batch_size),
+        data={"name": data.name, "sha256": _digest(data)},
+        info={"labels": list(data.label_names)},
+        evaluates_before=False,
+        summary={
+            "probe_accuracy": None if probe is None else probe.accuracy,
+            "majority_accuracy": majority_accuracy(train.labels, held_out.labels),
+            "train_texts": len(data.train),
+            "eval_texts": len(data.evaluation),
+            "labels": len(data.label_names),
+        },
+    )
+
+
+def saved_batches(
+    info: Mapping[str, Any], texts: DataOptions, folder: Path, batch_size: int
+) -> tuple[Iterable[Batch], dict[str, Any]]:
+    """The batches to evaluate a saved adapter on, and what to report of them.
+
+    Raises:
+        PeftError: the data cannot be read, or has a label the classifier does not know.
+    """
+    split = _evaluation_part(texts, tuple(info["labels"]))
+    tokenised = _tokenised(split, folder, info["max_length"])
+    return evaluation_batches(tokenised, batch_size), {"texts": len(split)}
+
+
+def named_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """The scores as they are reported."""
+    return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
+
+
+def _tokenised(split: Split, folder: Path, max_length: int) -> TokenisedSplit:
+    tokenizer = open_tokenizer(folder)
+    return tokenise(split, tokenizer.encode, max_length=max_length, pad_id=_pad_id(folder, tokenizer.pad_id))
+
+
+def _pad_id(folder: Path, of_tokenizer: int) -> int:
+    """What fills a batch up: a decoder's classifier finds the last token by its model's padding token."""
+    if not is_decoder(folder):
+        return of_tokenizer
+    family, values = read_family(folder)
+    of_model = family.read_config(values).pad_token_id
+    return of_tokenizer if of_model is None else of_model
+
+
+def _evaluation_part(texts: DataOptions, names: tuple[str, ...]) -> Split:
+    if texts.data == DOCSTRINGS or texts.data.startswith(PREFIX):
+        dataset = open_data(texts)
+        if dataset.label_names != names:
+            raise PeftError(
+                f"{texts.data} has other labels than the adapter: {', '.join(dataset.label_names)}"
+            )
+        return dataset.evaluation
+    return file_split(texts.data, names, text_column=texts.text_column, label_column=texts.label_column)
+
+
+def _probe(
+    model: Backbone,
+    params: Params,
+    train: TokenisedSplit,
+    held_out: TokenisedSplit,
+    config: TrainConfig,
+    say: Callable[[str], None],
+) -> ProbeResult:
+    """A linear classifier on the frozen model's mean-pooled features, of `PROBE_TEXTS` at most."""
+    train = sample(train, PROBE_TEXTS, config.seed)
+    encoder = FAMILIES[model.config.model_type].build(model.config, head="mean", dtype=model.dtype)
+    encode = jax.jit(lambda params, batch: encoder(params, batch))
+    of_head = jax.eval_shape(encoder.init, jax.random.key(0))["head"]
+    body = {**params, "head": {name: params["head"][name] for name in of_head}}
+
+    def features(split: TokenisedSplit) -> tuple[np.ndarray, np.ndarray]:
+        batches = evaluation_batches(split, config.eval_batch_size)
+        pairs = [(np.asarray(encode(body, b), np.float32)[b["weights"] > 0], b["labels"]) for b in batches]
+        found, labels = (np.concatenate(parts) for parts in zip(*pairs))
+        return found, labels[: len(found)]  # only the last batch has rows to fill it up
+
+    result = linear_probe(
+        *features(train), *features(held_out), classes=len(model.config.labels), seed=config.seed
+    )
+    say(f"linear probe on the frozen features: accuracy {result.accuracy:.4f}")
+    return result
+
+
+def _digest(data: TextDataset) -> str:
+    texts = hashlib.sha256()
+    for split in (data.train, data.evaluation):
+        for text, label in zip(split.texts, split.labels):
+            texts.update(f"{label} {len(text)} {text}".encode())
+    return texts.hexdigest()
