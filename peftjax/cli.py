@@ -112,7 +112,7 @@ class Import:
     labels: tuple[str, ...] = ()
     """The labels' names in the order of the classifier's outputs; by default the base model's."""
     max_length: int | None = None
-    """Tokens of a text at most, when the adapter is evaluated; by default as `train` would use for its task."""
+    """Tokens of a text at most, when the adapter is evaluated; by default its task's."""
     leave_out: tuple[str, ...] = ()
     """Modules of the file that are not read."""
     json: bool = False

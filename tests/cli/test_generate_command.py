@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support import noisy
-from tiny_decoder import VALUES
+from tiny_decoder_folder import VALUES
 from tiny_language import CHATML, save_tokenizer
 
 import peftjax as pj

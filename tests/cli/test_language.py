@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_decoder
+import tiny_decoder_folder
 import tiny_language
 import tokenizers
 from support import assert_close
@@ -42,20 +42,20 @@ def refused(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    return tiny_decoder.save_decoder(tmp_path_factory.mktemp("decoder"))
+    return tiny_decoder_folder.save_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    tiny_decoder.write_completions(folder / "train.jsonl", 60)
-    tiny_decoder.write_completions(folder / "dev.jsonl", 21)
+    tiny_decoder_folder.write_completions(folder / "train.jsonl", 60)
+    tiny_decoder_folder.write_completions(folder / "dev.jsonl", 21)
     rows = [{"text": f"the cat {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(20)]
-    tiny_decoder.write_jsonl(folder / "labelled.jsonl", rows)
+    tiny_decoder_folder.write_jsonl(folder / "labelled.jsonl", rows)
     chats = [{"messages": tiny_language.CHAT[: 2 + 2 * (i % 2)]} for i in range(12)]
     question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "a " * 99}
     chats.append({"messages": [question, answer]})
-    tiny_decoder.write_jsonl(folder / "chats.jsonl", chats)
+    tiny_decoder_folder.write_jsonl(folder / "chats.jsonl", chats)
     (folder / "short.txt").write_text("the cat")
     return folder
 
@@ -135,7 +135,7 @@ def test_eval_is_the_mean_over_counted_tokens(trained, decoder, data, capsys):
         for row, (ids, start) in enumerate(chosen)
         for i in range(start, len(ids))
     ]
-    six = tiny_decoder.write_completions(trained / "six.jsonl", 6)
+    six = tiny_decoder_folder.write_completions(trained / "six.jsonl", 6)
     of_six = json.loads(run(capsys, "eval", "--adapter", trained / "adapter", "--data", six, "--json"))
     assert of_six["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 

@@ -201,7 +201,7 @@ def test_an_image_model_is_drawn_without_being_told_its_inputs():
         ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("gpt2", {"activation_function": "gelu_neww"}, "activation_function 'gelu_neww'.*gelu_new"),
-        ("gpt2", {"n_head": 3}, "width 16 is not a multiple of the 3 heads"),
+        ("gpt2", {"n_head": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
         ("opt", {"layerdrop": 0.1}, "layerdrop"),
         ("opt", {"word_embed_proj_dim": 0}, "embedding_width must be a positive integer"),

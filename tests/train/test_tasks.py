@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-import tiny_decoder
+import tiny_decoder_folder
 import tiny_language
 
 from peftjax.errors import PeftError
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
         (folders[name] / "config.json").write_text(json.dumps(values))
     data = tmp_path_factory.mktemp("data")
     for name, row in ROWS.items():
-        tiny_decoder.write_jsonl(data / name, [row])
+        tiny_decoder_folder.write_jsonl(data / name, [row])
     (data / "book.txt").write_text("the cat sat")
     return {**folders, "data": data}
 
