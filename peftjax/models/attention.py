@@ -84,11 +84,18 @@ class _Block:
             shape = (*scores.shape[:2], groups, allowed.shape[2], scores.shape[3])
             masked = jnp.where(allowed[:, :, None], scores.reshape(shape), 0.7 * jnp.finfo(jnp.float32).min)
             scores = masked.reshape(scores.shape)
-        weights = jax.nn.softmax(scores, axis=-1)
+        # Normalised after the product with the values: fewer passes over the scores, and a gradient without
+        # a sum over them. The maximum only guards the exponential, its gradient is zero.
+        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
         if dropout_key is not None:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, weights.shape)
             weights = jnp.where(keep, weights / (1.0 - self.dropout), 0)
-        return jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value)
+        mixed = jnp.einsum(
+            "bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+        return (mixed / total).astype(value.dtype)
 
 
 def attend(
