@@ -55,6 +55,8 @@ class Family:
         canonical: the spelling `weights` uses of a name found in a checkpoint.
         ignored: regular expression of canonical names that carry nothing to load.
         prefix: what the backbone's names begin with in a class that has a head, such as "bert.".
+        in_memory: the name of a module's tensor in `transformers`' model, from that in a file; an adapter of
+            PEFT's has the former, and `canonical` reads both.
         settle: `(config, folder) -> config`, what the configuration leaves to the checkpoint's tensors.
     """
 
@@ -67,6 +69,7 @@ class Family:
     canonical: Callable[[str], str]
     ignored: str
     prefix: str = ""
+    in_memory: Callable[[str], str] = str
     settle: Callable[[Any, Path], Any] = lambda config, folder: config
 
     def table(self, model: Backbone) -> tuple[Weight, ...]:

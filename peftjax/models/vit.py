@@ -251,9 +251,31 @@ def vit(
     )
 
 
+# A checkpoint's spelling and that of a model in memory, which `transformers` 5 changed.
+SPELLINGS = (
+    ("vit.encoder.layer.", "vit.layers."),
+    (".attention.attention.query", ".attention.q_proj"),
+    (".attention.attention.key", ".attention.k_proj"),
+    (".attention.attention.value", ".attention.v_proj"),
+    (".attention.output.dense", ".attention.o_proj"),
+    (".intermediate.dense", ".mlp.fc1"),
+    (".output.dense", ".mlp.fc2"),
+)
+
+
 def canonical(name: str) -> str:
     """Hugging Face's spelling in files: the `vit.` prefix, which a base model's checkpoint lacks."""
-    return name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"
+    name = name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"
+    for in_file, in_model in SPELLINGS:
+        name = name.replace(in_model, in_file)
+    return name
+
+
+def in_memory(name: str) -> str:
+    """The spelling of a model in memory."""
+    for in_file, in_model in SPELLINGS:
+        name = name.replace(in_file, in_model)
+    return name
 
 
 VIT = Family(
@@ -266,4 +288,5 @@ VIT = Family(
     canonical=canonical,
     ignored=IGNORED,
     prefix="vit.",
+    in_memory=in_memory,
 )

@@ -214,6 +214,12 @@ def _task(names: Names, modules: Mapping[str, _Module]) -> str | None:
     return None if any(module.endswith(own) for module in modules if own) else names.task
 
 
+def _owners(name: str) -> list[str]:
+    """The module that owns a tensor, and those it lies in."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 def _plain(
     names: Names,
     leaves: Mapping[str, Any],
@@ -233,8 +239,8 @@ def _plain(
     known = {module_of(name) for name in names.slots}
     saved = {module for module in saved if not any(m != module and m.endswith(module) for m in known)}
     ends = TASK_MODULES.get(task or "", ())
-    saved |= {module for module in known if ends and module.endswith(ends)}
-    whole = {name for name in names.slots if module_of(name) in saved}
+    saved |= {module for name in names.slots for module in _owners(name) if ends and module.endswith(ends)}
+    whole = {name for name in names.slots if saved & set(_owners(name))}
     # PEFT keeps tied modules together by the name of the embedding alone: each gets its own tensors.
     shared = {
         module_of(name) for name in names.tied if names.tied[name].path in trained & names.tied_weights()

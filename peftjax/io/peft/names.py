@@ -29,6 +29,7 @@ class Names:
         prefix: what the backbone's names begin with in the table.
         bare: whether the class's own names lack it.
         canonical: the table's spelling of a name.
+        in_memory: the spelling of `transformers`' models.
     """
 
     slots: Mapping[str, Slot]
@@ -39,10 +40,11 @@ class Names:
     prefix: str = ""
     bare: bool = False
     canonical: Callable[[str], str] = str
+    in_memory: Callable[[str], str] = str
 
     def written(self, name: str) -> str:
         """The class's own spelling of a name of the table."""
-        return name.removeprefix(self.prefix) if self.bare else name
+        return self.in_memory(name).removeprefix(self.prefix if self.bare else "")
 
     def tied_weights(self) -> set[str]:
         """The parameters that are the weights of several modules."""
@@ -123,6 +125,7 @@ def names_of(model: Model, params: Any) -> Names:
         family.prefix,
         head.bare,
         family.canonical,
+        family.in_memory,
     )
 
 
