@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from support import noisy
-from tiny_decoder_folder import VALUES
+from tiny_decoder import VALUES
 from tiny_language import CHATML, save_tokenizer
 
 import peftjax as pj
@@ -22,6 +22,7 @@ from peftjax.models.llama import read_config
 from peftjax.models.load import save
 from peftjax.models.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
 PROMPT = "the cat sat on"
 NEW = ["--max-new-tokens", "8"]
 

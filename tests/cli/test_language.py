@@ -140,6 +140,7 @@ def test_eval_is_the_mean_over_counted_tokens(trained, decoder, data, capsys):
     assert of_six["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_bit_for_bit(trained, decoder, data, tmp_path, capsys, monkeypatch):
     command = [str(part) for part in command_of(decoder, data, tmp_path)]
     save_checkpoint = checkpoint.save

@@ -66,6 +66,7 @@ def test_new_kernels_are_scaled_by_what_they_sum_over():
     np.testing.assert_allclose(deviation("feed_forward", "down"), 256**-0.5, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_scan_equals_a_loop_over_the_block_parts(flan):
     model, params = flan
     batch = token_batch(left=True)
@@ -115,6 +116,7 @@ def test_padding_of_the_text_does_not_matter(flan):
     assert jnp.abs(logits(batch) - logits(unmasked)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_gradient_is_of_the_masks_that_were_drawn():
     model, params = make("mean", **FLAN)
     value_and_gradient = jax.jit(
@@ -144,6 +146,7 @@ def test_every_dropout_of_transformers_is_there(flan):
     assert sum(draws(traced.jaxpr)) == (2 + 2 + 1 + 1) + (2 + 3 + 2 + 1)
 
 
+@pytest.mark.slow
 def test_remat_reaches_both_stacks(flan):
     model = dataclasses.replace(flan[0], remat="nothing_saveable")
     function = loss(model, token_batch())
@@ -161,6 +164,7 @@ def test_bfloat16_stays_near_float32(flan):
     assert jnp.abs(near.astype(jnp.float32) - exact).mean() < 0.05 * jnp.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["seq2seq_lm", "classifier"])
 def test_lora_of_all_linear_layers(head):
     model, params = make(head, **FLAN, num_labels=3)
@@ -175,7 +179,7 @@ def test_lora_of_all_linear_layers(head):
         frozen, trainable = method.init(jax.random.key(0), params)
         trainable = noisy(trainable)
         merged = jax.jit(forward)(method.merge(frozen, trainable), batch)
-        close(jax.jit(pj.adapt(forward))(method.apply(frozen, trainable), batch), merged, 1e-5)
+        close(jax.jit(pj.adapt(forward))(method.apply(frozen, trainable), batch), merged, 5e-5)
 
 
 SAVED = {"seq2seq_lm": FLAN, "none": {}, "classifier": {}, "encoder": FLAN, "mean": {}}
