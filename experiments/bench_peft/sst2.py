@@ -78,7 +78,11 @@ def main(options: Options) -> None:
         if done.returncode != 0:
             raise SystemExit(f"{library} with seed {seed} ended with exit code {done.returncode}")
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    settings = {name: str(value) for name, value in dataclasses.asdict(options).items() if name != "run"}
+    settings = dataclasses.asdict(options) | {
+        "train": options.train.name,
+        "evaluation": options.evaluation.name,
+    }
+    settings = {name: value for name, value in settings.items() if name not in ("run", "output")}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "sst2.json").write_text(
         json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n"
