@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from peftjax.errors import PeftError
 from peftjax.models.backbone import Backbone, Batch
 from peftjax.models.bert_config import BertConfig, read_config, write_config
-from peftjax.models.block import Block, BlockConfig
+from peftjax.models.block import Block
+from peftjax.models.block_config import BlockConfig
 from peftjax.models.family import FEATURES, Family, Head, require_length
 from peftjax.models.heads import (
     Classifier,

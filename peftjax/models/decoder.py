@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from peftjax.errors import PeftError
 from peftjax.logits import Logits
 from peftjax.models.backbone import Backbone, Batch, Params
-from peftjax.models.block import Block, BlockConfig, make_norm
+from peftjax.models.block import Block
+from peftjax.models.block_config import BlockConfig, make_norm
 from peftjax.models.family import (
     FEATURES,
     Head,

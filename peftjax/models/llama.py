@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.models.block import BlockConfig
+from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings
 from peftjax.models.layers import ACTIVATIONS

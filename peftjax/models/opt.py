@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.models.block import BlockConfig
+from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings
 from peftjax.models.layers import ACTIVATIONS

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from peftjax.errors import PeftError
 from peftjax.logits import Logits
 from peftjax.models.backbone import TOKENS, Backbone, Batch, Params
-from peftjax.models.block import Block, make_norm
+from peftjax.models.block import Block
+from peftjax.models.block_config import make_norm
 from peftjax.models.decoder import OutputKernel
 from peftjax.models.family import FEATURES, Family, Head, require_known
 from peftjax.models.heads import mean_pool

@@ -11,7 +11,7 @@ import numpy as np
 
 from peftjax.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors
-from peftjax.models.block import BlockConfig
+from peftjax.models.block_config import BlockConfig
 from peftjax.models.family import (
     label_names,
     read_labels,

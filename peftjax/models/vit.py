@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from peftjax.errors import PeftError
 from peftjax.models.backbone import Backbone, Batch, Params
-from peftjax.models.block import Block, BlockConfig
+from peftjax.models.block import Block
+from peftjax.models.block_config import BlockConfig
 from peftjax.models.family import (
     FEATURES,
     Family,
