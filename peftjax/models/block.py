@@ -12,6 +12,8 @@ the encoder; `context["encoded"]` is kept once for all blocks, and so is `contex
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
