@@ -107,6 +107,15 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
+def _processor() -> str:
+    """Model, family and number of the processor: the ratios depend on it."""
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    facts = {name.strip(): value.strip() for name, value in lines}
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
 def main(options: Options) -> None:
     """Race, and write the results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +200,7 @@ def _summary(
         "rounds_tried": len(rounds),
         "rounds_counted": len(clean),
         "noise": options.noise,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
         "entrants": entrants,
         "ratios": ratios,

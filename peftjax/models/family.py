@@ -77,6 +77,11 @@ class Family:
         return self.weights(model) if callable(self.weights) else self.weights
 
 
+def with_prefix(prefix: str, *heads: str) -> Callable[[str], str]:
+    """A `canonical`: the prefix where a checkpoint lacks it, but for names that begin with `heads`."""
+    return lambda name: name if name.startswith((prefix, *heads)) else prefix + name
+
+
 def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     """Names of `count` labels: those given if they fit, else `LABEL_0` and so on.
 

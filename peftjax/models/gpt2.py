@@ -7,7 +7,7 @@ from typing import Any
 
 from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
-from peftjax.models.family import Family, read_labels, require_known, require_settings
+from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
 from peftjax.models.layers import ACTIVATIONS
 from peftjax.models.weight_map import Weight, conv1d, embedding, linear, norm
 
@@ -73,11 +73,6 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def canonical(name: str) -> str:
-    """Hugging Face's present spelling: the `transformer.` prefix, which a base model's checkpoint lacks."""
-    return name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
-
-
 GPT2 = Family(
     name="gpt2",
     read_config=read_config,
@@ -85,7 +80,7 @@ GPT2 = Family(
     build=decoder,
     heads=decoder_heads("GPT2LMHeadModel", "GPT2ForSequenceClassification", "GPT2Model"),
     weights=WEIGHTS,
-    canonical=canonical,
+    canonical=with_prefix("transformer.", "lm_head.", "score."),
     ignored=IGNORED,
     prefix="transformer.",
 )

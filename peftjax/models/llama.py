@@ -8,7 +8,7 @@ from typing import Any
 from peftjax.errors import PeftError
 from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
-from peftjax.models.family import Family, read_labels, require_known, require_settings
+from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
 from peftjax.models.layers import ACTIVATIONS
 from peftjax.models.rope import read_rope
 from peftjax.models.weight_map import Weight, embedding, linear
@@ -146,11 +146,6 @@ def llama_config(
     return DecoderConfig(**config)
 
 
-def canonical(name: str) -> str:
-    """Hugging Face's present spelling: the `model.` prefix, which a base model's checkpoint lacks."""
-    return name if name.startswith(("model.", "lm_head.", "score.")) else f"model.{name}"
-
-
 def llama_family(
     name: str,
     read_config: Callable[[Mapping[str, Any]], DecoderConfig],
@@ -176,7 +171,7 @@ def llama_family(
         build=decoder,
         heads=decoder_heads(f"{classes}ForCausalLM", f"{base}ForSequenceClassification", f"{base}Model"),
         weights=weights,
-        canonical=canonical,
+        canonical=with_prefix("model.", "lm_head.", "score."),
         ignored=IGNORED,
         prefix="model.",
     )

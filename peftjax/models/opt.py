@@ -7,7 +7,7 @@ from typing import Any
 
 from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
-from peftjax.models.family import Family, read_labels, require_known, require_settings
+from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
 from peftjax.models.layers import ACTIVATIONS
 from peftjax.models.weight_map import Weight, embedding, linear, norm
 
@@ -78,11 +78,6 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def canonical(name: str) -> str:
-    """Hugging Face's present spelling: the `model.` prefix, which a base model's checkpoint lacks."""
-    return name if name.startswith(("model.", "lm_head.", "score.")) else f"model.{name}"
-
-
 OPT = Family(
     name="opt",
     read_config=read_config,
@@ -90,7 +85,7 @@ OPT = Family(
     build=decoder,
     heads=decoder_heads("OPTForCausalLM", "OPTForSequenceClassification", "OPTModel"),
     weights=WEIGHTS,
-    canonical=canonical,
+    canonical=with_prefix("model.", "lm_head.", "score."),
     ignored=IGNORED,
     prefix="model.",
 )

@@ -18,7 +18,7 @@ from peftjax.models import bert_config
 from peftjax.models.backbone import Backbone, Batch
 from peftjax.models.bert import BertEmbed, bert_head, body_weights, encoder
 from peftjax.models.bert_config import BertConfig, write_config
-from peftjax.models.family import FEATURES, Family, Head, require_length
+from peftjax.models.family import FEATURES, Family, Head, require_length, with_prefix
 from peftjax.models.heads import Classifier, MaskedLM
 from peftjax.models.weight_map import Weight, linear, norm
 
@@ -96,11 +96,6 @@ def _head(config: BertConfig, name: str, dtype: DTypeLike) -> Any:
     return bert_head(config, name, dtype)
 
 
-def canonical(name: str) -> str:
-    """Hugging Face's present spelling: the `roberta.` prefix, which a base model's checkpoint lacks."""
-    return name if name.startswith(("roberta.", "lm_head.", "classifier.")) else f"roberta.{name}"
-
-
 def _heads(classes: str) -> dict[str, Head]:
     features = Head(f"{classes}Model", **FEATURES)
     tied = (
@@ -124,7 +119,7 @@ ROBERTA = Family(
     build=roberta,
     heads=_heads("Roberta"),
     weights=WEIGHTS,
-    canonical=canonical,
+    canonical=with_prefix("roberta.", "lm_head.", "classifier."),
     ignored=IGNORED,
     prefix="roberta.",
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from command import refused, run
 from support import assert_close
 
 import peftjax as pj
@@ -14,21 +15,6 @@ from peftjax.models.load import load
 from peftjax.train.saved import open_tuned
 
 STEPS = ["--steps", "30", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
-
-
-def run(capsys, *arguments):
-    main([str(argument) for argument in arguments])
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments):
-    """The one line that a command ends with on bad input."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("peftjax: ")
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import tiny_decoder_folder
 import tiny_language
 import tokenizers
+from command import refused, run
 from support import assert_close
 
 import peftjax as pj
@@ -23,21 +24,6 @@ STEPS += ["--eval-every", "12", "--save-every", "6", "--eval-batch-size", "8"]
 # rank 2 on q, k, v, output and on gate, up, down of both layers
 TRAINABLE = 2 * 2 * (4 * (16 + 16) + 3 * (16 + 32))
 TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes")
-
-
-def run(capsys, *arguments):
-    main([str(argument) for argument in arguments])
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments):
-    """The one line that a command ends with on bad input."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("peftjax: ")
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")
