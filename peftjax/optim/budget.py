@@ -72,7 +72,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("sparsity", "initial_sparsity", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise PeftError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise PeftError(f"budget: {name} must lie in [0, 1), got {getattr(self, name)}")
         for name, least in (
             ("total_steps", 1),
             ("allocate_every", 1),
@@ -80,11 +80,11 @@ class Budget:
             ("final_warmup", 0),
         ):
             if getattr(self, name) < least:
-                raise PeftError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise PeftError(f"budget: {name} must be at least {least}, got {getattr(self, name)}")
         if self.epochs - self.final_warmup - self.init_warmup < 1:
             raise PeftError(
-                f"{self.epochs} epochs of {self.allocate_every} steps leave no allocation between warm-ups "
-                f"of {self.init_warmup} and {self.final_warmup}; lower allocate_every or the warm-ups"
+                f"budget: {self.epochs} epochs of {self.allocate_every} steps leave no allocation between "
+                f"warm-ups of {self.init_warmup} and {self.final_warmup}; lower allocate_every or those"
             )
 
     @property
@@ -132,7 +132,7 @@ def share_budget(
 
     def update(grads: Any, state: BudgetState, params: Any = None, **extra: Any) -> tuple[Any, BudgetState]:
         if params is None:
-            raise PeftError("the budget's update needs the parameters: call tx.update(grads, state, params)")
+            raise PeftError("budget: the update needs the parameters; call tx.update(grads, state, params)")
         updates, inner = tx.update(grads, state.inner, params, **extra)
         own = _own(params, prefix)
         moved = optax.apply_updates(_factors(own), _factors(_own(updates, prefix)))

@@ -56,7 +56,7 @@ def _measure(x: Array, y: Array, map: Map) -> Array:
         return inner
     squares = jnp.sum(x * x, -1, keepdims=True) + jnp.sum(y * y, -2, keepdims=True)
     distance = squares - 2.0 * inner
-    return jnp.where(distance > _ROUNDING * squares, distance, 0.0)
+    return jnp.where(distance <= _ROUNDING * squares, 0.0, distance)  # NaN stays NaN
 
 
 def combined(measured: Sequence[Array], scalars: Mapping[str, Array], map: Map) -> Array:

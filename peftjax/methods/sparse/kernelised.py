@@ -1,7 +1,7 @@
 """What SNELL and SNELLA share: factors, their start, thresholds, and the weight they make."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,16 @@ class KernelisedTarget(Target):
     sparsity: float
 
 
-def checked_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(name: str, given: Mapping[str, Any], **choices: Sequence[str]) -> dict[str, Any]:
     """The options, layer numbers as a list.
 
     Raises:
-        PeftError: an option is out of range.
+        PeftError: an option is out of range, or none of its choices.
     """
     options = dict(given)
+    for option, known in choices.items():
+        if options[option] not in known:
+            raise PeftError(f"{name}: {option} must be one of {', '.join(known)}, got {options[option]!r}")
     for option in ("rank", "heads"):
         if options[option] < 1:
             raise PeftError(f"{name}: {option} must be positive, got {options[option]}")

@@ -44,6 +44,7 @@ from peftjax.tree import Targets
 
 Sparsity = float | Mapping[str, float]
 
+_MODES, _KERNELS = ("released", "paper", "hard"), ("distance", "linear", "sigmoid", "rbf")
 # The start of the scalars of each kernel that has them.
 _SCALARS = {
     "sigmoid": {"scale": 1.0, "rate": 1.0, "shift": -0.5},
@@ -89,9 +90,7 @@ def snell(
         PeftError: here for an option out of range; in `init` for targets, ranks, layers or patterns that do
             not fit the parameters.
     """
-    options = checked_options("snell", dict(locals()))
-    if mode not in ("released", "paper", "hard"):
-        raise PeftError(f"snell: mode must be 'released', 'paper' or 'hard', got {mode!r}")
+    options = checked_options("snell", dict(locals()), mode=_MODES, kernel=_KERNELS)
     map = Map(kernel, coefficients(options), mode)
     patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
     for share in patterns.values():
@@ -152,7 +151,7 @@ METHOD = MethodInfo(
     factory=snell,
     paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
     trains="r·(in + out)",
-    keeps="the input x (shared) and one threshold",
+    keeps="the input x (shared) and a threshold",
     starts_as_base=False,
     example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0},
 )

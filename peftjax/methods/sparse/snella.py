@@ -86,7 +86,7 @@ def snella(
         PeftError: here for an option out of range; in `init` for targets, ranks or layers that do not fit the
             parameters.
     """
-    options = checked_options("snella", dict(locals()))
+    options = checked_options("snella", dict(locals()), mode=("released", "paper", "hard", "none"))
     every = max(1, total_steps // 100) if allocate_every is None else allocate_every
     budget = Budget(sparsity, initial_sparsity, total_steps, every, init_warmup, final_warmup, beta1, beta2)
     map = Map("distance", coefficients(options), mode, mixed=True)
@@ -111,7 +111,7 @@ METHOD = MethodInfo(
     factory=snella,
     paper="SNELLA, Shen et al. 2025, arXiv 2510.24037",
     trains="r·(in + out) + 3",
-    keeps="the input x (shared) and one threshold",
+    keeps="the input x (shared), a threshold and three scalars",
     starts_as_base=False,
     steered=("sparsity",),
     example={
