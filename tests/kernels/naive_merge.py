@@ -64,7 +64,7 @@ def sparse(a, b, scalars, t, map, xp=jnp):
     """dW^s, the multiplier a constant."""
     dw = dense(a, b, scalars, map, xp)
     stop = jax.lax.stop_gradient if xp is jnp else (lambda v: v)
-    size, t = stop(xp.abs(dw)), np.asarray(t)[..., None, None]
+    size, t = stop(xp.abs(dw)), xp.asarray(t)[..., None, None]
     kept = size > t
     multiplier = {
         "released": lambda: size * kept,

@@ -51,9 +51,10 @@ def test_kept_count(mode):
     for level in LEVELS:
         t = threshold(a, b, {}, jnp.float32(level), map)
         kept = np.asarray(sparse_update(a, b, {}, t, map)) != 0
-        assert kept.sum() == N * M - int(np.floor(np.float32(level) * (N * M - 1))) - 1
-        assert (size[~kept] <= t).all()
-        assert (size[kept] > t).all()
+        # A value that t equals may be rounded otherwise when it is computed again.
+        assert abs(kept.sum() - (N * M - np.floor(np.float32(level) * (N * M - 1)) - 1)) <= 1
+        assert (size[~kept] <= t * (1 + 1e-5)).all()
+        assert (size[kept] > t * (1 - 1e-5)).all()
 
 
 def test_a_stack_has_a_threshold_each():

@@ -3,28 +3,44 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.kernels.kernelised_merge import reference, selection
+from peftjax import compat
+from peftjax.kernels.kernelised_merge import choice
+from peftjax.kernels.kernelised_merge.choice import Implementation
 from peftjax.kernels.kernelised_merge.map import Map, check
 
-Implementation = Literal["auto", "reference"]
 
-
-def update(a: Array, b: Array, scalars: Mapping[str, Array], map: Map) -> Array:
+def update(
+    a: Array,
+    b: Array,
+    scalars: Mapping[str, Array],
+    map: Map,
+    *,
+    implementation: Implementation = "auto",
+) -> Array:
     """The update without a sparsifier, float32 `[*stack, n, m]`; differentiable as `sparse_update` is.
 
     a: `[*stack, P, q, n]`; b: `[*stack, P, q, m]`; scalars: as for `sparse_update`.
     """
     no_threshold = jnp.zeros(a.shape[:-3], jnp.float32)
-    return sparse_update(a, b, scalars, no_threshold, replace(map, mode="none"))
+    unsparsified = replace(map, mode="none")
+    return sparse_update(a, b, scalars, no_threshold, unsparsified, implementation=implementation)
 
 
-def threshold(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: Map) -> Array:
+def threshold(
+    a: Array,
+    b: Array,
+    scalars: Mapping[str, Array],
+    level: Array,
+    map: Map,
+    *,
+    implementation: Implementation = "auto",
+) -> Array:
     """The threshold of |dW|, one per matrix, float32 `[*stack]`, not differentiated.
 
     `released` and `hard`: the quantile of |dW| at `level`, interpolated linearly as torch.quantile does.
@@ -35,11 +51,11 @@ def threshold(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, ma
     nothing. Found by selection (`selection.quantile`), so a matrix may have up to 2^31 - 1 entries.
     """
     check(a, b, scalars, level, map)
+    choice.check(implementation)
     if map.mode == "none":
         return jnp.zeros(level.shape, jnp.float32)
-    a, b, scalars, level = jax.tree.map(lax.stop_gradient, (a, b, dict(scalars), level))
-    magnitudes = jnp.abs(update(a, b, scalars, map))
-    return selection.quantile(selection.counter(magnitudes), level, a.shape[-1] * b.shape[-1], map)
+    operands = jax.tree.map(lax.stop_gradient, (a, b, dict(scalars), level))
+    return choice.threshold(*compat.varying_alike(operands), map=map, implementation=implementation)
 
 
 def sparse_update(
@@ -57,17 +73,22 @@ def sparse_update(
     float32. scalars: `[*stack]` under each name of `map.scalars`. t: `[*stack]`, from `threshold`.
 
     The gradient is that of a, b and the scalars; t and the sparsifier's factor are constants. The backward
-    pass keeps a, b, the scalars and t, and nothing with n·m elements.
+    pass keeps a, b, the scalars and t, and nothing with n·m elements. First derivatives in reverse mode;
+    `implementation="reference"` can be differentiated again.
+
+    implementation: see `choice`; `auto` takes a kernel where the program runs on one TPU or GPU.
 
     Raises `PeftError` where shapes, heads or scalars do not fit the map.
     """
     check(a, b, scalars, t, map)
-    return _sparse_update(map, implementation, a, b, dict(scalars), t)
+    choice.check(implementation)
+    # Inside a shard_map, what all devices share is cast first: its gradient is then summed over them.
+    return _sparse_update(map, implementation, *compat.varying_alike((a, b, dict(scalars), t)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sparse_update(map: Map, implementation: Implementation, *operands: Any) -> Array:
-    return reference.forward(*operands, map)
+    return choice.forward(*operands, map=map, implementation=implementation)
 
 
 def _keep(map: Map, implementation: Implementation, *operands: Any) -> tuple[Array, tuple]:
@@ -75,7 +96,7 @@ def _keep(map: Map, implementation: Implementation, *operands: Any) -> tuple[Arr
 
 
 def _gradients(map: Map, implementation: Implementation, kept: tuple, g: Array) -> tuple:
-    of_a, of_b, of_scalars = reference.backward(*kept, g, map)
+    of_a, of_b, of_scalars = choice.backward(*kept, g, map=map, implementation=implementation)
     gradients = (of_a, of_b, of_scalars, jnp.zeros_like(kept[3]))
     return jax.tree.map(lambda gradient, primal: gradient.astype(primal.dtype), gradients, kept)
 

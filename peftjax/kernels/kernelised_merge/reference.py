@@ -6,54 +6,49 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.kernels.kernelised_merge import tile
+from peftjax.kernels.kernelised_merge import selection, tile
 from peftjax.kernels.kernelised_merge.map import Map
 
 
 def forward(a: Array, b: Array, scalars: Mapping[str, Array], t: Array, map: Map) -> Array:
     """The sparsified update, float32 `[*stack, n, m]`."""
-    rows, columns = _heads(a, b, map)
-    scalars = {name: _spread(value) for name, value in scalars.items()}
-    d = tile.combined(tile.measures(rows, columns, map), scalars, map)
-    if map.mixed:
-        d = tile.mixed(d, _log_sum(d, scalars), scalars)
-    return d * tile.multiplier(d, _spread(t), map)
+    *_, part = _whole(a, b, scalars, map)
+    return part.dw * tile.multiplier(part.dw, _spread(t), map)
 
 
 def backward(
     a: Array, b: Array, scalars: Mapping[str, Array], t: Array, g: Array, map: Map
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The gradients of a, b and the scalars, float32, from g, that of the sparsified update."""
-    rows, columns = _heads(a, b, map)
-    spread = {name: _spread(value) for name, value in scalars.items()}
-    measured = tile.measures(rows, columns, map)
-    d = tile.combined(measured, spread, map)
-    of_scalars = ()
-    if map.mixed:
-        log_sum = _log_sum(d, spread)
-        g = g * tile.multiplier(tile.mixed(d, log_sum, spread), _spread(t), map)
-        s = jnp.exp(d / spread["gamma"] - log_sum)
-        row_sum = jnp.sum(g * s, -1, keepdims=True)
-        of_alpha, of_beta = g * s, g
-        g, of_gamma = tile.unmixed(g, d, s, row_sum, spread)
-        of_scalars = (of_alpha, of_gamma, of_beta)
-    else:
-        g = g * tile.multiplier(d, _spread(t), map)
-    by_head, of_kernel = tile.slopes(g, measured, spread, map)
+    rows, columns, spread, part = _whole(a, b, scalars, map)
+    g = g * tile.multiplier(part.dw, _spread(t), map)
+    row_sum = jnp.sum(g * part.softmax, -1, keepdims=True) if map.mixed else None
+    by_head, of_scalars = tile.pulled(g, part, row_sum, spread, map)
     of_rows = [tile.to_rows(h, x, y, map) for h, x, y in zip(by_head, rows, columns)]
     of_columns = [tile.to_columns(h, x, y, map) for h, x, y in zip(by_head, rows, columns)]
-    sums = {k: jnp.sum(v, (-2, -1)) for k, v in zip(map.scalars, of_scalars or of_kernel)}
+    sums = {name: jnp.sum(value, (-2, -1)) for name, value in zip(map.scalars, of_scalars)}
     return jnp.swapaxes(jnp.stack(of_rows, -3), -1, -2), jnp.stack(of_columns, -3), sums
 
 
-def _heads(a: Array, b: Array, map: Map) -> tuple[list[Array], list[Array]]:
+def threshold(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: Map) -> Array:
+    """The threshold by counts over |dW|, which is stored once."""
+    dw = _whole(a, b, scalars, map)[-1].dw
+    return selection.quantile(selection.counter(jnp.abs(dw)), level, dw.shape[-2] * dw.shape[-1], map)
+
+
+def _whole(
+    a: Array, b: Array, scalars: Mapping[str, Array], map: Map
+) -> tuple[list[Array], list[Array], dict[str, Array], tile.Parts]:
+    """Rows and columns per head, the scalars as they broadcast, and the matrix as one tile."""
     rows, columns = tile.centred(a, b, map)
     heads = range(a.shape[-3])
-    return [rows[..., p, :, :] for p in heads], [columns[..., p, :, :] for p in heads]
-
-
-def _log_sum(d: Array, scalars: Mapping[str, Array]) -> Array:
-    return jax.nn.logsumexp(d / scalars["gamma"], axis=-1, keepdims=True)
+    rows, columns = [rows[..., p, :, :] for p in heads], [columns[..., p, :, :] for p in heads]
+    spread = {name: _spread(value) for name, value in scalars.items()}
+    log_sum = None
+    if map.mixed:
+        d = tile.combined(tile.measures(rows, columns, map), spread, map)
+        log_sum = jax.nn.logsumexp(d / spread["gamma"], axis=-1, keepdims=True)
+    return rows, columns, spread, tile.parts(rows, columns, spread, log_sum, map)
 
 
 def _spread(value: Array) -> Array:

@@ -6,6 +6,7 @@ float32; scalars, threshold and row statistics broadcast against `[.., n, m]`. N
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,29 @@ def _kernel(v: Array, scalars: Mapping[str, Array], map: Map) -> Array:
     return exponential if map.kernel == "rbf" else 1.0 / (1.0 + exponential)
 
 
-def mixed(d: Array, log_sum: Array, scalars: Mapping[str, Array]) -> Array:
-    """`d + alpha·softmax(d/gamma) + beta`, log_sum `[.., n, 1]` the rows' log Σ_j exp(d/gamma)."""
-    return d + scalars["alpha"] * jnp.exp(d / scalars["gamma"] - log_sum) + scalars["beta"]
+class Parts(NamedTuple):
+    """What a tile's gradient is made of, all `[.., n, m]`; `softmax` only of a mixed map."""
+
+    measured: list[Array]
+    combined: Array
+    softmax: Array | None
+    dw: Array
+
+
+def parts(
+    rows: Sequence[Array],
+    columns: Sequence[Array],
+    scalars: Mapping[str, Array],
+    log_sum: Array | None,
+    map: Map,
+) -> Parts:
+    """A tile's update dW. log_sum: of a mixed map `[.., n, 1]`, Σ_j exp(D/gamma) of whole rows as a log."""
+    measured = measures(rows, columns, map)
+    d = combined(measured, scalars, map)
+    if not map.mixed:
+        return Parts(measured, d, None, d)
+    softmax = jnp.exp(d / scalars["gamma"] - log_sum)
+    return Parts(measured, d, softmax, d + scalars["alpha"] * softmax + scalars["beta"])
 
 
 def multiplier(dw: Array, t: Array, map: Map) -> Array:
@@ -92,16 +113,19 @@ def multiplier(dw: Array, t: Array, map: Map) -> Array:
     return jnp.where(size > t, size if map.mode == "released" else 1.0, 0.0)
 
 
-def unmixed(
-    g: Array, d: Array, s: Array, row_sum: Array, scalars: Mapping[str, Array]
-) -> tuple[Array, Array]:
-    """The gradient of d and, to be summed, of gamma, from g, that of dW.
+def pulled(
+    g: Array, part: Parts, row_sum: Array | None, scalars: Mapping[str, Array], map: Map
+) -> tuple[list[Array], tuple[Array, ...]]:
+    """The head gradients (see `slopes`) and, to be summed, those of `map.scalars`, from g, that of dW.
 
-    s: softmax(d/gamma); row_sum: `[.., n, 1]`, Σ_j g·s.
+    row_sum: of a mixed map `[.., n, 1]`, Σ_j g·softmax over whole rows.
     """
+    if not map.mixed:
+        return slopes(g, part.measured, scalars, map)
     gamma = scalars["gamma"]
-    by_ratio = scalars["alpha"] * s * (g - row_sum)
-    return g + by_ratio / gamma, -by_ratio * d / (gamma * gamma)
+    by_ratio = scalars["alpha"] * part.softmax * (g - row_sum)
+    by_head, _ = slopes(g + by_ratio / gamma, part.measured, scalars, map)
+    return by_head, (g * part.softmax, -by_ratio * part.combined / (gamma * gamma), g)
 
 
 def slopes(
