@@ -176,7 +176,7 @@ def levels_of(params):
 def test_the_hook_is_the_papers_sequence_of_operations():
     tx = share_budget(optax.sgd(0.1), BUDGET, PREFIX)
     params = start()
-    _, _, history = run(tx, params, tx.init(params), range(12))
+    _, state, history = run(tx, params, tx.init(params), range(12))
     averages = dict.fromkeys(("down a", "down b", "up a", "up b"), 0.0)
     deviations, caps = dict(averages), np.array([24.0, 24.0, 24.0])
     before, expected = params, levels_of(params)
@@ -196,6 +196,9 @@ def test_the_hook_is_the_papers_sequence_of_operations():
         np.testing.assert_allclose(levels_of(after), expected, atol=1e-5)
         before = after
     np.testing.assert_allclose((1.0 - levels_of(after)).mean(), 0.4, rtol=1e-6)
+    for name, wanted in deviations.items():
+        path, factor = name.split()
+        np.testing.assert_allclose(state.deviation[path][factor], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_lands_on_the_new_level_exactly():
