@@ -1,11 +1,13 @@
 """Every line that depends on the version of JAX, or on an API that JAX does not promise."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 from jax.extend import core as jex
+from jax.interpreters import batching, mlir
 
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__))
 
@@ -92,3 +94,78 @@ def custom_vjp_backward(params: dict[str, Any]) -> Callable[..., list[Any]]:
         return [None if type(ct).__name__ in ("Zero", "SymbolicZero") else ct for ct in out]
 
     return backward
+
+
+def varying_alike(tree: Any) -> Any:
+    """The tree, every leaf cast to vary over all the manual mesh axes that one of them varies over."""
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying(x: Any) -> frozenset:
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)  # named vma before
+    return aval.vma if kind is None else kind.varying
+
+
+def by_platform(
+    name: str,
+    plain: Callable[..., Sequence[Any]],
+    kernels: Mapping[str, Callable[..., Sequence[Any]]],
+    *,
+    always: bool = False,
+) -> Callable[..., list[Any]]:
+    """A function whose body is picked when the program it is part of is lowered for a platform.
+
+    Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
+    is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
+    XLA may partition, in every other and on other platforms; `always` takes the kernel in every program
+    for its platform. All arrays lead with axes of a stack: `vmap` adds one.
+    """
+    primitive = jex.Primitive(name)
+    primitive.multiple_results = True
+    compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
+    primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
+    primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
+    batching.primitive_batchers[primitive] = partial(_over_stack, primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=True))
+    for platform, kernel in kernels.items():
+        mlir.register_lowering(primitive, partial(_lowered, plain, kernel, always), platform=platform)
+    return primitive.bind
+
+
+def _types(f: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> list[Any]:
+    return [jax.typeof(out) for out in jax.eval_shape(f, *avals)]
+
+
+def _over_stack(primitive: Any, arrays: Sequence[Any], axes: Sequence[int | None], **static: Any) -> tuple:
+    """A mapped axis becomes the first of the stack; what is not mapped is repeated along it."""
+    (size,) = {array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None}
+    moved = [
+        jax.numpy.broadcast_to(array, (size, *array.shape))
+        if axis is None
+        else jax.numpy.moveaxis(array, axis, 0)
+        for array, axis in zip(arrays, axes)
+    ]
+    out = primitive.bind(*moved, **static)
+    return out, [0] * len(out)
+
+
+def _lowered(plain: Any, kernel: Any, always: bool, ctx: Any, *values: Any, **static: Any) -> Any:
+    body = kernel if always or _on_one_device(ctx.module_context.axis_context) else plain
+    return mlir.lower_fun(body, multiple_results=True)(ctx, *values, **static)
+
+
+def _on_one_device(context: Any) -> bool:
+    """Whether XLA will not partition the code being lowered: the rule of JAX's own Mosaic kernels."""
+    if hasattr(context, "num_devices"):
+        return context.num_devices == 1
+    if not hasattr(context, "manual_axes"):
+        return False
+    manual = context.manual_axes | set(context.mesh.manual_axes)
+    return manual == set(context.mesh.axis_names)

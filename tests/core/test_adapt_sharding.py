@@ -25,6 +25,12 @@ SPECS = {
 }
 
 
+KERNELISED = [
+    pj.snell(rank=8, sparsity=0.3, coefficient=1.0),
+    pj.snella(rank=8, total_steps=20, initial_sparsity=0.3, coefficient=1.0),
+]
+
+
 def model(params, x):
     def block(x, layer):
         h = jnp.tanh(x @ layer["up"]["kernel"])
@@ -40,7 +46,7 @@ def loss_and_grad(method, frozen, trainable, x):
     return jax.jit(jax.value_and_grad(loss))(trainable, frozen, x)
 
 
-@pytest.mark.parametrize("method", [pj.lora(rank=2), pj.dora(rank=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [pj.lora(rank=2), pj.dora(rank=2), *KERNELISED], ids=lambda m: m.name)
 def test_gspmd(method):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     params = make_params()
@@ -55,7 +61,8 @@ def test_gspmd(method):
     assert_close(loss_and_grad(method, frozen, trainable, x), want)
 
 
-def test_shard_map_over_a_sharded_weight():
+@pytest.mark.parametrize("method", [pj.lora(rank=2), KERNELISED[0]], ids=lambda m: m.name)
+def test_shard_map_over_a_sharded_weight(method):
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     def column_then_row(params, x):
@@ -68,7 +75,6 @@ def test_shard_map_over_a_sharded_weight():
         return call(x, params["up"]["kernel"], params["down"]["kernel"])
 
     params = jax.tree.map(lambda leaf: leaf[0], make_params()["blocks"])
-    method = pj.lora(rank=2, targets=["up", "down"])
     frozen, trainable = method.init(KEY, params)
     trainable = noisy(trainable)
 
@@ -80,8 +86,9 @@ def test_shard_map_over_a_sharded_weight():
     assert_close(got, jax.value_and_grad(total)(trainable, True))
 
 
+@pytest.mark.parametrize("method", [pj.lora(rank=2), *KERNELISED], ids=lambda m: m.name)
 @pytest.mark.parametrize("sharded_input", [False, True])
-def test_explicit_shardings(sharded_input):
+def test_explicit_shardings(sharded_input, method):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     params = jax.tree.map(lambda leaf: leaf[0], make_params()["blocks"])
     specs = {"up": {"kernel": P(None, "tensor")}, "down": {"kernel": P("tensor", None)}}
@@ -93,7 +100,6 @@ def test_explicit_shardings(sharded_input):
     def plain(params, x):
         return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
 
-    method = pj.lora(rank=2, targets=["up", "down"])
     frozen, trainable = method.init(KEY, params)
     trainable = noisy(trainable)
     want = jax.grad(lambda t: jnp.sum(jnp.sin(plain(method.merge(frozen, t), X))))(trainable)

@@ -70,6 +70,7 @@ ON_A_LINEAR_LAYER = [name for name in pj.METHODS if name != "rows"]
 X_KEPT, THIN, OUT = ("float32", (N, N_IN)), ("float32", (N, RANK)), ("float32", (N, N_OUT))
 PER_OUTPUT = [("float32", (1, N_OUT)), ("float32", (N_OUT,))]
 SEED = ("key<fry>", ())
+NUMBER, SCALARS = ("float32", ()), ("float32", (3,))
 
 
 @pytest.mark.parametrize("name", ON_A_LINEAR_LAYER)
@@ -96,6 +97,8 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
+        ("snell", [X_KEPT, NUMBER]),
+        ("snella", [X_KEPT, NUMBER, SCALARS]),
         ("full", [X_KEPT]),
         ("bitfit", []),
     ],
@@ -109,6 +112,7 @@ def test_a_linear_layer_keeps_exactly(name, wanted, through):
     [
         ("lora", [X_KEPT, THIN, SEED]),
         ("lora_fa", [THIN]),
+        ("snell", [X_KEPT, NUMBER, SEED]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT, SEED]),
     ],
 )
