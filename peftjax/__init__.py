@@ -18,6 +18,7 @@ from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
+from peftjax.methods.sparse.paca import paca
 from peftjax.models.load import load, save
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
 from peftjax.weights.base import Weight, dense, matmul
@@ -53,6 +54,7 @@ __all__ = [
     "matmul",
     "mix",
     "olora",
+    "paca",
     "pissa",
     "rows",
     "rslora",

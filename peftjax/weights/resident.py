@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -33,3 +34,22 @@ def _backward(take: Take, scale: float, kept: tuple, g: Array) -> tuple[Array, A
 
 
 resident.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def followed(product: Any, y: Array, z: Array, values: Array) -> Array:
+    """`y`, which holds `product(z, values)` already; backward keeps z and gives the values their gradient."""
+    return y
+
+
+def _keep_thin(product: Any, y: Array, z: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
+    return y, (z, values)
+
+
+def _pull_values(product: Any, kept: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
+    z, values = kept
+    _, pull = jax.vjp(lambda values: product(z, values).astype(g.dtype), values)
+    return g, None, pull(g)[0]
+
+
+followed.defvjp(_keep_thin, _pull_values)

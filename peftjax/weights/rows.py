@@ -25,8 +25,9 @@ from peftjax.weights.explicit import keeping, like
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, widened
 from peftjax.weights.places import NOWHERE, put_rows, take_rows
-from peftjax.weights.resident import resident
+from peftjax.weights.resident import followed, resident
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.thin import thin_dot
 
 
 @structured
@@ -65,9 +66,9 @@ class TrainedRows(Weight):
         side = side_of(self.layout, rule.w_contract)
         if side == "i":
             y, z = contract(x, self.base, rule), self._chosen(x, rule)
-            into = partial(widened, rule=rule, layout=self.layout, side="i", dot=_dot)
+            into = partial(widened, rule=rule, layout=self.layout, side="i", dot=thin_dot)
             if self.in_place:
-                return _followed(partial(_scaled, into, self.scale), y, z, self.values)
+                return followed(partial(_scaled, into, self.scale), y, z, self.values)
             return y + like(self._correction(into, z).astype(y.dtype), y)
         if self._exchanges:
             y = contract(x, self.base, rule)
@@ -122,7 +123,7 @@ class TrainedRows(Weight):
         return sorted(self.layout.letters) == ["i", "o"] and not self.in_place
 
     def _chosen(self, x: Array, rule: Dot) -> Array:
-        """x of the trained rows alone: `[batch, free axes of x, stack axes that x has not, r]`."""
+        """The inputs at the trained rows alone: `[batch, free axes of x, stack axes that x has not, r]`."""
         stack, inputs = self.layout.positions("s"), self.layout.positions("i")
         free = tuple(n for n in range(x.ndim) if n not in (*rule.x_contract, *rule.x_batch))
         order = [rule.x_contract[rule.w_contract.index(p)] for p in inputs]
@@ -178,64 +179,3 @@ def rows_of(w: Any, layout: Layout, rows: Array) -> Array:
 
 def _scaled(into: Any, scale: float, z: Array, values: Array) -> Array:
     return into(z, scale * values)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _followed(product: Any, y: Array, z: Array, values: Array) -> Array:
-    """y, which holds `product(z, values)` already; backward gives the values their gradient."""
-    return y
-
-
-def _follow(product: Any, y: Array, z: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
-    return y, (z, values)
-
-
-def _of_values(product: Any, kept: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
-    z, values = kept
-    _, pull = jax.vjp(lambda values: product(z, values).astype(g.dtype), values)
-    return g, None, pull(g)[0]
-
-
-_followed.defvjp(_follow, _of_values)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _dot(
-    z: Array, second: Array, dimension_numbers: Any, precision: Any, preferred_element_type: Any
-) -> Array:
-    """`lax.dot_general` in z's dtype, contracting z's last axis; the gradient of `second` is summed in float32."""
-    return lax.dot_general(
-        z,
-        second.astype(z.dtype),
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-
-
-def _dot_forward(z: Array, second: Array, *options: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(z, second, *options), (z, second)
-
-
-def _dot_backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) -> tuple[Array, Array]:
-    z, second = kept
-    _, pull = jax.vjp(
-        lambda z: lax.dot_general(
-            z, second.astype(z.dtype), dims, precision=precision, preferred_element_type=preferred
-        ),
-        z,
-    )
-    _, (of_z, of_second) = dims
-    free = tuple(n for n in range(z.ndim - 1) if n not in of_z)
-    n_batch = len(of_z)
-    summed = lax.dot_general(
-        z,
-        g.astype(z.dtype),
-        ((free, tuple(n_batch + n for n in range(len(free)))), (of_z, tuple(range(n_batch)))),
-        precision=precision,
-        preferred_element_type=jnp.promote_types(second.dtype, jnp.float32),
-    )
-    return pull(g)[0], jnp.moveaxis(summed, range(n_batch), of_second).astype(second.dtype)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
