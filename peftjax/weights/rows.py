@@ -145,18 +145,17 @@ class TrainedRows(Weight):
 
         @jax.checkpoint
         def correction(z: Array, values: Array, base: Any, rows: Array) -> Array:
-            return into(z, self.scale * values - rows_of(base, self.layout, rows))
+            new = _rounded(self.scale * values, base.dtype)
+            return into(z, new - rows_of(base, self.layout, rows))
 
         return correction(z, self.values, self.base, self.rows)
 
     def as_low_rank(self) -> LowRank:
         """The same weight with factors: `a` picks the rows, `b` is what they change by."""
-        if self.in_place:
-            old = lax.stop_gradient(self.scale * self.values)
-        else:
-            old = rows_of(self.base, self.layout, self.rows)
+        new = _rounded(self.scale * self.values, self.dtype)
+        old = lax.stop_gradient(new) if self.in_place else rows_of(self.base, self.layout, self.rows)
         picked = jax.nn.one_hot(self.rows, self.layout.matrix[0], dtype=self.dtype)
-        return self._low_rank(picked, self.scale * self.values - old)
+        return self._low_rank(picked, new - old)
 
     def _low_rank(self, a: Any, b: Any) -> LowRank:
         return LowRank(self.base, a, b, self.layout)
@@ -176,6 +175,12 @@ def rows_of(w: Any, layout: Layout, rows: Array) -> Array:
     for _ in layout.stack:
         of_matrix = jax.vmap(of_matrix)
     return of_matrix(w, rows).astype(jnp.float32)
+
+
+def _rounded(values: Array, dtype: Any) -> Array:
+    """Float32 values as the weight's dtype holds them; their gradient is not rounded."""
+    info = jnp.finfo(dtype)
+    return values + lax.stop_gradient(lax.reduce_precision(values, info.nexp, info.nmant) - values)
 
 
 def _scaled(into: Any, scale: float, z: Array, values: Array) -> Array:

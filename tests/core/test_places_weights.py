@@ -136,3 +136,17 @@ def test_the_gradient_of_rows_is_summed_in_float32():
     found = jax.grad(total)(weight.values)
     wanted = 0.5 * np.asarray(x, np.float64)[:, weight.rows].sum(axis=0)[:, None]
     np.testing.assert_allclose(found, np.broadcast_to(wanted, found.shape), rtol=1e-4)
+
+
+def test_rows_are_as_exact_as_the_weight_that_a_model_computes_with():
+    """In mixed precision too, rows that have not changed change nothing, and a merged weight is the same."""
+    weight = rows_weight("io", (6, 5), iter(jax.random.split(KEY, 2)))
+    x = jax.random.normal(KEY, (4, 6)).astype(jnp.bfloat16)
+    fresh = replace(weight, values=2.0 * weight.base[weight.rows])
+
+    def fn(w, x):
+        return x @ w.astype(x.dtype)
+
+    np.testing.assert_array_equal(pj.adapt(fn)(fresh, x), fn(weight.base, x))
+    trained = replace(fresh, values=fresh.values + 1e-4)  # less than bfloat16 tells of most
+    assert_close(pj.adapt(fn)(trained, x), fn(trained.dense(), x), 1e-2)

@@ -93,7 +93,7 @@ def test_another_seed_loads_the_same_adapter(tmp_path):
 
 
 def test_weights_of_one_shape_and_layers_of_a_stack_draw_their_own_rows():
-    params = {name: {"kernel": jnp.zeros((4, 64, 8))} for name in ("query", "key")}
+    params = {name: {"kernel": jnp.zeros((4, 64, 8))} for name in ("up", "gate")}
     frozen, _ = pj.paca(rank=8).init(KEY, params)
     drawn = np.concatenate([rows_of(frozen, f"{name}/kernel") for name in params])
     assert drawn.shape == (8, 8)
@@ -124,4 +124,4 @@ def test_given_rows_survive_the_configuration():
 )
 def test_errors(options, message):
     with pytest.raises(PeftError, match=message):
-        pj.paca(**options).init(KEY, PARAMS)
+        pj.paca(**{"rank": 2, **options}).init(KEY, PARAMS)
