@@ -103,7 +103,8 @@ def test_shard_map_over_a_sharded_weight():
 
 
 @pytest.mark.parametrize("sharded_input", [False, True])
-def test_explicit_shardings(sharded_input):
+@pytest.mark.parametrize("make", [pj.lora, pj.paca])
+def test_explicit_shardings(make, sharded_input):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     params = jax.tree.map(lambda leaf: leaf[0], make_params()["blocks"])
     specs = {"up": {"kernel": P(None, "tensor")}, "down": {"kernel": P("tensor", None)}}
@@ -115,7 +116,7 @@ def test_explicit_shardings(sharded_input):
     def plain(params, x):
         return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
 
-    method = pj.lora(rank=2, targets=["up", "down"])
+    method = make(rank=2, targets=["up", "down"])
     frozen, trainable = method.init(KEY, params)
     trainable = noisy(trainable)
     want = jax.grad(lambda t: jnp.sum(jnp.sin(plain(method.merge(frozen, t), X))))(trainable)

@@ -220,3 +220,10 @@ def test_errors(options, message):
 def test_a_threshold_needs_the_weights_values():
     with pytest.raises(PeftError, match="outside jit"):
         jax.eval_shape(pj.sara(threshold=0.1).init, KEY, PARAMS)
+
+
+def test_its_optimizer_asks_for_the_trainable():
+    _, trainable = pj.sara().init(KEY, PARAMS)
+    tx = pj.sara().optimizer(optax.sgd(0.1))
+    with pytest.raises(PeftError, match=r"tx.update\(gradients, state, trainable\)"):
+        tx.update(trainable, tx.init(trainable))

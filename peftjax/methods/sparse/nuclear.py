@@ -35,8 +35,10 @@ def penalised(
     return values
 
 
-def _forward(strength, polar, layout, values, keep, rows, columns):  # type: ignore[no-untyped-def]
-    return values, (values, keep, rows, columns)
+def _forward(
+    strength: float, polar: Polar, layout: Layout, *arrays: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return arrays[0], arrays
 
 
 def _backward(strength: float, polar: Polar, layout: Layout, kept: tuple, g: Array) -> tuple:

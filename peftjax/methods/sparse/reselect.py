@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from peftjax.errors import PeftError
 from peftjax.transform import at_prefix
 
 
@@ -37,12 +38,19 @@ def reselecting(
         threshold: the limit; None takes that of the start, just above the largest kept |value| of each
             matrix when the optimizer's state is made.
     """
+    tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> ReselectState:
         limit = {path: _limit(slots, threshold) for path, slots in _own(params, prefix).items()}
         return ReselectState(tx.init(params), jnp.zeros((), jnp.int32), limit)
 
-    def update(gradients: Any, state: ReselectState, params: Any = None) -> tuple[Any, ReselectState]:
+    def update(
+        gradients: Any, state: ReselectState, params: Any = None, **extra: Any
+    ) -> tuple[Any, ReselectState]:
+        if params is None:
+            raise PeftError(
+                "sara: its optimizer reads the values; call tx.update(gradients, state, trainable)"
+            )
         own, inner = _own(params, prefix), state.inner
         keep = {path: slots["keep"] for path, slots in own.items()}
         if at is not None:
@@ -59,10 +67,10 @@ def reselecting(
         def steered(slots_of: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
             return {p: {**s, "keep": keep[p] - own[p]["keep"]} for p, s in masked(slots_of).items()}
 
-        updates, inner = tx.update(at_prefix(gradients, prefix, masked), inner, params)
+        updates, inner = tx.update(at_prefix(gradients, prefix, masked), inner, params, **extra)
         return at_prefix(updates, prefix, steered), ReselectState(inner, state.count + 1, state.limit)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _own(params: Any, prefix: tuple[str, ...]) -> dict[str, dict[str, Array]]:
