@@ -47,7 +47,8 @@ def save_adapter(
 ) -> None:
     """Write `adapter.safetensors` (trained numbers and the method's own state) and `adapter.json`.
 
-    No base weight is written. Both files are complete before either replaces what was there.
+    No base weight is written, but for the numbers that a method in place keeps to go back. Both files are
+    complete before either replaces what was there.
 
     Args:
         folder: made if absent.

@@ -33,9 +33,10 @@ def lookup(params, tokens):
     return params["words"]["embedding"][tokens]
 
 
-def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False):
+def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False, written=False):
     """`(dtype, shape)` of every kept array; `through`: the layer's input needs a gradient too."""
     frozen, trainable = method.init(KEY, params)
+    frozen = method.write(frozen, trainable) if written else frozen
     floating = jnp.issubdtype(x.dtype, jnp.floating)
 
     def residuals(trainable, frozen, x, key):
@@ -99,12 +100,22 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
         ("snell", [X_KEPT, NUMBER]),
         ("snella", [X_KEPT, NUMBER, SCALARS]),
+        ("shira", [X_KEPT]),
+        ("sara", [X_KEPT]),
         ("full", [X_KEPT]),
         ("bitfit", []),
     ],
 )
 def test_a_linear_layer_keeps_exactly(name, wanted, through):
     assert kept(make(name), through=through) == sorted(wanted)
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_trained_rows_keep_the_inputs_at_those_rows(in_place, through):
+    """And, to pass a gradient on to the layer's input, the numbers of the rows: of no size that grows."""
+    numbers = [("int32", (RANK, 1))] if through else []
+    assert kept(make("paca", in_place=in_place), through=through, written=in_place) == [THIN, *numbers]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+import peftjax
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.select.plain import train
@@ -132,3 +133,25 @@ def test_real_method_resumes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
     assert jnp.abs(whole.trainable["lora"]["layer/kernel"]["b"]).max() > 0.01
     assert whole.best.score > 0.6
+
+
+@pytest.mark.parametrize("name", ["paca", "shira", "sara"])
+def test_in_place_resumes_and_equals_the_form_that_is_not(tmp_path, name):
+    """The written base is made again from the checkpoint; the caller's arrays stay as they were."""
+    given = {"paca": {"rank": 4}, "shira": {"rank": 2}, "sara": {"density": 0.5, "reselect_at": 3}}[name]
+    head = {"kernel": jax.random.normal(jax.random.key(3), (16, 3)), "bias": jnp.zeros(3)}
+    params = {**tiny.parameters()[0], "head": head}
+    config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=8, keep_best=0, save_every=3)
+
+    def run(directory=None, steps=8, **options):
+        method = getattr(peftjax, name)(targets=["head"], **given, **options)
+        frozen, trainable = method.init(jax.random.key(0), params)
+        own = {"method": method, "frozen": frozen, "trainable": trainable}
+        return tiny.run(directory, replace(config, steps=steps), **own)
+
+    run(tmp_path, steps=5, in_place=True)
+    continued, whole = run(tmp_path, in_place=True), run(in_place=True)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    wanted = run().trainable
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.trainable, wanted)
+    assert whole.best == run().best

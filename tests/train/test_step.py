@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +79,24 @@ def test_evaluation_counts_each_example_once():
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=1e-7)
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
     assert 0 < results[0]["accuracy"] < 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_penalty_in_the_gradient_is_not_divided_by_the_batch(parts):
+    """A method may add to its gradient what is not of the batch: it is added once, however many parts."""
+    frozen, trainable = tiny.parameters()
+    batch, key = batch_of_unequal_weights(), jax.random.key(0)
+
+    @jax.custom_vjp
+    def penalised(leaf):
+        return leaf
+
+    penalised.defvjp(lambda leaf: (leaf, None), lambda _, g: (g + 1.0,))
+    plain, added = tiny.METHOD.apply, lambda f, t, key=None: tiny.METHOD.apply(f, jax.tree.map(penalised, t))
+    ends = []
+    for apply in (plain, added):
+        method = replace(tiny.METHOD, apply=apply)
+        step = make_step(deterministic, method, optax.sgd(1.0), classification, accumulation=parts)
+        copy = jax.tree.map(jnp.copy, trainable)
+        ends.append(step(copy, optax.sgd(1.0).init(copy), frozen, batch, key)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a - 1.0, b, rtol=1e-5, atol=1e-6), *ends)
