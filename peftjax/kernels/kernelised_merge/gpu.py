@@ -24,12 +24,12 @@ def run(
 ) -> list[Array]:
     """The outputs of a walk, `[matrices, *axes]`.
 
-    given: arrays under names of `AXES`, the matrices first; names: of the scalars. tile: along a strip and
-    across it, powers of two; a narrow strip gives small matrices enough programs.
+    given: arrays under names of `AXES`, the matrices first; names: of the scalars. tile: how wide a strip
+    is and the step along it, powers of two; a narrow strip gives small matrices enough programs.
     """
     size = operands.sizes(given)
-    across, along = tile
-    block = {"n": along, "m": across} if walk.along == "m" else {"n": across, "m": along}
+    width, along = tile
+    block = {"n": along, "m": width} if walk.along == "m" else {"n": width, "m": along}
     block["q"] = max(16, pl.next_power_of_2(size["q"]))  # what a Triton product takes
     given = operands.padded(given, size, block)
     count = operands.tiles(size, block)
