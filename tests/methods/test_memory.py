@@ -131,6 +131,19 @@ def test_dropout_keeps_a_key_and_no_mask(name, wanted):
     assert kept(make(name, dropout=0.5), key=KEY) == sorted(wanted)
 
 
+@pytest.mark.parametrize("name", ["snell", "snella"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_scan_over_layers_keeps_no_update(name, dtype):
+    params = {"up": {"kernel": jnp.ones((3, N_IN, N_OUT), dtype)}}
+
+    def layers(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w)[:, :N_IN], None), x, params["up"]["kernel"])[0]
+
+    shapes = [shape for _, shape in kept(make(name), layers, X.astype(dtype), params=params)]
+    assert (3, N, N_IN) in shapes
+    assert all(shape[-2:] != (N_IN, N_OUT) for shape in shapes)
+
+
 def test_neighbours_keep_their_common_input_once():
     names = ("query", "key", "value")
     params = {name: {"kernel": jnp.ones((N_IN, N_OUT))} for name in names}
