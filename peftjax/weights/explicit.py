@@ -16,8 +16,8 @@ def type_of(w: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def keeping(x: Array, axes: Sequence[int], more: int) -> NamedSharding | None:
-    """The sharding of a product with the given axes of x and `more` unsharded axes behind them.
+def keeping(x: Array, axes: Sequence[int | None], more: int = 0) -> NamedSharding | None:
+    """The sharding of a result with the given axes of x (None: a new one), and `more` new ones behind.
 
     None where shardings are the compiler's to find.
     """
@@ -25,7 +25,8 @@ def keeping(x: Array, axes: Sequence[int], more: int) -> NamedSharding | None:
     if sharding is None:
         return None
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in axes), *(None,) * more))
+    own = (None if axis is None else spec[axis] for axis in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(*own, *(None,) * more))
 
 
 def like(x: Array, y: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.weights.explicit import keeping
 from peftjax.weights.layout import Layout, Side
 
 NOWHERE = 2**31 - 1
@@ -18,7 +19,8 @@ NOWHERE = 2**31 - 1
 def take_rows(w: Array, rows: Array, layout: Layout) -> Array:
     """Rows `[*stack, r]` of an array in this layout: `[*stack, r, out]`, zeros past the end."""
     index, lead, order = _row_index(layout, rows)
-    found = w.at[index].get(mode="fill", fill_value=0)
+    kept = keeping(w, (*order[:lead], *layout.positions("s"), None, *order[lead:]))
+    found = w.at[index].get(mode="fill", fill_value=0, out_sharding=kept)
     n = found.ndim - len(order)
     # The indexed axes stand together, behind `lead` output axes: bring them to the front.
     found = jnp.moveaxis(found, range(lead, lead + n), range(n))

@@ -145,8 +145,8 @@ class TrainedRows(Weight):
 
         @jax.checkpoint
         def correction(z: Array, values: Array, base: Any, rows: Array) -> Array:
-            new = _rounded(self.scale * values, base.dtype)
-            return into(z, new - rows_of(base, self.layout, rows))
+            old = rows_of(base, self.layout, rows)
+            return into(z, like(_rounded(self.scale * values, base.dtype), old) - old)
 
         return correction(z, self.values, self.base, self.rows)
 

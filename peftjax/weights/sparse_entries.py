@@ -20,9 +20,10 @@ class SparseEntries(Weight):
     With `added`, the values are what is added to the base's entries: in float32, before the result gets
     the base's (or the compute) dtype. Pairs are distinct; a row past the end is no entry.
 
-    The dense weight is made for one layer's product at a time, and again in the backward pass, which
-    keeps the layer's input; the gradient of the values is read off the layer's dense one. With
-    `in_place` the base holds the trained entries already, and no dense copy is made.
+    The dense weight is made for a layer's product and again in the backward pass, which keeps the layer's
+    input; the gradient of the values is read off the layer's dense one. In a scan over layers, one layer
+    at a time; a compiler may make those of an unrolled program sooner. With `in_place` the base holds the
+    trained entries already, and no dense copy is made.
     """
 
     base: Any = logical()

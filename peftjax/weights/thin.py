@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.weights.explicit import keeping
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def thin_dot(
@@ -37,7 +39,7 @@ def _backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) ->
         ),
         z,
     )
-    _, (of_z, of_second) = dims
+    (_, (rank,)), (of_z, of_second) = dims
     free = tuple(n for n in range(z.ndim - 1) if n not in of_z)
     n_batch = len(of_z)
     summed = lax.dot_general(
@@ -46,6 +48,7 @@ def _backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) ->
         ((free, tuple(n_batch + n for n in range(len(free)))), (of_z, tuple(range(n_batch)))),
         precision=precision,
         preferred_element_type=jnp.promote_types(second.dtype, jnp.float32),
+        out_sharding=keeping(second, (*of_second, *range(rank, second.ndim))),
     )
     return pull(g)[0], jnp.moveaxis(summed, range(n_batch), of_second).astype(second.dtype)
 

@@ -135,6 +135,26 @@ def test_a_step_on_a_written_base_makes_no_copy_of_a_weight(name):
     assert written < 3 * matrix  # one dense gradient, and the activations
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_scanned_layers_that_are_not_in_place_have_one_dense_weight_at_a_time(name):
+    method, x = sparse(name), jnp.ones((8, WIDTH))
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer["kernel"]), None), x, params["blocks"])[0]
+
+    def temporary(depth):
+        frozen, trainable = method.init(KEY, {"blocks": {"kernel": jnp.ones((depth, WIDTH, WIDTH))}})
+
+        def loss(trainable, frozen):
+            return jnp.sum(pj.adapt(scanned)(method.apply(frozen, trainable), x))
+
+        step = jax.jit(jax.grad(loss)).lower(trainable, frozen).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    a_layer = 4 * WIDTH**2
+    assert temporary(8) - temporary(4) < a_layer / 2
+
+
 def test_a_step_of_paca_needs_less_than_one_of_lora():
     written = temporaries(make("paca", in_place=True, rank=8), written=True)
     assert written <= temporaries(make("paca", rank=8)) < temporaries(pj.lora(rank=8))

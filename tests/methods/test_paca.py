@@ -115,7 +115,7 @@ def test_given_rows_survive_the_configuration():
     ("options", "message"),
     [
         ({"rank": 8}, "rank 8 does not fit 'down/kernel', which has 7 inputs"),
-        ({"selection": {"up": [1, 12]}}, "are not distinct, from 0 to 11"),
+        ({"selection": {"up": [1, 12]}}, "are not distinct numbers from 0 to 11"),
         ({"selection": {"up": [[1, 2]]}}, r"have shape \(1, 2\)"),
         ({"selection": {"upp": [1]}}, "'upp' matched no target"),
         ({"selection": "largest"}, "selection must be"),
