@@ -19,6 +19,7 @@ from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
 from peftjax.models.load import load, save
+from peftjax.plan import Plan, plan
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
 from peftjax.weights.base import Weight, dense, matmul
 
@@ -28,6 +29,7 @@ __all__ = [
     "Generated",
     "MethodInfo",
     "PeftError",
+    "Plan",
     "Transform",
     "Weight",
     "adapt",
@@ -54,6 +56,7 @@ __all__ = [
     "mix",
     "olora",
     "pissa",
+    "plan",
     "rows",
     "rslora",
     "save",
