@@ -1,0 +1,1 @@
+"""What sparse tuning needs in memory."""
