@@ -8,7 +8,8 @@ and whatever the backward pass keeps, are among the temporaries: the most that i
 shares buffers between values that do not live together.
 The numbers are those of `compiled.memory_analysis()`:
 
-* GPU: its own `peak_memory_in_bytes` is the same sum, without what XLA rounds each buffer up to.
+* GPU: `peak_memory_in_bytes` is the most that lives at one time, slightly below this peak: the temporaries
+  are one allocation, gaps included.
 * TPU: `temp_size_in_bytes` is HBM only. `peak_memory_in_bytes` also has what lies in the chip's VMEM, so it
   is not used. Arguments include the filling of tiles: a [768, 8] array in tiles of 8 x 128 may take 16 times
   its numbers. The program itself takes HBM too: `code`, on top of the peak.

@@ -83,10 +83,9 @@ def test_a_bfloat16_base_takes_half_and_is_not_trained():
 
 
 def test_full_fine_tuning_holds_no_frozen_weight_and_a_dense_gradient():
-    sizes, lora = plan(pj.full()).bytes, plan().bytes
-    weights = tree.nbytes(shapes_of())
-    assert (sizes.weights, sizes.trainable) == (0, weights)
-    assert sizes.temporaries >= 2 * L * D * F * 4 > lora.temporaries
+    sizes = plan(pj.full()).bytes
+    assert (sizes.weights, sizes.trainable) == (0, tree.nbytes(shapes_of()))
+    assert sizes.temporaries >= 2 * L * D * F * 4
 
 
 def test_flops_are_those_counted_by_hand():
