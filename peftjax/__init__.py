@@ -18,6 +18,7 @@ from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
+from peftjax.methods.sparse.paca import paca
 from peftjax.methods.sparse.snell import set_sparsity, snell
 from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
@@ -57,6 +58,7 @@ __all__ = [
     "matmul",
     "mix",
     "olora",
+    "paca",
     "pissa",
     "plan",
     "rows",
