@@ -151,7 +151,9 @@ def plan(
     """Compile one training step of `method` for `target` and read what it needs.
 
     The step is the loop of the README: `value_and_grad` over the trainable, `tx.update`, `apply_updates`,
-    with the trainable and the optimizer's state donated. Nothing random happens in it (no dropout).
+    with the trainable and the optimizer's state donated. Nothing random happens in it (no dropout). The
+    weights of a method in place hold the trained values, as after its first `write`; the writes themselves
+    are programs of their own and not in the plan.
 
     Args:
         method: the method.
@@ -189,6 +191,7 @@ def _input_shapes(
     """Shapes of trainable, optimizer state, frozen and batch, on the target's device."""
     key = jax.eval_shape(jax.random.key, 0)
     frozen, trainable = jax.eval_shape(method.init, key, params)
+    frozen = jax.eval_shape(method.write, frozen, trainable)
     state = jax.eval_shape(method.optimizer(optimizer).init, trainable)
     place = SingleDeviceSharding(machine.device)
     return jax.tree.map(
