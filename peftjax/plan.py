@@ -32,7 +32,7 @@ from peftjax import compat, losses, tree
 from peftjax.adapt import adapt
 from peftjax.errors import PeftError
 from peftjax.flops import Flops, count_flops
-from peftjax.targets.target import Target, find_target
+from peftjax.machines.machine import Machine, find_machine
 from peftjax.transform import Forward, Params, Transform
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -164,13 +164,13 @@ def plan(
         optimizer: what the method's own optimizer hook is given.
         loss: `(outputs, batch) -> scalar`.
         target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
-            `peftjax.targets.target` for the compilers they need.
+            `peftjax.machines.machine` for the compilers they need.
 
     Raises:
         PeftError: the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
             says so when the step does not fit.
     """
-    machine = find_target(target)
+    machine = find_machine(target)
     inputs = _input_shapes(method, params, batch, optimizer, machine)
     step = jax.jit(training_step(method, model, optimizer, loss), donate_argnums=(0, 1), keep_unused=True)
     traced = step.trace(*inputs)
@@ -186,7 +186,7 @@ def plan(
 
 
 def _input_shapes(
-    method: Transform, params: Params, batch: Any, optimizer: optax.GradientTransformation, machine: Target
+    method: Transform, params: Params, batch: Any, optimizer: optax.GradientTransformation, machine: Machine
 ) -> tuple[Any, Any, Any, Any]:
     """Shapes of trainable, optimizer state, frozen and batch, on the target's device."""
     key = jax.eval_shape(jax.random.key, 0)
@@ -201,7 +201,7 @@ def _input_shapes(
 
 
 def _read(
-    method: Transform, machine: Target, inputs: tuple, compiled: Any, flops: Flops, seconds: float
+    method: Transform, machine: Machine, inputs: tuple, compiled: Any, flops: Flops, seconds: float
 ) -> Plan:
     found = compiled.memory_analysis()
     trainable, state, frozen, batch = zip(inputs, compiled.input_formats[0])

@@ -11,8 +11,8 @@ from support import KEY
 
 import peftjax as pj
 from peftjax import tree
+from peftjax.machines import machine as machines
 from peftjax.plan import training_step
-from peftjax.targets import target as targets
 
 L, D, F, B = 3, 64, 256, 32
 F32 = jnp.float32
@@ -39,7 +39,7 @@ def plan(method=LORA, dtype=F32, target="cpu"):
 
 
 def needs(module):
-    return pytest.mark.skipif(not targets._is_installed(module), reason=f"{module} is not installed")
+    return pytest.mark.skipif(not machines._is_installed(module), reason=f"{module} is not installed")
 
 
 ON_EVERY_TARGET = pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_the_text_names_target_peak_and_flops():
     assert f"{found.flops:.4g}" in text
 
 
-@pytest.mark.parametrize("name", targets.GPUS)
+@pytest.mark.parametrize("name", machines.GPUS)
 def test_the_descriptions_of_gpus_are_package_data(name):
-    text = targets.gpu_description(name)
+    text = machines.gpu_description(name)
     assert f"NVIDIA {name.upper()}" in text
     assert "core_count: 132" in text
-    assert (resources.files("peftjax.targets") / f"{name}.pbtxt").is_file()
+    assert (resources.files("peftjax.machines") / f"{name}.pbtxt").is_file()
 
 
 def test_an_unknown_target_is_named_with_the_nearest():
@@ -159,7 +159,7 @@ def test_an_unknown_target_is_named_with_the_nearest():
     ],
 )
 def test_a_missing_compiler_is_named_with_its_command(target, command, monkeypatch):
-    monkeypatch.setattr(targets, "_is_installed", lambda module: False)
+    monkeypatch.setattr(machines, "_is_installed", lambda module: False)
     with pytest.raises(pj.PeftError, match=f"needs .*: {command}"):
         plan(target=target)
 
@@ -167,7 +167,7 @@ def test_a_missing_compiler_is_named_with_its_command(target, command, monkeypat
 def test_the_environment_is_as_before(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "0")
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-    with targets._defaults(targets.LIBTPU):
+    with machines._defaults(machines.LIBTPU):
         assert os.environ["TPU_SKIP_MDS_QUERY"] == "0"
         assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
     assert "TPU_WORKER_HOSTNAMES" not in os.environ

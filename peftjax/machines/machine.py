@@ -43,7 +43,7 @@ LIBTPU = {
 
 
 @dataclass(frozen=True)
-class Target:
+class Machine:
     """A device to compile for.
 
     Attributes:
@@ -59,14 +59,14 @@ class Target:
     options: Mapping[str, int] = field(default_factory=dict)
 
 
-def find_target(name: str) -> Target:
+def find_machine(name: str) -> Machine:
     """The target of that name.
 
     Raises:
         PeftError: the name is unknown, or the compiler is not installed.
     """
     if name == "cpu":
-        return Target(name, "cpu", jax.devices("cpu")[0])
+        return Machine(name, "cpu", jax.devices("cpu")[0])
     if name in GPUS:
         return _gpu(name)
     if TPU.fullmatch(name):
@@ -79,10 +79,10 @@ def find_target(name: str) -> Target:
 
 def gpu_description(name: str) -> str:
     """What the compiler needs to know of a GPU: the text of a `GpuTargetConfigProto`."""
-    return (resources.files("peftjax.targets") / f"{name}.pbtxt").read_text()
+    return (resources.files("peftjax.machines") / f"{name}.pbtxt").read_text()
 
 
-def _gpu(name: str) -> Target:
+def _gpu(name: str) -> Machine:
     plugin = next((p for p in ("cuda13", "cuda12") if _is_installed(f"jax_plugins.xla_{p}")), None)
     wanted = plugin or "cuda13"
     install = (
@@ -96,10 +96,10 @@ def _gpu(name: str) -> Target:
         raise PeftError(f"target {name!r}: jax-{plugin}-pjrt is {found} and jax {jax.__version__}: {install}")
     # One partition of one host of one device.
     device = compat.topology_device("cuda", name, topology="1x1x1", target_config=gpu_description(name))
-    return Target(name, "cuda", device, {"xla_gpu_autotune_level": 0})
+    return Machine(name, "cuda", device, {"xla_gpu_autotune_level": 0})
 
 
-def _tpu(name: str) -> Target:
+def _tpu(name: str) -> Machine:
     if not _is_installed("libtpu"):
         raise PeftError(f"target {name!r} needs the TPU's compiler: pip install libtpu")
     with _defaults(LIBTPU):
@@ -110,7 +110,7 @@ def _tpu(name: str) -> Target:
             raise PeftError(
                 f"libtpu has no topology {name!r} ({reason}); closest: {nearest(name, TPU_EXAMPLES)}"
             ) from error
-    return Target(name, "tpu", device)
+    return Machine(name, "tpu", device)
 
 
 def _is_installed(module: str) -> bool:
