@@ -76,12 +76,12 @@ class TrainedRows(Weight):
             exchanged = rule(x, values.astype(x.dtype)).astype(y.dtype)
             (axis,) = outputs_in_result(rule, self.layout, y.ndim)
             return y.at[(slice(None),) * axis + (self.rows,)].set(exchanged, mode="drop")
-        return contract(x, self._as_low_rank(), rule)
+        return contract(x, self.as_low_rank(), rule)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The base's rows, the trained ones in place."""
         if side_of(self.layout, (rule.axis,)) != "i" or not self._exchanges:
-            return contract(indices, self._as_low_rank(), rule)
+            return contract(indices, self.as_low_rank(), rule)
         found = contract(indices, self.base, rule)
         hits = indices == self.rows  # [*batch, r]: the last axis of indices has size 1
         hit = jnp.any(hits, axis=-1)
@@ -93,11 +93,11 @@ class TrainedRows(Weight):
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """The convolution of the equal low-rank weight."""
-        return contract(x, self._as_low_rank(), rule)
+        return contract(x, self.as_low_rank(), rule)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The ragged product of the equal low-rank weight."""
-        return contract(x, self._as_low_rank(), rule)
+        return contract(x, self.as_low_rank(), rule)
 
     def cast(self, dtype: Any) -> "TrainedRows":
         """The base in another dtype; the values stay as exact as they are."""
@@ -149,7 +149,8 @@ class TrainedRows(Weight):
 
         return correction(z, self.values, self.base, self.rows)
 
-    def _as_low_rank(self) -> LowRank:
+    def as_low_rank(self) -> LowRank:
+        """The same weight with factors: `a` picks the rows, `b` is what they change by."""
         if self.in_place:
             old = lax.stop_gradient(self.scale * self.values)
         else:

@@ -164,5 +164,5 @@ METHOD = MethodInfo(
     paper="PaCA, Woo et al. 2025, arXiv 2503.01905",
     trains="r·out",
     keeps="x[I], r numbers a token",
-    example={"rank": 3, "alpha": 6.0},
+    example={"rank": 2, "alpha": 4.0},
 )
