@@ -13,9 +13,9 @@ from jax import Array
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import layout_of
 from peftjax.methods.multi.adapters import as_lora
 from peftjax.methods.select.plain import train
+from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, Params, Trainable, Transform, chain
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.base import dense
