@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ import tyro
 
 import peftjax as pj
 from experiments.sparse.masked import masked
+from experiments.sparse.memory_report import NAIVE, plot, report
 from experiments.sparse.naive import naive
-from experiments.sparse.report import NAIVE, plot, report
 from peftjax.models.vit import ViTConfig, vit
 
 MODELS = {
@@ -34,19 +36,20 @@ MODELS = {
     "ViT-L/16": ViTConfig(1024, 24, 16, 4096),
     "ViT-H/14": ViTConfig(1280, 32, 16, 5120, patch_size=(14, 14)),
 }
-SNELL_8 = {"name": "snell", "rank": 8}
-ROWS: dict[str, dict[str, Any]] = {
-    "full": {"name": "full"},
-    "LoRA-8": {"name": "lora", "rank": 8},
-    "SNELL-8": SNELL_8,
-    "SNELL-32": {"name": "snell", "rank": 32},
-    "SNELLA-32": {"name": "snella", "rank": 32, "total_steps": 10_000},
-    "masked": {},
-    "PaCA-16": {"name": "paca", "rank": 16},
-    "SHiRA-8": {"name": "shira", "rank": 8},
-    "SHiRA-8 in place": {"name": "shira", "rank": 8, "in_place": True},
+ROWS: dict[str, Callable[[], pj.Transform]] = {
+    "full": pj.full,
+    "LoRA-8": partial(pj.lora, rank=8),
+    "SNELL-8": partial(pj.snell, rank=8),
+    "SNELL-32": partial(pj.snell, rank=32),
+    "SNELLA-32": partial(pj.snella, rank=32, total_steps=10_000),
+    "masked": masked,
+    "PaCA-16": partial(pj.paca, rank=16),
+    "PaCA-16 in place": partial(pj.paca, rank=16, in_place=True),
+    "SHiRA-8": partial(pj.shira, rank=8),
+    "SHiRA-8 in place": partial(pj.shira, rank=8, in_place=True),
+    NAIVE: lambda: naive(pj.snell(rank=8)),
 }
-"""Methods by the name in the table, as `pj.build` takes them; `masked` is this experiment's own."""
+"""Methods by their name in the tables; the last is measured on the first model only."""
 TRAINED_TOO = ["classifier", "class_token"]
 
 
@@ -60,8 +63,8 @@ class Options:
     """The machine."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models."""
-    rows: tuple[str, ...] = (*ROWS, NAIVE)
-    """Which methods; the last, for the first model only, is SNELL-8 without its closed form."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Which methods."""
     batch: int = 8
     """Images a step."""
     classes: int = 1000
@@ -70,15 +73,8 @@ class Options:
 
 def method_of(row: str) -> pj.Transform:
     """The method of a row, with the head and the class token."""
-    if row == "full":
-        return pj.full()
-    if row == "masked":
-        method = masked()
-    elif row == NAIVE:
-        method = naive(pj.build(SNELL_8))
-    else:
-        method = pj.build(ROWS[row])
-    return pj.chain(method, pj.train(TRAINED_TOO))
+    method = ROWS[row]()
+    return method if row == "full" else pj.chain(method, pj.train(TRAINED_TOO))
 
 
 def measure(config: ViTConfig, row: str, options: Options) -> pj.Plan:

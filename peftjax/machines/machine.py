@@ -38,8 +38,10 @@ LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu would else ask of the cloud's metadata server; it does not bear on the topology."""
+"""What libtpu would else ask of the cloud's metadata server, which does not bear on the topology; and that no
+process keeps others from compiling."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _tpu(name: str) -> Machine:
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise PeftError(
-                f"libtpu has no topology {name!r} ({reason}); closest: {nearest(name, TPU_EXAMPLES)}"
+                f"libtpu refuses the topology {name!r} ({reason}); closest: {nearest(name, TPU_EXAMPLES)}"
             ) from error
     return Machine(name, "tpu", device)
 
