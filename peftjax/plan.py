@@ -180,7 +180,8 @@ def plan(
     try:
         compiled = lowered.compile(compiler_options=dict(machine.options))
     except jax.errors.JaxRuntimeError as error:
-        raise PeftError(f"{method.name} on {target}: the compiler refuses the step: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise PeftError(f"{method.name} on {target}: the compiler refuses the step: {reason}") from error
     seconds = time.perf_counter() - start
     return _read(method, machine, inputs, compiled, flops, seconds)
 

@@ -99,6 +99,22 @@ def test_flops_are_those_counted_by_hand():
     assert plan().flops == 2 * 2 * L * product + head + 3 * 2 * L * thin
 
 
+def test_a_method_in_place_needs_no_product_of_its_own():
+    rows = lambda **options: plan(pj.paca(rank=4, targets=["up", "down"], **options))
+    beside, inside = rows(), rows(in_place=True)
+    assert inside.bytes.method_state > beside.bytes.method_state  # the original rows
+    # Forward and for the gradient of the input, the rows' own product; and that of the values in both.
+    assert beside.flops - inside.flops == 2 * 2 * L * B * 4 * (D + F)
+
+
+@pytest.mark.slow
+@needs("libtpu")
+def test_a_step_that_does_not_fit_is_an_error_with_its_size():
+    params = {**shapes_of(), "unused": jax.ShapeDtypeStruct((2**33,), F32)}
+    with pytest.raises(pj.PeftError, match=r"chain on v5e:2x2: the compiler refuses the step: .*hbm.*G of"):
+        pj.plan(LORA, model, params, BATCH, optimizer=optax.adam(1e-3), target="v5e:2x2")
+
+
 def test_it_is_the_loop_of_the_readme():
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes_of())
     batch = {"x": jnp.ones((B, D)), "labels": jnp.zeros(B, jnp.int32)}
