@@ -8,14 +8,15 @@
     pallas_call    its `cost_estimate`
     shard_map      body · number of shards
 
-A multiplication and an addition are two. Element-wise operations, reductions and sorts count nothing. What
+A multiplication and an addition are two. Element-wise operations, reductions and sorts count nothing, and
+neither does what no output needs: backward rules leave such products, and the compiler drops them. What
 cannot be counted is named, never left out in silence: a `while` with products, a Pallas kernel without an
 estimate, foreign calls, decompositions and Fourier transforms. (The compiler's own `cost_analysis()` counts
 a loop's body once, and a GPU's gives nothing for a topology.)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +49,52 @@ class Flops:
 
 def count_flops(jaxpr: Any, platform: str = "cpu") -> Flops:
     """The FLOPs of a jaxpr, open or closed, lowered for `platform` ("cpu", "cuda", "tpu")."""
+    inner = compat.open_jaxpr(jaxpr)[0]
+    return _count(inner, [True] * len(inner.outvars), platform)[0]
+
+
+def _count(jaxpr: Any, used: Sequence[bool], platform: str) -> tuple[Flops, list[bool]]:
+    """The FLOPs that the outputs in use need, and which inputs they need."""
     total = Flops(0)
-    for eqn in compat.open_jaxpr(jaxpr)[0].eqns:
-        total += _of_equation(eqn, platform)
-    return total
+    live = {variable for variable, use in zip(jaxpr.outvars, used) if use and not compat.is_literal(variable)}
+    for eqn in reversed(jaxpr.eqns):
+        of_outputs = [variable in live for variable in eqn.outvars]
+        if any(of_outputs) or eqn.effects:
+            flops, needed = _of_equation(eqn, of_outputs, platform)
+            total += flops
+            live |= {v for v, need in zip(eqn.invars, needed) if need and not compat.is_literal(v)}
+    return total, [variable in live for variable in jaxpr.invars]
 
 
-def _of_equation(eqn: Any, platform: str) -> Flops:
+def _of_equation(eqn: Any, used: list[bool], platform: str) -> tuple[Flops, list[bool]]:
+    if eqn.primitive.name == "scan":
+        return _of_scan(eqn.params, used, len(eqn.invars), platform)
+    flops = _of_primitive(eqn, platform)
+    if flops is not None:
+        return flops, [True] * len(eqn.invars)
+    jaxprs = [compat.open_jaxpr(inner)[0] for inner in _inner(eqn.params)]
+    if len(jaxprs) == 1 and len(jaxprs[0].invars) == len(eqn.invars):  # a call: jit, remat, custom rules
+        return _count(jaxprs[0], used, platform)
+    return sum((count_flops(inner, platform) for inner in jaxprs), Flops(0)), [True] * len(eqn.invars)
+
+
+def _of_scan(
+    params: dict[str, Any], used: list[bool], inputs: int, platform: str
+) -> tuple[Flops, list[bool]]:
+    """The body with the outputs in use, and with the carries that those in use need in later turns."""
+    body = compat.open_jaxpr(params["jaxpr"])[0]
+    n_carry = len(compat.split_scan(params, [False] * n_inputs)[1])
+    carried = used[:n_carry]
+    while True:
+        flops, needed = _count(body, [*carried, *used[n_carry:]], platform)
+        wanted = compat.split_scan(params, needed)[1]
+        if all(have or not want for have, want in zip(carried, wanted)):
+            return flops * params["length"], needed
+        carried = [have or want for have, want in zip(carried, wanted)]
+
+
+def _of_primitive(eqn: Any, platform: str) -> Flops | None:
+    """The FLOPs of what has a formula or a name of its own."""
     name, params = eqn.primitive.name, eqn.params
     match name:
         case "dot_general":
@@ -66,8 +106,6 @@ def _of_equation(eqn: Any, platform: str) -> Flops:
             return Flops(_product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions)))
         case "conv_general_dilated":
             return Flops(_convolution(eqn))
-        case "scan":
-            return count_flops(params["jaxpr"], platform) * params["length"]
         case "while":
             turn = count_flops(params["cond_jaxpr"], platform) + count_flops(params["body_jaxpr"], platform)
             return turn + Flops(0, ("while (one turn counted)",) if turn.total else ())
@@ -78,9 +116,7 @@ def _of_equation(eqn: Any, platform: str) -> Flops:
         case "pallas_call":
             estimate = params["cost_estimate"]
             return Flops(0, (f"pallas_call {params['name']}",)) if estimate is None else Flops(estimate.flops)
-    if name in UNCOUNTED:
-        return Flops(0, (name,))
-    return sum((count_flops(inner, platform) for inner in _inner(params)), Flops(0))
+    return Flops(0, (name,)) if name in UNCOUNTED else None
 
 
 def _product(eqn: Any, shared: tuple[int, ...]) -> int:

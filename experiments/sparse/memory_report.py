@@ -27,7 +27,7 @@ def report(results: Results) -> str:
     some = next(iter(next(iter(results.values())).values()))
     lines = [
         f"One training step as compiled for {some['device']} by jax {some['jax']}: batch {some['batch']}, "
-        f"224 x 224, float32, AdamW, {some['classes']} classes. MiB; the paper's numbers (PyTorch) as printed.",
+        f"224 x 224, float32, AdamW, {some['classes']} classes. MiB; the paper's numbers as printed.",
         "",
     ]
     kinds = (kind.replace("_", " ") for kind in KINDS)

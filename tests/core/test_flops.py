@@ -49,6 +49,25 @@ def test_remat_of_a_last_product_makes_nothing_again():
     assert flops(jax.grad(lambda w, x: run(w, x).sum()), SQUARE, SQUARE).total == 2 * ONE
 
 
+def test_a_product_that_nothing_needs_is_not_counted():
+    def pull(w, x):
+        _, back = jax.vjp(lambda w: x @ w, w)
+        return back(x)[0]
+
+    assert flops(pull, SQUARE, SQUARE).total == ONE
+    assert flops(jax.jit(lambda w, x: (w @ x, w)[1]), SQUARE, SQUARE).total == 0
+
+
+def test_a_carry_counts_where_a_later_turn_needs_it():
+    def turn(carry, _):
+        alone, first, second = carry
+        return (alone @ alone, first @ first, first + second), second
+
+    run = lambda x: jax.lax.scan(turn, (x, x, x), length=5)
+    assert flops(lambda x: run(x)[1], SQUARE).total == 5 * ONE
+    assert flops(lambda x: run(x)[0], SQUARE).total == 2 * 5 * ONE
+
+
 def test_a_ragged_product_and_its_gradients():
     groups = jnp.array([1, 2, 3])
     x, w = jnp.ones((N, K)), jnp.ones((3, K, M))
