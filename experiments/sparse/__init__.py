@@ -1,1 +1,1 @@
-"""What sparse tuning needs in memory."""
+"""Sparse methods beside low-rank ones: which, with how many parameters, and on what."""

@@ -2,6 +2,7 @@
 
 import os
 from importlib import resources
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from support import KEY
 
 import peftjax as pj
-from peftjax import tree
+from peftjax import compat, tree
 from peftjax.machines import machine as machines
 from peftjax.plan import training_step
 
@@ -142,6 +143,22 @@ def test_arrays_and_a_key_in_the_frozen_state_are_counted():
     sizes = plan(pj.Transform("shift", {}, init, apply)).bytes
     assert sizes.method_state == 3 * 8
     assert sizes.weights == tree.nbytes(shapes_of())
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "tiling", "held"),
+    [
+        ((768, 8), (0, 1), ((8, 128),), (768, 128)),
+        ((768, 8), (1, 0), ((8, 128),), (8, 768)),
+        ((3, 5, 200), (0, 1, 2), ((8, 128), (2, 1)), (3, 8, 256)),
+        ((5,), (0,), ((128,),), (128,)),
+        ((5,), (0,), ((2, 128),), (2, 128)),
+        ((5, 7), (0, 1), (), (5, 7)),
+    ],
+)
+def test_a_device_fills_up_the_tiles_of_its_layout(shape, order, tiling, held):
+    layout = SimpleNamespace(major_to_minor=order, tiling=tiling)
+    assert compat.padded_shape(shape, layout) == held
 
 
 def test_the_text_names_target_peak_and_flops():
