@@ -27,6 +27,7 @@ from peftjax.methods.sparse.shira import shira
 from peftjax.methods.sparse.snell import set_sparsity, snell
 from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
+from peftjax.plan import Plan, plan
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
 from peftjax.weights.base import Weight, dense, matmul
 
@@ -36,6 +37,7 @@ __all__ = [
     "Generated",
     "MethodInfo",
     "PeftError",
+    "Plan",
     "Transform",
     "Weight",
     "adapt",
@@ -67,6 +69,7 @@ __all__ = [
     "paca",
     "patches",
     "pissa",
+    "plan",
     "rows",
     "rslora",
     "sara",

@@ -1,11 +1,13 @@
 """Every line that depends on the version of JAX, or on an API that JAX does not promise."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 from jax.extend import core as jex
 from jax.interpreters import batching, mlir
 
@@ -169,3 +171,23 @@ def _on_one_device(context: Any) -> bool:
         return False
     manual = context.manual_axes | set(context.mesh.manual_axes)
     return manual == set(context.mesh.axis_names)
+
+
+def number_of_shards(params: dict[str, Any]) -> int:
+    """How many shards a `shard_map` equation runs its body for."""
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
+
+
+def topology_device(platform: str, name: str, **options: Any) -> jax.Device:
+    """The first device of a machine that need not exist; programs can be compiled for it, not run."""
+    return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices[0]
+
+
+def padded_shape(shape: Sequence[int], layout: Any) -> tuple[int, ...]:
+    """An array's axes as a device holds them, major first, filled up to whole tiles of its layout."""
+    axes = [shape[axis] for axis in layout.major_to_minor]
+    tile = layout.tiling[0] if layout.tiling else ()
+    axes = [1] * (len(tile) - len(axes)) + axes
+    whole = len(axes) - len(tile)
+    return (*axes[:whole], *(-(-size // step) * step for size, step in zip(axes[whole:], tile)))

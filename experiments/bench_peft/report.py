@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
+
 
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
@@ -16,27 +18,46 @@ def table(results: dict[str, Any]) -> str:
         + f"; huge pages {'on' if results['huge_pages'] else 'off'}; "
         f"{results['rounds_counted']} quiet rounds of {results['rounds_tried']}.",
         "",
-        "| entrant | s/step (median) | peak above loaded, MiB | after the first step, MiB | compile s "
-        "| first loss | last loss |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {e['name']} | {e['median_seconds']:.2f} | {e['peak_mib']:.0f} | {e['steady_peak_mib']:.0f} "
-        f"| {e['compile_seconds']:.1f} | {e['first_loss']:.5f} | {e['last_loss']:.5f} |"
-        for e in results["entrants"]
-    ]
-    lines += [
+        *markdown.table(
+            [
+                "entrant",
+                "s/step (median)",
+                "peak above loaded, MiB",
+                "after the first step, MiB",
+                "compile s",
+                "first loss",
+                "last loss",
+            ],
+            map(_entrant, results["entrants"]),
+        ),
         "",
-        "| peftjax / peft | step time, median of pairs [range] | peak memory | after the first step |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['method']}{' + checkpointing' if r['checkpointing'] else ''} | {r['step_time']:.2f} "
-        f"[{r['step_time_range'][0]:.2f}, {r['step_time_range'][1]:.2f}] | {r['peak_memory']:.2f} "
-        f"| {r['steady_peak_memory']:.2f} |"
-        for r in results["ratios"]
+        *markdown.table(
+            ["peftjax / peft", "step time, median of pairs [range]", "peak memory", "after the first step"],
+            map(_ratio, results["ratios"]),
+        ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _entrant(e: dict[str, Any]) -> list[str]:
+    return [
+        e["name"],
+        f"{e['median_seconds']:.2f}",
+        f"{e['peak_mib']:.0f}",
+        f"{e['steady_peak_mib']:.0f}",
+        f"{e['compile_seconds']:.1f}",
+        f"{e['first_loss']:.5f}",
+        f"{e['last_loss']:.5f}",
+    ]
+
+
+def _ratio(r: dict[str, Any]) -> list[str]:
+    return [
+        f"{r['method']}{' + checkpointing' if r['checkpointing'] else ''}",
+        f"{r['step_time']:.2f} [{r['step_time_range'][0]:.2f}, {r['step_time_range'][1]:.2f}]",
+        f"{r['peak_memory']:.2f}",
+        f"{r['steady_peak_memory']:.2f}",
+    ]
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
