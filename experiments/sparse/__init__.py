@@ -1,0 +1,1 @@
+"""Sparse methods beside low-rank ones: which, with how many parameters, and on what."""

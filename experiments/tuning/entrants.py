@@ -1,0 +1,81 @@
+"""Who takes part in a comparison: methods, and how to make them for a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.models.backbone import Backbone, Params
+from peftjax.train.options import with_new_head
+
+HEAD = ["head/classifier"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a method may need to know of the run that it is made for.
+
+    Attributes:
+        steps: optimizer steps.
+        gradients: computes the loss's gradient by every parameter before training, averaged over the
+            training examples; the structure of the parameters.
+    """
+
+    steps: int
+    gradients: Callable[[], Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """One line of the table.
+
+    Attributes:
+        label: its name there.
+        make: the method for a run.
+        matched: whether it has to train as many parameters as the others; a reference point does not.
+    """
+
+    label: str
+    make: Callable[[Setting], pj.Transform]
+    matched: bool = True
+
+
+def references() -> tuple[Entrant, ...]:
+    """What any method is compared with, whatever it trains: all, the biases, nothing but the head."""
+    return (
+        Entrant("full", lambda setting: pj.full(), matched=False),
+        Entrant("bitfit", lambda setting: pj.bitfit(), matched=False),
+        Entrant("head only", lambda setting: pj.train(HEAD), matched=False),
+    )
+
+
+def method_for(entrant: Entrant, setting: Setting, model: Backbone, params: Params) -> pj.Transform:
+    """The entrant's method and, where that leaves it alone, plain training of the classifier."""
+    return with_new_head(entrant.make(setting), model, params)
+
+
+def adapter_size(method: pj.Transform, params: Params) -> int:
+    """Trained parameters without the classifier's, which every entrant trains."""
+    _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
+    return tree.count(trainable) - tree.count(params["head"]["classifier"])
+
+
+def require_equal(sizes: Sequence[tuple[Entrant, int]], tolerance: float) -> None:
+    """Check that the matched entrants train as many parameters as the first of them.
+
+    Raises:
+        PeftError: one is further away than `tolerance`, relative to the first.
+    """
+    matched = [(entrant.label, size) for entrant, size in sizes if entrant.matched]
+    for label, size in matched[1:]:
+        first, wanted = matched[0]
+        if abs(size - wanted) > tolerance * wanted:
+            raise PeftError(
+                f"{label} trains {size:,} parameters and {first} {wanted:,}, more than {tolerance:.0%} "
+                "apart: choose another rank or density"
+            )
