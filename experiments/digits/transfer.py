@@ -114,7 +114,7 @@ def transfer(
         "rate": best,
         "validation": {str(rate): [score["accuracy"] for score in scores[rate]] for rate in options.rates},
         "accuracy": [trainer.evaluate(run, [test.batch()])["accuracy"] for run in runs[best]],
-        "step_seconds": float(np.median([run.seconds for run in every])),
+        "step_seconds": float(np.median([run.seconds for run in every if run.seconds])),
         "compile_seconds": sum(run.compiled_seconds for run in every),
     }
 

@@ -153,7 +153,7 @@ def make_line(entrant: Entrant, runs: list[Run]) -> dict[str, Any]:
         "trained": runs[0]["trained"],
         "rate": runs[0]["rate"],
         "accuracy": [run["accuracy"] for run in runs],
-        "step_seconds": statistics.median(run["step_seconds"] for run in runs),
+        "step_seconds": statistics.median(run["step_seconds"] for run in runs if run["step_seconds"]),
     }
 
 
@@ -172,7 +172,7 @@ def describe(settings: Mapping[str, Any], texts: int) -> str:
 
 
 def main(options: Options) -> None:
-    """Run what is missing, and write the results after every method.
+    """Run what is missing, and write the results.
 
     Raises:
         PeftError: the recorded runs have other settings, or matched methods train different numbers of
@@ -200,9 +200,8 @@ def main(options: Options) -> None:
             return record.recall(identity, lambda: fit(rate, seed))
 
         lines.append(make_line(entrant, best_runs(run, options.rates, options.seeds)))
-        results = {"settings": settings, "lines": lines}
-        table = write_report(options.output, describe(settings, len(texts.test.labels)), results)
-    print(table)
+    about = describe(settings, len(texts.test))
+    print(write_report(options.output, about, {"settings": settings, "lines": lines}))
 
 
 if __name__ == "__main__":
