@@ -27,13 +27,13 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import peftjax as pj
 from experiments.digits.data import Images, load_images
 from experiments.digits.pretrain import Pretraining, pretrain
 from experiments.digits.transfer import Transfer, make_method, make_tasks, transfer
 from experiments.tuning.entrants import Entrant, adapter_size, references, require_equal
+from experiments.tuning.progress import progress_bar
 from experiments.tuning.report import write_report
 from peftjax import tree
 
@@ -81,12 +81,9 @@ def compare(
         TOLERANCE,
     )
     lines = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(entrants) * len(settings.rates) * settings.seeds)
+    with progress_bar(len(entrants) * len(settings.rates) * settings.seeds, console) as advance:
         for entrant in entrants:
-            progress.update(bar, description=entrant.label)
-            lines.append(transfer(entrant, base, tasks, test, settings, lambda: progress.advance(bar)))
+            lines.append(transfer(entrant, base, tasks, test, settings, advance))
             scores = ", ".join(f"{score:.3f}" for score in lines[-1]["accuracy"])
             console.print(f"{entrant.label}: {scores} at learning rate {lines[-1]['rate']:g}")
     return {

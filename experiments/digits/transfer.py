@@ -74,7 +74,7 @@ def transfer(
     tasks: list[Task],
     test: Images,
     options: Transfer,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[str], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Train at every rate from every seed; test at the rate with the best mean validation accuracy.
 
@@ -87,7 +87,7 @@ def transfer(
         tasks: one for each seed.
         test: the test images.
         options: of the transfer.
-        advance: called after each run.
+        advance: called after each run with its name.
 
     Returns:
         A line of `experiments.tuning.report`.
@@ -101,7 +101,7 @@ def transfer(
         for task, method in zip(tasks, methods):
             batches = training_batches(task.train, options.batch, task.seed)
             runs[rate].append(trainer.fit(method, task.params, batches, rate, task.seed))
-            advance()
+            advance(f"{entrant.label}, learning rate {rate:g}, seed {task.seed}")
         scores[rate] = [
             trainer.evaluate(run, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)
         ]

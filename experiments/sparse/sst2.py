@@ -23,12 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 import peftjax as pj
 from experiments.sparse.entrants import entrants
 from experiments.tuning.entrants import Entrant, Setting, adapter_size, method_for, require_equal
+from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Run, open_record
 from experiments.tuning.report import write_report
 from experiments.tuning.trainer import make_trainer, mean_gradients
@@ -191,15 +190,19 @@ def main(options: Options) -> None:
     }
     del settings["output"]
     record = open_record(options.output / "runs.json", settings)
-    lines: list[dict[str, Any]] = []
-    for entrant in track(chosen, "fine-tuning", console=Console(stderr=True)):
-        fit = make_runner(entrant, texts, options)
+    lines = []
+    runs_of_each = len(options.rates) + options.seeds - 1
+    with progress_bar(runs_of_each * len(chosen)) as advance:
+        for entrant in chosen:
+            fit = make_runner(entrant, texts, options)
 
-        def run(rate: float, seed: int, entrant: Entrant = entrant, fit: Any = fit) -> Run:
-            identity = {"label": entrant.label, "rate": rate, "seed": seed}
-            return record.recall(identity, lambda: fit(rate, seed))
+            def run(rate: float, seed: int, label: str = entrant.label, fit: Any = fit) -> Run:
+                identity = {"label": label, "rate": rate, "seed": seed}
+                found = record.recall(identity, lambda: fit(rate, seed))
+                advance(f"{label}, learning rate {rate:g}, seed {seed}: {found['accuracy']:.4f}")
+                return found
 
-        lines.append(make_line(entrant, best_runs(run, options.rates, options.seeds)))
+            lines.append(make_line(entrant, best_runs(run, options.rates, options.seeds)))
     about = describe(settings, len(texts.test))
     print(write_report(options.output, about, {"settings": settings, "lines": lines}))
 
