@@ -18,6 +18,8 @@ from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
+from peftjax.methods.sparse.snell import set_sparsity, snell
+from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
 from peftjax.transform import Frozen, MethodInfo, Transform, chain
 from peftjax.weights.base import Weight, dense, matmul
@@ -57,5 +59,8 @@ __all__ = [
     "rows",
     "rslora",
     "save",
+    "set_sparsity",
+    "snell",
+    "snella",
     "train",
 ]

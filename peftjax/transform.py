@@ -196,6 +196,7 @@ class MethodInfo:
         example: options for the conformance tests, on tiny models.
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
         replaces_base: whether `init` puts another array in the place of an adapted one.
+        steered: names of trainable slots that the method's optimizer hook sets; their gradient is zero.
     """
 
     name: str
@@ -208,3 +209,4 @@ class MethodInfo:
     example: Mapping[str, Any] = field(default_factory=dict)
     starts_as_base: bool = True
     replaces_base: bool = False
+    steered: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from typing import Any
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
+from peftjax.methods.sparse import snell, snella
 from peftjax.transform import MethodInfo, Transform, chain
 from peftjax.tree import nearest
 
@@ -20,6 +21,8 @@ METHODS: dict[str, MethodInfo] = {
         dora.METHOD,
         pissa.METHOD,
         olora.METHOD,
+        snell.METHOD,
+        snella.METHOD,
         rows.METHOD,
         *plain.METHODS,
     )

@@ -86,19 +86,19 @@ class Weight(Opaque):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """X times this weight."""
-        return _merged(rule, x, self)
+        return lazily_merged(rule, x, self)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight."""
-        return _merged(rule, indices, self)
+        return lazily_merged(rule, indices, self)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """X convolved with this weight."""
-        return _merged(rule, x, self)
+        return lazily_merged(rule, x, self)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """Rows of x times their experts' matrices."""
-        return _merged(rule, x, self)
+        return lazily_merged(rule, x, self)
 
     # Views. Each returns None when the weight has no such view without being densified.
 
@@ -296,6 +296,6 @@ def matmul(x: Array, w: Any) -> Array:
     return contract(x, w, Dot(x_contract=(x.ndim - 1,), w_contract=(0,)))
 
 
-def _merged(rule: Callable[[Array, Array], Array], x: Array, w: Weight) -> Array:
-    # Rematerialised, so that the backward pass keeps the parts of the weight and never its dense value.
+def lazily_merged(rule: Callable[[Array, Array], Array], x: Array, w: Weight) -> Array:
+    """The rule on x and the dense weight, which is made again in backward: only its parts are kept."""
     return jax.checkpoint(lambda x, w: rule(x, w.dense()))(x, w)

@@ -86,6 +86,20 @@ class Case:
         return (self.frozen, self.fresh, self.trained, self.model.params)
 
 
+def is_steered(info, path):
+    """Whether the leaf at that key path is set by the method's optimizer and not by its gradient."""
+    return any(path.endswith(f"['{name}']") for name in info.steered)
+
+
+def as_trained(info, trainable):
+    """What training moves, moved; what the optimizer steers, as it started."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, new, old: old if is_steered(info, jax.tree_util.keystr(path)) else new,
+        moved(trainable),
+        trainable,
+    )
+
+
 @functools.cache
 def made(method_name: str, model_name: str) -> Case | str:
     model, method = tiny(model_name), method_of(method_name)
@@ -97,7 +111,8 @@ def made(method_name: str, model_name: str) -> Case | str:
         return str(error)
     step = step_of(method, model.forward)
     step = jax.jit(step) if model_name in MODELS else step  # op by op, the methods share what is compiled
-    return Case(model_name, model, method, frozen, trainable, moved(trainable), step)
+    trained = as_trained(pj.METHODS[method.name], trainable)
+    return Case(model_name, model, method, frozen, trainable, trained, step)
 
 
 @functools.cache
@@ -211,7 +226,7 @@ def test_every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case):
     for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), path
         assert bool(jnp.isfinite(grad).all()), path
-        assert float(jnp.abs(grad).max()) > 0, path
+        assert (float(jnp.abs(grad).max()) > 0) != is_steered(case.info, path), path
 
 
 def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss(case):
@@ -219,7 +234,7 @@ def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss
     stepped = case.at_trained["stepped"]
     for path, new, old in pairs(stepped, case.trained):
         assert new.dtype == old.dtype, path
-        assert not np.array_equal(new, old), path
+        assert is_steered(case.info, path) or not np.array_equal(new, old), path
     after = case.step(stepped, case.frozen, case.model.batch)
     assert float(after["loss"]) < float(case.at_trained["loss"])
     assert same(case.given, before)
@@ -242,6 +257,8 @@ def test_bfloat16_computation(smallest):
     assert_close(got["out"], want["out"], 5e-2)
     for path, grad, wanted in pairs(got["grads"], want["grads"]):
         assert grad.dtype == wanted.dtype, path
+        if is_steered(smallest.info, path):
+            continue
         cosine = np.vdot(grad, wanted) / (np.linalg.norm(grad) * np.linalg.norm(wanted))
         assert cosine > 0.99, path
 
@@ -249,7 +266,7 @@ def test_bfloat16_computation(smallest):
 def test_bfloat16_parameters(smallest):
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), smallest.model.params)
     frozen, trainable = smallest.method.init(KEY, params)
-    merged = smallest.method.merge(frozen, moved(trainable))
+    merged = smallest.method.merge(frozen, as_trained(smallest.info, trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
     if smallest.info.starts_as_base:
         assert_close(smallest.method.merge(frozen, trainable), params, 1e-2)
@@ -318,6 +335,6 @@ def test_on_a_base_that_is_not_a_plain_array(smallest):
         if smallest.info.quantized_base or refused is None:
             raise
         return
-    trained = moved(trainable)
+    trained = as_trained(smallest.info, trainable)
     out = pj.adapt(smallest.model.forward)(method.apply(frozen, trained), smallest.model.batch)
     assert_close(out, plain("words")(method.merge(frozen, trained), smallest.model.batch))

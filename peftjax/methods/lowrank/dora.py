@@ -18,8 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.lowrank.factors import Target, start_uniform
+from peftjax.methods.lowrank.factors import start_uniform
 from peftjax.methods.lowrank.lora import Wrap, checked_options, low_rank
+from peftjax.methods.targets import Target
 from peftjax.transform import MethodInfo, Transform
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.scaled import ScaledColumns, column_squares

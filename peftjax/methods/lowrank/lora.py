@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import optax
 from jax import Array
 
@@ -28,14 +27,12 @@ from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import (
     Bias,
     Start,
-    Target,
-    all_layers,
     find_targets,
-    key_for,
     start_gaussian,
     start_orthogonal,
     start_uniform,
 )
+from peftjax.methods.targets import Target, all_layers, key_for, keys_of_matrices
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
 from peftjax.weights.base import Weight
@@ -195,7 +192,7 @@ def low_rank(
                 target.layout,
                 target.scale,
                 dropout if key is not None else 0.0,
-                _dropout_keys(key, target) if dropout > 0.0 else None,
+                keys_of_matrices(key, target) if dropout > 0.0 else None,
             )
             rewritten[target.path] = weight if wrap is None else wrap.apply(target, weight, slots)
         return tree.replace(params, rewritten)
@@ -204,7 +201,7 @@ def low_rank(
     return Transform(name, options, init, apply, **hook)
 
 
-def _biases(name: str, params: Any, plan: list[Target], bias: Bias) -> list[str]:
+def _biases(name: str, params: Any, plan: Sequence[Target], bias: Bias) -> list[str]:
     if bias == "none":
         return []
     paths = [path for path in tree.named_leaves(params) if path.rsplit("/", 1)[-1] == "bias"]
@@ -214,13 +211,6 @@ def _biases(name: str, params: Any, plan: list[Target], bias: Bias) -> list[str]
     if not paths:
         raise PeftError(f"{name}: bias={bias!r} was asked for but the model has no such bias")
     return paths
-
-
-def _dropout_keys(key: Array | None, target: Target) -> Array | None:
-    if key is None:
-        return None
-    own = key_for(key, target.path)
-    return jax.random.split(own, target.layout.stack) if target.layout.stack else own
 
 
 METHOD = MethodInfo(

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.lowrank.factors import Target, is_embedding
+from peftjax.methods.lowrank.factors import is_embedding
 from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
+from peftjax.methods.targets import Target
 from peftjax.transform import MethodInfo, Transform
 
 

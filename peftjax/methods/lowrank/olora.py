@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.lowrank.factors import Target, plain_matrices, residual
+from peftjax.methods.lowrank.factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank.lora import checked_options, low_rank
 from peftjax.transform import MethodInfo, Transform
 
@@ -30,7 +30,7 @@ def olora(**options: Any) -> Transform:
     return low_rank("olora", checked_options("olora", options, leave_out=("init",)), _start)
 
 
-def _start(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Array]:
+def _start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
     q, r = jnp.linalg.qr(plain_matrices("olora", target, leaf).swapaxes(-1, -2))
     a = r[..., : target.rank, :]
     b = q[..., :, : target.rank].swapaxes(-1, -2)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import Target, plain_matrices, residual
+from peftjax.methods.lowrank.factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank.lora import checked_options, low_rank
 from peftjax.transform import MethodInfo, Transform
 
@@ -35,7 +35,7 @@ def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
     if iterations is not None and iterations < 1:
         raise PeftError(f"pissa: iterations must be positive, got {iterations}")
 
-    def start(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Array]:
+    def start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
         w = plain_matrices("pissa", target, leaf)
         u, sizes, vt = (
             jnp.linalg.svd(w, full_matrices=False)

@@ -14,7 +14,7 @@ from jax import Array
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import layout_of
+from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
 from peftjax.weights.base import contract

@@ -1,0 +1,83 @@
+"""The three public functions: the update, its threshold, and the sparsified update with its gradient."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from peftjax.kernels.kernelised_merge import reference, selection
+from peftjax.kernels.kernelised_merge.map import Map, check
+
+Implementation = Literal["auto", "reference"]
+
+
+def update(a: Array, b: Array, scalars: Mapping[str, Array], map: Map) -> Array:
+    """The update without a sparsifier, float32 `[*stack, n, m]`; differentiable as `sparse_update` is.
+
+    a: `[*stack, P, q, n]`; b: `[*stack, P, q, m]`; scalars: as for `sparse_update`.
+    """
+    no_threshold = jnp.zeros(a.shape[:-3], jnp.float32)
+    return sparse_update(a, b, scalars, no_threshold, replace(map, mode="none"))
+
+
+def threshold(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: Map) -> Array:
+    """The threshold of |dW|, one per matrix, float32 `[*stack]`, not differentiated.
+
+    `released` and `hard`: the quantile of |dW| at `level`, interpolated linearly as torch.quantile does.
+    `paper`: the ceil(level·n·m)-th smallest |dW|. `none`: zero, as nothing is pruned. At level 0 it is the
+    smallest |dW|, which the strict comparison prunes: whoever wants no sparsifier takes mode `none`.
+
+    a, b, scalars: as for `sparse_update`. level: `[*stack]` in [0, 1], traced: another level compiles
+    nothing. Found by selection (`selection.quantile`), so a matrix may have up to 2^31 - 1 entries.
+    """
+    check(a, b, scalars, level, map)
+    if map.mode == "none":
+        return jnp.zeros(level.shape, jnp.float32)
+    a, b, scalars, level = jax.tree.map(lax.stop_gradient, (a, b, dict(scalars), level))
+    magnitudes = jnp.abs(update(a, b, scalars, map))
+    return selection.quantile(selection.counter(magnitudes), level, a.shape[-1] * b.shape[-1], map)
+
+
+def sparse_update(
+    a: Array,
+    b: Array,
+    scalars: Mapping[str, Array],
+    t: Array,
+    map: Map,
+    *,
+    implementation: Implementation = "auto",
+) -> Array:
+    """The sparsified update dW^s, float32 `[*stack, n, m]`.
+
+    a: `[*stack, P, q, n]`, b: `[*stack, P, q, m]`, of P heads and rank q, in any float dtype; computed in
+    float32. scalars: `[*stack]` under each name of `map.scalars`. t: `[*stack]`, from `threshold`.
+
+    The gradient is that of a, b and the scalars; t and the sparsifier's factor are constants. The backward
+    pass keeps a, b, the scalars and t, and nothing with n·m elements.
+
+    Raises `PeftError` where shapes, heads or scalars do not fit the map.
+    """
+    check(a, b, scalars, t, map)
+    return _sparse_update(map, implementation, a, b, dict(scalars), t)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sparse_update(map: Map, implementation: Implementation, *operands: Any) -> Array:
+    return reference.forward(*operands, map)
+
+
+def _keep(map: Map, implementation: Implementation, *operands: Any) -> tuple[Array, tuple]:
+    return _sparse_update(map, implementation, *operands), operands
+
+
+def _gradients(map: Map, implementation: Implementation, kept: tuple, g: Array) -> tuple:
+    of_a, of_b, of_scalars = reference.backward(*kept, g, map)
+    gradients = (of_a, of_b, of_scalars, jnp.zeros_like(kept[3]))
+    return jax.tree.map(lambda gradient, primal: gradient.astype(primal.dtype), gradients, kept)
+
+
+_sparse_update.defvjp(_keep, _gradients)

@@ -1,0 +1,158 @@
+"""SNELL: sparse tuning whose sparse update is made again from two low-rank factors in every step.
+
+Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024, arXiv 2411.01800.
+
+    D_p[i, j] = ‖a[p, :, i] - b[p, :, j]‖        a [P, q, n], b [P, q, m], q = r / P
+    dW = Σ_p c_p D_p,  c_p = ±c alternating        t = quantile(|dW|, s), one per matrix
+    released   dW^s = dW · |dW| · 1[|dW| > t]      paper   dW · max(|dW| - t, 0)      hard   dW · 1[|dW| > t]
+    y = x·(W + dW^s)
+
+Trained: a and b, r·(n + m) numbers a weight as in LoRA, but dW is of high rank and sparse; `sigmoid` and
+`rbf` train scale, rate and shift too, from a start at which the kernel is 0 at 0 (ours: none is published;
+with an even number of heads the shifts cancel). t and the factor beside dW are constants in backward,
+as in the released code. Backward keeps the layer's input x (shared) and t; distances, dW and masks are
+made again. The threshold is selected once a step, outside of what is made again.
+
+Start: a ~ U(-1/√(n q), 1/√(n q)), b likewise with m, so the start is near the base and not at it. Defaults:
+P = 2 and c = 0.1 are the released code's; s is searched per task in the paper, 0.4 is the median of the
+19 released values for VTAB.
+
+s = 0 is another model than s → 0+: with `mode="released"` the released code then has no sparsifier at all
+("KLoRA", dW itself instead of dW·|dW|), and so has a weight whose option is 0 here. `set_sparsity` changes
+levels and never the model: its 0 prunes the smallest entry and keeps the factor |dW|.
+
+Differences from the released code: it drops 10 % of the inputs of every layer's update but the attention
+output's, and 10 % of the updates by sample (DropPath); here `dropout` is for all targets and off by default,
+and there is no DropPath, as a layer does not know which axis of its input counts samples. In bfloat16 or on a
+quantised base the update is a product of its own beside the base's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.kernels.kernelised_merge import Map
+from peftjax.methods.sparse.kernelised import checked_options, coefficients, kernelised
+from peftjax.methods.targets import Target
+from peftjax.optim.budget import LEVEL
+from peftjax.transform import Frozen, MethodInfo, Transform
+from peftjax.tree import Targets
+
+Sparsity = float | Mapping[str, float]
+
+# The start of the scalars of each kernel that has them.
+_SCALARS = {
+    "sigmoid": {"scale": 1.0, "rate": 1.0, "shift": -0.5},
+    "rbf": {"scale": 1.0, "rate": 1.0, "shift": -1.0},
+}
+
+
+def snell(
+    *,
+    rank: int = 8,
+    heads: int = 2,
+    sparsity: Sparsity = 0.4,
+    kernel: Literal["distance", "linear", "sigmoid", "rbf"] = "distance",
+    mode: Literal["released", "paper", "hard"] = "released",
+    coefficient: float = 0.1,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    layers: int | Sequence[int] | None = None,
+    layers_pattern: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    dropout: float = 0.0,
+) -> Transform:
+    """Sparse tuning with kernelised low-rank factors (arXiv 2411.01800).
+
+    Args:
+        rank: r, over all heads together.
+        heads: P; divides every rank.
+        sparsity: s, the share of each matrix that is pruned, or shares by pattern; with `mode="released"` a
+            weight whose share is 0 has no sparsifier.
+        kernel: what takes the place of the distance.
+        mode: the sparsifier.
+        coefficient: c.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        layers: as in `lora`.
+        layers_pattern: as in `lora`.
+        rank_pattern: as in `lora`.
+        layouts: as in `lora`.
+        dropout: on the input of the updates, when `apply` is given a key.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets, ranks, layers or patterns that do
+            not fit the parameters.
+    """
+    options = checked_options("snell", dict(locals()))
+    if mode not in ("released", "paper", "hard"):
+        raise PeftError(f"snell: mode must be 'released', 'paper' or 'hard', got {mode!r}")
+    map = Map(kernel, coefficients(options), mode)
+    patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
+    for share in patterns.values():
+        _check_share("snell", share)
+
+    def map_of(target: Target) -> tuple[Map, float]:
+        share = tree.pattern_value(target.path, patterns, None)
+        if share is None:
+            raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
+        unsparsified = share == 0 and mode == "released"
+        return (replace(map, mode="none") if unsparsified else map), float(share)
+
+    def check(paths: list[str]) -> None:
+        tree.require_patterns_used("snell", patterns, paths)
+
+    return kernelised("snell", options, map_of, check=check, start_of_scalars=_SCALARS.get(kernel, {}))
+
+
+def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
+    """A copy of SNELL's frozen part, or of a chain's, that prunes another share; nothing is recompiled.
+
+    Args:
+        frozen: from `init`.
+        sparsity: the share for every weight that has a sparsifier, or shares by pattern; weights that no
+            pattern matches keep theirs.
+
+    Raises:
+        PeftError: a share lies outside [0, 1), a pattern matches no weight that has a sparsifier, or there is
+            no such weight.
+    """
+    patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
+    for share in patterns.values():
+        _check_share("set_sparsity", share)
+    suffix = f"/{LEVEL}"
+    levels = {
+        name.removesuffix(suffix): level
+        for name, level in tree.named_leaves(frozen.state).items()
+        if name.endswith(suffix)
+    }
+    if not levels:
+        raise PeftError("set_sparsity: no weight has a sparsifier; give snell a sparsity above 0")
+    tree.require_patterns_used("set_sparsity", patterns, list(levels))
+    new = {
+        f"{path}{suffix}": jnp.full_like(level, share)
+        for path, level in levels.items()
+        if (share := tree.pattern_value(path, patterns, None)) is not None
+    }
+    return replace(frozen, state=tree.replace(frozen.state, new))
+
+
+def _check_share(who: str, share: Any) -> None:
+    if not 0.0 <= share < 1.0:
+        raise PeftError(f"{who}: sparsity must lie in [0, 1), got {share}")
+
+
+METHOD = MethodInfo(
+    name="snell",
+    factory=snell,
+    paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
+    trains="r·(in + out)",
+    keeps="the input x (shared) and one threshold",
+    starts_as_base=False,
+    example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0},
+)
