@@ -11,7 +11,7 @@ A ViT of the library (2 blocks, width 128, 17 tokens) is trained from scratch on
 images are trained and validated on, how the new classifier and the adapter start, and the order of the
 batches; the pre-trained model and the test images are the same for all. Every method has the same steps,
 batches and optimizer; its learning rate is the one of a grid, the same for all, with the best validation
-accuracy over all seeds.
+accuracy over all seeds. The same command again leaves out the methods that runs.json has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +33,7 @@ from experiments.digits.pretrain import Pretraining, pretrain
 from experiments.digits.transfer import Transfer, make_method, make_tasks, transfer
 from experiments.tuning.entrants import Entrant, adapter_size, references, require_equal
 from experiments.tuning.progress import progress_bar
+from experiments.tuning.record import Run, open_record
 from experiments.tuning.report import write_report
 from peftjax import tree
 
@@ -47,7 +47,7 @@ class Options:
     """The model, the task and where the results go."""
 
     output: Path
-    """Where results.json, results.md and results.png go."""
+    """Where runs.json, results.json, results.md and results.png go."""
     pretraining: Pretraining = dataclasses.field(default_factory=Pretraining)
     transfer: Transfer = dataclasses.field(default_factory=Transfer)
 
@@ -56,39 +56,42 @@ def main(entrants: Sequence[Entrant], options: Options) -> None:
     """Compare, write the results and print the table.
 
     Raises:
-        PeftError: scikit-learn is missing, or matched methods train different numbers of parameters.
+        PeftError: scikit-learn is missing, matched methods train different numbers of parameters, or the
+            output folder has results of other settings.
     """
-    started = time.perf_counter()
     results = compare(load_images(), entrants, options, Console(stderr=True))
-    results["seconds"] = time.perf_counter() - started
     print(write_report(options.output, describe(results), results))
 
 
 def compare(
     images: Images, entrants: Sequence[Entrant], options: Options, console: Console
 ) -> dict[str, Any]:
-    """Pre-train, and transfer with every method.
+    """Pre-train, and transfer with every method that has no line in runs.json yet.
 
     Raises:
-        PeftError: matched methods train numbers of parameters that differ by more than `TOLERANCE`.
+        PeftError: matched methods train numbers of parameters that differ by more than `TOLERANCE`, or
+            runs.json has other settings.
     """
+    settings = {name: dataclasses.asdict(getattr(options, name)) for name in ("pretraining", "transfer")}
+    record = open_record(options.output / "runs.json", settings)
     base = pretrain(images, options.pretraining)
     console.print(f"pre-trained: accuracy {base.accuracy:.3f} on held-out images of the digits 0-4")
-    settings = options.transfer
-    tasks, test = make_tasks(images, base, settings)
-    require_equal(
-        [(e, adapter_size(make_method(e, base, tasks[0], settings), tasks[0].params)) for e in entrants],
-        TOLERANCE,
-    )
+    tasks, test = make_tasks(images, base, options.transfer)
+    methods = [make_method(entrant, base, tasks[0], options.transfer) for entrant in entrants]
+    require_equal([(e, adapter_size(m, tasks[0].params)) for e, m in zip(entrants, methods)], TOLERANCE)
     lines = []
-    with progress_bar(len(entrants) * len(settings.rates) * settings.seeds, console) as advance:
+    runs_of_each = len(options.transfer.rates) * options.transfer.seeds
+    with progress_bar(len(entrants) * runs_of_each, console) as advance:
         for entrant in entrants:
-            lines.append(transfer(entrant, base, tasks, test, settings, advance))
+
+            def run(entrant: Entrant = entrant) -> Run:
+                return transfer(entrant, base, tasks, test, options.transfer, advance)
+
+            lines.append(record.recall({"label": entrant.label}, run))
             scores = ", ".join(f"{score:.3f}" for score in lines[-1]["accuracy"])
             console.print(f"{entrant.label}: {scores} at learning rate {lines[-1]['rate']:g}")
     return {
-        "pretraining": dataclasses.asdict(options.pretraining),
-        "transfer": dataclasses.asdict(settings),
+        **settings,
         "pretrained_accuracy": base.accuracy,
         "parameters": tree.count(base.params),
         "head_parameters": tree.count(base.params["head"]["classifier"]),
@@ -112,7 +115,7 @@ def describe(results: dict[str, Any]) -> str:
         "Accuracy in %, mean and standard deviation; differences seed by seed, mean and standard error.",
         f"All train the classifier too ({results['head_parameters']:,} parameters, not counted).",
         f"{results['machine']}; {', '.join(f'{name} {n}' for name, n in results['versions'].items())}; "
-        f"{results['seconds']:.0f} s in all.",
+        f"{sum(line['seconds'] for line in results['lines']):.0f} s in all.",
     )
     return " ".join(sentences)
 

@@ -19,4 +19,7 @@ def entrants(rank: int) -> tuple[Entrant, ...]:
             f"DoRA r={rank}, {rank - 1}",
             lambda setting: pj.dora(rank=rank, rank_pattern={"up|down": rank - 1}),
         ),
+        Entrant(f"SNELL r={rank}", lambda setting: pj.snell(rank=rank)),
+        Entrant(f"SNELL r={rank}, all entries", lambda setting: pj.snell(rank=rank, sparsity=0.0)),
+        Entrant(f"SNELLA r={rank}", lambda setting: pj.snella(rank=rank, total_steps=setting.steps)),
     )

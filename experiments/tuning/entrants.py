@@ -60,9 +60,16 @@ def method_for(entrant: Entrant, setting: Setting, model: Backbone, params: Para
 
 
 def adapter_size(method: pj.Transform, params: Params) -> int:
-    """Trained parameters without the classifier's, which every entrant trains."""
+    """Trained parameters without the classifier's, which every entrant trains.
+
+    Slots that the method's optimizer sets, such as a share of pruned entries, are not trained.
+    """
     _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    return tree.count(trainable) - tree.count(params["head"]["classifier"])
+    names = [part["name"] for part in method.config.get("methods", [{"name": method.name}])]
+    steered = {slot for name in names for slot in pj.METHODS[name].steered}
+    slots = tree.named_leaves(trainable)
+    trained = [leaf for path, leaf in slots.items() if path.rsplit("/", 1)[-1] not in steered]
+    return tree.count(trained) - tree.count(params["head"]["classifier"])
 
 
 def require_equal(sizes: Sequence[tuple[Entrant, int]], tolerance: float) -> None:

@@ -1,6 +1,7 @@
 """The transfer between digits, on random images of the same shape."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from experiments.tuning.entrants import Entrant
 from peftjax.errors import PeftError
 
 SMALL = Options(
-    output=None,
+    output=Path("unused"),
     pretraining=Pretraining(width=8, layers=1, steps=2, batch=4, held_out=2),
     transfer=Transfer(shots=2, validation=2, test=2, seeds=2, steps=2, batch=4, rates=(1e-3, 1e-2)),
 )
@@ -32,12 +33,13 @@ def base(images) -> Pretrained:
     return pretrain(images, SMALL.pretraining)
 
 
-def test_methods_are_compared_end_to_end(images):
+def test_methods_are_compared_end_to_end(images, tmp_path):
     entrants = (
         Entrant("full", lambda setting: pj.full(), matched=False),
         Entrant("LoRA", lambda setting: pj.lora(rank=1)),
     )
-    results = compare(images, entrants, SMALL, Console(quiet=True))
+    options = dataclasses.replace(SMALL, output=tmp_path)
+    results = compare(images, entrants, options, Console(quiet=True))
     full, lora = results["lines"]
     head = results["head_parameters"]
     assert full["trained"] == results["parameters"] - head
@@ -45,13 +47,14 @@ def test_methods_are_compared_end_to_end(images):
     assert len(lora["accuracy"]) == 2
     assert lora["rate"] in SMALL.transfer.rates
     assert set(lora["validation"]) == {"0.001", "0.01"}
-    assert "LoRA" not in describe({**results, "seconds": 1.0})
+    assert "2 steps of 4 images, 2 seeds, 10 test images" in describe(results)
+    assert compare(images, entrants, options, Console(quiet=True))["lines"] == results["lines"]  # recorded
 
 
-def test_methods_of_different_sizes_are_refused(images):
+def test_methods_of_different_sizes_are_refused(images, tmp_path):
     entrants = [Entrant(f"rank {rank}", lambda setting, rank=rank: pj.lora(rank=rank)) for rank in (1, 2)]
     with pytest.raises(PeftError, match="rank 2 trains 224 parameters and rank 1 112"):
-        compare(images, entrants, SMALL, Console(quiet=True))
+        compare(images, entrants, dataclasses.replace(SMALL, output=tmp_path), Console(quiet=True))
 
 
 def test_a_seed_changes_images_and_classifier_but_not_the_body_or_the_test(images, base):
