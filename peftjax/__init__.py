@@ -16,8 +16,14 @@ from peftjax.methods.lowrank.olora import olora
 from peftjax.methods.lowrank.pissa import pissa
 from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
+from peftjax.methods.multi.convert import to_lora
+from peftjax.methods.multi.sparse import fuse, overlap, patches, switch
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
+from peftjax.methods.sparse.mean_gradient import mean_gradient
+from peftjax.methods.sparse.paca import paca
+from peftjax.methods.sparse.sara import sara
+from peftjax.methods.sparse.shira import shira
 from peftjax.methods.sparse.snell import set_sparsity, snell
 from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
@@ -44,6 +50,7 @@ __all__ = [
     "export_peft",
     "freeze",
     "full",
+    "fuse",
     "generate",
     "import_peft",
     "layouts_of",
@@ -53,14 +60,22 @@ __all__ = [
     "lora_plus",
     "losses",
     "matmul",
+    "mean_gradient",
     "mix",
     "olora",
+    "overlap",
+    "paca",
+    "patches",
     "pissa",
     "rows",
     "rslora",
+    "sara",
     "save",
     "set_sparsity",
+    "shira",
     "snell",
     "snella",
+    "switch",
+    "to_lora",
     "train",
 ]

@@ -43,6 +43,10 @@ def _keep_optimizer(
     return tx
 
 
+def _keep_frozen(frozen: Frozen, trainable: Trainable | None) -> Frozen:
+    return frozen
+
+
 @dataclass(frozen=True)
 class Transform:
     """One method, as pure functions; nothing it is given is ever changed.
@@ -56,6 +60,9 @@ class Transform:
         model: `forward -> forward`, a rewrite of the stack of blocks.
         optimizer: `optax transformation -> optax transformation` over the trainable; `prefix` is the
             path at which this method's trainable lies inside a chain's.
+        write: `(frozen, trainable) -> frozen`, the trained values put into the weights they belong to;
+            `write(frozen, None)` puts the original ones back, bit by bit. The identity for all but the
+            methods made with `in_place=True` (see `in_place`).
     """
 
     name: str
@@ -64,18 +71,30 @@ class Transform:
     apply: Callable[..., Params]
     model: Callable[[Forward], Forward] = _keep_model
     optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
+    write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the base may hold the adapted weights, so that a step needs no copy of any.
+
+        From the first `write` on, `apply` takes the weights as they lie in `frozen`, and the loop has one
+        line more: after each optimizer step, `frozen = write(frozen, trainable)`, jitted by itself with
+        `frozen` donated. Without any `write`, `apply` is that of the same method not in place.
+        """
+        return self.write is not _keep_frozen
 
     def merge(self, frozen: Frozen, trainable: Trainable, *, safe: bool = False) -> Params:
         """Plain arrays of the structure and dtypes of the original parameters; `frozen` stays as it is.
 
         Args:
-            frozen: from `init`.
+            frozen: from `init`, or from `write` with any trainable.
             trainable: the adapter.
             safe: check the result, outside `jit`.
 
         Raises:
             PeftError: with `safe`, a merged parameter has a NaN or an infinity.
         """
+        frozen = self.write(frozen, trainable)
         merged = tree.map_named(lambda _, leaf: dense(leaf), self.apply(frozen, trainable))
         if safe:
             for path, leaf in tree.named_leaves(merged).items():
@@ -133,8 +152,17 @@ def chain(*methods: Transform) -> Transform:
             tx = method.optimizer(tx, (*prefix, name))
         return tx
 
+    def write(frozen: Frozen, trainable: Mapping[str, Trainable] | None) -> Frozen:
+        params, states, plans = frozen.params, dict(frozen.state), dict(frozen.plan)
+        for name, method in named.items():
+            own = None if trainable is None else trainable[name]
+            written = method.write(Frozen(params, states[name], plans[name]), own)
+            params, states[name], plans[name] = written.params, written.state, written.plan
+        return Frozen(params, states, tuple(plans.items()))
+
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
-    return Transform("chain", config, init, apply, model, optimizer)
+    in_place = {"write": write} if any(method.in_place for method in methods) else {}
+    return Transform("chain", config, init, apply, model, optimizer, **in_place)
 
 
 def _fold_base(

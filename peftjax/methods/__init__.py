@@ -7,7 +7,7 @@ from typing import Any
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
-from peftjax.methods.sparse import snell, snella
+from peftjax.methods.sparse import paca, sara, shira, snell, snella
 from peftjax.transform import MethodInfo, Transform, chain
 from peftjax.tree import nearest
 
@@ -23,6 +23,9 @@ METHODS: dict[str, MethodInfo] = {
         olora.METHOD,
         snell.METHOD,
         snella.METHOD,
+        paca.METHOD,
+        shira.METHOD,
+        sara.METHOD,
         rows.METHOD,
         *plain.METHODS,
     )

@@ -23,7 +23,7 @@ from peftjax.train.identity import claim_folder
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.progress import show_progress
-from peftjax.train.step import Evaluate, Forward, Metrics, Step, make_evaluate, make_step
+from peftjax.train.step import Evaluate, Forward, Metrics, Step, make_evaluate, make_step, make_write
 from peftjax.train.usage import Throughput, peak_memory
 from peftjax.transform import Transform
 
@@ -61,7 +61,7 @@ def fit(
     Args:
         forward: the model as the method rewrites it: `method.model(model)`.
         method: gives `apply` and `optimizer`.
-        frozen: what `method.init` returned and is not trained.
+        frozen: what `method.init` returned and is not trained; of a method in place, a copy is written.
         trainable: what `method.init` returned to be trained; it is copied, not donated.
         batches: endless training batches whose iterator has `get_state` and `set_state`.
         held_out: makes the evaluation batches, anew for each evaluation; None never evaluates.
@@ -107,6 +107,10 @@ def fit(
             if found is not None:
                 state = found
                 batches.set_state(state.data)
+        written = make_write(method) if method.in_place else lambda frozen, _: frozen
+        if method.in_place:
+            # Made again from what is trained: a checkpoint holds none of the base.
+            frozen = written(jax.tree.map(lambda leaf: leaf.copy(), frozen), state.trainable)
         write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
         report = stack.enter_context(show_progress(steps.total, state.step))
         best = Best(**state.progress)
@@ -117,6 +121,7 @@ def fit(
             batch = next(batches)
             throughput.before(batch)
             state, metrics = _advance(step_fn, state, frozen, batch)
+            frozen = written(frozen, state.trainable)
             throughput.after(batch, metrics)
             pending.append((state.step, metrics))
 

@@ -17,6 +17,8 @@ Forward = Callable[..., Any]
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Array], PyTree[Array], Metrics]]
 """`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
+Write = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
+"""`(frozen, trainable) -> frozen`, the base with what has been trained."""
 Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
 """`(trainable, frozen, batches) -> means over all examples`."""
 
@@ -41,19 +43,20 @@ def make_step(
     returned. `metrics` has the objective's means, with `loss`, and `grad_norm`.
     """
 
-    def loss_sum(
+    def mean_loss(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Array, tuple[Metrics, Array]]:
         method_key, model_key = jax.random.split(key)
         params = method.apply(frozen, trainable, key=method_key)
         outputs = adapt(forward)(params, batch, key=model_key if model_dropout else None)
         sums, weight = objective(outputs, batch)
-        return sums["loss"], (sums, weight)
+        # The mean, not the sum: what a method adds to the gradient itself (a penalty) is not of the batch.
+        return sums["loss"] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny), (sums, weight)
 
     def gradient(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, Metrics, Array]:
-        gradients, (sums, weight) = jax.grad(loss_sum, has_aux=True)(trainable, frozen, batch, key)
+        gradients, (sums, weight) = jax.grad(mean_loss, has_aux=True)(trainable, frozen, batch, key)
         return gradients, sums, weight
 
     def accumulated(
@@ -64,22 +67,33 @@ def make_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
         def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part)), None
+            gradients, sums, weight = gradient(trainable, frozen, *part)
+            weighted = _times(gradients, weight)
+            return jax.tree.map(jnp.add, total, (weighted, sums, weight)), None
 
-        return jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))[0]
+        total, sums, weight = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))[0]
+        return _times(total, 1.0 / weight), sums, weight
 
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, PyTree, Metrics]:
         compute = gradient if accumulation == 1 else accumulated
         gradients, sums, weight = compute(trainable, frozen, batch, key)
-        gradients = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradients)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_write(method: Transform) -> Write:
+    """The line that follows a step of an in-place method, jitted; `frozen` is donated."""
+    return jax.jit(method.write, donate_argnums=0)
+
+
+def _times(gradients: PyTree[Array], factor: Array) -> PyTree[Array]:
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)
 
 
 def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:

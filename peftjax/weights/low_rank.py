@@ -138,9 +138,7 @@ def _thin_dot(
 ) -> Array:
     """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
     stack, entered = layout.positions("s"), layout.positions(side)
-    left = layout.positions("o" if side == "i" else "i")
     first = first.reshape(*layout.stack, -1, *(layout.shape[p] for p in entered)).astype(x.dtype)
-    second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
     rank = len(stack)
     at = {p: n for n, p in enumerate(stack)} | {p: rank + 1 + n for n, p in enumerate(entered)}
     contracted = (rule.x_contract, tuple(at[p] for p in rule.w_contract))
@@ -153,21 +151,48 @@ def _thin_dot(
     def product(x: Array, first: Array) -> Array:
         return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
 
-    z = enter(product, x, first)
-    # z: [batch, free axes of x, stack axes that x has not, r]. The free axes become one: the gradient
-    # of `second` is a product over them, and a product over several axes makes the compiler rearrange
-    # its first operand, the wide cotangent (measured on a CPU: half of the time of a LoRA step). Where
-    # shardings are part of the type, axes with different shardings cannot become one.
-    n_batch, sizes = len(rule.w_batch), z.shape[len(rule.w_batch) : z.ndim - 1 - len(free_stack)]
+    z = (scale * enter(product, x, first)).astype(x.dtype)
+    return widened(z, second.astype(x.dtype), rule, layout, side)
+
+
+def widened(
+    z: Array,
+    second: Array,
+    rule: Dot,
+    layout: Layout,
+    side: Side,
+    dot: Callable[..., Array] = lax.dot_general,
+) -> Array:
+    """`z·second` as the result of the rule on a whole weight.
+
+    Args:
+        z: x reduced to r numbers, `[batch, free axes of x, stack axes that x has not, r]`.
+        second: `[*stack, r, n]`, n over the side that x did not meet.
+        rule: of the whole product.
+        layout: of the whole weight.
+        side: the one that x met.
+        dot: `lax.dot_general`, or one with a gradient rule of its own.
+    """
+    stack, n_batch = layout.positions("s"), len(rule.w_batch)
+    left = layout.positions("o" if side == "i" else "i")
+    second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left))
+    free_stack = tuple(p for p in stack if p not in rule.w_batch)
+    # The free axes become one: the gradient of `second` is a product over them, and a product over
+    # several axes makes the compiler rearrange its first operand, the wide cotangent (measured on a
+    # CPU: half of the time of a LoRA step). Where shardings are part of the type, axes with different
+    # shardings cannot become one.
+    sizes = z.shape[n_batch : z.ndim - 1 - len(free_stack)]
     one = not is_explicit(z)
     if one:
         z = z.reshape(*z.shape[:n_batch], -1, *z.shape[n_batch + len(sizes) :])
     batch = (*range(n_batch), *range(z.ndim - 1 - len(free_stack), z.ndim - 1))
-    y = lax.dot_general(
-        (scale * z).astype(x.dtype),
+    of_second = tuple(stack.index(p) for p in (*rule.w_batch, *free_stack))
+    y = dot(
+        z,
         second,
-        (((z.ndim - 1,), (rank,)), (batch, tuple(at[p] for p in (*rule.w_batch, *free_stack)))),
-        **precise,
+        (((z.ndim - 1,), (len(stack),)), (batch, of_second)),
+        precision=rule.precision,
+        preferred_element_type=rule.preferred,
     )
     if one:
         lead = n_batch + len(free_stack)

@@ -1,61 +1,182 @@
-"""A matrix of which some rows (token embeddings) are exchanged for trained ones."""
+"""A weight of which some rows of its input side are exchanged for trained ones."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from peftjax.weights.arrange import outputs_in_result, side_of
-from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
+from peftjax.weights.base import (
+    Weight,
+    canonical,
+    cast,
+    contract,
+    dense,
+    logical,
+    reshape,
+    static,
+    structured,
+    transpose,
+)
+from peftjax.weights.explicit import keeping, like
 from peftjax.weights.layout import Layout
+from peftjax.weights.low_rank import LowRank, widened
+from peftjax.weights.places import NOWHERE, put_rows, take_rows
+from peftjax.weights.resident import followed, resident
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.thin import thin_dot
 
 
 @structured
 class TrainedRows(Weight):
-    """`w = base` with rows `rows` replaced by `values [n, out]`; a tied output layer follows.
+    """`w = base` with rows `rows [*stack, r]` exchanged for `scale · values [*stack, r, out]`.
 
-    Only plain matrices `[in, out]` and their transposes. A lookup keeps nothing more for the backward
-    pass; a tied product keeps its input.
+    A product over the inputs is `x·base + x[rows]·(scale · values - base[rows])`: the backward pass
+    keeps `x[rows]`, r numbers a token, and neither x nor an assembled weight; the gradient of the
+    values is summed in float32. A lookup keeps nothing more, a tied output layer its input. Every other
+    product is that of the equal low-rank weight, whose first factor picks the rows.
+
+    With `in_place` the base holds the trained rows already: forward is the base's own product, and only
+    the backward pass knows of the values.
     """
 
     base: Any = logical()
     values: Array = canonical("o")
+    rows: Array = canonical()
     layout: Layout = static()
-    rows: tuple[int, ...] = static()
+    scale: float = static(1.0)
+    in_place: bool = static(False)
 
     def dense(self) -> Array:
         """The base with the rows in place."""
-        values = self.values.astype(self.dtype)
-        index = jnp.asarray(self.rows)
-        if self.layout.letters == "io":
-            return dense(self.base).at[index].set(values)
-        return dense(self.base).at[:, index].set(values.T)
+        if self.in_place:
+            taken = partial(take_rows, layout=self.layout)
+            return resident(taken, self.scale, self.base, self.values, (self.rows,))
+        return put_rows(dense(self.base), self.rows, self.scale * self.values, self.layout)
 
     def supports(self, rule: Rule) -> bool:
-        """Lookups of rows and products over the outputs; a product over the inputs merges lazily."""
-        if sorted(self.layout.letters) != ["i", "o"] or isinstance(rule, Conv | RaggedDot):
-            return False
-        if isinstance(rule, Gather):
-            return side_of(self.layout, (rule.axis,)) == "i"
-        return side_of(self.layout, rule.w_contract) is not None
+        """What the equal low-rank weight supports."""
+        return self._low_rank(None, None).supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
-        """`x·baseᵀ` with the trained rows' results in place of the old."""
-        if side_of(self.layout, rule.w_contract) == "i":
-            return super().dot(x, rule)
-        y = contract(x, self.base, rule)
-        values = self.values if self.layout.letters == "io" else self.values.T
-        exchanged = rule(x, values.astype(x.dtype)).astype(y.dtype)
-        (axis,) = outputs_in_result(rule, self.layout, y.ndim)
-        return y.at[(slice(None),) * axis + (jnp.asarray(self.rows),)].set(exchanged)
+        """The base's product, the results of the exchanged rows corrected."""
+        side = side_of(self.layout, rule.w_contract)
+        if side == "i":
+            y, z = contract(x, self.base, rule), self._chosen(x, rule)
+            into = partial(widened, rule=rule, layout=self.layout, side="i", dot=thin_dot)
+            if self.in_place:
+                return followed(partial(_scaled, into, self.scale), y, z, self.values)
+            return y + like(self._correction(into, z).astype(y.dtype), y)
+        if self._exchanges:
+            y = contract(x, self.base, rule)
+            values = self.scale * (self.values if self.layout.letters == "io" else self.values.T)
+            exchanged = rule(x, values.astype(x.dtype)).astype(y.dtype)
+            (axis,) = outputs_in_result(rule, self.layout, y.ndim)
+            return y.at[(slice(None),) * axis + (self.rows,)].set(exchanged, mode="drop")
+        return contract(x, self.as_low_rank(), rule)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The base's rows, the trained ones in place."""
+        if side_of(self.layout, (rule.axis,)) != "i" or not self._exchanges:
+            return contract(indices, self.as_low_rank(), rule)
         found = contract(indices, self.base, rule)
-        hits = indices == jnp.asarray(self.rows)  # [*batch, n]: the last axis of indices has size 1
+        hits = indices == self.rows  # [*batch, r]: the last axis of indices has size 1
         hit = jnp.any(hits, axis=-1)
         # A place past the end reads zeros: the sum keeps these numbers alone, a choice would keep masks.
-        place = jnp.where(hit, jnp.argmax(hits, axis=-1), len(self.rows))
-        trained = self.values.astype(found.dtype).at[place].get(mode="fill", fill_value=0)
+        place = jnp.where(hit, jnp.argmax(hits, axis=-1), self.rows.shape[-1])
+        values = (self.scale * self.values).astype(found.dtype)
+        trained = values.at[place].get(mode="fill", fill_value=0)
         return jnp.where(hit[..., None], jnp.zeros((), found.dtype), found) + trained
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """The convolution of the equal low-rank weight."""
+        return contract(x, self.as_low_rank(), rule)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """The ragged product of the equal low-rank weight."""
+        return contract(x, self.as_low_rank(), rule)
+
+    def cast(self, dtype: Any) -> "TrainedRows":
+        """The base in another dtype; the values stay as exact as they are."""
+        return replace(self, base=cast(self.base, dtype))
+
+    def slice_features(self, position: int, start: int, size: int) -> "TrainedRows | None":
+        """A slice of outputs, or one of inputs with the rows that lie in it."""
+        view = super().slice_features(position, start, size)
+        if view is None or self.layout.axes[position].kind == "o":
+            return view
+        rows = self.rows - start
+        return replace(view, rows=jnp.where((rows >= 0) & (rows < size), rows, NOWHERE))
+
+    def part_specs(self, spec: Any) -> "TrainedRows | None":
+        """None where inputs are sharded: the rows are numbered over all of them."""
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+        sharded = any(full[p] is not None for p in self.layout.positions("i"))
+        return None if sharded else super().part_specs(spec)
+
+    @property
+    def _exchanges(self) -> bool:
+        """Whether rows can be exchanged in results too: in a plain matrix whose base has the old ones."""
+        return sorted(self.layout.letters) == ["i", "o"] and not self.in_place
+
+    def _chosen(self, x: Array, rule: Dot) -> Array:
+        """The inputs at the trained rows alone: `[batch, free axes of x, stack axes that x has not, r]`."""
+        stack, inputs = self.layout.positions("s"), self.layout.positions("i")
+        free = tuple(n for n in range(x.ndim) if n not in (*rule.x_contract, *rule.x_batch))
+        order = [rule.x_contract[rule.w_contract.index(p)] for p in inputs]
+        lead = (*rule.x_batch, *free)
+        flat = lax.transpose(x, (*lead, *order)).reshape(*(x.shape[n] for n in lead), -1)
+        own = [p for p in stack if p not in rule.w_batch]
+        rows = lax.transpose(self.rows, [stack.index(p) for p in (*rule.w_batch, *own)] + [len(stack)])
+        kept = keeping(x, lead, len(own) + 1)
+
+        def take(flat: Array, rows: Array) -> Array:
+            return flat.at[..., rows].get(mode="fill", fill_value=0, out_sharding=kept)
+
+        for _ in rule.w_batch:
+            take = jax.vmap(take)
+        return take(flat, rows)
+
+    def _correction(self, into: Any, z: Array) -> Array:
+        """`z·(scale · values - base[rows])`; the difference is made again in the backward pass."""
+
+        @jax.checkpoint
+        def correction(z: Array, values: Array, base: Any, rows: Array) -> Array:
+            return into(z, self.scale * values - rows_of(base, self.layout, rows))
+
+        return correction(z, self.values, self.base, self.rows)
+
+    def as_low_rank(self) -> LowRank:
+        """The same weight with factors: `a` picks the rows, `b` is what they change by."""
+        if self.in_place:
+            old = lax.stop_gradient(self.scale * self.values)
+        else:
+            old = rows_of(self.base, self.layout, self.rows)
+        picked = jax.nn.one_hot(self.rows, self.layout.matrix[0], dtype=self.dtype)
+        return self._low_rank(picked, self.scale * self.values - old)
+
+    def _low_rank(self, a: Any, b: Any) -> LowRank:
+        return LowRank(self.base, a, b, self.layout)
+
+
+def rows_of(w: Any, layout: Layout, rows: Array) -> Array:
+    """Rows `[*stack, r]` of an array or structured weight, float32 `[*stack, r, out]`, zeros past the end."""
+    if not isinstance(w, Weight):
+        return take_rows(w, rows, layout).astype(jnp.float32)
+    w = reshape(transpose(w, layout.canonical_order), (*layout.stack, *layout.matrix))
+    assert w is not None
+
+    def of_matrix(w: Weight, rows: Array) -> Array:
+        w = w.relabelled(lambda at: replace(at, axes=tuple(a for a in at.axes if a.kind != "s")))
+        return w.gather(rows[:, None], Gather(0, (("mode", "fill"), ("fill_value", 0))))
+
+    for _ in layout.stack:
+        of_matrix = jax.vmap(of_matrix)
+    return of_matrix(w, rows).astype(jnp.float32)
+
+
+def _scaled(into: Any, scale: float, z: Array, values: Array) -> Array:
+    return into(z, scale * values)

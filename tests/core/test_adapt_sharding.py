@@ -40,7 +40,10 @@ def loss_and_grad(method, frozen, trainable, x):
     return jax.jit(jax.value_and_grad(loss))(trainable, frozen, x)
 
 
-@pytest.mark.parametrize("method", [pj.lora(rank=2), pj.dora(rank=2)], ids=lambda m: m.name)
+METHODS = [pj.lora(rank=2), pj.dora(rank=2), pj.paca(rank=4), pj.shira(rank=2), pj.sara(density=0.2)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_gspmd(method):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     params = make_params()
@@ -52,6 +55,25 @@ def test_gspmd(method):
     frozen, _ = method.init(KEY, spread)
     x = jax.device_put(X, NamedSharding(mesh, P("data")))
     trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
+    assert_close(loss_and_grad(method, frozen, trainable, x), want)
+
+
+@pytest.mark.parametrize("name", ["paca", "shira"])
+def test_gspmd_in_place(name):
+    """Writing keeps the shardings, and the step on a written base is the same."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    method = getattr(pj, name)(rank=2, in_place=True)
+    frozen, trainable = method.init(KEY, make_params())
+    trainable = noisy(trainable)
+    want = loss_and_grad(method, frozen, trainable, X)
+    params = make_params()
+    spread = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, SPECS)
+    trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(spread)]
+    frozen = jax.jit(method.write, donate_argnums=0)(method.init(KEY, spread)[0], trainable)
+    for leaf, before in zip(jax.tree.leaves(frozen.params), shardings):
+        assert leaf.sharding.is_equivalent_to(before, leaf.ndim)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
     assert_close(loss_and_grad(method, frozen, trainable, x), want)
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from peftjax.train.config import TrainConfig, plan_steps
 from peftjax.train.data import batches
 from peftjax.train.data.dataset import Split
 from peftjax.train.loop import fit
+from peftjax.transform import Transform
 
 CONFIG = TrainConfig(
     steps=40,
@@ -36,9 +36,11 @@ def forward(params, batch, *, key=None):
     return hidden @ params["head"]["kernel"] + params["head"]["bias"]
 
 
-METHOD = SimpleNamespace(
+METHOD = Transform(
+    "tiny",
+    config={},
+    init=lambda key, params: parameters(),
     apply=lambda frozen, trainable, key=None: {**frozen, **trainable},
-    optimizer=lambda tx: tx,
 )
 
 

@@ -6,10 +6,12 @@ going back is exact. Sums and combinations are exact too: the factors are put si
     Σ_i w_i s_i a_iᵀ b_i  =  [a_1; a_2; ...]ᵀ [w_1 s_1 b_1; w_2 s_2 b_2; ...]
 
 and a smaller rank is the best one, from the singular values of that product (found from the factors).
+Rows that are trained (PaCA) are such a product too; trained entries (SHiRA, SaRA) can be summed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,8 +20,12 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.transform import Frozen, Params, Trainable, Transform
+from peftjax.weights.base import Weight, dense
+from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.per_row import PerRow
+from peftjax.weights.rows import TrainedRows
+from peftjax.weights.sparse_entries import SparseEntries
 
 Adapter = tuple[Transform, Frozen, Trainable]
 
@@ -36,13 +42,11 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
             several train the same plain parameter.
     """
     weights = _weights(adapters, weights)
-    leaves = [_low_rank_leaves(*adapter) for adapter in adapters]
+    leaves = [_added_leaves(*adapter, (LowRank, SparseEntries)) for adapter in adapters]
     params = _common_base(adapters)
     for path in dict.fromkeys(path for own in leaves for path in own):
         active = [(own[path], w) for own, w in zip(leaves, weights) if path in own]
-        a, b = _side_by_side([leaf for leaf, _ in active], [w for _, w in active])
-        first = active[0][0]
-        params = tree.replace(params, {path: LowRank(first.base, a, b, first.layout)})
+        params = tree.replace(params, {path: _sum_of(active)})
     return params
 
 
@@ -56,7 +60,7 @@ def mix(adapters: Sequence[Adapter], rows: Array) -> Params:
     Raises:
         PeftError: as `add`.
     """
-    leaves = [_low_rank_leaves(*adapter) for adapter in adapters]
+    leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
     params = _common_base(adapters)
     rows = jnp.asarray(rows, jnp.int32)
     for path in dict.fromkeys(path for own in leaves for path in own):
@@ -90,6 +94,8 @@ def combine(
     """
     if rank is not None and rank < 1:
         raise PeftError(f"combine: rank must be positive, got {rank}")
+    for adapter in adapters:
+        _added_leaves(*adapter, (LowRank,))
     params = add(adapters, weights)
     leaves = {path: leaf for path, leaf in tree.named_leaves(params).items() if isinstance(leaf, LowRank)}
     factors = {}
@@ -99,13 +105,25 @@ def combine(
             factors[path] = (leaf.a, leaf.b)
         else:
             factors[path] = _truncated(leaf.a, leaf.b, full if rank is None else rank)
+    return as_lora(factors, {path: leaf.layout for path, leaf in leaves.items()})
+
+
+def as_lora(
+    factors: Mapping[str, tuple[Array, Array]], layouts: Mapping[str, Layout]
+) -> tuple[Transform, Trainable]:
+    """A `lora` transform with scale 1 on exactly these weights, and its trainable.
+
+    Args:
+        factors: `a [*stack, r, in]` and `b [*stack, r, out]` by path; ranks may differ.
+        layouts: of the same weights.
+    """
     ranks = {f"^{re.escape(path)}": a.shape[-2] for path, (a, _) in factors.items()}
     method = lora(
         rank=max(ranks.values()),
         targets="|".join(re.escape(path) for path in factors),
         rank_pattern=ranks,
         alpha_pattern={name: float(r) for name, r in ranks.items()},
-        layouts={f"^{re.escape(path)}": leaf.layout.letters for path, leaf in leaves.items()},
+        layouts={f"^{re.escape(path)}": layouts[path].letters for path in factors},
     )
     return method, {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
 
@@ -132,8 +150,10 @@ def _common_base(adapters: Sequence[Adapter]) -> Params:
     return first
 
 
-def _low_rank_leaves(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[str, LowRank]:
-    """The adapted weights, each a sum of its base and one low-rank product."""
+def _added_leaves(
+    method: Transform, frozen: Frozen, trainable: Trainable, kinds: tuple[type[Weight], ...]
+) -> dict[str, Any]:
+    """The adapted weights, each its base plus something of one of these kinds; rows as low-rank weights."""
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     bases = tree.named_leaves(frozen.params)
     for path in leaves:
@@ -144,12 +164,33 @@ def _low_rank_leaves(method: Transform, frozen: Frozen, trainable: Trainable) ->
             )
     changed = {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
     for path, leaf in changed.items():
-        if not isinstance(leaf, LowRank) or leaf.base is not bases[path]:
+        if getattr(leaf, "in_place", False):
+            raise PeftError(
+                f"{method.name}: {path!r} holds its trained values; give method.write(frozen, None)"
+            )
+        if isinstance(leaf, TrainedRows):
+            changed[path] = leaf = leaf.as_low_rank()
+        if not isinstance(leaf, kinds) or leaf.base is not bases[path]:
             raise PeftError(
                 f"{method.name}: {path!r} is a {type(leaf).__name__}, not its base plus one low-rank "
                 "product; such adapters are switched, not added or mixed"
             )
     return changed
+
+
+def _sum_of(active: Sequence[tuple[Any, float]]) -> Weight:
+    """One weight with all of these active: trained entries inside, low-rank products around them."""
+    first = active[0][0]
+    total = first.base
+    for leaf, w in active:
+        if isinstance(leaf, SparseEntries):
+            values = w * leaf.changes(dense(leaf.base))
+            total = SparseEntries(total, values, leaf.rows, leaf.columns, leaf.layout, added=True)
+    thin = [(leaf, w) for leaf, w in active if isinstance(leaf, LowRank)]
+    if thin:
+        a, b = _side_by_side([leaf for leaf, _ in thin], [w for _, w in thin])
+        total = LowRank(total, a, b, first.layout)
+    return total
 
 
 def _side_by_side(leaves: Sequence[LowRank], weights: Sequence[float]) -> tuple[Array, Array]:

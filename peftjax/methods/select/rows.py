@@ -17,9 +17,7 @@ from peftjax.errors import PeftError
 from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
-from peftjax.weights.base import contract
-from peftjax.weights.rows import TrainedRows
-from peftjax.weights.rules import Gather
+from peftjax.weights.rows import TrainedRows, rows_of
 
 
 def rows(
@@ -59,9 +57,7 @@ def rows(
                 raise PeftError(
                     f"rows: {path!r} has {layout.matrix[0]} rows, row {max(chosen)} is not among them"
                 )
-            rule = Gather(layout.positions("i")[0], (("mode", "clip"),))
-            found = contract(jnp.asarray(chosen)[:, None], leaves[path], rule)
-            trainable[path] = {"values": found.astype(jnp.float32)}
+            trainable[path] = {"values": rows_of(leaves[path], layout, jnp.asarray(chosen))}
         return Frozen(params, {}, plan), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
@@ -69,7 +65,7 @@ def rows(
         return tree.replace(
             frozen.params,
             {
-                path: TrainedRows(leaves[path], trainable[path]["values"], layout, chosen)
+                path: TrainedRows(leaves[path], trainable[path]["values"], jnp.asarray(chosen), layout)
                 for path, layout in frozen.plan
             },
         )

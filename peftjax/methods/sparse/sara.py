@@ -1,0 +1,186 @@
+"""SaRA: train the entries of smallest absolute value, under a nuclear-norm penalty.
+
+Paper: Hu et al., "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank
+Adaptation", ICLR 2025, arXiv 2409.06633.
+
+    M = 1[|W| < θ]      W'[M] = p, W' = W elsewhere, first p = W[M]      dp = (dL/dW')[M] + λ (U Vᵀ)[M]
+    with U Σ Vᵀ = W' ∘ M;  at step T:  M ← M ∘ 1[|W'| < θ], the others keep what they learned
+
+Trained: p, K numbers a weight; a 0/1 slot `keep` beside it, set by the optimizer hook, is the current M.
+Backward keeps each adapted layer's input x; W' and dW exist for one layer at a time; with `in_place` the
+base holds W' and no copy of a weight is made. The penalty's gradient is added where p enters the model,
+so that it reaches p in any loop; it is that of the loss you differentiate, which should be a mean.
+
+Defaults: density 0.05 is about the paper's 50 of 860 million; λ = 5e-4 and T half of the steps are the
+released code's (`reselect_at` must be given: the method does not know the number of steps), which
+takes one random matrix's penalty a step where the paper, and this, take all. It costs some 36 products of a
+weight with its Gram matrix a step: penalty=0 turns it off. The paper selects from every tensor; here
+`targets` says from which weights. Weight decay pulls p to zero.
+
+Not copied from the release: the penalty that never reaches the trained vector, the absolute values written
+at (re-)selection, and the step lost at re-selection.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse.nuclear import Polar, penalised
+from peftjax.methods.sparse.reselect import reselecting
+from peftjax.methods.sparse.select import Entries, entry_count, largest_entries
+from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.tree import Targets
+from peftjax.weights.arrange import to_canonical
+from peftjax.weights.base import dense
+from peftjax.weights.layout import Layout
+from peftjax.weights.places import NOWHERE, put_entries, take_entries
+from peftjax.weights.sparse_entries import SparseEntries
+
+
+def sara(
+    *,
+    density: float | None = None,
+    threshold: float | None = None,
+    penalty: float = 5e-4,
+    polar: Polar = "newton_schulz",
+    reselect_at: int | None = None,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    layouts: Mapping[str, str] | None = None,
+    in_place: bool = False,
+) -> Transform:
+    """Training of the smallest entries of the targeted weights (arXiv 2409.06633).
+
+    Args:
+        density: the share of each matrix that is trained; 0.05 where there is no threshold either.
+        threshold: θ, in place of a density: entries with |W| < θ. Needs the weights' values in `init`, so
+            not under `jit`; a weight without such an entry is left alone, and the matrices of a stack
+            are filled up to the largest count.
+        penalty: λ of the nuclear norm.
+        polar: how its gradient is found, 'newton_schulz' or (exactly) 'svd'.
+        reselect_at: the step, from 0, before whose update M is selected again; None never does.
+        targets: as in `lora`.
+        exclude: the same forms; wins.
+        layouts: axes by pattern.
+        in_place: the base may hold the adapted weights; see `Transform.write`.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets that do not fit the parameters, or
+            a threshold below every entry.
+    """
+    _check(density, threshold, penalty, polar, reselect_at)
+    share = 0.05 if density is None and threshold is None else density
+    config = {
+        "density": share,
+        "threshold": threshold,
+        "penalty": penalty,
+        "polar": polar,
+        "reselect_at": reselect_at,
+        "targets": targets,
+        "exclude": exclude,
+        "layouts": layouts,
+        "in_place": in_place,
+    }
+
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        found = find_weights(
+            params, who="sara", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+        )
+        leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
+        for path, layout in found.items():
+            w = dense(leaves[path])
+            rows, columns = _smallest(path, layout, w, share, threshold)
+            if rows.shape[-1] == 0:
+                continue
+            original = take_entries(w, rows, columns, layout)
+            places.append(Place(path, layout, rows.shape[-1]))
+            state[path] = {"rows": rows, "columns": columns} | ({"original": original} if in_place else {})
+            keep = (rows != NOWHERE).astype(jnp.float32)
+            trainable[path] = {"values": original.astype(jnp.float32) + 0.0, "keep": keep}
+        if not places:
+            raise PeftError(f"sara: no entry of the targets is smaller than {threshold}; raise threshold")
+        return Frozen(params, state, Plan(tuple(places))), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
+        leaves, weights = tree.named_leaves(frozen.params), {}
+        for place in frozen.plan.places:
+            slots, kept = trainable[place.path], frozen.state[place.path]
+            values, at = slots["values"], (kept["rows"], kept["columns"])
+            if penalty > 0.0:
+                values = penalised(penalty, polar, place.layout, values, slots["keep"], *at)
+            weights[place.path] = SparseEntries(
+                leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
+            )
+        return tree.replace(frozen.params, weights)
+
+    def optimizer(
+        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
+    ) -> optax.GradientTransformation:
+        return reselecting(tx, prefix, reselect_at, threshold)
+
+    write = {"write": writer(_put)} if in_place else {}
+    return Transform("sara", config, init, apply, optimizer=optimizer, **write)
+
+
+def learning_rate(threshold: float) -> float:
+    """The released code's learning rate for a threshold: `1e-3 · exp(-350 θ)`."""
+    return 1e-3 * math.exp(-350.0 * threshold)
+
+
+def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:
+    values = kept["original"] if trained is None else trained["values"]
+    return put_entries(w, kept["rows"], kept["columns"], values, place.layout)
+
+
+def _check(
+    density: float | None, threshold: float | None, penalty: float, polar: str, reselect_at: int | None
+) -> None:
+    if density is not None and threshold is not None:
+        raise PeftError("sara: give a density or a threshold, not both")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise PeftError(f"sara: density must lie in (0, 1], got {density}")
+    if threshold is not None and threshold <= 0.0:
+        raise PeftError(f"sara: threshold must be positive, got {threshold}")
+    if penalty < 0.0:
+        raise PeftError(f"sara: penalty must not be negative, got {penalty}")
+    if polar not in ("newton_schulz", "svd"):
+        raise PeftError(f"sara: polar must be 'newton_schulz' or 'svd', got {polar!r}")
+    if reselect_at is not None and reselect_at < 0:
+        raise PeftError(f"sara: reselect_at is the number of a step, from 0; got {reselect_at}")
+
+
+def _smallest(path: str, layout: Layout, w: Array, density: float | None, threshold: float | None) -> Entries:
+    """The entries of smallest |w|; in a stack filled up with none where a matrix has fewer below."""
+    sizes = to_canonical(jnp.abs(w.astype(jnp.float32)), layout)
+    if threshold is None:
+        return largest_entries(-sizes, layout, entry_count("sara", path, layout, 0, density))
+    if isinstance(w, jax.core.Tracer):
+        raise PeftError(
+            f"sara: how many entries of {path!r} a threshold selects depends on their values; call init "
+            "outside jit, or give a density"
+        )
+    below = sizes < threshold
+    count = int(below.sum(axis=(-1, -2)).max())
+    rows, columns = largest_entries(-sizes, layout, count)
+    flat = below.reshape(*layout.stack, -1)
+    inside = jnp.take_along_axis(flat, rows * layout.matrix[1] + columns, axis=-1)
+    return jnp.where(inside, rows, NOWHERE), columns
+
+
+METHOD = MethodInfo(
+    name="sara",
+    factory=sara,
+    paper="SaRA, Hu et al. 2025, arXiv 2409.06633",
+    trains="K of the entries",
+    keeps="the input x",
+    example={"density": 0.3},
+    steered=("keep",),
+)

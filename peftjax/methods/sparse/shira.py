@@ -1,0 +1,173 @@
+"""SHiRA: train a small share of the entries of each weight, chosen once.
+
+Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13175.
+
+    W' = W + S,   S[i_k, o_k] = v_k       K entries, fixed; v [K] trained, zero at first
+    y = x·W'      dv_k = (xᵀ·g)[i_k, o_k]       dx = g·W'ᵀ
+
+Trained: K numbers a weight. S is sparse and of high rank. Backward keeps each adapted layer's input x,
+as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. W' and
+dW exist for one layer at a time; with `in_place` the base holds W' and no copy of a weight is made.
+v is float32 and added in float32, so that a step too small for a bfloat16 weight is not lost.
+
+Masks of the paper: 'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest
+|W|, the paper's WM); 'gradient' (largest |dL/dW|) and 'snip' (largest |W · dL/dW|), which take
+`gradients` from `mean_gradient`. The count is `rank · (in + out)`, LoRA's of that rank, with the 32 of
+Hugging Face's PEFT as default; or `density`, 0.01 to 0.02 in the paper. PEFT has the random mask only, and
+draws the same one for all weights of a shape; here each has its own. Weight decay pulls v to 0: W' to W.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse.select import (
+    Entries,
+    entry_count,
+    largest_entries,
+    random_entries,
+    structured_entries,
+)
+from peftjax.methods.targets import key_for
+from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.tree import Targets
+from peftjax.weights.arrange import to_canonical
+from peftjax.weights.base import dense
+from peftjax.weights.layout import Layout
+from peftjax.weights.places import put_entries, take_entries
+from peftjax.weights.sparse_entries import SparseEntries
+
+Mask = Literal["random", "struct", "magnitude", "gradient", "snip", "loaded"]
+_BY_GRADIENT = ("gradient", "snip")
+_MASKS = ("random", "struct", "magnitude", *_BY_GRADIENT, "loaded")
+
+
+def shira(
+    *,
+    rank: int = 32,
+    density: float | None = None,
+    mask: Mask = "random",
+    gradients: Any = None,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    in_place: bool = False,
+) -> Transform:
+    """Sparse high-rank adapters on the targeted weights (arXiv 2406.13175).
+
+    Args:
+        rank: K is `rank · (in + out)` for each matrix; with 'struct', at most that.
+        density: K as a share of the matrix, in place of `rank`.
+        mask: how the entries are chosen; see above. A mask chosen by gradients is saved as 'loaded': the
+            entries come from the saved adapter, and are drawn at random where there is none.
+        gradients: for 'gradient' and 'snip', arrays of the targets' shapes, in a tree like the parameters
+            or by path.
+        targets: as in `lora`.
+        exclude: the same forms; wins.
+        rank_pattern: rank by pattern.
+        layouts: axes by pattern.
+        in_place: the base may hold the adapted weights; see `Transform.write`.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets, counts or gradients that do not
+            fit the parameters.
+    """
+    _check(rank, density, mask, gradients)
+    given = tree.named_leaves(gradients) if gradients is not None else {}
+    config = {
+        "rank": rank,
+        "density": density,
+        "mask": "loaded" if mask in _BY_GRADIENT else mask,
+        "targets": targets,
+        "exclude": exclude,
+        "rank_pattern": rank_pattern,
+        "layouts": layouts,
+        "in_place": in_place,
+    }
+
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        found = find_weights(
+            params, who="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+        )
+        tree.require_patterns_used("shira", rank_pattern, list(found))
+        leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
+        for path, layout in found.items():
+            own = tree.pattern_value(path, rank_pattern, rank)
+            count = entry_count("shira", path, layout, own, density)
+            rows, columns = _entries(key_for(key, path), path, layout, count, mask, leaves[path], given)
+            places.append(Place(path, layout, rows.shape[-1]))
+            state[path] = {"rows": rows, "columns": columns}
+            if in_place:
+                state[path]["original"] = take_entries(leaves[path], rows, columns, layout)
+            trainable[path] = {"values": jnp.zeros(rows.shape, jnp.float32)}
+        return Frozen(params, state, Plan(tuple(places))), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
+        leaves, weights = tree.named_leaves(frozen.params), {}
+        for place in frozen.plan.places:
+            kept, values = frozen.state[place.path], trainable[place.path]["values"]
+            weights[place.path] = SparseEntries(
+                leaves[place.path],
+                values,
+                kept["rows"],
+                kept["columns"],
+                place.layout,
+                added=True,
+                in_place=frozen.plan.written,
+            )
+        return tree.replace(frozen.params, weights)
+
+    write = {"write": writer(_put)} if in_place else {}
+    return Transform("shira", config, init, apply, **write)
+
+
+def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:
+    values = kept["original"]
+    if trained is not None:
+        values = values.astype(jnp.float32) + trained["values"]
+    return put_entries(w, kept["rows"], kept["columns"], values, place.layout)
+
+
+def _check(rank: int, density: float | None, mask: str, gradients: Any) -> None:
+    if rank < 1:
+        raise PeftError(f"shira: rank must be positive, got {rank}")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise PeftError(f"shira: density must lie in (0, 1], got {density}")
+    if mask not in _MASKS:
+        raise PeftError(f"shira: mask {mask!r} is unknown; choose one of {', '.join(_MASKS)}")
+    if (mask in _BY_GRADIENT) != (gradients is not None):
+        raise PeftError(
+            f"shira: mask {mask!r} and gradients do not go together; gradients, from "
+            "peftjax.mean_gradient, are for the masks 'gradient' and 'snip'"
+        )
+
+
+def _entries(
+    key: Array, path: str, layout: Layout, count: int, mask: str, leaf: Any, gradients: Mapping[str, Array]
+) -> Entries:
+    if mask == "struct":
+        return structured_entries("shira", path, layout, count)
+    if mask in ("random", "loaded"):
+        return random_entries(key, layout, count)
+    scores = jnp.ones(()) if mask == "gradient" else dense(leaf).astype(jnp.float32)
+    if mask in _BY_GRADIENT:
+        if path not in gradients or gradients[path].shape != leaf.shape:
+            raise PeftError(f"shira: gradients has no array of shape {leaf.shape} for {path!r}")
+        scores = scores * gradients[path]
+    return largest_entries(to_canonical(jnp.abs(scores), layout), layout, count)
+
+
+METHOD = MethodInfo(
+    name="shira",
+    factory=shira,
+    paper="SHiRA, Bhardwaj et al. 2024, arXiv 2406.13175",
+    trains="K of the entries",
+    keeps="the input x",
+    example={"rank": 2},
+)

@@ -1,0 +1,80 @@
+"""A weight of which some entries, anywhere in it, are exchanged for trained ones."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
+from peftjax.weights.layout import Layout
+from peftjax.weights.places import NOWHERE, put_entries, take_entries
+from peftjax.weights.resident import resident
+
+
+@structured
+class SparseEntries(Weight):
+    """`w = base` with the entries (rows, columns) `[*stack, K]` exchanged for `values [*stack, K]`.
+
+    With `added`, the values are what is added to the base's entries: in float32, before the result gets
+    the base's (or the compute) dtype. Pairs are distinct; a row past the end is no entry.
+
+    The dense weight is made for one layer's product at a time, and again in the backward pass, which
+    keeps the layer's input; the gradient of the values is read off the layer's dense one. With
+    `in_place` the base holds the trained entries already, and no dense copy is made.
+    """
+
+    base: Any = logical()
+    values: Array = canonical()
+    rows: Array = canonical()
+    columns: Array = canonical()
+    layout: Layout = static()
+    added: bool = static(False)
+    in_place: bool = static(False)
+    compute_dtype: Any = static(None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that the weight was cast to, or the base's."""
+        return self.base.dtype if self.compute_dtype is None else self.compute_dtype
+
+    def dense(self) -> Array:
+        """The base with the entries in place."""
+        base = dense(self.base)
+        if self.in_place:
+            taken = partial(take_entries, layout=self.layout)
+            return resident(taken, 1.0, base.astype(self.dtype), self.values, (self.rows, self.columns))
+        return put_entries(base.astype(self.dtype), self.rows, self.columns, self.entries(base), self.layout)
+
+    def entries(self, base: Array) -> Array:
+        """The trained entries themselves, float32 `[*stack, K]`."""
+        if not self.added:
+            return self.values
+        return self.values + take_entries(base, self.rows, self.columns, self.layout).astype(jnp.float32)
+
+    def changes(self, base: Array) -> Array:
+        """What is added to the entries of the base, float32 `[*stack, K]`."""
+        if self.added:
+            return self.values
+        return self.values - take_entries(base, self.rows, self.columns, self.layout).astype(jnp.float32)
+
+    def cast(self, dtype: Any) -> "SparseEntries":
+        """The same parts: the dense weight is cast when it is made, its entries from float32."""
+        return replace(self, compute_dtype=jnp.dtype(dtype))
+
+    def slice_features(self, position: int, start: int, size: int) -> "SparseEntries | None":
+        """The entries that lie in the slice."""
+        view = super().slice_features(position, start, size)
+        if view is None:
+            return None
+        name = "rows" if self.layout.axes[position].kind == "i" else "columns"
+        shifted = getattr(self, name) - start
+        inside = (shifted >= 0) & (shifted < size) & (self.rows != NOWHERE)
+        return replace(view, **{name: jnp.where(inside, shifted, NOWHERE)})
+
+    def part_specs(self, spec: Any) -> "SparseEntries | None":
+        """None where inputs or outputs are sharded: entries are numbered over all of them."""
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+        sharded = any(full[p] is not None for side in "io" for p in self.layout.positions(side))
+        return None if sharded else super().part_specs(spec)

@@ -1,0 +1,84 @@
+"""Any adapter as a LoRA of a chosen rank."""
+
+import jax
+import numpy as np
+import pytest
+from support import KEY, assert_close
+from tiny_models import EVERY_WEIGHT, moved, tiny
+
+import peftjax as pj
+from peftjax.errors import PeftError
+
+MODEL = tiny("words")
+STACKED = {"blocks": {"up": {"weight": jax.random.normal(KEY, (2, 5, 8))}}}
+
+
+def converted(method, rank, params=MODEL.params, base=None):
+    frozen, trainable = method.init(KEY, params)
+    trained = moved(trainable)
+    found = pj.to_lora(method, frozen, trained, rank=rank, params=base)
+    frozen_lora, _ = found.method.init(KEY, params)
+    return found, found.method.merge(frozen_lora, found.trainable), method.merge(frozen, trained)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pj.lora(rank=2, targets=EVERY_WEIGHT),
+        pj.paca(rank=2, targets=EVERY_WEIGHT),
+        pj.paca(rank=2, in_place=True),
+        pj.rows([1, 3]),
+    ],
+    ids=["lora", "paca", "paca in place", "rows"],
+)
+def test_a_change_of_that_rank_is_converted_exactly(method):
+    found, merged, wanted = converted(method, 2)
+    assert_close(merged, wanted)
+    assert max(found.errors.values()) < 1e-5
+    assert all(slots["a"].shape[-2] == 2 for slots in found.trainable.values())
+
+
+@pytest.mark.parametrize("name", ["shira", "sara", "dora"])
+def test_the_error_is_that_of_the_best_approximation(name):
+    info = pj.METHODS[name]
+    found, merged, wanted = converted(info.factory(**info.example), 3)
+    for path, error in found.errors.items():
+        module, leaf = path.split("/")
+        change = wanted[module][leaf] - MODEL.params[module][leaf]
+        left = np.linalg.norm(wanted[module][leaf] - merged[module][leaf]) / np.linalg.norm(change)
+        sizes = np.linalg.svd(change, compute_uv=False)
+        best = np.linalg.norm(sizes[3:]) / np.linalg.norm(sizes)
+        np.testing.assert_allclose([error, left], best, atol=1e-5)
+        assert error > 1e-3
+
+
+def test_a_stack_in_another_layout():
+    found, merged, wanted = converted(pj.paca(rank=2), 4, STACKED)
+    assert_close(merged, wanted)
+    assert found.trainable["blocks/up/weight"]["a"].shape == (2, 4, 8)
+
+
+def test_what_is_no_matrix_stays_as_it_was_trained():
+    method = pj.chain(pj.shira(rank=2), pj.train(["norm", "up"]))
+    with pytest.raises(PeftError, match="is trained as it is; give the base as params"):
+        converted(pj.chain(pj.shira(rank=2, targets=["down"]), pj.train(["norm"])), 8)
+    method = pj.chain(pj.shira(rank=2, targets=["down"]), pj.train(["norm", "up"]))
+    found, merged, wanted = converted(method, 8, base=MODEL.params)
+    assert set(found.trainable["train"]) == {"norm/scale", "norm/bias", "up/bias"}
+    assert set(found.trainable["lora"]) == {"down/kernel", "up/kernel"}
+    assert_close(merged, wanted)
+
+
+def test_pissa_becomes_a_lora_of_the_original_base():
+    found, merged, wanted = converted(pj.pissa(rank=2), 4, base=MODEL.params)
+    assert_close(merged, wanted)
+    assert max(found.errors.values()) < 1e-4
+
+
+def test_errors():
+    method = pj.lora(rank=2)
+    frozen, fresh = method.init(KEY, MODEL.params)
+    with pytest.raises(PeftError, match="rank must be positive"):
+        pj.to_lora(method, frozen, fresh, rank=0)
+    with pytest.raises(PeftError, match="lora has changed no weight"):
+        pj.to_lora(method, frozen, fresh, rank=2)
