@@ -13,8 +13,8 @@ import numpy as np
 import peftjax as pj
 from experiments.digits.data import Images, draw, of_classes, training_batches
 from experiments.digits.pretrain import KNOWN, Pretrained
-from experiments.tuning.entrants import Entrant, Setting, adapter_size, method_for
-from experiments.tuning.trainer import Fitted, make_trainer, mean_gradients
+from experiments.tuning.entrants import Entrant, adapter_size, method_for
+from experiments.tuning.trainer import Fitted, make_trainer
 from peftjax.models.backbone import Params
 
 
@@ -65,8 +65,7 @@ def make_tasks(images: Images, base: Pretrained, options: Transfer) -> tuple[lis
 
 def make_method(entrant: Entrant, base: Pretrained, task: Task, options: Transfer) -> pj.Transform:
     """The entrant's method for a seed."""
-    setting = Setting(options.steps, lambda: mean_gradients(base.model, task.params, [task.train.batch()]))
-    return method_for(entrant, setting, base.model, task.params)
+    return method_for(entrant, base.model, task.params, options.steps, [task.train.batch()])
 
 
 def transfer(

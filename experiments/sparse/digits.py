@@ -12,6 +12,8 @@ from experiments.digits.run import Options, main
 from experiments.sparse.entrants import entrants
 
 RANK = 4
+DENSITY = 7 / 128
+"""LoRA of that rank has 7,168 numbers a block, whose linear weights have 131,072."""
 
 if __name__ == "__main__":
-    main(entrants(RANK), tyro.cli(Options, description=__doc__))
+    main(entrants(RANK, DENSITY), tyro.cli(Options, description=__doc__))

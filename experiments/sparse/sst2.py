@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ import tyro
 
 import peftjax as pj
 from experiments.sparse.entrants import entrants
-from experiments.tuning.entrants import Entrant, Setting, adapter_size, method_for, require_equal
+from experiments.tuning.entrants import Entrant, adapter_size, method_for, require_equal
 from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Run, open_record
 from experiments.tuning.report import write_report
-from experiments.tuning.trainer import make_trainer, mean_gradients
-from peftjax.losses import Batch
+from experiments.tuning.trainer import make_trainer
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.minilm import minilm_path
 from peftjax.models.tokenizer import load_tokenizer
@@ -56,6 +55,8 @@ class Options:
     """Where runs.json, results.json, results.md and results.png go."""
     rank: int = 8
     """LoRA's, which sets the number of parameters."""
+    density: float = 1 / 32
+    """Share of the linear weights that is as many numbers as LoRA trains."""
     steps: int = 150
     """Optimizer steps."""
     batch: int = 32
@@ -104,12 +105,11 @@ def open_minilm(seed: int) -> tuple[Backbone, Params]:
 
 
 def make_method(
-    entrant: Entrant, model: Backbone, params: Params, batches: Iterable[Batch], steps: int
+    entrant: Entrant, model: Backbone, params: Params, texts: Texts, options: Options, seed: int
 ) -> pj.Transform:
-    """The entrant's method; the gradients it may ask for are those of the first `CALIBRATION` batches."""
-    calibration = itertools.islice(batches, CALIBRATION)
-    setting = Setting(steps, lambda: mean_gradients(model, params, calibration))
-    return method_for(entrant, setting, model, params)
+    """The entrant's method for a seed."""
+    batches = itertools.islice(training_batches(texts.train, options.batch, seed), CALIBRATION)
+    return method_for(entrant, model, params, options.steps, batches)
 
 
 def make_runner(entrant: Entrant, texts: Texts, options: Options) -> Callable[[float, int], Run]:
@@ -119,9 +119,8 @@ def make_runner(entrant: Entrant, texts: Texts, options: Options) -> Callable[[f
     def run(rate: float, seed: int) -> Run:
         nonlocal trainer
         model, params = open_minilm(seed)
-
-        calibration, batches = (training_batches(texts.train, options.batch, seed) for _ in range(2))
-        method = make_method(entrant, model, params, calibration, options.steps)
+        batches = training_batches(texts.train, options.batch, seed)
+        method = make_method(entrant, model, params, texts, options, seed)
         trainer = trainer or make_trainer(model, method, options.steps)
         fitted = trainer.fit(method, params, batches, rate, seed)
         held_out, test = (
@@ -177,11 +176,10 @@ def main(options: Options) -> None:
         PeftError: the recorded runs have other settings, or matched methods train different numbers of
             parameters.
     """
-    chosen = entrants(options.rank)
+    chosen = entrants(options.rank, options.density)
     model, params = open_minilm(0)
     texts = read_texts(options)
-    first = training_batches(texts.train, options.batch, 0)
-    methods = [make_method(entrant, model, params, first, options.steps) for entrant in chosen]
+    methods = [make_method(entrant, model, params, texts, options, 0) for entrant in chosen]
     require_equal([(e, adapter_size(method, params)) for e, method in zip(chosen, methods)], TOLERANCE)
 
     settings = dataclasses.asdict(options) | {

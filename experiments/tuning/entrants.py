@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 
 import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.losses import Batch, cross_entropy
 from peftjax.models.backbone import Backbone, Params
 from peftjax.train.options import with_new_head
 
@@ -22,12 +23,11 @@ class Setting:
 
     Attributes:
         steps: optimizer steps.
-        gradients: computes the loss's gradient by every parameter before training, averaged over the
-            training examples; the structure of the parameters.
+        gradients: computes the gradient by every linear weight, by path, before training.
     """
 
     steps: int
-    gradients: Callable[[], Params]
+    gradients: Callable[[], Mapping[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,23 @@ def references() -> tuple[Entrant, ...]:
     )
 
 
-def method_for(entrant: Entrant, setting: Setting, model: Backbone, params: Params) -> pj.Transform:
-    """The entrant's method and, where that leaves it alone, plain training of the classifier."""
+def method_for(
+    entrant: Entrant, model: Backbone, params: Params, steps: int, calibration: Iterable[Batch]
+) -> pj.Transform:
+    """The entrant's method and, where that leaves it alone, plain training of the classifier.
+
+    Args:
+        entrant: whose.
+        model: what is adapted.
+        params: its parameters.
+        steps: optimizer steps of the run.
+        calibration: training batches for the gradients, where the entrant asks for them.
+    """
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        return cross_entropy(model(params, batch), batch)
+
+    setting = Setting(steps, lambda: pj.mean_gradient(loss, params, calibration))
     return with_new_head(entrant.make(setting), model, params)
 
 

@@ -94,19 +94,3 @@ def make_trainer(model: Backbone, method: pj.Transform, steps: int) -> Trainer:
         return score(fitted.trainable, fitted.frozen, batches)
 
     return Trainer(fit, evaluate)
-
-
-def mean_gradients(model: Backbone, params: Params, batches: Iterable[Batch]) -> Params:
-    """The gradient of the mean loss over all batches by every parameter."""
-
-    @jax.jit
-    def sums(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
-        def loss(params: Params) -> tuple[jax.Array, jax.Array]:
-            found, weight = classification(model(params, batch), batch)
-            return found["loss"], weight
-
-        return jax.grad(loss, has_aux=True)(params)
-
-    found = [sums(params, batch) for batch in batches]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *found)
-    return jax.tree.map(lambda leaf: leaf / total[1], total[0])

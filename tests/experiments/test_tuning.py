@@ -10,9 +10,12 @@ import pytest
 import peftjax as pj
 from experiments.digits.data import Images, training_batches
 from experiments.digits.pretrain import Pretraining, build_model
+from experiments.sparse.digits import DENSITY, RANK
+from experiments.sparse.entrants import entrants
+from experiments.tuning.entrants import Entrant, Setting, adapter_size, method_for, require_equal
 from experiments.tuning.record import open_record
 from experiments.tuning.report import difference, make_table, write_report
-from experiments.tuning.trainer import make_trainer, mean_gradients
+from experiments.tuning.trainer import make_trainer
 from peftjax.errors import PeftError
 
 
@@ -65,13 +68,37 @@ def test_a_run_that_diverges_ends_and_says_so(task):
     assert not np.isfinite(run.loss)
 
 
-def test_mean_gradients_weigh_every_example_once(task):
+def test_an_entrant_gets_steps_and_gradients_and_the_classifier_is_trained(task):
     model, params, images = task
-    parts = [images.batch(slice(0, 5)), images.batch(slice(5, 20))]
-    one = mean_gradients(model, params, [images.batch()])["head"]["classifier"]["kernel"]
-    two = mean_gradients(model, params, parts)["head"]["classifier"]["kernel"]
-    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
-    assert float(jnp.abs(one).max()) > 0
+    asked = []
+
+    def make(setting: Setting) -> pj.Transform:
+        asked.append(setting.steps)
+        return pj.shira(rank=1, mask="gradient", gradients=setting.gradients())
+
+    method = method_for(Entrant("SHiRA", make), model, params, 7, [images.batch()])
+    assert asked == [7]
+    assert adapter_size(method, params) == 4 * (8 + 8) + 2 * (8 + 16)
+    _, trainable = method.init(jax.random.key(0), params)
+    assert set(trainable["train"]) == {"head/classifier/kernel", "head/classifier/bias"}
+
+
+def test_slots_that_the_optimizer_sets_do_not_count(task):
+    model, params, _ = task
+    sara = Entrant("SaRA", lambda setting: pj.sara(density=0.25))
+    method = method_for(sara, model, params, 1, [])
+    assert adapter_size(method, params) == (4 * 8 * 8 + 2 * 8 * 16) // 4
+
+
+def test_the_sparse_methods_train_as_many_parameters_as_lora():
+    model = build_model(Pretraining())
+    params = model.init(jax.random.key(0))
+    images = Images(np.zeros((5, 1, 8, 8), np.float32), np.arange(5, dtype=np.int32))
+    chosen = entrants(RANK, DENSITY)
+    methods = [method_for(entrant, model, params, 10, [images.batch()]) for entrant in chosen]
+    sizes = [(entrant, adapter_size(method, params)) for entrant, method in zip(chosen, methods)]
+    require_equal(sizes, 0.02)
+    assert {entrant.label: size for entrant, size in sizes}["LoRA r=4"] == 14336
 
 
 def test_a_recorded_run_is_not_repeated(tmp_path):
