@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -88,6 +89,7 @@ def compare(
                 return transfer(entrant, base, tasks, test, options.transfer, advance)
 
             lines.append(record.recall({"label": entrant.label}, run))
+            jax.clear_caches()  # a process can map only so many programs into memory
             scores = ", ".join(f"{score:.3f}" for score in lines[-1]["accuracy"])
             console.print(f"{entrant.label}: {scores} at learning rate {lines[-1]['rate']:g}")
     return {
