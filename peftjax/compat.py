@@ -179,9 +179,9 @@ def number_of_shards(params: dict[str, Any]) -> int:
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
-def topology_device(platform: str, name: str, **options: Any) -> jax.Device:
-    """The first device of a machine that need not exist; programs can be compiled for it, not run."""
-    return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices[0]
+def topology_devices(platform: str, name: str, **options: Any) -> tuple[jax.Device, ...]:
+    """The devices of a machine that need not exist; programs can be compiled for them, not run."""
+    return tuple(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
 
 
 def padded_shape(shape: Sequence[int], layout: Any) -> tuple[int, ...]:

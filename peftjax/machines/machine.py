@@ -51,14 +51,19 @@ class Machine:
     Attributes:
         name: as it was asked for.
         platform: as `lower` knows it, "cpu", "cuda" or "tpu".
-        device: the device of the compiled program.
+        devices: its devices, of which a program for one takes the first.
         options: of the compiler.
     """
 
     name: str
     platform: str
-    device: jax.Device
+    devices: tuple[jax.Device, ...]
     options: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device of a program for one."""
+        return self.devices[0]
 
 
 def find_machine(name: str) -> Machine:
@@ -68,7 +73,7 @@ def find_machine(name: str) -> Machine:
         PeftError: the name is unknown, or the compiler is not installed.
     """
     if name == "cpu":
-        return Machine(name, "cpu", jax.devices("cpu")[0])
+        return Machine(name, "cpu", tuple(jax.devices("cpu")))
     if name in GPUS:
         return _gpu(name)
     if TPU.fullmatch(name):
@@ -97,8 +102,8 @@ def _gpu(name: str) -> Machine:
     if found != jax.__version__:
         raise PeftError(f"target {name!r}: jax-{plugin}-pjrt is {found} and jax {jax.__version__}: {install}")
     # One partition of one host of one device.
-    device = compat.topology_device("cuda", name, topology="1x1x1", target_config=gpu_description(name))
-    return Machine(name, "cuda", device, {"xla_gpu_autotune_level": 0})
+    devices = compat.topology_devices("cuda", name, topology="1x1x1", target_config=gpu_description(name))
+    return Machine(name, "cuda", devices, {"xla_gpu_autotune_level": 0})
 
 
 def _tpu(name: str) -> Machine:
@@ -106,13 +111,13 @@ def _tpu(name: str) -> Machine:
         raise PeftError(f"target {name!r} needs the TPU's compiler: pip install libtpu")
     with _defaults(LIBTPU):
         try:
-            device = compat.topology_device("tpu", name)
+            devices = compat.topology_devices("tpu", name)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise PeftError(
                 f"libtpu refuses the topology {name!r} ({reason}); closest: {nearest(name, TPU_EXAMPLES)}"
             ) from error
-    return Machine(name, "tpu", device)
+    return Machine(name, "tpu", devices)
 
 
 def _is_installed(module: str) -> bool:

@@ -70,7 +70,7 @@ def test_thresholds(run, kernel, mode):
     find = jax.jit(lambda level: fused.threshold(RUNS[run], a, b, scalars, level, map))
     size = np.abs(naive.dense(a, b, scalars, map, np))
     for level in (0.0, 0.37, 0.995):
-        np.testing.assert_allclose(find(jnp.float32(level)), np.quantile(size, level), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(find(jnp.float32(level)), np.quantile(size, level), rtol=1e-4, atol=1e-7)
 
 
 def test_forced_on_a_cpu_under_vmap_scan_and_checkpoint():
