@@ -79,7 +79,7 @@ def _of_equation(eqn: Any, used: list[bool], platform: str) -> tuple[Flops, list
 
 
 def _of_scan(
-    params: dict[str, Any], used: list[bool], inputs: int, platform: str
+    params: dict[str, Any], used: list[bool], n_inputs: int, platform: str
 ) -> tuple[Flops, list[bool]]:
     """The body with the outputs in use, and with the carries that those in use need in later turns."""
     body = compat.open_jaxpr(params["jaxpr"])[0]

@@ -46,7 +46,7 @@ def test_a_scan_counts_every_turn_and_remat_what_is_made_again():
 def test_remat_of_a_last_product_makes_nothing_again():
     # The backward pass of a linear function needs its input, not its output.
     run = jax.checkpoint(lambda w, x: jnp.sin(x) @ w)
-    assert flops(jax.grad(lambda w, x: run(w, x).sum()), SQUARE, SQUARE).total == 2 * ONE
+    assert flops(jax.value_and_grad(lambda w, x: run(w, x).sum()), SQUARE, SQUARE).total == 2 * ONE
 
 
 def test_a_product_that_nothing_needs_is_not_counted():
