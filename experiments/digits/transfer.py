@@ -94,14 +94,15 @@ def transfer(
     """
     started = time.perf_counter()
     methods = [make_method(entrant, base, task, options) for task in tasks]
+    starts = [method.init(jax.random.key(task.seed), task.params) for method, task in zip(methods, tasks)]
     trainer = make_trainer(base.model, methods[0], options.steps)
     runs: dict[float, list[Fitted]] = {}
     scores: dict[float, list[dict[str, float]]] = {}
     for rate in options.rates:
         runs[rate] = []
-        for task, method in zip(tasks, methods):
+        for task, start in zip(tasks, starts):
             batches = training_batches(task.train, options.batch, task.seed)
-            runs[rate].append(trainer.fit(method, task.params, batches, rate, task.seed))
+            runs[rate].append(trainer.fit(start, batches, rate, task.seed))
             advance(f"{entrant.label}, learning rate {rate:g}, seed {task.seed}")
         scores[rate] = [
             trainer.evaluate(run, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)

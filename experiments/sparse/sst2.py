@@ -122,7 +122,7 @@ def make_runner(entrant: Entrant, texts: Texts, options: Options) -> Callable[[f
         batches = training_batches(texts.train, options.batch, seed)
         method = make_method(entrant, model, params, texts, options, seed)
         trainer = trainer or make_trainer(model, method, options.steps)
-        fitted = trainer.fit(method, params, batches, rate, seed)
+        fitted = trainer.fit(method.init(jax.random.key(seed), params), batches, rate, seed)
         held_out, test = (
             trainer.evaluate(fitted, evaluation_batches(part, 64)) for part in (texts.held_out, texts.test)
         )

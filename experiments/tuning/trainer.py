@@ -14,10 +14,13 @@ import optax
 
 import peftjax as pj
 from peftjax.losses import Batch, classification
-from peftjax.models.backbone import Backbone, Params
+from peftjax.models.backbone import Backbone
 from peftjax.train.config import TrainConfig
 from peftjax.train.optimizer import make_optimizer
 from peftjax.train.step import make_evaluate, make_step
+
+Start = tuple[Any, Any]
+"""`(frozen, trainable)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,13 @@ class Trainer:
     """A method's programs.
 
     Attributes:
-        fit: `(method, params, batches, rate, seed) -> Fitted`. The method may differ from the one that was
-            compiled for in what only its `init` reads, such as the gradients that choose a mask.
+        fit: `(start, batches, rate, seed) -> Fitted`, where `start` is what the method's `init` returned, and
+            the seed drives dropout. It may come from a method that differs from the compiled one in what only
+            `init` reads, such as the gradients that choose a mask.
         evaluate: `(fitted, batches) -> {"loss", "accuracy"}`.
     """
 
-    fit: Callable[[pj.Transform, Params, Iterable[Batch], float, int], Fitted]
+    fit: Callable[[Start, Iterable[Batch], float, int], Fitted]
     evaluate: Callable[[Fitted, Iterable[Batch]], dict[str, float]]
 
 
@@ -69,10 +73,10 @@ def make_trainer(model: Backbone, method: pj.Transform, steps: int) -> Trainer:
     score = make_evaluate(forward, method, classification)
     seen: set[tuple[int, ...]] = set()
 
-    def fit(method: pj.Transform, params: Params, batches: Iterable[Batch], rate: float, seed: int) -> Fitted:
+    def fit(start: Start, batches: Iterable[Batch], rate: float, seed: int) -> Fitted:
+        frozen, trainable = start
+        trainable = jax.tree.map(jnp.copy, trainable)  # a step takes its memory
         key = jax.random.key(seed)
-        frozen, trainable = method.init(key, params)
-        trainable = jax.tree.map(jnp.copy, trainable)  # a step takes its memory; `params` may share it
         state = jax.tree.map(jnp.copy, optax.tree.set(tx.init(trainable), peak=jnp.float32(rate)))
         seconds, compiled, loss = [], 0.0, float("nan")
         for number, batch in zip(range(1, steps + 1), batches):

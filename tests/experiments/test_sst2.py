@@ -2,7 +2,10 @@
 
 import pytest
 
+import peftjax as pj
+from experiments.sparse.entrants import shira
 from experiments.sparse.sst2 import Options, best_runs, main, pick
+from experiments.tuning.entrants import Entrant
 from peftjax.errors import PeftError
 from peftjax.models.minilm import minilm_path
 from peftjax.train.data.dataset import Split
@@ -32,6 +35,8 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
         minilm_path()
     except PeftError as error:
         pytest.skip(str(error))
+    chosen = (Entrant("LoRA", lambda setting: pj.lora(rank=8)), shira(8, "gradient"))
+    monkeypatch.setattr("experiments.sparse.sst2.entrants", lambda rank, density: chosen)
     rows = "\n".join(
         f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(20)
     )

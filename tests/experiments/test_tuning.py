@@ -47,8 +47,9 @@ def task():
 def test_a_trainer_learns_and_compiles_once_for_all_rates_and_seeds(task):
     model, params, images = task
     trainer = make_trainer(model, pj.full(), steps=30)
+    start = pj.full().init(jax.random.key(0), params)
     runs = [
-        trainer.fit(pj.full(), params, training_batches(images, 10, seed), rate, seed)
+        trainer.fit(start, training_batches(images, 10, seed), rate, seed)
         for rate, seed in ((1e-2, 0), (1e-2, 1), (0.0, 0))
     ]
     trained, other, still = (trainer.evaluate(run, [images.batch()])["loss"] for run in runs)
@@ -64,7 +65,8 @@ def test_a_trainer_learns_and_compiles_once_for_all_rates_and_seeds(task):
 def test_a_run_that_diverges_ends_and_says_so(task):
     model, params, images = task
     trainer = make_trainer(model, pj.full(), steps=5)
-    run = trainer.fit(pj.full(), params, training_batches(images, 10, 0), float("inf"), 0)
+    start = pj.full().init(jax.random.key(0), params)
+    run = trainer.fit(start, training_batches(images, 10, 0), float("inf"), 0)
     assert not np.isfinite(run.loss)
 
 
