@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -151,6 +152,7 @@ def _weight(
     )
 
 
+@partial(jax.jit, static_argnums=4)
 def thresholds(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: Map) -> Array:
     """A threshold for each matrix of the stack, one after the other: one update exists at a time."""
     operands = lax.stop_gradient((a, b, dict(scalars), level))

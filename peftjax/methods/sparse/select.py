@@ -1,4 +1,9 @@
-"""Which entries of a matrix are trained: (row, column) pairs `[*stack, K]` int32, in row-major order."""
+"""Which entries of a matrix are trained: (row, column) pairs `[*stack, K]` int32, in row-major order.
+
+The searches are jitted by size, so that a model's many weights of few sizes compile few programs.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +34,13 @@ def entry_count(who: str, path: str, layout: Layout, rank: int, density: float |
 
 def random_entries(key: Array, layout: Layout, count: int) -> Entries:
     """`count` entries of each matrix, uniformly without replacement."""
-    n, m = layout.matrix
-    draw = _permuted if count > n * m // 4 else _drawn
     keys = jax.random.split(key, layout.stack) if layout.stack else key[None]
-    return _unstacked(lax.map(lambda key: draw(key, n, m, count), keys.reshape(-1)), layout)
+    return _unstacked(_random(keys.reshape(-1), *layout.matrix, count), layout)
 
 
 def largest_entries(scores: Array, layout: Layout, count: int) -> Entries:
     """The entries with the largest scores `[*stack, in, out]` of each matrix; the earlier of equals."""
-    n, m = layout.matrix
-
-    def pick(scores: Array) -> Entries:
-        return jnp.divmod(jnp.sort(lax.top_k(scores.reshape(-1), count)[1]), m)
-
-    return _unstacked(lax.map(pick, scores.reshape(-1, n, m)), layout)
+    return _unstacked(_largest(scores.reshape(-1, *layout.matrix), count), layout)
 
 
 def structured_entries(who: str, path: str, layout: Layout, count: int) -> Entries:
@@ -69,6 +67,20 @@ def structured_entries(who: str, path: str, layout: Layout, count: int) -> Entri
         jnp.asarray(np.broadcast_to(part, (*layout.stack, part.size)), jnp.int32) for part in found
     )
     return rows, columns
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(keys: Array, n: int, m: int, count: int) -> Entries:
+    draw = _permuted if count > n * m // 4 else _drawn
+    return lax.map(lambda key: draw(key, n, m, count), keys)
+
+
+@partial(jax.jit, static_argnums=1)
+def _largest(scores: Array, count: int) -> Entries:
+    def pick(scores: Array) -> Entries:
+        return jnp.divmod(jnp.sort(lax.top_k(scores.reshape(-1), count)[1]), scores.shape[-1])
+
+    return lax.map(pick, scores)
 
 
 def _unstacked(entries: Entries, layout: Layout) -> Entries:
