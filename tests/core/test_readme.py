@@ -1,16 +1,60 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, and its table of methods is the registry's."""
 
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import peftjax as pj
+from peftjax.models.decoder import decoder
+from peftjax.models.llama import read_config
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def example(words):
+    """The one example with these words in it."""
+    (found,) = [text for text in EXAMPLES if words in text]
+    return found
 
 
 def test_the_example_learns():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert example is not None
     names: dict = {}
-    exec(example.group(1), names)
+    exec(EXAMPLES[0], names)
     assert float(names["loss"]) < 1.0  # ten classes at random: 2.3
     assert jax.tree.structure(names["dense"]) == jax.tree.structure(names["params"])
+
+
+def test_the_example_in_place_goes_there_and_back():
+    params = {"up": {"kernel": jnp.ones((16, 16))}}
+    names = {"jax": jax, "pj": pj, "params": jax.tree.map(jnp.copy, params)}
+    exec(example("in_place=True"), names)
+    np.testing.assert_array_equal(names["frozen"].params["up"]["kernel"], params["up"]["kernel"])
+
+
+def test_the_example_of_a_plan_prints_its_peak(capsys):
+    tiny = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+    tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"jax": jax, "jnp": jnp, "pj": pj, "optax": optax, "model": decoder(read_config(tiny))}
+    exec(example("pj.plan").replace('"h200"', '"cpu"').replace("2048", "8"), names)
+    assert "peak" in capsys.readouterr().out
+
+
+def test_the_table_has_every_method_of_the_registry_with_its_facts():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
+    wanted = {
+        name: " | ".join(
+            (
+                info.paper,
+                info.trains,
+                info.keeps,
+                *("yes" if f else "no" for f in (info.mergeable, info.quantized_base)),
+            )
+        )
+        for name, info in pj.METHODS.items()
+    }
+    assert {name: rows.get(name) for name in wanted} == wanted

@@ -7,7 +7,8 @@ Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13
 
 Trained: K numbers a weight. S is sparse and of high rank. Backward keeps each adapted layer's input x,
 as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. W' and
-dW exist for one layer at a time; with `in_place` the base holds W' and no copy of a weight is made.
+dW exist for one layer at a time where layers are scanned (XLA may make those of an unrolled program
+sooner); with `in_place` the base holds W' and no copy of a weight is made.
 v is float32 and added in float32, so that a step too small for a bfloat16 weight is not lost.
 
 Masks of the paper: 'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest
