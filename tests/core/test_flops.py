@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from peftjax.flops import Flops, count_flops
 
@@ -132,6 +132,6 @@ def test_decompositions_are_named():
 
 
 def test_every_shard_counts():
-    mesh, rows = AbstractMesh((2,), ("a",)), PartitionSpec("a")
+    mesh, rows = AbstractMesh((2,), ("a",), axis_types=(AxisType.Auto,)), PartitionSpec("a")
     run = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
     assert flops(run, SQUARE, SQUARE).total == ONE

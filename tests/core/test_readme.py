@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its table of methods is the registry's."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
@@ -42,19 +42,3 @@ def test_the_example_of_a_plan_prints_its_peak(capsys):
     names = {"jax": jax, "jnp": jnp, "pj": pj, "optax": optax, "model": decoder(read_config(tiny))}
     exec(example("pj.plan").replace('"h200"', '"cpu"').replace("2048", "8"), names)
     assert "peak" in capsys.readouterr().out
-
-
-def test_the_table_has_every_method_of_the_registry_with_its_facts():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
-    wanted = {
-        name: " | ".join(
-            (
-                info.paper,
-                info.trains,
-                info.keeps,
-                *("yes" if f else "no" for f in (info.mergeable, info.quantized_base)),
-            )
-        )
-        for name, info in pj.METHODS.items()
-    }
-    assert {name: rows.get(name) for name in wanted} == wanted

@@ -44,7 +44,7 @@ def test_the_volume_is_shared_by_score_and_nobody_gets_more_than_it_has(total):
 
 def test_everything_is_kept_where_the_volume_is_the_whole():
     caps = jnp.asarray(RANDOM.dirichlet(np.ones(9)), jnp.float32)
-    np.testing.assert_array_equal(water_fill(jnp.float32(1.0), jnp.arange(9.0), caps), caps)
+    np.testing.assert_allclose(water_fill(jnp.float32(1.0), jnp.arange(9.0), caps), caps, atol=1e-6)
 
 
 def test_equal_scores_and_shapes_get_equal_levels():
@@ -228,7 +228,7 @@ def test_the_optimizer_inside_never_sees_a_level():
         wanted = optax.apply_updates(wanted, updates)
     for path, slots in wanted["snella"].items():
         for factor in ("a", "b"):
-            np.testing.assert_allclose(after["snella"][path][factor], slots[factor], rtol=1e-6)
+            np.testing.assert_allclose(after["snella"][path][factor], slots[factor], rtol=1e-6, atol=1e-7)
 
 
 def test_only_what_fluctuates_scores():

@@ -8,8 +8,9 @@ Adaptation", ICLR 2025, arXiv 2409.06633.
 
 Trained: p, K numbers a weight; a 0/1 slot `keep` beside it, set by the optimizer hook, is the current M.
 Backward keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are
-scanned; with `in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added where p enters the model,
-so that it reaches p in any loop; it is that of the loss you differentiate, which should be a mean.
+scanned; with `in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added
+where p enters the model, so that it reaches p in any loop; it is that of the loss you differentiate, which
+should be a mean.
 
 Defaults: density 0.05 is about the paper's 50 of 860 million; λ = 5e-4 and T half of the steps are the
 released code's (`reselect_at` must be given: the method does not know the number of steps), which
