@@ -131,6 +131,7 @@ def by_platform(
     """
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
+    primitive.bodies = {None: plain, **kernels}
     compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
     primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
@@ -139,6 +140,18 @@ def by_platform(
     for platform, kernel in kernels.items():
         mlir.register_lowering(primitive, partial(_lowered, plain, kernel, always), platform=platform)
     return primitive.bind
+
+
+def body_for(primitive: Any, platform: str) -> Callable[..., Sequence[Any]] | None:
+    """What a primitive of `by_platform` runs in a program for one device; None for any other primitive."""
+    bodies = getattr(primitive, "bodies", None)
+    return None if bodies is None else bodies.get(platform, bodies[None])
+
+
+def grid_size(params: dict[str, Any]) -> int | None:
+    """How often a `pallas_call` equation runs its body; None where that is not known."""
+    grid = params["grid_mapping"].grid
+    return math.prod(grid) if all(isinstance(length, int) for length in grid) else None
 
 
 def _types(f: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> list[Any]:

@@ -5,20 +5,23 @@
     scan           length · body;   remat: as often as it is traced, so what is made again counts again
     cond           the branch of the platform where the platform chooses, else the largest
     while          its condition and body once: the number of turns is not known
-    pallas_call    its `cost_estimate`
+    pallas_call    its `cost_estimate`, else the grid's size · body
     shard_map      body · number of shards
 
 A multiplication and an addition are two. Element-wise operations, reductions and sorts count nothing, and
 neither does what no output needs: backward rules leave such products, and the compiler drops them. What
-cannot be counted is named, never left out in silence: a `while` with products, a Pallas kernel without an
-estimate, foreign calls, decompositions and Fourier transforms. (The compiler's own `cost_analysis()` counts
-a loop's body once, and a GPU's gives nothing for a topology.)
+cannot be counted is named, never left out in silence: a `while` with products, a Pallas kernel on a grid
+of unknown size, foreign calls, decompositions and Fourier transforms. (The compiler's own
+`cost_analysis()` counts a loop's body once, and a GPU's gives nothing for a topology.)
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import jax
 
 from peftjax import compat
 
@@ -114,9 +117,20 @@ def _of_primitive(eqn: Any, platform: str) -> Flops | None:
         case "shard_map":
             return count_flops(params["jaxpr"], platform) * compat.number_of_shards(params)
         case "pallas_call":
-            estimate = params["cost_estimate"]
-            return Flops(0, (f"pallas_call {params['name']}",)) if estimate is None else Flops(estimate.flops)
+            return _kernel(params, platform)
+    if (body := compat.body_for(eqn.primitive, platform)) is not None:
+        shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+        return count_flops(jax.make_jaxpr(partial(body, **params))(*shapes), platform)
     return Flops(0, (name,)) if name in UNCOUNTED else None
+
+
+def _kernel(params: dict[str, Any], platform: str) -> Flops:
+    if params["cost_estimate"] is not None:
+        return Flops(params["cost_estimate"].flops)
+    size = compat.grid_size(params)
+    if size is None:
+        return Flops(0, (f"pallas_call {params['name']}",))
+    return count_flops(params["jaxpr"], platform) * size
 
 
 def _product(eqn: Any, shared: tuple[int, ...]) -> int:

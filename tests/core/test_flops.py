@@ -1,11 +1,14 @@
 """FLOPs of traced programs, against counts by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from peftjax import compat
 from peftjax.flops import Flops, count_flops
 
 N, K, M = 6, 4, 5
@@ -115,16 +118,25 @@ def test_a_while_counts_one_turn_and_says_so():
     assert flops(run, SQUARE) == Flops(ONE, ("while (one turn counted)",))
 
 
-def test_a_kernel_counts_its_estimate_and_is_named_without_one():
-    def kernel(x, out):
-        out[...] = x[...] @ x[...]
+def test_a_kernel_counts_its_estimate_or_its_body_at_every_place_of_the_grid():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
 
-    def call(estimate):
-        return pl.pallas_call(kernel, out_shape=SQUARE, cost_estimate=estimate, name="square", interpret=True)
-
+    rows, whole = pl.BlockSpec((2, 8), lambda i: (i, 0)), pl.BlockSpec((8, 8), lambda i: (0, 0))
+    call = partial(
+        pl.pallas_call, kernel, grid=(4,), in_specs=[rows, whole], out_specs=rows, out_shape=SQUARE
+    )
     estimate = pl.CostEstimate(flops=77, transcendentals=0, bytes_accessed=0)
-    assert flops(call(estimate), SQUARE) == Flops(77)
-    assert flops(call(None), SQUARE) == Flops(0, ("pallas_call square",))
+    assert flops(call(cost_estimate=estimate), SQUARE, SQUARE) == Flops(77)
+    assert flops(call(), SQUARE, SQUARE) == Flops(ONE)
+
+
+def test_an_operation_with_kernels_counts_those_of_the_platform():
+    plain = lambda x: [x @ x]
+    twice = lambda x: [x @ x + x.T @ x]
+    run = compat.by_platform("test_square", plain, {"tpu": twice})
+    assert flops(run, SQUARE, platform="cuda") == Flops(ONE)
+    assert flops(run, SQUARE, platform="tpu") == Flops(2 * ONE)
 
 
 def test_decompositions_are_named():
