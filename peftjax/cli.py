@@ -297,7 +297,7 @@ def _inspect(command: Inspect, console: Console) -> None:
         return
     writes = command.base.head in (None, LANGUAGE_HEAD) and is_decoder(model_folder(command.base.model))
     _, params = open_model(command.base, num_labels=None if writes else 2)
-    method = make_method(command.tuning)
+    method = make_method(command.tuning, steps=100)  # any number: what is trained does not depend on it
     found = report.inspection(method, params)
     _show(command.json, found, lambda: report.print_inspection(found))
 

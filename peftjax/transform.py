@@ -225,6 +225,7 @@ class MethodInfo:
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
         replaces_base: whether `init` puts another array in the place of an adapted one.
         steered: names of trainable slots that the method's optimizer hook sets; their gradient is zero.
+        of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
     """
 
     name: str
@@ -238,3 +239,4 @@ class MethodInfo:
     starts_as_base: bool = True
     replaces_base: bool = False
     steered: tuple[str, ...] = ()
+    of_steps: Callable[[int], Mapping[str, Any]] | None = None

@@ -163,8 +163,12 @@ def open_model(
     return load(folder, head=head, num_labels=num_labels, dtype=dtype, remat=remat, key=key)
 
 
-def make_method(options: MethodOptions) -> Transform:
+def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
     """The method with the given options, the others at its defaults.
+
+    Args:
+        options: the method and what is given of its options.
+        steps: optimizer steps of the run, for the options that follow from them.
 
     Raises:
         PeftError: the method or an option is unknown, or a value does not fit.
@@ -186,6 +190,9 @@ def make_method(options: MethodOptions) -> Transform:
         if not equals:
             raise PeftError(f"method option {pair!r} is not of the form name=value")
         given[name] = yaml.safe_load(value)
+    of_steps = METHODS[options.method].of_steps
+    if of_steps is not None and steps is not None:
+        given = {**of_steps(steps), **given}
     return build({"name": options.method, **given})
 
 

@@ -14,7 +14,7 @@ from peftjax import tree
 from peftjax.io.adapter import save_adapter
 from peftjax.io.files import replacing
 from peftjax.losses import classification
-from peftjax.methods import describe
+from peftjax.methods import METHODS, describe
 from peftjax.train.config import TrainConfig, plan_steps, validate, with_defaults
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
@@ -24,6 +24,7 @@ from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import find_task
 from peftjax.train.usage import peak_memory
+from peftjax.transform import Transform
 
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
@@ -51,11 +52,17 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     """
     started = time.perf_counter()
     validate(options.training)
-    method = make_method(options.tuning)
+    known = METHODS.get(options.tuning.method)
+    if known is None or known.of_steps is None:
+        make_method(options.tuning)  # an option that cannot be used is found before the data is read
     name = find_task(options)
     task = TASKS[name]
     config = with_defaults(options.training, name, longest_text(model_folder(options.base.model)))
-    prepared = task.prepare(options, config, method, say)
+
+    def method_for(examples: int) -> Transform:
+        return make_method(options.tuning, plan_steps(config, examples).total)
+
+    prepared = task.prepare(options, config, method_for, say)
     model, params, method = prepared.model, prepared.params, prepared.method
     frozen, trainable = method.init(jax.random.key(config.seed), params)
     say(f"{method.name}: {tree.count(trainable):,} of {tree.count(params):,} parameters are trained")

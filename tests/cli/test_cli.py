@@ -156,6 +156,15 @@ def test_inspect_shows_an_adapter(trained, capsys):
     assert "lora" in run(capsys, "inspect", "--adapter", trained[0] / "adapter")
 
 
+def test_train_tells_a_method_how_many_steps_there_are(model_folder, data_folder, tmp_path):
+    command = ["train", "--model", model_folder, "--data", data_folder / "train.csv", "--output", tmp_path]
+    main(
+        [str(part) for part in (*command, "--method", "snella", "--rank", "2", "--no-probe", "--steps", "3")]
+    )
+    made = json.loads((tmp_path / "adapter" / "adapter.json").read_text())["method"]["methods"][0]
+    assert (made["name"], made["total_steps"]) == ("snella", 3)
+
+
 def test_the_readme_has_the_methods_table(capsys):
     readme = Path(__file__).parents[2] / "README.md"
     assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")

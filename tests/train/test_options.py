@@ -49,6 +49,13 @@ def test_targets(given, wanted):
     assert make_method(MethodOptions(targets=given)).config["targets"] == wanted
 
 
+def test_options_that_follow_from_the_steps_of_a_run_yield_to_those_given():
+    assert make_method(MethodOptions(method="snella"), steps=300).config["total_steps"] == 300
+    assert make_method(MethodOptions(method="sara"), steps=300).config["reselect_at"] == 150
+    given = MethodOptions(method="snella", method_options=("total_steps=200",))
+    assert make_method(given, steps=300).config["total_steps"] == 200
+
+
 def test_method_options_keep_their_types():
     options = MethodOptions(
         method_options=("init=gaussian", "rslora=true", "layers=[0, 1]"), rank=4, alpha=2.0

@@ -13,10 +13,10 @@ where p enters the model, so that it reaches p in any loop; it is that of the lo
 should be a mean.
 
 Defaults: density 0.05 is about the paper's 50 of 860 million; λ = 5e-4 and T half of the steps are the
-released code's (`reselect_at` must be given: the method does not know the number of steps), which
-takes one random matrix's penalty a step where the paper, and this, take all. It costs some 36 products of a
-weight with its Gram matrix a step: penalty=0 turns it off. The paper selects from every tensor; here
-`targets` says from which weights. Weight decay pulls p to zero.
+released code's (`reselect_at`, which the command line sets and a loop of your own gives), which takes one
+random matrix's penalty a step where the paper, and this, take all. It costs some 36 products of a weight
+with its Gram matrix a step: penalty=0 turns it off. The paper selects from every tensor; here `targets`
+says from which weights. Weight decay pulls p to zero.
 
 Not copied from the release: the penalty that never reaches the trained vector, the absolute values written
 at (re-)selection, and the step lost at re-selection.
@@ -184,4 +184,5 @@ METHOD = MethodInfo(
     keeps="the input x",
     example={"density": 0.3},
     steered=("keep",),
+    of_steps=lambda steps: {"reselect_at": steps // 2},
 )

@@ -114,6 +114,7 @@ METHOD = MethodInfo(
     keeps="the input x (shared), a threshold and three scalars",
     starts_as_base=False,
     steered=("sparsity",),
+    of_steps=lambda steps: {"total_steps": steps},
     example={
         "rank": 2,
         "coefficient": 1.0,

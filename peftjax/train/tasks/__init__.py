@@ -6,5 +6,5 @@ from peftjax.train.config import Task
 from peftjax.train.tasks import classification, language
 
 TASKS: dict[Task, ModuleType] = {"classification": classification, "language": language}
-"""Each has `prepare(options, config, method, say)`, `saved_batches(info, texts, folder, batch_size)` and
-`named_scores(scores)`."""
+"""Each has `prepare(options, config, method_for, say)`, with `method_for(training examples) -> method`,
+`saved_batches(info, texts, folder, batch_size)` and `named_scores(scores)`."""

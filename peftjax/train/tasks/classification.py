@@ -38,7 +38,10 @@ PROBE_TEXTS = 10_000
 
 
 def prepare(
-    options: RunOptions, config: TrainConfig, method: Transform, say: Callable[[str], None]
+    options: RunOptions,
+    config: TrainConfig,
+    method_for: Callable[[int], Transform],
+    say: Callable[[str], None],
 ) -> Prepared:
     """Data, model and probe of a run.
 
@@ -55,7 +58,7 @@ def prepare(
     model, params = open_model(
         options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
     )
-    method = with_new_head(method, model, params)
+    method = with_new_head(method_for(len(train)), model, params)
     probe = _probe(model, params, train, held_out, config, say) if options.probe else None
     if probe is not None:
         params = start_at_probe(method, model, params, probe.weights)

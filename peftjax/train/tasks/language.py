@@ -24,7 +24,10 @@ from peftjax.transform import Transform
 
 
 def prepare(
-    options: RunOptions, config: TrainConfig, method: Transform, say: Callable[[str], None]
+    options: RunOptions,
+    config: TrainConfig,
+    method_for: Callable[[int], Transform],
+    say: Callable[[str], None],
 ) -> Prepared:
     """Data and model of a run.
 
@@ -51,7 +54,7 @@ def prepare(
     return Prepared(
         model,
         params,
-        method,
+        method_for(len(data.train)),
         examples=len(data.train),
         training=training_batches(data.train, config.batch_size, config.seed),
         held_out=lambda: evaluation_batches(data.evaluation, config.eval_batch_size),
