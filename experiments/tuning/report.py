@@ -1,8 +1,8 @@
 """The results of a comparison as JSON, a table and a plot.
 
 A line of the results is a dictionary: `label`, `matched`, `trained` (parameters without the classifier's),
-`rate` (the learning rate chosen), `accuracy` (one for each seed) and `step_seconds`. All lines have the same
-seeds, so that two lines can be compared seed by seed.
+`rate` (the learning rate chosen), `accuracy` (one for each seed) and `step_seconds` (None where it was not
+measured). All lines have the same seeds, so that two lines can be compared seed by seed.
 """
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ def make_table(lines: Sequence[Line]) -> str:
         rows.append(
             f"| {line['label']} | {line['trained']:,} | {line['rate']:g} "
             f"| {100 * statistics.mean(line['accuracy']):.1f} ± {100 * deviation(line['accuracy']):.1f} "
-            f"| {against} | {1000 * line['step_seconds']:.1f} |"
+            f"| {against} | {_milliseconds(line['step_seconds'])} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
 def difference(own: Sequence[float], others: Sequence[float]) -> str:
