@@ -197,3 +197,17 @@ def test_in_an_encoder_decoder_cross_attention_has_its_own():
 
     for path, grad in tree.named_leaves(jax.jit(jax.grad(loss))(trained)).items():
         assert all(np.abs(one).max() > 0 for one in np.asarray(grad)), path
+
+
+@pytest.mark.parametrize(("layers", "of_encoder"), [([1, 2], 1), (2, 0)])
+def test_layers_that_only_the_longer_stack_has(layers, of_encoder):
+    """The decoder has three, the encoder two."""
+    model, params = make("none")
+    method, batch = pj.mam(length=2, mlp_size=4, size=3, layers=layers), token_batch()
+    frozen, trainable = method.init(KEY, params)
+    lengths = {stack: len(own["feed_forward"]["up"]["bias"]) for stack, own in trainable.items()}
+    assert lengths == {"blocks": np.size(layers), **({"encoder": of_encoder} if of_encoder else {})}
+    adapted = method.apply(frozen, trainable)
+    assert ("mam" in adapted["encoder"]["blocks"]) == bool(of_encoder)
+    out = jax.eval_shape(method.model(model), adapted, batch)
+    assert out.shape == jax.eval_shape(model, params, batch).shape

@@ -166,21 +166,23 @@ class PrefixBlock(RewrittenBlock):
 def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Trainable:
     """The trainable of `prefix(length=P, mlp_size=None)` with which the model runs as after these tokens.
 
-    The keys are those at the places -P ... -1, so that the tokens that see them may begin at 0. A start from
-    a text that describes the task learns faster than a random one.
+    The keys are those at the places -P ... -1, so that the tokens that see them may begin at 0: a start for
+    training. With a window, or a rotation that depends on the length, it is that only nearly.
 
     Args:
-        model: a decoder with rotary positions, without windows.
+        model: a decoder with rotary positions.
         params: its parameters, structured weights among them.
-        tokens: int32.
+        tokens: int32, at least one.
 
     Raises:
-        PeftError: the model is not such a decoder.
+        PeftError: the model is not such a decoder, or there is no token.
     """
     require_backbone("prefix_of", model)
     if getattr(model.config, "rope", None) is None:
         raise PeftError("prefix_of: places before the first need rotary positions, and the model has none")
     length = len(tokens)
+    if not length:
+        raise PeftError("prefix_of: there is no token to take keys and values of")
 
     def read(params: Params, tokens: Array) -> Any:
         places = jnp.arange(-length, 0)[None]
