@@ -149,7 +149,7 @@ def test_a_run_with_dropout_resumes_and_its_adapter_is_saved(tmp_path):
     options = {"frozen": frozen, "trainable": trainable, "method": method, "forward": method.model(model)}
     options["identity"] = run_identity(method.config, params)
     config = dataclasses.replace(tiny_run.CONFIG, schedule="constant", warmup_ratio=0.0, steps=6, keep_best=0)
-    config = dataclasses.replace(config, save_every=3, model_dropout=False)
+    config, options["held_out"] = dataclasses.replace(config, save_every=3, model_dropout=False), None
     tiny_run.run(tmp_path / "run", dataclasses.replace(config, steps=3), **options)
     continued = tiny_run.run(tmp_path / "run", config, **options)
     whole = tiny_run.run(config=config, **options)
