@@ -13,6 +13,9 @@ the encoder; `context["encoded"]` is kept once for all blocks, and so is `contex
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +25,7 @@ from jaxtyping import Array, Float
 
 from peftjax.models.attention import Visibility, attend
 from peftjax.models.block_config import BlockConfig, make_norm
+from peftjax.models.coded import active, coded_linear, coded_norm, kept_as_codes, plain_value
 from peftjax.models.layers import (
     ACTIVATIONS,
     Context,
@@ -31,6 +35,7 @@ from peftjax.models.layers import (
     recompute_module,
 )
 from peftjax.models.rope import layer_rotation, rotate
+from peftjax.residuals.again import again_from_codes
 
 
 class Attention(nn.Module):
@@ -47,7 +52,7 @@ class Attention(nn.Module):
         config, dtype = self.config, self.dtype
 
         def linear(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
-            return dense(width, factor * config.deviation(inputs), dtype, bias=bias)
+            return _linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
 
         if config.fused_qkv:
             self.qkv = linear((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
@@ -61,8 +66,8 @@ class Attention(nn.Module):
         mixed = config.num_heads * config.head_width
         self.output = linear(config.width, config.output_bias, mixed)
         if config.qk_norm:
-            self.query_norm = make_norm(config, dtype)
-            self.key_norm = make_norm(config, dtype)
+            self.query_norm = _norm(config, dtype)
+            self.key_norm = _norm(config, dtype)
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
@@ -92,37 +97,18 @@ class Attention(nn.Module):
         """
         config = self.config
         if config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-
-        def rotated(x: Array) -> Array:
-            return rotate(x, layer_rotation(context)) if config.rotary else x
-
-        offset = context.get("cache_index", 0)
-        cached = "cache_index" in context
-        if cached:
-            key, value = self._through_cache(rotated(key), value, context)
-        visible = Visibility(config.causal, context.get("window", config.window), offset)
-        dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
-        dropout_key = self.make_rng("dropout") if dropped else None
-
-        @recompute
-        def mixed(query: Array, key: Array, value: Array, context: Context) -> Array:
-            return attend(
-                rotated(query),
-                key if cached else rotated(key),
-                value,
-                mask=context.get("mask"),
-                segments=context.get("segments"),
-                visible=visible,
-                bias=context.get("bias"),
-                scale=config.query_scale,
-                softcap=config.softcap,
-                dropout=config.attention_dropout,
-                dropout_key=dropout_key,
-            )
-
-        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
-        result = mixed(query, key, value, seen)
+            query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
+        if "cache_index" in context:
+            key, value = self._through_cache(_rotated(config, key, context), value, context)
+        seen = {name: context[name] for name in SEEN if name in context}
+        if config.attention_dropout > 0.0 and self.has_rng("dropout"):
+            seen["dropout_key"] = self.make_rng("dropout")
+        mixed = partial(_mixed, config)
+        if config.residuals is None or config.residuals.attention == 32:
+            result = recompute(mixed)((query, key, value), seen)
+        else:
+            bits = config.residuals
+            result = again_from_codes(mixed, bits.attention, bits.group, (query, key, value), seen)
         return result.reshape(*result.shape[:2], -1)
 
     def _through_cache(
@@ -149,6 +135,34 @@ class Attention(nn.Module):
         return whole[0], whole[1]
 
 
+SEEN = ("mask", "segments", "bias", "window", "cache_index", "rotation", "local_rotation", "local")
+"""What attention reads of the context."""
+
+
+def _mixed(config: BlockConfig, inputs: tuple[Array, Array, Array], context: Context) -> Array:
+    """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already."""
+    query, key, value = inputs
+    cached = "cache_index" in context
+    offset = context.get("cache_index", 0)
+    return attend(
+        _rotated(config, query, context),
+        key if cached else _rotated(config, key, context),
+        value,
+        mask=context.get("mask"),
+        segments=context.get("segments"),
+        visible=Visibility(config.causal, context.get("window", config.window), offset),
+        bias=context.get("bias"),
+        scale=config.query_scale,
+        softcap=config.softcap,
+        dropout=config.attention_dropout,
+        dropout_key=context.get("dropout_key"),
+    )
+
+
+def _rotated(config: BlockConfig, x: Array, context: Context) -> Array:
+    return rotate(x, layer_rotation(context)) if config.rotary else x
+
+
 class CrossAttention(Attention):
     """Attention of the stream's queries to keys and values of what is `encoded`."""
 
@@ -171,7 +185,8 @@ class FeedForward(nn.Module):
         config = self.config
 
         def linear(width: int, inputs: int = config.width) -> nn.Module:
-            return dense(width, config.deviation(inputs), self.dtype, bias=config.feed_forward_bias)
+            deviation = config.deviation(inputs)
+            return _linear(config)(width, deviation, self.dtype, bias=config.feed_forward_bias)
 
         self.up = linear(config.inner_size)
         self.down = linear(config.width, config.inner_size)
@@ -185,8 +200,12 @@ class FeedForward(nn.Module):
 
     def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
         """The activation and the way down."""
-        active = ACTIVATIONS[self.config.activation](inner[0])
-        return self.down(self.dropout(active * inner[1] if self.config.gated else active))
+        config = self.config
+        if config.residuals is not None:
+            bits = config.residuals
+            return self.down(kept_as_codes(self.dropout(active(config.activation, bits, *inner)), bits))
+        result = ACTIVATIONS[config.activation](inner[0])
+        return self.down(self.dropout(result * inner[1] if config.gated else result))
 
 
 class Block(nn.Module):
@@ -205,20 +224,20 @@ class Block(nn.Module):
         """Name the parameters `attention`, `attention_norm`, `feed_forward`, `feed_forward_norm`."""
         config, dtype = self.config, self.dtype
         self.attention = Attention(config, dtype)
-        self.attention_norm = make_norm(config, dtype)
+        self.attention_norm = _norm(config, dtype)
         if config.cross_attention:
             # There is no order between two sequences, and nothing to fuse of two inputs.
             apart = {"causal": False, "window": None, "rotary": False, "fused_qkv": False}
             self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
-            self.cross_attention_norm = make_norm(config, dtype)
+            self.cross_attention_norm = _norm(config, dtype)
             self.cross_attention_dropout = Dropout(config.output_dropout)
         self.feed_forward = FeedForward(config, dtype)
-        self.feed_forward_norm = make_norm(config, dtype)
+        self.feed_forward_norm = _norm(config, dtype)
         if config.norm_order == "sandwich":
-            self.attention_post_norm = make_norm(config, dtype)
+            self.attention_post_norm = _norm(config, dtype)
             if config.cross_attention:
-                self.cross_attention_post_norm = make_norm(config, dtype)
-            self.feed_forward_post_norm = make_norm(config, dtype)
+                self.cross_attention_post_norm = _norm(config, dtype)
+            self.feed_forward_post_norm = _norm(config, dtype)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
 
@@ -232,8 +251,8 @@ class Block(nn.Module):
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream."""
         mixed = self.attention.mix(*_project(self, hidden), context)
-        update = self.attention_dropout(self.attention.output(mixed))
-        return self.attention_post_norm(update) if self._sandwich else update
+        update = self.attention_dropout(self.attention.output(self._entering(mixed)))
+        return plain_value(self.attention_post_norm(update)) if self._sandwich else update
 
     def attention_join(
         self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
@@ -243,7 +262,7 @@ class Block(nn.Module):
 
     def normalize_attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The norm of the attention branch."""
-        return self.attention_norm(x)
+        return plain_value(self.attention_norm(x))
 
     def cross_attention_branch(
         self, hidden: Float[Array, "B T D"], context: Context
@@ -253,8 +272,8 @@ class Block(nn.Module):
             *_project_cross(self, hidden, context["encoded"]),
             {"mask": context["encoded_mask"]} if "encoded_mask" in context else {},
         )
-        update = self.cross_attention_dropout(self.cross_attention.output(mixed))
-        return self.cross_attention_post_norm(update) if self._sandwich else update
+        update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed)))
+        return plain_value(self.cross_attention_post_norm(update)) if self._sandwich else update
 
     def cross_attention_join(
         self, hidden: Float[Array, "B T D"], update: Float[Array, "B T D"]
@@ -264,12 +283,12 @@ class Block(nn.Module):
 
     def normalize_cross_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm of the cross-attention branch."""
-        return self.cross_attention_norm(x)
+        return plain_value(self.cross_attention_norm(x))
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
         update = self.feed_forward_dropout(_contract(self, *_expand(self, hidden)))
-        return self.feed_forward_post_norm(update) if self._sandwich else update
+        return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
 
     def feed_forward_join(
         self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
@@ -279,7 +298,7 @@ class Block(nn.Module):
 
     def normalize_feed_forward(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The norm of the feed-forward branch."""
-        return self.feed_forward_norm(x)
+        return plain_value(self.feed_forward_norm(x))
 
     @property
     def _post(self) -> bool:
@@ -289,28 +308,48 @@ class Block(nn.Module):
     def _sandwich(self) -> bool:
         return self.config.norm_order == "sandwich"
 
+    def _entering(self, x: Float[Array, "B S D"], norm: nn.Module | None = None) -> Any:
+        """What a linear layer takes of `x`, normed if there is a norm."""
+        if norm is not None:
+            return norm(x)
+        return x if self.config.residuals is None else kept_as_codes(x, self.config.residuals)
 
-# Products are linear, so the backward pass of these needs their inputs only: the norm (or activation)
-# is made again, and no product is.
+
+def _linear(config: BlockConfig) -> Callable[..., nn.Module]:
+    return dense if config.residuals is None else coded_linear
 
 
-@recompute_module
+def _norm(config: BlockConfig, dtype: DTypeLike) -> nn.Module:
+    return (make_norm if config.residuals is None else coded_norm)(config, dtype)
+
+
+def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Products are linear, so backward needs their inputs only: the norm (or activation) is made again.
+
+    A block that keeps codes makes nothing again, since it does not keep what that would be made of.
+    """
+    again = recompute_module(part)
+    return lambda block, *inputs: (again if block.config.residuals is None else part)(block, *inputs)
+
+
+@_recomputed
 def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
-    return block.attention.project(hidden if block._post else block.attention_norm(hidden))
+    return block.attention.project(block._entering(hidden, None if block._post else block.attention_norm))
 
 
-@recompute_module
+@_recomputed
 def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, Array, Array]:
-    return block.cross_attention.project(
-        hidden if block._post else block.cross_attention_norm(hidden), encoded
+    norm = None if block._post else block.cross_attention_norm
+    return block.cross_attention.project(block._entering(hidden, norm), encoded)
+
+
+@_recomputed
+def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
+    return block.feed_forward.expand(
+        block._entering(hidden, None if block._post else block.feed_forward_norm)
     )
 
 
-@recompute_module
-def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
-    return block.feed_forward.expand(hidden if block._post else block.feed_forward_norm(hidden))
-
-
-@recompute_module
+@_recomputed
 def _contract(block: Block, *inner: Array) -> Array:
     return block.feed_forward.contract(*inner)

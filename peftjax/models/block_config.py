@@ -9,6 +9,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from peftjax.models.layers import RMSNorm, layer_norm
+from peftjax.residuals.bits import Bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class BlockConfig:
         inner_dropout: rate on what the activation gives.
         init_std: deviation of new kernels.
         scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
+        residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
     """
 
     width: int
@@ -71,6 +73,7 @@ class BlockConfig:
     inner_dropout: float = 0.0
     init_std: float = 0.02
     scaled_init: bool = False
+    residuals: Bits | None = None
 
     @property
     def head_width(self) -> int:

@@ -1,7 +1,7 @@
 """The affine code of a group, on arrays in which one axis runs over the group: what every body computes.
 
     low = min(a) rounded down,  step = (max(a) - low) / 15,  c = round((a - low) / step),  â = low + step c
-    f = round(15 ((a - low) / step - c)) + 7                                               â += step (f - 7) / 15
+    f = round(15 ((a - low) / step - c)) + 7,                              â = low + step (c + (f - 7) / 15)
 
 `low` and `step` are bfloat16. The first line errs by at most step / 2, with the second by step / 30.
 """

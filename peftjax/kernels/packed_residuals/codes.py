@@ -1,8 +1,8 @@
 """Arrays as codes of 4 or 8 bits, and derivatives as codes on a fixed grid.
 
-The group code is two Pallas kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a device's
-own code; in jnp elsewhere and wherever XLA partitions the program. A fixed grid needs no range of a group: it is
-element-wise, which XLA fuses with the derivative before it and the product after it.
+The group code is two Pallas kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
+device's own code; it is jnp elsewhere and wherever XLA partitions the program. A fixed grid needs no range of
+a group: it is element-wise, which XLA fuses with the derivative before it and the product after it.
 """
 
 from dataclasses import dataclass, replace

@@ -63,7 +63,9 @@ def _fits(half: int) -> bool:
 
 
 def _call(body: Any, given: list[Array], shapes: list[Any], name: str, interpret: bool) -> list[Array]:
-    whole = lambda x: pl.BlockSpec(x.shape, lambda at: (0,) * len(x.shape))
+    def whole(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda at: (0,) * len(x.shape))
+
     return pl.pallas_call(
         body,
         grid=(pl.cdiv(shapes[0].shape[0], BLOCK),),

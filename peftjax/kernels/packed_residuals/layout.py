@@ -3,8 +3,8 @@
     D values = G groups of g     G = ceil(D / group),  g = ceil(D / G), made even
     byte j of a group = code j  |  code (j + g/2) << 4
 
-Both codes of a byte are of one group, so a shard of the last axis that holds whole groups holds whole bytes. A
-last axis that is not G g long is filled up with its last value, which no group's range feels.
+Both codes of a byte are of one group, so a shard of the last axis that holds whole groups holds whole bytes.
+A last axis that is not G g long is filled up with its last value, which no group's range feels.
 """
 
 import jax.numpy as jnp

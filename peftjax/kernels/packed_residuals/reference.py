@@ -8,7 +8,7 @@ from peftjax.kernels.packed_residuals import affine, layout
 
 
 def quantise(x: Array, noise: Array | None = None, *, group: int, fine: bool) -> list[Array]:
-    """`[..., D]` to codes uint8 `[..., G g/2]`, low and step bfloat16 `[..., G]`, and with `fine` more codes."""
+    """`[..., D]` to codes uint8 `[..., G g/2]`, low and step bfloat16 `[..., G]`; with `fine` more."""
     a = layout.grouped(x.astype(jnp.float32), group)
     noise = None if noise is None else layout.grouped(noise, group)
     low, step = affine.limits(jnp.min(a, -1, keepdims=True), jnp.max(a, -1, keepdims=True))

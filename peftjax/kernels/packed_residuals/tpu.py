@@ -1,8 +1,8 @@
 """The group code as Mosaic kernels: tiles of 128 tokens are turned, so that a group lies along sublanes.
 
-Along sublanes the range of a group, its halves and its codes are cut without moving lanes. `low` and `step` lie
-`[columns, groups, tokens]` for the kernels, which fills no lanes in vain. A last axis that is no multiple of 256,
-or whose groups are not 64 or 128 wide, takes the reference.
+Along sublanes the range of a group, its halves and its codes are cut without moving lanes. `low` and `step`
+lie `[columns, groups, tokens]` for the kernels, which fills no lanes in vain. A last axis that is no multiple
+of 256, or whose groups are not 64 or 128 wide, takes the reference.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from peftjax.kernels.packed_residuals import affine, layout, reference
+from peftjax.kernels.packed_residuals import affine, reference
 
 TOKENS = 128
 CHUNK = 256
