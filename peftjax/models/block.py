@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from peftjax.models.attention import Visibility, attend
 from peftjax.models.block_config import BlockConfig, make_norm
-from peftjax.models.coded import active, coded_linear, coded_norm, kept_as_codes, plain_value
+from peftjax.models.coded import activated, attended, coded_linear, coded_norm, kept_as_codes, plain_value
 from peftjax.models.layers import (
     ACTIVATIONS,
     Context,
@@ -35,7 +35,6 @@ from peftjax.models.layers import (
     recompute_module,
 )
 from peftjax.models.rope import layer_rotation, rotate
-from peftjax.residuals.again import again_from_codes
 
 
 class Attention(nn.Module):
@@ -104,11 +103,10 @@ class Attention(nn.Module):
         if config.attention_dropout > 0.0 and self.has_rng("dropout"):
             seen["dropout_key"] = self.make_rng("dropout")
         mixed = partial(_mixed, config)
-        if config.residuals is None or config.residuals.attention == 32:
-            result = recompute(mixed)((query, key, value), seen)
+        if config.residuals is None:
+            result = recompute(mixed)(query, key, value, seen)
         else:
-            bits = config.residuals
-            result = again_from_codes(mixed, bits.attention, bits.group, (query, key, value), seen)
+            result = attended(config.residuals, mixed, (query, key, value), seen)
         return result.reshape(*result.shape[:2], -1)
 
     def _through_cache(
@@ -139,9 +137,9 @@ SEEN = ("mask", "segments", "bias", "window", "cache_index", "rotation", "local_
 """What attention reads of the context."""
 
 
-def _mixed(config: BlockConfig, inputs: tuple[Array, Array, Array], context: Context) -> Array:
+def _mixed(config: BlockConfig, query: Array, key: Array, value: Array, context: Context) -> Array:
     """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already."""
-    query, key, value = inputs
+    query, key, value = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key, value))
     cached = "cache_index" in context
     offset = context.get("cache_index", 0)
     return attend(
@@ -202,8 +200,7 @@ class FeedForward(nn.Module):
         """The activation and the way down."""
         config = self.config
         if config.residuals is not None:
-            bits = config.residuals
-            return self.down(kept_as_codes(self.dropout(active(config.activation, bits, *inner)), bits))
+            return self.down(activated(config, self.dropout, *inner))
         result = ACTIVATIONS[config.activation](inner[0])
         return self.down(self.dropout(result * inner[1] if config.gated else result))
 

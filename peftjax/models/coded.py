@@ -15,10 +15,19 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from peftjax.kernels.packed_residuals import coarse, decode, encode
+from peftjax.kernels.packed_residuals import Code, decode, encode
 from peftjax.models.block_config import BlockConfig
-from peftjax.models.layers import ACTIVATIONS, over_tokens, recompute_module, rms_normalised
-from peftjax.residuals.activation import GRIDS, activate, activate_gated
+from peftjax.models.layers import (
+    ACTIVATIONS,
+    Context,
+    Dropout,
+    over_tokens,
+    recompute,
+    recompute_module,
+    rms_normalised,
+)
+from peftjax.residuals.activation import GRIDS, activate
+from peftjax.residuals.again import again_from_codes
 from peftjax.residuals.bits import Bits
 from peftjax.residuals.linear import Input, product_at
 from peftjax.residuals.norm import Norm, normalise, scaled, statistics
@@ -95,15 +104,12 @@ class CodedNorm(nn.Module):
         bias = None
         if self.with_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        bits, (unit, r) = self.bits, statistics(self.norm, x)
-        of_norm, of_inputs = bits.norm, bits.inputs
-        if 32 in (of_norm, of_inputs):
-            own, entering = (encode(unit, n, group=bits.group) for n in (of_norm, of_inputs))
-        else:
-            both = encode(unit, max(of_norm, of_inputs), group=bits.group)
-            own, entering = (coarse(both) if n == 4 else both for n in (of_norm, of_inputs))
-        y = normalise(self.norm, x, scale, bias, own, r)
-        return y if of_inputs == 32 else Input(y, Partial(Partial(scaled, self.norm), entering, scale, bias))
+        unit, r = statistics(self.norm, x)
+        own, entering = self.bits.codes(unit, self.bits.norm)
+        y = normalise(self.norm, x, scale, bias, own, r, entering)
+        if self.bits.inputs == 32:
+            return y
+        return Input(y, Partial(functools.partial(scaled, self.norm), entering, scale, bias))
 
 
 def plain_value(x: Input | Array) -> Array:
@@ -118,7 +124,37 @@ def kept_as_codes(x: Float[Array, "... D"], bits: Bits) -> Input | Float[Array, 
     return Input(x, Partial(decode, encode(jax.lax.stop_gradient(x), bits.inputs, group=bits.group)))
 
 
-def active(name: str, bits: Bits, *inner: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """The activation called `name`, gated by the second array where there are two."""
-    f: Callable[[Array], Array] = ACTIVATIONS[name]
-    return activate_gated(*inner, f, bits) if len(inner) == 2 else activate(inner[0], f, GRIDS[name], bits)
+def activated(
+    config: BlockConfig, dropout: Dropout, *inner: Float[Array, "... F"]
+) -> Input | Float[Array, "... F"]:
+    """The activation, gated by the second array where there are two, and dropout, to enter a linear layer."""
+    bits = config.residuals
+    f = ACTIVATIONS[config.activation]
+    own = bits.gated if config.gated else bits.activation
+    if own == 4 and not config.gated:
+        return kept_as_codes(dropout(activate(*inner, f, GRIDS[config.activation], group=bits.group)), bits)
+    product = functools.partial(_product, f)
+    if own == 32:
+        return kept_as_codes(dropout(recompute(product)(*inner)), bits)
+    codes = tuple(bits.codes(x, own) for x in inner)
+    y = again_from_codes(product, inner, tuple(own for own, _ in codes))
+    if bits.inputs == 32 or dropout.is_on():
+        return kept_as_codes(dropout(y), bits)
+    return Input(y, Partial(functools.partial(_of_codes, product), *(entering for _, entering in codes)))
+
+
+def _product(f: Callable[[Array], Array], x: Array, by: Array | None = None) -> Array:
+    return f(x) if by is None else f(x) * by
+
+
+def _of_codes(f: Callable[..., Array], *codes: Code | Array) -> Array:
+    return f(*map(decode, codes))
+
+
+def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: Context) -> Array:
+    """`f(*x, rest)`, made again from codes of `x`, each [B, S, N, H]."""
+    if bits.attention == 32:
+        return recompute(f)(*x, rest)
+    flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)
+    codes = tuple(encode(jax.lax.stop_gradient(part), bits.attention, group=bits.group) for part in flat)
+    return again_from_codes(f, flat, codes, (rest,))

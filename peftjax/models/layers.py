@@ -133,6 +133,8 @@ class Dropout(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Drop entries of `x`, any shape."""
-        if self.rate == 0.0 or not self.has_rng("dropout"):
-            return x
-        return drop(x, self.make_rng("dropout"), self.rate)
+        return drop(x, self.make_rng("dropout"), self.rate) if self.is_on() else x
+
+    def is_on(self) -> bool:
+        """Whether it changes anything."""
+        return self.rate > 0.0 and self.has_rng("dropout")

@@ -1,4 +1,4 @@
-"""Any function whose backward pass makes it again, from codes of its inputs: attention from q, k and v.
+"""Any function whose backward pass makes it again from codes of its inputs: attention, a gated activation.
 
 The derivative is taken at the decoded codes of `x`, and at `rest` as it is.
 """
@@ -11,33 +11,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.kernels.packed_residuals import decode, encode
+from peftjax.kernels.packed_residuals import Code, decode
 
-Function = Callable[[tuple[Array, ...], Any], Array]
+Function = Callable[..., Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def again_from_codes(f: Function, bits: int, group: int, x: tuple[Array, ...], rest: Any) -> Array:
-    """`f(x, rest)`, of which backward keeps codes of `x`, and `rest`.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def again_from_codes(
+    f: Function, x: tuple[Array, ...], codes: tuple[Code | Array, ...], rest: tuple[Any, ...] = ()
+) -> Array:
+    """`f(*x, *rest)`, of which backward keeps `codes`, those of `x`, and `rest`.
 
     Args:
         f: reads nothing but its arguments and Python values.
-        bits: of the codes.
-        group: of the codes, along all axes but the first two as one.
-        x: arrays `[B, S, ...]`.
-        rest: a tree of arrays; those of floats are differentiated too.
+        x: arrays.
+        codes: of them.
+        rest: trees of arrays; those of floats are differentiated too.
     """
-    return f(x, rest)
+    return f(*x, *rest)
 
 
-def _forward(f: Function, bits: int, group: int, x: tuple[Array, ...], rest: Any) -> tuple[Array, tuple]:
-    codes = tuple(encode(part.reshape(*part.shape[:2], -1), bits, group=group) for part in x)
-    return f(x, rest), (codes, rest, tuple(part.shape[2:] for part in x))
+def _forward(f: Function, x: tuple, codes: tuple, rest: tuple) -> tuple[Array, tuple]:
+    return f(*x, *rest), (codes, rest)
 
 
-def _backward(f: Function, bits: int, group: int, kept: tuple, g: Array) -> tuple[Any, Any]:
-    codes, rest, shapes = kept
-    x = tuple(part.reshape(*part.shape[:2], *shape) for part, shape in zip(map(decode, codes), shapes))
+def _backward(f: Function, kept: tuple, g: Array) -> tuple[Any, None, Any]:
+    codes, rest = kept
     leaves, structure = jax.tree.flatten(rest)
     floats = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating)]
 
@@ -45,14 +44,14 @@ def _backward(f: Function, bits: int, group: int, kept: tuple, g: Array) -> tupl
         full = list(leaves)
         for n, value in zip(floats, values):
             full[n] = value
-        return f(x, jax.tree.unflatten(structure, full))
+        return f(*x, *jax.tree.unflatten(structure, full))
 
-    _, pull = jax.vjp(of_floats, x, [leaves[n] for n in floats])
+    _, pull = jax.vjp(of_floats, tuple(map(decode, codes)), [leaves[n] for n in floats])
     dx, d_floats = pull(g)
     cotangents: list[Any] = [None] * len(leaves)
     for n, value in zip(floats, d_floats):
         cotangents[n] = value
-    return dx, jax.tree.unflatten(structure, cotangents)
+    return dx, None, jax.tree.unflatten(structure, cotangents)
 
 
 again_from_codes.defvjp(_forward, _backward)
