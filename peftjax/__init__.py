@@ -8,6 +8,7 @@ from peftjax.generation.generate import Generated, generate
 from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
+from peftjax.methods.blocks.adapters import pfeiffer
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -68,6 +69,7 @@ __all__ = [
     "overlap",
     "paca",
     "patches",
+    "pfeiffer",
     "pissa",
     "plan",
     "rows",

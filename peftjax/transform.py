@@ -92,10 +92,18 @@ class Transform:
             safe: check the result, outside `jit`.
 
         Raises:
-            PeftError: with `safe`, a merged parameter has a NaN or an infinity.
+            PeftError: the method adds parameters that no weight can hold; with `safe`, a merged parameter
+                has a NaN or an infinity.
         """
         frozen = self.write(frozen, trainable)
-        merged = tree.map_named(lambda _, leaf: dense(leaf), self.apply(frozen, trainable))
+        applied = self.apply(frozen, trainable)
+        added = tree.named_leaves(applied).keys() - tree.named_leaves(frozen.params).keys()
+        if added:
+            raise PeftError(
+                f"merge: {self.name} adds {min(added)!r}, which no weight of the model can hold; "
+                "run the adapted model, method.model(model), instead"
+            )
+        merged = tree.map_named(lambda _, leaf: dense(leaf), applied)
         if safe:
             for path, leaf in tree.named_leaves(merged).items():
                 if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
@@ -126,7 +134,9 @@ def chain(*methods: Transform) -> Transform:
             frozen, trainable = method.init(subkey, current)
             base = _fold_base(name, base, current, frozen.params, trained, trainable)
             states[name], plans[name], trainables[name] = frozen.state, frozen.plan, trainable
-            current = method.apply(frozen, trainable)
+            # What a method of blocks adds is its own: no later method is shown it.
+            applied = tree.named_leaves(method.apply(frozen, trainable))
+            current = tree.map_named(lambda path, _, applied=applied: applied[path], base)
             for path, leaf in tree.named_leaves(base).items():
                 if isinstance(leaf, tree.Hole):
                     trained.setdefault(path, name)
@@ -225,6 +235,7 @@ class MethodInfo:
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
         replaces_base: whether `init` puts another array in the place of an adapted one.
         steered: names of trainable slots that the method's optimizer hook sets; their gradient is zero.
+        of_blocks: whether it rewrites the blocks of a backbone, and so works on no other model.
         of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
     """
 
@@ -239,4 +250,5 @@ class MethodInfo:
     starts_as_base: bool = True
     replaces_base: bool = False
     steered: tuple[str, ...] = ()
+    of_blocks: bool = False
     of_steps: Callable[[int], Mapping[str, Any]] | None = None

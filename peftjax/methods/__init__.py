@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
+from peftjax.methods.blocks import adapters
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -28,6 +29,7 @@ METHODS: dict[str, MethodInfo] = {
         sara.METHOD,
         rows.METHOD,
         *plain.METHODS,
+        adapters.PFEIFFER,
     )
 }
 

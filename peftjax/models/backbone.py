@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,12 +14,10 @@ from jaxtyping import Array, Float, Key
 
 from peftjax.errors import PeftError
 from peftjax.models.layers import Context
+from peftjax.models.stack import Cache, DropoutKey, Params, Scan, Stack
 
-Params = dict[str, Any]
 Batch = Mapping[str, Any]
-Cache = dict[str, Any]
-"""Keys and values of the tokens so far: leaves [num_layers, B, ...] by the names of a block's parts."""
-DropoutKey = Key[Array, ""] | None
+Part = Literal["block", "attention", "feed_forward"]
 
 TOKENS: Batch = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -38,6 +36,17 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 def dropout_rngs(key: DropoutKey) -> dict[str, Key[Array, ""]]:
     """The Linen rngs for one `apply`: none (deterministic) when `key` is None."""
     return {} if key is None else {"dropout": key}
+
+
+class Layer(NamedTuple):
+    """One layer of a stack, or, with a leading axis, all of them."""
+
+    weights: Params
+    """The block's parameters."""
+    own: Context
+    """What joins the context: its number as `layer`, and the backbone's `per_layer`."""
+    key: DropoutKey
+    """Of its dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Backbone:
             keeps what the block's own layers keep.
         per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
             context, such as `window`.
+        stack: how the blocks are run; a method may put its own in the place of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
         encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
@@ -83,6 +93,7 @@ class Backbone:
     remat: str | None = None
     dtype: str = "float32"
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    stack: Stack = dataclasses.field(default_factory=Scan)
     unroll: int = 1
     encoder: Backbone | None = None
     example: Batch = dataclasses.field(default_factory=lambda: TOKENS, hash=False)
@@ -139,46 +150,26 @@ class Backbone:
         context: Context,
         *,
         key: DropoutKey = None,
-    ) -> Float[Array, "B S D"]:
-        """Scan `block` over the stacked `params["blocks"]`, under the `remat` policy."""
-
-        def body(hidden: Array, layer: tuple[Params, Context, DropoutKey]) -> tuple[Array, None]:
-            weights, own, layer_key = layer
-            inputs = (hidden, {**context, **own})
-            return self.block.apply({"params": weights}, *inputs, rngs=dropout_rngs(layer_key)), None
-
-        if self.remat in REMAT_POLICIES:
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layer_keys = None if key is None else jax.random.split(key, self.num_layers)
-        own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
-        layers = (params["blocks"], own, layer_keys)
-        return jax.lax.scan(body, hidden, layers, length=self.num_layers, unroll=self.unroll)[0]
+    ) -> Any:
+        """What `stack` makes of the blocks: by default the hidden states after the last one."""
+        return self.stack.run(self, params, hidden, context, key)
 
     def empty_cache(self, params: Params, hidden: Float[Array, "B S D"], context: Context) -> Cache:
-        """Zeros for the keys and values of every layer, in the compute dtype.
+        """A cache for `run_blocks_cached`, without any token in it.
 
         Args:
             params: as of `__call__`.
             hidden: from `run_embed`; only its shape is read.
             context: with `cache_index`, and `mask` [B, T] for a cache of T slots.
         """
-
-        def first_layer(blocks: Params, hidden: Array, context: Context) -> Cache:
-            weights = jax.tree.map(lambda leaf: leaf[0], blocks)
-            own = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
-            inputs = (hidden, {**context, **own})
-            return self.block.apply({"params": weights}, *inputs, mutable=["cache"])[1]["cache"]
-
-        one = jax.eval_shape(first_layer, params["blocks"], hidden, context)
-        return jax.tree.map(lambda leaf: jnp.zeros((self.num_layers, *leaf.shape[1:]), leaf.dtype), one)
+        return self.stack.empty_cache(self, params, hidden, context)
 
     def run_blocks_cached(
         self, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
-    ) -> tuple[Float[Array, "B S D"], Cache]:
+    ) -> tuple[Any, Cache]:
         """As `run_blocks` for S further tokens, and the cache with their keys and values.
 
-        The scan carries the cache and each block writes its own slots, so the cache is changed in
-        place. Nothing is differentiated or dropped out.
+        Nothing is differentiated or dropped out.
 
         Args:
             params: as of `__call__`.
@@ -186,17 +177,51 @@ class Backbone:
             context: with `cache_index`, the slot of the first new token, and `mask` [B, T].
             cache: from `empty_cache` or an earlier call.
         """
+        return self.stack.run_cached(self, params, hidden, context, cache)
 
-        def body(carry: tuple[Array, Cache], layer: tuple[Params, Context]) -> tuple[Any, None]:
-            (hidden, cache), (weights, own) = carry, layer
-            variables = {"params": weights, "cache": cache}
-            hidden, changed = self.block.apply(variables, hidden, {**context, **own}, mutable=["cache"])
-            return (hidden, changed["cache"]), None
-
+    def layers(self, params: Params, key: DropoutKey = None) -> Layer:
+        """What differs between the layers, each leaf stacked [num_layers, ...]: the input of a scan."""
+        keys = None if key is None else jax.random.split(key, self.num_layers)
         own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
-        own["layer"] = jnp.arange(self.num_layers)
-        layers = (params["blocks"], own)
-        return jax.lax.scan(body, (hidden, cache), layers, length=self.num_layers, unroll=self.unroll)[0]
+        return Layer(params["blocks"], {**own, "layer": jnp.arange(self.num_layers)}, keys)
+
+    def run_layer(
+        self, layer: Layer, hidden: Float[Array, "B S D"], context: Context, *, part: Part = "block"
+    ) -> Float[Array, "B S D"]:
+        """The stream after one layer, or after one of its two parts."""
+        method, inputs = self._part(layer, hidden, context, part)
+        variables = {"params": layer.weights}
+        return self.block.apply(variables, *inputs, rngs=dropout_rngs(layer.key), method=method)
+
+    def run_layer_cached(
+        self,
+        layer: Layer,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        cache: Cache,
+        *,
+        part: Part = "block",
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """As `run_layer` for further tokens; the layer writes its own slots of the whole cache."""
+        method, inputs = self._part(layer, hidden, context, part)
+        variables = {"params": layer.weights, "cache": cache}
+        hidden, changed = self.block.apply(variables, *inputs, mutable=["cache"], method=method)
+        return hidden, changed.get("cache", cache)
+
+    def checkpointed(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body of a scan over layers under the `remat` policy."""
+        if self.remat not in REMAT_POLICIES:
+            return body
+        return jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+    def _part(
+        self, layer: Layer, hidden: Array, context: Context, part: Part
+    ) -> tuple[str | None, tuple[Any, ...]]:
+        """The block's method, and what it takes."""
+        if part == "feed_forward":
+            return "feed_forward_sublayer", (hidden,)
+        method = "attention_sublayer" if part == "attention" else None
+        return method, (hidden, {**context, **layer.own})
 
     def run_head(
         self,

@@ -240,9 +240,17 @@ class Block(nn.Module):
 
     def __call__(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """Run the residual branches."""
+        return self.feed_forward_sublayer(self.attention_sublayer(hidden, context))
+
+    def attention_sublayer(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """The stream after attention, and after cross-attention where there is one."""
         hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
         if self.config.cross_attention:
             hidden = self.cross_attention_join(hidden, self.cross_attention_branch(hidden, context))
+        return hidden
+
+    def feed_forward_sublayer(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The stream after the feed-forward."""
         return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:

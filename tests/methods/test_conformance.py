@@ -1,7 +1,8 @@
 """What every method of the registry must do, on every tiny model; a new one is covered by its line there.
 
-A method that finds nothing to adapt in a model (token rows in an image model) is skipped there with its
-own error as the reason; on the models of tokens none may be.
+A method of blocks runs on backbones of the library, any other on models of other makers. One that finds
+nothing to adapt in a model (token rows in an image model) is skipped there with its own error as the reason;
+on the models of tokens none may be.
 
 One program is compiled for each method and model. What needs another program runs on the smallest model.
 """
@@ -19,13 +20,15 @@ import numpy as np
 import optax
 import pytest
 from support import KEY, assert_close
-from tiny_models import EVERY_WEIGHT, MODELS, Tiny, moved, tiny
+from tiny_models import BACKBONES, EVERY_WEIGHT, MODELS, Tiny, moved, tiny
 
 import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
 
 RATE = 1e-3
+# A parameter of the smallest models that a method may leave as it is.
+NORM = {"words": "norm/scale", "backbone": "head/norm/scale"}
 
 
 def method_of(name: str) -> pj.Transform:
@@ -35,6 +38,11 @@ def method_of(name: str) -> pj.Transform:
     if method.config.get("targets") != "all-linear":
         return method
     return info.factory(**{**info.example, "targets": EVERY_WEIGHT})
+
+
+def models_of(name: str) -> tuple[str, ...]:
+    """The names of the models to test that method on, the smallest first."""
+    return BACKBONES if pj.METHODS[name].of_blocks else MODELS
 
 
 def step_of(method, forward):
@@ -106,11 +114,17 @@ def made(method_name: str, model_name: str) -> Case | str:
     try:
         frozen, trainable = method.init(KEY, model.params)
     except PeftError as error:
-        if "words" in tree.named_leaves(model.params) or "matched no parameter" not in str(error):
+        if (
+            "words" in tree.named_leaves(model.params)
+            or model_name in BACKBONES
+            or "matched no parameter" not in str(error)
+        ):
             raise
         return str(error)
     step = step_of(method, model.forward)
-    step = jax.jit(step) if model_name in MODELS else step  # op by op, the methods share what is compiled
+    step = (
+        jax.jit(step) if model_name in (*MODELS, *BACKBONES) else step
+    )  # op by op, the methods share what is compiled
     trained = as_trained(pj.METHODS[method.name], trainable)
     return Case(model_name, model, method, frozen, trainable, trained, step)
 
@@ -121,7 +135,7 @@ def plain(model_name: str):
     return jax.jit(tiny(model_name).forward)
 
 
-@pytest.fixture(params=[(name, model) for name in pj.METHODS for model in MODELS], ids="-".join)
+@pytest.fixture(params=[(name, model) for name in pj.METHODS for model in models_of(name)], ids="-".join)
 def case(request):
     found = made(*request.param)
     if isinstance(found, str):
@@ -131,7 +145,12 @@ def case(request):
 
 @pytest.fixture(params=pj.METHODS)
 def smallest(request):
-    return made(request.param, "words")
+    return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
+
+
+@pytest.fixture(params=[name for name, info in pj.METHODS.items() if info.mergeable])
+def mergeable(request):
+    return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
 
 
 def numbers(values):
@@ -210,13 +229,14 @@ def test_apply_without_a_key_is_deterministic(smallest):
 
 
 def test_one_row_of_another_length(smallest):
-    batch = smallest.model.batch[:1, :3]
+    batch = jax.tree.map(lambda tokens: tokens[:1, :3], smallest.model.batch)
     run = pj.adapt(smallest.method.model(smallest.model.forward))
     out = run(smallest.method.apply(smallest.frozen, smallest.trained), batch)
-    assert out.shape[:2] == batch.shape
+    whole = jax.eval_shape(smallest.model.forward, smallest.model.params, batch)
+    assert out.shape == whole.shape
     if smallest.info.mergeable:
         merged = smallest.method.merge(smallest.frozen, smallest.trained)
-        assert_close(out, plain("words")(merged, batch))
+        assert_close(out, plain(smallest.name)(merged, batch))
 
 
 # Training.
@@ -246,12 +266,12 @@ def test_what_is_trained_and_what_is_frozen_share_no_array(case):
 
 
 def test_remat_gives_the_same_step(smallest):
-    step = step_of(smallest.method, tiny("words remat").forward)
+    step = step_of(smallest.method, tiny(f"{smallest.name} remat").forward)
     assert_close(step(smallest.trained, smallest.frozen, smallest.model.batch), smallest.at_trained)
 
 
 def test_bfloat16_computation(smallest):
-    step = step_of(smallest.method, tiny("words bf16").forward)
+    step = step_of(smallest.method, tiny(f"{smallest.name} bf16").forward)
     got, want = step(smallest.trained, smallest.frozen, smallest.model.batch), smallest.at_trained
     assert got["out"].dtype == jnp.bfloat16
     assert_close(got["out"], want["out"], 5e-2)
@@ -263,13 +283,13 @@ def test_bfloat16_computation(smallest):
         assert cosine > 0.99, path
 
 
-def test_bfloat16_parameters(smallest):
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), smallest.model.params)
-    frozen, trainable = smallest.method.init(KEY, params)
-    merged = smallest.method.merge(frozen, as_trained(smallest.info, trainable))
+def test_bfloat16_parameters(mergeable):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mergeable.model.params)
+    frozen, trainable = mergeable.method.init(KEY, params)
+    merged = mergeable.method.merge(frozen, as_trained(mergeable.info, trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
-    if smallest.info.starts_as_base:
-        assert_close(smallest.method.merge(frozen, trainable), params, 1e-2)
+    if mergeable.info.starts_as_base:
+        assert_close(mergeable.method.merge(frozen, trainable), params, 1e-2)
 
 
 # Merging.
@@ -277,25 +297,28 @@ def test_bfloat16_parameters(smallest):
 
 def test_the_merged_model_is_the_adapted_model_and_the_base_is_still_there(case):
     before = numbers(case.given)
+    if not case.info.mergeable:
+        with pytest.raises(PeftError, match=rf"merge: {case.method.name} adds '"):
+            case.method.merge(case.frozen, case.trained)
+        return
     merged = case.method.merge(case.frozen, case.trained)
     for path, leaf, base in pairs(merged, case.model.params):
         assert (leaf.shape, leaf.dtype) == (base.shape, base.dtype), path
     assert same(case.given, before)
-    if case.info.mergeable:
-        assert_close(plain(case.name)(merged, case.model.batch), case.at_trained["out"])
+    assert_close(plain(case.name)(merged, case.model.batch), case.at_trained["out"])
 
 
-def test_merging_again_gives_the_same_and_passes_the_safety_check(smallest):
-    merged = smallest.method.merge(smallest.frozen, smallest.trained)
-    assert same(smallest.method.merge(smallest.frozen, smallest.trained, safe=True), merged)
+def test_merging_again_gives_the_same_and_passes_the_safety_check(mergeable):
+    merged = mergeable.method.merge(mergeable.frozen, mergeable.trained)
+    assert same(mergeable.method.merge(mergeable.frozen, mergeable.trained, safe=True), merged)
 
 
-def test_a_safe_merge_refuses_nan_and_leaves_everything_as_it_was(smallest):
-    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), smallest.trained)
-    before = numbers(smallest.given)
+def test_a_safe_merge_refuses_nan_and_leaves_everything_as_it_was(mergeable):
+    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), mergeable.trained)
+    before = numbers(mergeable.given)
     with pytest.raises(PeftError, match=r"merge: parameter '.*' has values that are not finite"):
-        smallest.method.merge(smallest.frozen, poisoned, safe=True)
-    assert same(smallest.given, before)
+        mergeable.method.merge(mergeable.frozen, poisoned, safe=True)
+    assert same(mergeable.given, before)
 
 
 # Composition.
@@ -312,22 +335,26 @@ def test_an_adapter_comes_back_from_names_and_numpy_arrays(case):
 
 
 def test_training_a_plain_parameter_beside_it(smallest):
-    method = pj.chain(smallest.method, pj.train(["norm/scale"]))
-    if "norm/scale" in tree.named_leaves(smallest.fresh):
-        with pytest.raises(PeftError, match=r"'norm/scale'"):
+    norm = NORM[smallest.name]
+    method = pj.chain(smallest.method, pj.train([norm]))
+    if norm in tree.named_leaves(smallest.fresh):
+        with pytest.raises(PeftError, match=rf"'{norm}'"):
             method.init(KEY, smallest.model.params)
         return
     frozen, trainable = method.init(KEY, smallest.model.params)
     assert set(trainable) == {smallest.method.name, "train"}
-    trained = {**trainable, "train": {"norm/scale": jnp.full(8, 2.0)}}
-    merged = method.merge(frozen, trained)
-    np.testing.assert_array_equal(merged["norm"]["scale"], 2.0)
-    out = pj.adapt(smallest.model.forward)(method.apply(frozen, trained), smallest.model.batch)
-    assert_close(out, plain("words")(merged, smallest.model.batch))
+    trained = {**trainable, "train": {norm: jnp.full(8, 2.0)}}
+    out = pj.adapt(method.model(smallest.model.forward))(method.apply(frozen, trained), smallest.model.batch)
+    assert float(jnp.abs(out - smallest.at_fresh["out"]).max()) > 1e-3
+    if smallest.info.mergeable:
+        merged = method.merge(frozen, trained)
+        np.testing.assert_array_equal(tree.named_leaves(merged)[norm], 2.0)
+        assert_close(out, plain(smallest.name)(merged, smallest.model.batch))
 
 
 def test_on_a_base_that_is_not_a_plain_array(smallest):
-    method = pj.chain(pj.lora(rank=2, targets=EVERY_WEIGHT), smallest.method)
+    targets = r".*(attention|feed_forward|words|up|down).*(kernel|embedding)"
+    method = pj.chain(pj.lora(rank=2, targets=targets), smallest.method)
     try:
         frozen, trainable = method.init(KEY, smallest.model.params)
     except PeftError as error:
@@ -336,5 +363,13 @@ def test_on_a_base_that_is_not_a_plain_array(smallest):
             raise
         return
     trained = as_trained(smallest.info, trainable)
-    out = pj.adapt(smallest.model.forward)(method.apply(frozen, trained), smallest.model.batch)
-    assert_close(out, plain("words")(method.merge(frozen, trained), smallest.model.batch))
+    run, batch = pj.adapt(method.model(smallest.model.forward)), smallest.model.batch
+    out = run(method.apply(frozen, trained), batch)
+    if smallest.info.mergeable:
+        wanted = plain(smallest.name)(method.merge(frozen, trained), batch)
+    else:
+        lora, own = pj.lora(rank=2, targets=targets), smallest.method
+        merged = lora.merge(lora.init(KEY, smallest.model.params)[0], trained["lora"])
+        params = own.apply(own.init(KEY, merged)[0], trained[own.name])
+        wanted = own.model(smallest.model.forward)(params, batch)
+    assert_close(out, wanted)

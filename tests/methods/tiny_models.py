@@ -12,6 +12,11 @@ import numpy as np
 from flax import nnx
 from support import KEY
 
+from peftjax.models.backbone import Backbone
+from peftjax.models.bert import BertConfig, bert
+from peftjax.models.block_config import BlockConfig
+from peftjax.models.decoder import DecoderConfig, decoder
+
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2
 TOKENS = jax.random.randint(KEY, (2, 5), 0, VOCABULARY)
 # Every weight a method may know how to adapt, for the methods whose default is 'all-linear'.
@@ -24,7 +29,7 @@ class Tiny:
 
     forward: Callable[..., Any]
     params: Any
-    batch: jax.Array
+    batch: Any
 
 
 class Block(nn.Module):
@@ -106,6 +111,50 @@ class NnxStack(nnx.Module):
         return self.words.attend(scan(x, self.blocks))
 
 
+def _backbone(**changes: Any) -> Tiny:
+    """A decoder of the library, pre-norm, whose classifier reads the last token."""
+    # A key's bias has no gradient here either.
+    block = BlockConfig(
+        width=WIDTH,
+        num_heads=2,
+        inner_size=12,
+        activation="silu",
+        norm_epsilon=1e-5,
+        gated=True,
+        norm="rms",
+        qkv_bias=False,
+        rotary=True,
+        causal=True,
+    )
+    config = DecoderConfig(
+        model_type="llama",
+        vocab_size=VOCABULARY,
+        num_layers=LAYERS,
+        block=block,
+        max_positions=16,
+        rope={"rope_type": "default", "rope_theta": 1e4},
+        labels=("a", "b", "c"),
+    )
+    return _tiny_backbone(decoder(config, head="classifier", **changes))
+
+
+def _encoder() -> Tiny:
+    """An encoder of the library, post-norm, without a head."""
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=16,
+    )
+    return _tiny_backbone(bert(config, head="none"))
+
+
+def _tiny_backbone(model: Backbone) -> Tiny:
+    return Tiny(model, moved(jax.jit(model.init)(KEY)), {"input_ids": TOKENS})
+
+
 def moved(tree: Any, seed: int = 0) -> Any:
     """The tree as after some steps of training: every number moved by its own random amount."""
     noise = np.random.default_rng(seed)
@@ -137,8 +186,13 @@ def tiny(name: str) -> Tiny:
         "vit": lambda: _linen(Vit(), images),
         "convolutions": lambda: _linen(Convolutions(), images),
         "nnx": _nnx,
+        "backbone": _backbone,
+        "backbone bf16": lambda: _backbone(dtype="bfloat16"),
+        "backbone remat": lambda: _backbone(remat="nothing_saveable"),
+        "encoder": _encoder,
     }
     return makers[name]()
 
 
 MODELS = ("transformer", "vit", "convolutions", "nnx")
+BACKBONES = ("backbone", "encoder")
