@@ -9,6 +9,7 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.coded_residuals import coded_residuals
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -46,6 +47,7 @@ __all__ = [
     "bitfit",
     "build",
     "chain",
+    "coded_residuals",
     "combine",
     "dense",
     "describe",

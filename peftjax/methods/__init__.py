@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks import adapters
+from peftjax.methods.blocks import adapters, coded_residuals
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -33,6 +33,9 @@ METHODS: dict[str, MethodInfo] = {
     )
 }
 
+COMPANIONS: dict[str, MethodInfo] = {info.name: info for info in (coded_residuals.METHOD,)}
+"""What trains nothing by itself and goes beside a method in a chain."""
+
 
 def build(config: Mapping[str, Any]) -> Transform:
     """The method that a saved configuration describes: `{"name": ..., option: value, ...}`.
@@ -44,9 +47,11 @@ def build(config: Mapping[str, Any]) -> Transform:
     name = options.pop("name", None)
     if name == "chain":
         return chain(*(build(method) for method in options.get("methods", ())))
-    if name not in METHODS:
-        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), METHODS)}")
-    parameters = inspect.signature(METHODS[name].factory).parameters
+    known = {**METHODS, **COMPANIONS}
+    if name not in known:
+        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), known)}")
+    factory = known[name].factory
+    parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
         if option not in parameters and not takes_any:
@@ -54,7 +59,7 @@ def build(config: Mapping[str, Any]) -> Transform:
                 f"{name}: unknown option {option!r}; closest: {nearest(option, parameters) or 'it has none'}"
             )
     try:
-        return METHODS[name].factory(**options)
+        return factory(**options)
     except TypeError as error:
         raise PeftError(f"{name}: {error}") from error
 
