@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -34,6 +35,7 @@ from peftjax.models.layers import (
     recompute,
     recompute_module,
 )
+from peftjax.models.names import ATTENTION_RESULT, split_by_name
 from peftjax.models.rope import layer_rotation, rotate
 
 
@@ -107,7 +109,7 @@ class Attention(nn.Module):
             result = recompute(mixed)(query, key, value, seen)
         else:
             result = attended(config.residuals, mixed, (query, key, value), seen)
-        return result.reshape(*result.shape[:2], -1)
+        return checkpoint_name(result.reshape(*result.shape[:2], -1), ATTENTION_RESULT)
 
     def _through_cache(
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
@@ -255,8 +257,8 @@ class Block(nn.Module):
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream."""
-        mixed = self.attention.mix(*_project(self, hidden), context)
-        update = self.attention_dropout(self.attention.output(self._entering(mixed)))
+        mixed = self.attention.mix(*self._by_tokens(_project, hidden), context)
+        update = self.attention_dropout(self._by_tokens(_output, mixed))
         return plain_value(self.attention_post_norm(update)) if self._sandwich else update
 
     def attention_join(
@@ -292,7 +294,7 @@ class Block(nn.Module):
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
-        update = self.feed_forward_dropout(_contract(self, *_expand(self, hidden)))
+        update = self.feed_forward_dropout(_contract(self, *self._by_tokens(_expand, hidden)))
         return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
 
     def feed_forward_join(
@@ -312,6 +314,10 @@ class Block(nn.Module):
     @property
     def _sandwich(self) -> bool:
         return self.config.norm_order == "sandwich"
+
+    def _by_tokens(self, part: Callable[..., Any], x: Float[Array, "B S D"]) -> Any:
+        """A part of the block that acts on each token by itself."""
+        return split_by_name(self.config.offloaded_tokens, partial(part, self), x)
 
     def _entering(self, x: Float[Array, "B S D"], norm: nn.Module | None = None) -> Any:
         """What a linear layer takes of `x`, normed if there is a norm."""
@@ -340,6 +346,10 @@ def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
 @_recomputed
 def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
     return block.attention.project(block._entering(hidden, None if block._post else block.attention_norm))
+
+
+def _output(block: Block, mixed: Array) -> Array:
+    return block.attention.output(block._entering(mixed))
 
 
 @_recomputed

@@ -45,6 +45,8 @@ class BlockConfig:
         init_std: deviation of new kernels.
         scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
         residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
+        offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" makes
+            nothing again but norms and activations.
     """
 
     width: int
@@ -74,6 +76,7 @@ class BlockConfig:
     init_std: float = 0.02
     scaled_init: bool = False
     residuals: Bits | None = None
+    offloaded_tokens: float = 0.0
 
     @property
     def head_width(self) -> int:

@@ -19,9 +19,8 @@ group of 64 values has 32 bits more: 4 bits are 4.5 on average, and 8 are 8.5.
 
     frozen linear layers     9 D + 64 + 4.5 (q + 2 k) + 4 F          gated: 17 F in the place of 4 F
     LoRA on q and v          + 4 D                                   post-norm: + 8.5 D
-    LoRA on every layer      + 8 D + 8.5 (q + F)                     post-norm: + 17 D in the place of 8 D
-                                                                     gated: + 8.5 q in the place of 8.5 (q +
-                                                                         F)
+    LoRA on every layer      + 8 D + 8.5 (q + F)                     post-norm: + 17 D in the place of 8 D;
+                                                                     gated: no 8.5 F
 
 Trained scales of norms add 4 bits a value where no linear layer after them has added those. Norms after a
 branch (sandwich) and of q and k keep 4.5 bits a value. With `activation=8` an activation keeps 8.5 F, and the
@@ -56,10 +55,12 @@ def coded_residuals(
     """The blocks keep codes for their backward pass (after S2A, arXiv 2503.08154).
 
     Args:
-        activation: bits of an activation: 4, 8 or 32, which keeps the compute dtype as it is. gated: of each
-            of the two inputs of a gated one. norm: of the normalised values. attention: of query, key and
-            value. inputs: of what enters a linear layer that is trained or adapted. group: how many values
-            along the features share a range; a shard of the features best holds whole ones.
+        activation: bits of an activation: 4, 8 or 32, which keeps the compute dtype as it is.
+        gated: of each of the two inputs of a gated one.
+        norm: of the normalised values.
+        attention: of query, key and value.
+        inputs: of what enters a linear layer that is trained or adapted.
+        group: values along the features that share a range; a shard of the features best holds whole groups.
 
     Raises:
         PeftError: for other numbers; in `model`, when it is not a backbone of peftjax.
