@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
@@ -121,7 +120,7 @@ def kept_as_codes(x: Float[Array, "... D"], bits: Bits) -> Input | Float[Array, 
     """`x` to enter a linear layer, which keeps codes of it if it keeps anything."""
     if bits.inputs == 32:
         return x
-    return Input(x, Partial(decode, encode(jax.lax.stop_gradient(x), bits.inputs, group=bits.group)))
+    return Input(x, Partial(decode, encode(x, bits.inputs, group=bits.group)))
 
 
 def activated(
@@ -156,5 +155,5 @@ def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: Co
     if bits.attention == 32:
         return recompute(f)(*x, rest)
     flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)
-    codes = tuple(encode(jax.lax.stop_gradient(part), bits.attention, group=bits.group) for part in flat)
+    codes = tuple(encode(part, bits.attention, group=bits.group) for part in flat)
     return again_from_codes(f, flat, codes, (rest,))

@@ -2,9 +2,9 @@
 
     y = x · W          dx = g · Wᵀ          dW = x̂ᵀ · g
 
-written as two products, `x · sg(W)` and, of which only the derivative counts, `x̂ · W`. So any weight may take
-part, also a structured one: each part that is trained keeps what it needs of x̂, and none keeps x. The second
-product's value is used by nothing and is dropped by the compiler.
+written as two products, `x · sg(W)` and, of which only the derivative counts, `x̂ · W`. So any weight may
+take part, also a structured one: each part that is trained keeps what it needs of x̂, and none keeps x. The
+second product's value is used by nothing and is dropped by the compiler.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["value", "stand_in"], meta_fields=[])
@@ -47,6 +49,10 @@ def with_tangent_of(y: Array, z: Array) -> Array:
     return y
 
 
-@with_tangent_of.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    return primals[0], tangents[0] + tangents[1]
+def _rule(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+    # A zero that is not made is not kept for the backward pass either.
+    given = [tangent for tangent in tangents if not isinstance(tangent, SymbolicZero)]
+    return primals[0], sum(given[1:], start=given[0]) if given else jnp.zeros_like(primals[0])
+
+
+with_tangent_of.defjvp(_rule, symbolic_zeros=True)

@@ -26,14 +26,14 @@ def as_bfloat16(x: Array) -> Array:
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def coarse(a: Array, low: Array, step: Array, noise: Array | None = None) -> tuple[Array, Array]:
+def coarse(a: Array, low: Array, step: Array, noise: Array | float | None = None) -> tuple[Array, Array]:
     """The int32 codes c, and what they leave of `a`, in steps; `noise` in [0, 1) rounds at random."""
     place = (a - low) * jnp.where(step > 0, 1 / step, 0)
     c = jnp.clip(_rounded(place, noise), 0, LEVELS)
     return c.astype(jnp.int32), place - c
 
 
-def fine(rest: Array, noise: Array | None = None) -> Array:
+def fine(rest: Array, noise: Array | float | None = None) -> Array:
     """The int32 codes f of what the coarse codes left."""
     return jnp.clip(_rounded(LEVELS * rest, noise) + MIDDLE, 0, LEVELS).astype(jnp.int32)
 
@@ -46,5 +46,5 @@ def value(c: Array, f: Array | None, low: Array, step: Array) -> Array:
     return low + step * place
 
 
-def _rounded(x: Array, noise: Array | None) -> Array:
+def _rounded(x: Array, noise: Array | float | None) -> Array:
     return jnp.floor(x + (0.5 if noise is None else noise))

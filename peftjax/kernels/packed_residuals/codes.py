@@ -59,7 +59,8 @@ def encode(x: Array, bits: int, *, group: int = GROUP, key: Array | None = None)
 
         |x - decode(encode(x))| <= step / 2 with 4 bits, step / 30 with 8;  step = (max - min) / 15 of a group
 
-    Numbers of bfloat16 that are all the same in a group are kept exactly. 32 bits keep the array itself.
+    Numbers of bfloat16 that are all the same in a group are kept exactly. Codes have no gradient. 32 bits
+    keep the array itself.
 
     Args:
         x: the array; groups are along its last axis.
@@ -73,7 +74,7 @@ def encode(x: Array, bits: int, *, group: int = GROUP, key: Array | None = None)
     check(bits, group)
     if bits == 32:
         return x
-    options = {"group": group, "fine": bits == 8}
+    x, options = jax.lax.stop_gradient(x), {"group": group, "fine": bits == 8}
     if key is not None:
         parts = reference.quantise(x, jax.random.uniform(key, x.shape), **options)
     else:

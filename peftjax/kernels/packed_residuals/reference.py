@@ -12,7 +12,9 @@ def quantise(x: Array, noise: Array | None = None, *, group: int, fine: bool) ->
     a = layout.grouped(x.astype(jnp.float32), group)
     noise = None if noise is None else layout.grouped(noise, group)
     low, step = affine.limits(jnp.min(a, -1, keepdims=True), jnp.max(a, -1, keepdims=True))
-    codes, rest = affine.coarse(a, low, step, None if fine else noise)
+    # The fine codes reach further up than down, and all that is left must lie between two of them.
+    coarse_noise = affine.MIDDLE / affine.LEVELS if fine and noise is not None else noise
+    codes, rest = affine.coarse(a, low, step, coarse_noise)
     packed = [codes, affine.fine(rest, noise)] if fine else [codes]
     packed = [layout.joined(part).reshape(*x.shape[:-1], -1) for part in packed]
     return [packed[0], low[..., 0].astype(jnp.bfloat16), step[..., 0].astype(jnp.bfloat16), *packed[1:]]
