@@ -10,6 +10,7 @@ from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
 from peftjax.methods.blocks.coded_residuals import coded_residuals
+from peftjax.methods.blocks.s2a import s2a
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -76,6 +77,7 @@ __all__ = [
     "plan",
     "rows",
     "rslora",
+    "s2a",
     "sara",
     "save",
     "set_sparsity",

@@ -1,4 +1,4 @@
-"""Blocks that keep codes for their backward pass: same values, same gradients without rounding, fewer bits."""
+"""Blocks that keep codes for their backward pass: same values, close gradients, fewer bits."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ MODELS = {
     "encoder": lambda: (encoder(), BATCH),
     "relu": lambda: (encoder(activation="relu"), BATCH),
     "llama": lambda: (llama(), BATCH),
-    "sandwich": lambda: (llama(qk_norm=True, **SANDWICH), BATCH),
+    "sandwich": lambda: (llama(qk_norm=True, **GEMMA), BATCH),
     "t5": lambda: (tiny_t5.make()[0], tiny_t5.token_batch()),
 }
 METHODS = {
@@ -132,7 +132,7 @@ def test_bfloat16_computation():
 
 
 def bits_per_token(model, method):
-    """What the blocks keep per layer and token, in bits; without a method, of what their input's gradient needs."""
+    """What the blocks keep per layer and token, in bits; without a method, for their input's gradient."""
     model = pj.coded_residuals().model(model)
     params = jax.eval_shape(model.init, KEY)
     hidden = jax.ShapeDtypeStruct((B, S, model.block.config.width), model.block.dtype)
