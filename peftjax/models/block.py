@@ -25,16 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from peftjax.models.attention import Visibility, attend
-from peftjax.models.block_config import BlockConfig, make_norm
-from peftjax.models.coded import activated, attended, coded_linear, coded_norm, kept_as_codes, plain_value
-from peftjax.models.layers import (
-    ACTIVATIONS,
-    Context,
-    Dropout,
-    dense,
-    recompute,
-    recompute_module,
-)
+from peftjax.models.block_config import BlockConfig
+from peftjax.models.coded import attended, kept_as_codes, linear, norm, plain_value
+from peftjax.models.feed_forward import FeedForward
+from peftjax.models.layers import Context, Dropout, recompute, recompute_module
 from peftjax.models.names import ATTENTION_RESULT, split_by_name
 from peftjax.models.rope import layer_rotation, rotate
 
@@ -52,23 +46,23 @@ class Attention(nn.Module):
         """Name the layers."""
         config, dtype = self.config, self.dtype
 
-        def linear(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
-            return _linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
+        def layer(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
+            return linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
 
         if config.fused_qkv:
-            self.qkv = linear((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
+            self.qkv = layer((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
         else:
             # Scores that are not scaled begin as small as scaled ones.
             unscaled = config.scaled_init and config.query_scale == 1.0
             factor = config.head_width**-0.5 if unscaled else 1.0
-            self.query = linear(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
-            self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
-            self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
+            self.query = layer(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
+            self.key = layer(config.kv_heads * config.head_width, config.qkv_bias)
+            self.value = layer(config.kv_heads * config.head_width, config.qkv_bias)
         mixed = config.num_heads * config.head_width
-        self.output = linear(config.width, config.output_bias, mixed)
+        self.output = layer(config.width, config.output_bias, mixed)
         if config.qk_norm:
-            self.query_norm = _norm(config, dtype)
-            self.key_norm = _norm(config, dtype)
+            self.query_norm = norm(config, dtype)
+            self.key_norm = norm(config, dtype)
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
@@ -174,39 +168,6 @@ class CrossAttention(Attention):
         )
 
 
-class FeedForward(nn.Module):
-    """`f(x W_up) W_down`, or gated, with kernels `up`, `gate` [D, F] and `down` [F, D]."""
-
-    config: BlockConfig
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        """Name the layers."""
-        config = self.config
-
-        def linear(width: int, inputs: int = config.width) -> nn.Module:
-            deviation = config.deviation(inputs)
-            return _linear(config)(width, deviation, self.dtype, bias=config.feed_forward_bias)
-
-        self.up = linear(config.inner_size)
-        self.down = linear(config.width, config.inner_size)
-        if config.gated:
-            self.gate = linear(config.inner_size)
-        self.dropout = Dropout(config.inner_dropout)
-
-    def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
-        """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
-        return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
-
-    def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
-        """The activation and the way down."""
-        config = self.config
-        if config.residuals is not None:
-            return self.down(activated(config, self.dropout, *inner))
-        result = ACTIVATIONS[config.activation](inner[0])
-        return self.down(self.dropout(result * inner[1] if config.gated else result))
-
-
 class Block(nn.Module):
     """A transformer block of two residual branches, or three with `cross_attention` between them.
 
@@ -223,20 +184,20 @@ class Block(nn.Module):
         """Name the parameters `attention`, `attention_norm`, `feed_forward`, `feed_forward_norm`."""
         config, dtype = self.config, self.dtype
         self.attention = Attention(config, dtype)
-        self.attention_norm = _norm(config, dtype)
+        self.attention_norm = norm(config, dtype)
         if config.cross_attention:
             # There is no order between two sequences, and nothing to fuse of two inputs.
             apart = {"causal": False, "window": None, "rotary": False, "fused_qkv": False}
             self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
-            self.cross_attention_norm = _norm(config, dtype)
+            self.cross_attention_norm = norm(config, dtype)
             self.cross_attention_dropout = Dropout(config.output_dropout)
         self.feed_forward = FeedForward(config, dtype)
-        self.feed_forward_norm = _norm(config, dtype)
+        self.feed_forward_norm = norm(config, dtype)
         if config.norm_order == "sandwich":
-            self.attention_post_norm = _norm(config, dtype)
+            self.attention_post_norm = norm(config, dtype)
             if config.cross_attention:
-                self.cross_attention_post_norm = _norm(config, dtype)
-            self.feed_forward_post_norm = _norm(config, dtype)
+                self.cross_attention_post_norm = norm(config, dtype)
+            self.feed_forward_post_norm = norm(config, dtype)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
 
@@ -324,14 +285,6 @@ class Block(nn.Module):
         if norm is not None:
             return norm(x)
         return x if self.config.residuals is None else kept_as_codes(x, self.config.residuals)
-
-
-def _linear(config: BlockConfig) -> Callable[..., nn.Module]:
-    return dense if config.residuals is None else coded_linear
-
-
-def _norm(config: BlockConfig, dtype: DTypeLike) -> nn.Module:
-    return (make_norm if config.residuals is None else coded_norm)(config, dtype)
 
 
 def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:

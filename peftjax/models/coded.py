@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from peftjax.kernels.packed_residuals import Code, decode, encode
-from peftjax.models.block_config import BlockConfig
+from peftjax.models.block_config import BlockConfig, make_norm
 from peftjax.models.layers import (
     ACTIVATIONS,
     Context,
     Dropout,
+    dense,
     over_tokens,
     recompute,
     recompute_module,
@@ -109,6 +110,16 @@ class CodedNorm(nn.Module):
         if self.bits.inputs == 32:
             return y
         return Input(y, Partial(functools.partial(scaled, self.norm), entering, scale, bias))
+
+
+def linear(config: BlockConfig) -> Callable[..., nn.Module]:
+    """What makes a linear layer of a block, as `dense` does."""
+    return dense if config.residuals is None else coded_linear
+
+
+def norm(config: BlockConfig, dtype: DTypeLike) -> nn.Module:
+    """A norm of a block."""
+    return (make_norm if config.residuals is None else coded_norm)(config, dtype)
 
 
 def plain_value(x: Input | Array) -> Array:
