@@ -11,7 +11,8 @@ abstract's idea is followed here: tune what needs little of the activations, and
 a row, without padding; each of them gets the result. In a causal stack it would show a token what comes after
 it, so there it is 1. The prompts of S2A are not among it.
 
-Trained: the biases, and 2 D d + d + D numbers a layer. Backward keeps D / pool values of u and d / pool a
+Trained: the biases but those of keys, and 2 D d + d + D numbers a layer. Backward keeps D / pool values of u
+    and d / pool a
     token and layer, and the codes of the blocks. With `side=0` the result merges.
 
 The abstract reports a fourth of the memory at 0.9 % trained parameters. d = 16, two to four tokens a pool and
@@ -84,7 +85,8 @@ def s2a(
     """Train biases and a side module in each block, whose residuals are codes (after arXiv 2503.08154).
 
     Args:
-        biases: whether every parameter called 'bias' is trained.
+        biases: whether every parameter called 'bias' is trained, but those of keys, which have no effect
+            without rotary positions.
         side: d, the width of the side modules; 0 is none.
         pool: how many tokens a side module reads as one, except in a causal stack.
         activation: of the side modules, as of `pfeiffer`.
@@ -140,10 +142,13 @@ def _bits(residuals: Mapping[str, int]) -> Bits:
 
 
 def _biases(params: Params) -> list[str]:
-    """The paths of the biases that are still there to be trained."""
+    """The paths of the biases that are still there to be trained.
+
+    A key's shifts all scores of a row alike, but for rotary positions: its gradient is nothing but rounding.
+    """
     paths = []
     for path, leaf in tree.named_leaves(params).items():
-        if path.rsplit("/", 1)[-1] != "bias" or isinstance(leaf, tree.Hole):
+        if not path.endswith("bias") or path.endswith("key/bias") or isinstance(leaf, tree.Hole):
             continue
         if isinstance(leaf, Weight):
             raise PeftError(f"s2a: {path!r} is already a {type(leaf).__name__}; exclude it from that method")
