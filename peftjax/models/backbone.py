@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from peftjax.errors import PeftError
 from peftjax.models.layers import Context
-from peftjax.models.names import BLOCK_INPUT, KEPT_NAMES, OFFLOADED_TOKENS
+from peftjax.models.names import ATTENTION_RESULT, BLOCK_INPUT, OFFLOADED_TOKENS
 from peftjax.models.stack import Cache, DropoutKey, Params, Scan, Stack
 
 Batch = Mapping[str, Any]
@@ -31,20 +31,21 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "offload_dot_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
         "device", "pinned_host"
     ),
-    "save_attention": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
     "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*KEPT_NAMES, OFFLOADED_TOKENS],
+        names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_RESULT, OFFLOADED_TOKENS],
         offload_src="device",
         offload_dst="pinned_host",
     ),
 }
 """`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute.
 
-`save_attention` keeps what enters a block and what its attention gives, so that attention, the one part whose
-cost grows with the square of the length, is not run again; the rest is made again token by token.
-`offload_attention` keeps the two in the host's memory (MEMO, arXiv 2407.12117), and with a share, as in
-"offload_attention:0.3", also the rest for the first three tenths of each row's tokens: `read_remat`.
+`save_attention` keeps what enters a block, as every policy does, and what its attention gives, so that
+attention, the one part whose cost grows with the square of the length, is not run again; the rest is made
+again token by token. `offload_attention` keeps the two in the host's memory (MEMO, arXiv 2407.12117), and
+with a share, as in "offload_attention:0.3", also the rest for the first three tenths of each row's tokens:
+`read_remat`.
 """
 
 
@@ -145,8 +146,9 @@ class Backbone:
             # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
-        if share != self.block.config.offloaded_tokens:
-            config = dataclasses.replace(self.block.config, offloaded_tokens=share)
+        config = getattr(self.block, "config", None)
+        if share != getattr(config, "offloaded_tokens", 0.0):
+            config = dataclasses.replace(config, offloaded_tokens=share)
             object.__setattr__(self, "block", self.block.clone(config=config))
         if self.encoder is not None:
             same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}

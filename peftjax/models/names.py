@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 BLOCK_INPUT = "block_input"
 ATTENTION_RESULT = "attention_result"
-KEPT_NAMES = (BLOCK_INPUT, ATTENTION_RESULT)
 OFFLOADED_TOKENS = "offloaded_tokens"
 
 
