@@ -36,6 +36,7 @@ METHODS: dict[str, MethodInfo] = {
 
 COMPANIONS: dict[str, MethodInfo] = {info.name: info for info in (coded_residuals.METHOD,)}
 """What trains nothing by itself and goes beside a method in a chain."""
+KNOWN = {**METHODS, **COMPANIONS}
 
 
 def build(config: Mapping[str, Any]) -> Transform:
@@ -48,10 +49,9 @@ def build(config: Mapping[str, Any]) -> Transform:
     name = options.pop("name", None)
     if name == "chain":
         return chain(*(build(method) for method in options.get("methods", ())))
-    known = {**METHODS, **COMPANIONS}
-    if name not in known:
-        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), known)}")
-    factory = known[name].factory
+    if name not in KNOWN:
+        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), KNOWN)}")
+    factory = KNOWN[name].factory
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
