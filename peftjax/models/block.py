@@ -8,6 +8,9 @@ masks are made again from those. The inputs of the q, k and v kernels are one ar
 norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
 2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
 the encoder; `context["encoded"]` is kept once for all blocks, and so is `context["bias"]`.
+
+With `config.residuals` a block keeps codes of a few bits instead and makes only attention again: see
+`peftjax.models.coded`, and `pj.coded_residuals` for what is kept.
 """
 
 from __future__ import annotations
