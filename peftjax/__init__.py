@@ -9,8 +9,10 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import adaptformer, houlsby, parallel_adapter, pfeiffer
+from peftjax.methods.blocks.coded_residuals import coded_residuals
 from peftjax.methods.blocks.mam import mam, without_mlp
 from peftjax.methods.blocks.prefix import prefix, prefix_of
+from peftjax.methods.blocks.s2a import s2a
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -49,6 +51,7 @@ __all__ = [
     "bitfit",
     "build",
     "chain",
+    "coded_residuals",
     "combine",
     "dense",
     "describe",
@@ -82,6 +85,7 @@ __all__ = [
     "prefix_of",
     "rows",
     "rslora",
+    "s2a",
     "sara",
     "save",
     "set_sparsity",
