@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 import peftjax as pj
-from experiments.tuning.entrants import HEAD
-from peftjax.models.backbone import Backbone
+from peftjax.models.backbone import Backbone, Params
+from peftjax.train.options import with_new_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,9 @@ class Row:
         """The backbone under the row's policy."""
         return dataclasses.replace(model, remat=self.remat)
 
-    def method(self, model: Backbone) -> pj.Transform:
-        """The method and, of a classifier that it leaves alone, plain training of its last layer."""
-        method = self.make()
-        if self.name == "full" or self.own_head or model.head_name == "causal_lm":
-            return method
-        return pj.chain(method, pj.train(HEAD))
+    def method(self, model: Backbone, params: Params) -> pj.Transform:
+        """The method and, of a classifier that it leaves alone, plain training of what the task adds."""
+        return self.make() if self.own_head else with_new_head(self.make(), model, params)
 
 
 def coded(**options: int) -> pj.Transform:

@@ -46,12 +46,13 @@ class Options:
 def measure(subject: Subject, row: Row, target: str, layers: int | None = None) -> dict[str, Any]:
     """What one step needs, as JSON values; of a method that a model does not have, the reason."""
     model = row.model(subject.model(layers))
+    params = subject.params(model)
     optimizer = optax.adamw(1e-3, weight_decay=0.0)
     try:
         plan = pj.plan(
-            row.method(model),
+            row.method(model, params),
             model,
-            subject.params(model),
+            params,
             subject.inputs(model),
             optimizer=optimizer,
             target=target,

@@ -12,8 +12,7 @@ a row, without padding; each of them gets the result. In a causal stack it would
 it, so there it is 1. The prompts of S2A are not among it.
 
 Trained: the biases but those of keys, and 2 D d + d + D numbers a layer. Backward keeps D / pool values of u
-    and d / pool a
-    token and layer, and the codes of the blocks. With `side=0` the result merges.
+and d / pool more a token and layer, and the codes of the blocks. With `side=0` the result merges.
 
 The abstract reports a fourth of the memory at 0.9 % trained parameters. d = 16, two to four tokens a pool and
 a group of 64 are usual sizes, not the authors'.
@@ -114,7 +113,7 @@ def s2a(
         trainable: dict[str, Any] = {"biases": taken} if paths else {}
         for stack in stacks if bottleneck else ():
             own_key = key_for(key, f"{stack.name}/side")
-            trainable[stack.name] = bottleneck.init(own_key, (stack.num_layers,), stack.width)
+            trainable[stack.name] = bottleneck.init(own_key, stack.num_layers, stack.width)
         return Frozen(rest), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
