@@ -9,6 +9,8 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.fisher import fisher_information
+from peftjax.methods.blocks.lst import lst
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -51,6 +53,7 @@ __all__ = [
     "describe",
     "dora",
     "export_peft",
+    "fisher_information",
     "freeze",
     "full",
     "fuse",
@@ -62,6 +65,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "losses",
+    "lst",
     "matmul",
     "mean_gradient",
     "mix",
