@@ -100,7 +100,7 @@ def is_steered(info, path):
 
 
 def shifts_scores(path):
-    """Whether the leaf is the bias of a block's keys: all scores of a row alike, so of no gradient but noise."""
+    """Whether the leaf is the bias of a block's keys, whose gradient is zero but for rounding."""
     return path.endswith("['key']['bias']")
 
 

@@ -15,8 +15,8 @@ T5's table of relative positions. With rotary positions its heads turn by every 
 head r times smaller. An encoder-decoder has a side network in both stacks; the decoder's cross-attends to the
 encoder's last s.
 
-Trained: the side network alone: a used layer has about 4 d² + 2 d F / r numbers and D d of W_down. It does not
-merge.
+Trained: the side network alone: of a used layer about 4 d² + 2 d F / r numbers, and D d of W_down. It does
+not merge.
 
 Backward keeps h_0 and h_i+1 of the used layers, the inputs of W_down, once and in the compute dtype, and what
 the side's blocks keep of width d; nothing else of the backbone, through which no gradient is computed: what
@@ -30,8 +30,9 @@ out layers 0, 4 and 8, T5-large uses every second layer, T5-3B the last.
 
 Differences: the paper's figure feeds the side's block i by h_i, its code (and this) by h_i+1. Both streams
 begin with the same dropout mask. The head is the family's whole head, with its last norm; in the authors' T5
-the output layer reads W_up's result without it. In BART they rank the outputs of q, k and v by the size of the
-sum of the scores' logarithms, which prefers small scores; here it is the product, as elsewhere in their code.
+the output layer reads W_up's result without it. In BART they rank the outputs of q, k and v by the size of
+the sum of the scores' logarithms, which prefers small scores; here it is the product, as elsewhere in their
+code.
 """
 
 import dataclasses
