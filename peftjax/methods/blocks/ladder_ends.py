@@ -16,13 +16,16 @@ class BothStates:
 
     Attributes:
         inner: the head of the backbone's states.
+        dropout: whether it drops out.
     """
 
     inner: Any
+    dropout: bool
 
-    def apply(self, variables: Any, states: Mapping[str, Array], *inputs: Any, **options: Any) -> Any:
+    def apply(self, variables: Any, states: Mapping[str, Array], *inputs: Any, rngs: Any = None) -> Any:
         """The backbone's states through the head, and the side network's as they are."""
-        backbone = self.inner.apply(variables, states["backbone"], *inputs, **options)
+        rngs = rngs if self.dropout else {}
+        backbone = self.inner.apply(variables, states["backbone"], *inputs, rngs=rngs)
         return {**states, "backbone": jax.lax.stop_gradient(backbone)}
 
     def clone(self, **changes: Any) -> BothStates:
@@ -51,14 +54,14 @@ class SideEmbed:
     name: str
     dropout: bool
 
-    def apply(self, variables: Any, *inputs: Any, rngs: Any = None, **options: Any) -> Any:
+    def apply(self, variables: Any, batch: Any, *, rngs: Any = None) -> Any:
         """As of a Linen module."""
         params = {name: own for name, own in variables["params"].items() if name != self.name}
         rngs = rngs if self.dropout else {}
-        hidden, context = self.inner.apply({"params": params}, *inputs, rngs=rngs, **options)
+        hidden, context = self.inner.apply({"params": params}, batch, rngs=rngs)
         if self.name in variables["params"]:
             own = {**params, **variables["params"][self.name]}
-            again = self.inner.apply({"params": own}, *inputs, **options)[1]
+            again = self.inner.apply({"params": own}, batch)[1]
             context = {**context, self.name: {"bias": again["bias"]}}
         return hidden, context
 

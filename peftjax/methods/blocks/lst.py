@@ -85,7 +85,7 @@ def lst(
         side: a method that is applied to the side network's parameters, the rest of which stays as it
             started: `pj.lora(rank=4)`, or `pj.chain(pj.lora(...), pj.train([...]))`. By default all of
             them are trained. Their paths begin with "blocks/", and "encoder/" in an encoder-decoder.
-        backbone_dropout: whether the backbone drops out too.
+        backbone_dropout: whether the backbone drops out too; the head that reads the side network does.
 
     Raises:
         PeftError: here for a setting out of range; in `init` when the parameters are not a backbone's, an
@@ -144,7 +144,7 @@ def lst(
         encoder = None
         if forward.encoder is not None:
             encoder = _laddered(forward.encoder, **ladder, merge_last=False, encodes=True)
-            encoder = dataclasses.replace(encoder, head=BothStates(encoder.head))
+            encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
         return dataclasses.replace(_laddered(forward, **ladder, merge_last=merge_last), encoder=encoder)
 
     return Transform(NAME, config, init_side, apply, model)
