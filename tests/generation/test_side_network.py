@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_t5
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close
 from tiny_decoder import PROMPTS, make_decoder, padded, without_cache
+from tiny_models import moved
 
 import peftjax as pj
 from peftjax.generation.decode import start
 
 NEW = 5
 OPTIONS = {
-    "every layer": {},
+    "every layer": {"side": pj.lora(rank=2)},
     "some layers": {"side_layers": [1], "merge_last": True},
-    "lora": {"side": pj.lora(rank=2)},
 }
 
 
@@ -23,8 +23,8 @@ OPTIONS = {
 def test_generation_is_teacher_forcing(name):
     model, params = make_decoder(per_layer={"window": (4, 100, 3)})
     method = pj.lst(reduction=2, **OPTIONS[name])
-    frozen, trainable = method.init(KEY, params)
-    model, params = method.model(model), method.apply(frozen, noisy(trainable))
+    frozen, trainable = jax.jit(method.init)(KEY, params)
+    model, params = method.model(model), method.apply(frozen, moved(trainable))
     forced = lambda params, batch: pj.adapt(model)(params, batch)
     tokens, lead = without_cache(forced, params, PROMPTS, NEW)
     assert lead > 1e-3
@@ -35,7 +35,7 @@ def test_generation_is_teacher_forcing(name):
 def test_the_caches_are_those_of_the_layers_that_are_run():
     model, params = make_decoder()
     method = pj.lst(reduction=2, side_layers=[1])
-    params = method.apply(*method.init(KEY, params))
+    params = method.apply(*jax.jit(method.init)(KEY, params))
     batch = {"input_ids": np.array(PROMPTS[:1])}
     cache = jax.eval_shape(lambda p: start(method.model(model), p, batch, room=3)[1].cache, params)
     # Two layers of two heads of 8, and one of two heads of 4, for 7 + 3 places.
@@ -47,11 +47,11 @@ def test_an_encoder_decoder_decodes_as_it_is_forced():
     """A token at a time, with the rows of the two biases that belong to it."""
     model, params = tiny_t5.make()
     method = pj.lst(reduction=2, side_layers=[1])
-    frozen, trainable = method.init(KEY, params)
-    model, params = method.model(model), method.apply(frozen, noisy(trainable))
+    frozen, trainable = jax.jit(method.init)(KEY, params)
+    model, params = method.model(model), method.apply(frozen, moved(trainable))
     batch = tiny_t5.token_batch()
-    wanted = model(params, batch).dense()
-    hidden, context = model.run_embed(params, batch)
+    hidden, context = jax.jit(model.run_embed)(params, batch)
+    wanted = jax.jit(model)(params, batch).dense()
     context["mask"] = jnp.ones(hidden.shape[:2], bool)
 
     @jax.jit
@@ -60,11 +60,10 @@ def test_an_encoder_decoder_decodes_as_it_is_forced():
         own = {**context, "bias": rows(context["bias"]), "lst": jax.tree.map(rows, context["lst"])}
         own["cache_index"] = token
         new = jax.lax.dynamic_slice_in_dim(hidden, token, 1, 1)
-        cache = model.empty_cache(params, new, own) if cache is None else cache
         out, cache = model.run_blocks_cached(params, new, own, cache)
         return model.run_head(params, out, own).dense(), cache
 
-    made, cache = [], None
+    made, cache = [], model.empty_cache(params, hidden[:, :1], {**context, "cache_index": 0})
     for token in range(hidden.shape[1]):
         logits, cache = step(jnp.int32(token), cache)
         made.append(logits)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_t5
-from support import KEY, noisy
+from support import KEY
 from tiny_models import TOKENS, Tiny, moved
 
 import peftjax as pj
@@ -65,8 +65,8 @@ def backbone(name: str) -> Tiny:
 def adapted(name: str, **options):
     """The model with a side network as after some training, and its parameters."""
     tiny, method = backbone(name), pj.lst(reduction=2, **options)
-    frozen, trainable = method.init(KEY, tiny.params)
-    trainable = noisy(trainable)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
+    trainable = moved(trainable)
     return method.model(tiny.forward), method.apply(frozen, trainable), trainable
 
 

@@ -11,7 +11,8 @@ import tiny_t5
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ladders import adapted, backbone, climbed, halved, up
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close
+from tiny_models import moved
 
 import peftjax as pj
 from peftjax import tree
@@ -85,7 +86,7 @@ def test_every_second_angle_is_the_rotation_of_a_head_half_as_wide(rope):
 
 
 def test_a_fresh_gate_is_one_half():
-    _, trainable = pj.lst(reduction=2).init(KEY, backbone("bert").params)
+    _, trainable = jax.jit(pj.lst(reduction=2).init)(KEY, backbone("bert").params)
     np.testing.assert_array_equal(jax.nn.sigmoid(trainable["blocks"]["gate"] / 0.1), 0.5)
 
 
@@ -111,18 +112,13 @@ def test_dropout_of_both_networks_or_of_the_side_alone():
 
     def encoded(key, **options):
         model, params, _ = adapted("t5", **options)
-        run = jax.jit(lambda params: model.run_embed(params, tiny.batch, key=key)[1]["encoded"])
-        return run(params)
+        encoder, params = model.encoder, {**params["encoder"], "embed": params["embed"]}
+        return jax.jit(lambda params: encoder(params, tiny.batch, key=key))(params)
 
-    still, dropped = encoded(None), encoded(KEY)
-    apart = encoded(KEY, backbone_dropout=False)
-    for name, wanted, same in (
-        ("backbone", dropped, False),
-        ("backbone", apart, True),
-        ("side", apart, False),
-    ):
-        assert np.array_equal(still[name], wanted[name]) == same
-    assert not np.array_equal(encoded(jax.random.key(1))["side"], dropped["side"])
+    still, both, one = encoded(None), encoded(KEY), encoded(KEY, backbone_dropout=False)
+    unchanged = lambda name, dropped: np.array_equal(still[name], dropped[name])
+    assert [unchanged("backbone", both), unchanged("side", both)] == [False, False]
+    assert [unchanged("backbone", one), unchanged("side", one)] == [True, False]
 
 
 NAMES = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
@@ -151,13 +147,13 @@ def test_a_method_of_the_side_network_trains_that_alone():
     tiny = backbone("llama")
     inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.train(["blocks/gate"]))
     method = pj.lst(reduction=2, side=inner)
-    frozen, trainable = method.init(KEY, tiny.params)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
     assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "train"}
     run = pj.adapt(method.model(tiny.forward))
     plain = pj.lst(reduction=2)
-    _, whole = plain.init(KEY, tiny.params)
+    _, whole = jax.jit(plain.init)(KEY, tiny.params)
     out = jax.jit(lambda trainable: run(method.apply(frozen, trainable), tiny.batch))
-    grads = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(out(t)))))(noisy(trainable))
+    grads = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(out(t)))))(moved(trainable))
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
     # LoRA starts as the network it changes.
     assert_close(out(trainable), plain.model(tiny.forward)(plain.apply(frozen, whole), tiny.batch))
@@ -171,7 +167,7 @@ def test_a_saved_network_comes_back_without_its_scores(tmp_path, inner):
     scores = {path: jnp.square(leaf) + 1 for path, leaf in tree.named_leaves(tiny.params).items()}
     method = pj.lst(reduction=2, init="fisher", scores=scores, side=inner)
     frozen, trainable = method.init(jax.random.key(3), tiny.params)
-    trainable = noisy(trainable)
+    trainable = moved(trainable)
     save_adapter(tmp_path, method, frozen, trainable, seed=3)
     again = load_adapter(tmp_path, tiny.params)
     assert json.loads(json.dumps(pj.describe(again.method))) == pj.describe(method)
@@ -185,7 +181,7 @@ def test_a_saved_network_comes_back_without_its_scores(tmp_path, inner):
 def test_it_trains_and_the_backbone_stays():
     tiny = backbone("bert dropout")
     method = pj.lst(reduction=2)
-    frozen, trainable = method.init(KEY, tiny.params)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
     before = jax.tree.map(np.array, frozen)
     tx = method.optimizer(optax.adam(1e-2))
 
@@ -218,7 +214,7 @@ def test_on_eight_devices_it_is_what_it_is_on_one():
         loss = lambda trainable: jnp.sum(jnp.sin(pj.adapt(model)(method.apply(frozen, trainable), batch)))
         return jax.value_and_grad(loss)(trainable)
 
-    frozen, trainable = method.init(KEY, tiny.params)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
     wanted = step(trainable, frozen, batch)
     rows = jax.device_put(batch, NamedSharding(mesh, P("data")))
     assert_close(step(*jax.tree.map(spread, (trainable, frozen)), rows), wanted, 1e-4)
@@ -256,27 +252,34 @@ def test_layers_scores_and_widths_that_do_not_fit():
         pj.lst(reduction=4).model(tiny.forward)
 
 
-@pytest.mark.parametrize("name", ["query", "word"])
-def test_what_would_train_nothing_in_the_backbone_is_refused(name):
-    method = pj.chain(pj.lora(rank=2, targets=[name]), pj.lst(reduction=2))
-    with pytest.raises(PeftError, match=rf"lst: '.*{name}.*' is a LowRank .* no gradient .*lst\(side="):
-        method.init(KEY, backbone("bert").params)
+OTHERS = {
+    "a LowRank": pj.lora(rank=2, targets=["query"]),
+    "a TrainedRows": pj.rows([1]),
+    "trained by 'train'": pj.train(["blocks/attention_norm/scale"]),
+    "trained by 'bitfit'": pj.bitfit(),
+}
 
 
-def test_a_plain_parameter_of_the_backbone_gets_no_gradient():
-    tiny = backbone("bert")
-    method = pj.chain(pj.train(["blocks/attention_norm/scale"]), pj.lst(reduction=2))
-    frozen, trainable = method.init(KEY, tiny.params)
-    model = method.model(tiny.forward)
-    grads = jax.grad(lambda t: jnp.sum(jnp.sin(model(method.apply(frozen, t), tiny.batch))))(trainable)
-    assert not any(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads["train"]))
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("found", OTHERS)
+def test_what_would_train_nothing_in_the_backbone_is_refused(found, first):
+    both = [OTHERS[found], pj.lst(reduction=2)]
+    method = pj.chain(pj.chain(*(both if first else both[::-1])))
+    with pytest.raises(PeftError, match=rf"lst: '.*' is {found}, but no gradient .*lst\(side="):
+        jax.eval_shape(method.init, KEY, backbone("bert").params)
+
+
+def test_the_head_may_be_trained():
+    method = pj.chain(pj.lst(reduction=2), pj.train(["head/norm"]))
+    _, trainable = jax.eval_shape(method.init, KEY, backbone("llama").params)
+    assert trainable["train"].keys() == {"head/norm/scale"}
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_another_method_of_the_blocks_is_refused(first):
     tiny, both = backbone("llama"), [pj.lst(reduction=2), pj.pfeiffer(size=2)]
     method = pj.chain(*(both if first else both[::-1]))
-    params = method.apply(*method.init(KEY, tiny.params))
+    params = method.apply(*jax.jit(method.init)(KEY, tiny.params))
     with pytest.raises(PeftError, match=r"chain: 'pfeiffer' changes the blocks .*'lst'"):
         method.model(tiny.forward)(params, tiny.batch)
     with pytest.raises(PeftError, match=r"chain: 'lst' and 'lst' both change how the blocks are run"):

@@ -60,7 +60,7 @@ def test_an_encoder_decoder_is_pruned_in_the_order_of_its_computation():
     params = backbone("t5").params
     scores = scores_of(params)
     method = pj.lst(reduction=R, side_layers=[1], init="fisher", scores=scores)
-    _, trainable = method.init(KEY, params)
+    _, trainable = jax.jit(method.init)(KEY, params)
     encoder, last = pruned_by_hand(params, scores, "encoder/")
     decoder, end = pruned_by_hand(params, scores, "", encoded=last)
     for stack, made in (("encoder", encoder), ("blocks", decoder)):
@@ -80,7 +80,7 @@ def test_an_encoder_decoder_is_pruned_in_the_order_of_its_computation():
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "gemma", "fused", "t5"])
 def test_a_network_of_the_whole_width_is_the_backbone(name):
     params = backbone(name).params
-    _, trainable = pj.lst(reduction=1).init(KEY, params)
+    _, trainable = jax.jit(pj.lst(reduction=1).init)(KEY, params)
     for stack, side in trainable.items():
         part = params if stack == "blocks" else params["encoder"]
         jax.tree.map(np.testing.assert_array_equal, side["layers"], part["blocks"])
@@ -95,7 +95,7 @@ def test_a_norm_is_cut_where_it_stands(name, after):
     blocks = {**params["blocks"], "attention_norm": {**params["blocks"]["attention_norm"], "scale": marked}}
     blocks["attention"] = {**blocks["attention"], "output": dict(blocks["attention"]["output"])}
     blocks["attention"]["output"]["bias"] = marked
-    _, trainable = pj.lst(reduction=R).init(KEY, {**params, "blocks": blocks})
+    _, trainable = jax.jit(pj.lst(reduction=R).init)(KEY, {**params, "blocks": blocks})
     layers = trainable["blocks"]["layers"]
     scale, bias = layers["attention_norm"]["scale"], layers["attention"]["output"]["bias"]
     assert np.array_equal(scale, bias) == after
@@ -107,7 +107,7 @@ def test_rotary_heads_keep_every_second_pair():
     marked = jax.tree.map(
         lambda leaf: jnp.broadcast_to(jnp.arange(leaf.shape[-1]), leaf.shape), params["blocks"]
     )
-    _, trainable = pj.lst(reduction=R).init(KEY, {**params, "blocks": marked})
+    _, trainable = jax.jit(pj.lst(reduction=R).init)(KEY, {**params, "blocks": marked})
     attention = trainable["blocks"]["layers"]["attention"]
     # Heads of 4 are the pairs (0, 2) and (1, 3).
     for name, heads in (("query", 4), ("key", 2), ("value", 2)):
@@ -124,14 +124,16 @@ def test_scores_too_small_for_a_product_still_rank():
     params = backbone("bert").params
     scores = scores_of(params)
     tiny = {path: 1e-20 * score for path, score in scores.items()}
-    made = [pj.lst(reduction=R, init="fisher", scores=own).init(KEY, params)[1] for own in (scores, tiny)]
+    made = [
+        jax.jit(pj.lst(reduction=R, init="fisher", scores=own).init)(KEY, params)[1] for own in (scores, tiny)
+    ]
     jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 def test_random_blocks_have_the_pruned_norms():
     params = backbone("bert").params
     (_, random), (_, pruned) = (
-        pj.lst(reduction=R, init=init).init(KEY, params) for init in ("random", "magnitude")
+        jax.jit(pj.lst(reduction=R, init=init).init)(KEY, params) for init in ("random", "magnitude")
     )
     layers = random["blocks"]["layers"]
     assert_close(layers["attention_norm"], pruned["blocks"]["layers"]["attention_norm"])
@@ -168,8 +170,8 @@ def test_it_is_what_a_side_network_asks_for():
 
     scores = pj.fisher_information(loss, tiny.params, [tiny.batch])
     method = pj.lst(reduction=R, init="fisher", scores=scores)
-    _, trainable = method.init(KEY, tiny.params)
-    _, other = pj.lst(reduction=R).init(KEY, tiny.params)
+    _, trainable = jax.jit(method.init)(KEY, tiny.params)
+    _, other = jax.jit(pj.lst(reduction=R).init)(KEY, tiny.params)
     kernel = lambda t: t["blocks"]["layers"]["feed_forward"]["up"]["kernel"]
     assert kernel(trainable).shape == kernel(other).shape
     assert not np.array_equal(kernel(trainable), kernel(other))

@@ -19,10 +19,10 @@ Trained: the side network alone: of a used layer about 4 d² + 2 d F / r numbers
 not merge.
 
 Backward keeps h_0 and h_i+1 of the used layers, the inputs of W_down, once and in the compute dtype, and what
-the side's blocks keep of width d; nothing else of the backbone, through which no gradient is computed: what
-another method trains in its embeddings or blocks gets none (a structured weight there is an error; a plain
-one that `train` or `bitfit` takes cannot be told from a frozen one). Layers after the last used one are not
-run where nothing reads them. Evaluation holds the same h_i+1 for the length of a forward pass.
+the side's blocks keep of width d; nothing else of the backbone, through which no gradient is computed: a
+chain with a method that trains something in its embeddings or blocks is an error; its head may be trained.
+Layers after the last used one are not run where nothing reads them. Evaluation holds the same h_i+1 for the
+length of a forward pass.
 
 Start: the backbone pruned by `scores` (see `side_pruning`), W_first, W_down, W_up and their biases
 U(±1/√in), a = 0. Defaults r = 8, T = 0.1 are the paper's. Its learning rate for T5 is 3e-3; T5-base leaves
@@ -36,6 +36,7 @@ code.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -90,7 +91,8 @@ def lst(
     Raises:
         PeftError: here for a setting out of range; in `init` when the parameters are not a backbone's, an
             earlier method changed one of them, or a layer or score does not fit; in `model` when it is not a
-            backbone, another method changes how it is run, or r does not divide the heads' width.
+            backbone, another method changes how it is run, or r does not divide the heads' width; in a
+            chain's `init` when another method trains something in the backbone but its head.
     """
     _check(reduction, side_layers, gate, temperature, init, scores)
     inner = _built(side)
@@ -107,7 +109,7 @@ def lst(
     }
 
     def fresh(key: Array, params: Params) -> Trainable:
-        require_untouched(NAME, params)
+        require_untouched(NAME, params, {})
         options = {"reduction": reduction, "side_layers": used, "random": init == "random"}
         sides = start(NAME, key, params, scores, **options)
         for part in sides.values():
@@ -147,7 +149,8 @@ def lst(
             encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
         return dataclasses.replace(_laddered(forward, **ladder, merge_last=merge_last), encoder=encoder)
 
-    return Transform(NAME, config, init_side, apply, model)
+    review = functools.partial(require_untouched, NAME)
+    return Transform(NAME, config, init_side, apply, model, review=review)
 
 
 def _laddered(backbone: Any, *, reduction: int, **settings: Any) -> Any:
