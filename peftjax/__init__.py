@@ -8,9 +8,11 @@ from peftjax.generation.generate import Generated, generate
 from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
-from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.adapters import adaptformer, houlsby, parallel_adapter, pfeiffer
 from peftjax.methods.blocks.fisher import fisher_information
 from peftjax.methods.blocks.lst import lst
+from peftjax.methods.blocks.mam import mam, without_mlp
+from peftjax.methods.blocks.prefix import prefix, prefix_of
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -44,6 +46,7 @@ __all__ = [
     "Transform",
     "Weight",
     "adapt",
+    "adaptformer",
     "add",
     "bitfit",
     "build",
@@ -58,6 +61,7 @@ __all__ = [
     "full",
     "fuse",
     "generate",
+    "houlsby",
     "import_peft",
     "layouts_of",
     "load",
@@ -66,16 +70,20 @@ __all__ = [
     "lora_plus",
     "losses",
     "lst",
+    "mam",
     "matmul",
     "mean_gradient",
     "mix",
     "olora",
     "overlap",
     "paca",
+    "parallel_adapter",
     "patches",
     "pfeiffer",
     "pissa",
     "plan",
+    "prefix",
+    "prefix_of",
     "rows",
     "rslora",
     "sara",
@@ -87,4 +95,5 @@ __all__ = [
     "switch",
     "to_lora",
     "train",
+    "without_mlp",
 ]

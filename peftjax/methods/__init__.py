@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks import adapters, lst
+from peftjax.methods.blocks import adapters, lst, mam, prefix
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -29,7 +29,9 @@ METHODS: dict[str, MethodInfo] = {
         sara.METHOD,
         rows.METHOD,
         *plain.METHODS,
-        adapters.PFEIFFER,
+        *adapters.METHODS,
+        prefix.PREFIX,
+        mam.MAM,
         lst.METHOD,
     )
 }

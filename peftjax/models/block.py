@@ -88,7 +88,8 @@ class Attention(nn.Module):
         [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
         this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
         through the collection "cache", and `mask` [B, T] tells which of its slots are tokens; see
-        `_through_cache`.
+        `_through_cache`. `prefix` is further keys and values that all tokens see (`attention.Prefix`), as
+        they are: not normed, not rotated, in no slot of the cache.
         """
         config = self.config
         if config.qk_norm:
@@ -119,9 +120,10 @@ class Attention(nn.Module):
                 softcap=config.softcap,
                 dropout=config.attention_dropout,
                 dropout_key=dropout_key,
+                prefix=context.get("prefix"),
             )
 
-        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
+        seen = {name: context[name] for name in ("mask", "segments", "bias", "prefix") if name in context}
         result = mixed(query, key, value, seen)
         return result.reshape(*result.shape[:2], -1)
 
@@ -256,11 +258,13 @@ class Block(nn.Module):
     def cross_attention_branch(
         self, hidden: Float[Array, "B T D"], context: Context
     ) -> Float[Array, "B T D"]:
-        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True."""
-        mixed = self.cross_attention.mix(
-            *_project_cross(self, hidden, context["encoded"]),
-            {"mask": context["encoded_mask"]} if "encoded_mask" in context else {},
-        )
+        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True.
+
+        A `prefix` of the context given here is this branch's.
+        """
+        names = {"encoded_mask": "mask", "prefix": "prefix"}
+        own = {ours: context[name] for name, ours in names.items() if name in context}
+        mixed = self.cross_attention.mix(*_project_cross(self, hidden, context["encoded"]), own)
         update = self.cross_attention_dropout(self.cross_attention.output(mixed))
         return self.cross_attention_post_norm(update) if self._sandwich else update
 
