@@ -10,6 +10,8 @@ from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import adaptformer, houlsby, parallel_adapter, pfeiffer
 from peftjax.methods.blocks.coded_residuals import coded_residuals
+from peftjax.methods.blocks.fisher import fisher_information
+from peftjax.methods.blocks.lst import lst
 from peftjax.methods.blocks.mam import mam, without_mlp
 from peftjax.methods.blocks.prefix import prefix, prefix_of
 from peftjax.methods.blocks.s2a import s2a
@@ -57,6 +59,7 @@ __all__ = [
     "describe",
     "dora",
     "export_peft",
+    "fisher_information",
     "freeze",
     "full",
     "fuse",
@@ -69,6 +72,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "losses",
+    "lst",
     "mam",
     "matmul",
     "mean_gradient",

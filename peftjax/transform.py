@@ -47,6 +47,10 @@ def _keep_frozen(frozen: Frozen, trainable: Trainable | None) -> Frozen:
     return frozen
 
 
+def _take_all(params: Params, trained: Mapping[str, str]) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Transform:
     """One method, as pure functions; nothing it is given is ever changed.
@@ -63,6 +67,9 @@ class Transform:
         write: `(frozen, trainable) -> frozen`, the trained values put into the weights they belong to;
             `write(frozen, None)` puts the original ones back, bit by bit. The identity for all but the
             methods made with `in_place=True` (see `in_place`).
+        review: `(params, {path: method}) -> None`, called by `chain` when all methods have begun: the
+            parameters with all that is structured, and which plain ones are trained. It raises where what
+            another method trains would get no gradient.
     """
 
     name: str
@@ -72,6 +79,7 @@ class Transform:
     model: Callable[[Forward], Forward] = _keep_model
     optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
     write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
+    review: Callable[[Params, Mapping[str, str]], None] = _take_all
 
     @property
     def in_place(self) -> bool:
@@ -120,7 +128,8 @@ def chain(*methods: Transform) -> Transform:
 
     Raises:
         PeftError: when made, without a method; in `init`, if a method adapts or takes a parameter
-            that an earlier one trains, or replaces the base of a weight that an earlier one made.
+            that an earlier one trains, replaces the base of a weight that an earlier one made, or lets no
+            gradient reach what another one trains.
     """
     if not methods:
         raise PeftError("chain: give at least one method")
@@ -140,6 +149,7 @@ def chain(*methods: Transform) -> Transform:
             for path, leaf in tree.named_leaves(base).items():
                 if isinstance(leaf, tree.Hole):
                     trained.setdefault(path, name)
+        review(current, trained)
         return Frozen(base, states, tuple(plans.items())), trainables
 
     def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
@@ -170,9 +180,13 @@ def chain(*methods: Transform) -> Transform:
             params, states[name], plans[name] = written.params, written.state, written.plan
         return Frozen(params, states, tuple(plans.items()))
 
+    def review(params: Params, trained: Mapping[str, str]) -> None:
+        for method in methods:
+            method.review(params, trained)
+
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
-    return Transform("chain", config, init, apply, model, optimizer, **in_place)
+    return Transform("chain", config, init, apply, model, optimizer, review=review, **in_place)
 
 
 def _fold_base(

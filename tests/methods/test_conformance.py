@@ -99,6 +99,11 @@ def is_steered(info, path):
     return any(path.endswith(f"['{name}']") for name in info.steered)
 
 
+def shifts_scores(path):
+    """Whether the leaf is the bias of a block's keys, whose gradient is zero but for rounding."""
+    return path.endswith("['key']['bias']")
+
+
 def as_trained(info, trainable):
     """What training moves, moved; what the optimizer steers, as it started."""
     return jax.tree_util.tree_map_with_path(
@@ -246,7 +251,8 @@ def test_every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case):
     for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), path
         assert bool(jnp.isfinite(grad).all()), path
-        assert (float(jnp.abs(grad).max()) > 0) != is_steered(case.info, path), path
+        if not shifts_scores(path):
+            assert (float(jnp.abs(grad).max()) > 0) != is_steered(case.info, path), path
 
 
 def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss(case):
@@ -254,7 +260,8 @@ def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss
     stepped = case.at_trained["stepped"]
     for path, new, old in pairs(stepped, case.trained):
         assert new.dtype == old.dtype, path
-        assert is_steered(case.info, path) or not np.array_equal(new, old), path
+        as_it_was = is_steered(case.info, path) or shifts_scores(path)
+        assert as_it_was or not np.array_equal(new, old), path
     after = case.step(stepped, case.frozen, case.model.batch)
     assert float(after["loss"]) < float(case.at_trained["loss"])
     assert same(case.given, before)

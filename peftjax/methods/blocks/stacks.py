@@ -113,6 +113,16 @@ def rewrite_stacks(who: str, model: Forward, rewrite: Callable[[Any], Any]) -> A
     return rewrite(dataclasses.replace(model, encoder=encoder))
 
 
+def require_plain_stack(who: str, model: Any) -> None:
+    """Raise a PeftError if a method already changed how the blocks are run."""
+    stack = model.stack
+    if type(stack).__name__ != "Scan":
+        other = getattr(stack, "name", type(stack).__name__)
+        raise PeftError(
+            f"chain: {other!r} and {who!r} both change how the blocks are run; leave one of them out"
+        )
+
+
 def require_backbone(who: str, model: Forward) -> None:
     """Raise a PeftError unless the model is a backbone, told by its parts."""
     if not all(hasattr(model, part) for part in ("block", "stack", "run_layer")):

@@ -1,0 +1,286 @@
+"""LST: the outputs of the ladder, its gates, what stays as it was, and its composition."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_t5
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ladders import adapted, backbone, climbed, halved, up
+from support import KEY, assert_close
+from tiny_models import moved
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.models.rope import rotation
+from peftjax.models.t5 import t5
+from peftjax.models.t5_config import read_config
+from peftjax.train.step import make_step
+
+CASES = {
+    "bert": {},
+    "vit": {"side_layers": [0, 2]},
+    "llama": {"side_layers": [1]},
+    "gemma": {"side_layers": [0, 2], "gate": "sum"},
+    "fused": {"init": "random", "merge_last": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_ladder_is_the_loop_over_its_layers(name):
+    tiny, options = backbone(name), CASES[name]
+    model, params, trainable = adapted(name, **options)
+    side, used = trainable["blocks"], options.get("side_layers", [0, 1, 2])
+
+    @jax.jit
+    def both(params, side, batch):
+        hidden, context = tiny.forward.run_embed(tiny.params, batch)
+        gate = options.get("gate") != "sum"
+        last, stream = climbed(tiny.forward, tiny.params, side, hidden, context, halved(context), used, gate)
+        end = up(side, stream)
+        if options.get("merge_last"):
+            share = jax.nn.sigmoid(side["merge"] / 0.1)
+            end = share * end + (1 - share) * last
+        return model(params, batch), tiny.forward.run_head(tiny.params, end, context)
+
+    assert_close(*both(params, side, tiny.batch))
+
+
+def test_the_ladders_of_an_encoder_decoder_are_the_loops_over_their_layers():
+    """The side decoder attends to the side encoder, each with its own table of positions."""
+    tiny = backbone("t5")
+    model, params, trainable = adapted("t5", side_layers=[1])
+    encoder, embed = tiny.forward.encoder, tiny.params["embed"]
+    stacks = {"encoder_positions": "encoder", "decoder_positions": "blocks"}
+    tables = {name: trainable[stack]["positions"] for name, stack in stacks.items()}
+    own = {**tiny.params, "embed": {**embed, **tables}}
+    bias = lambda inputs: {"bias": inputs[1]["bias"]}
+
+    @jax.jit
+    def wanted(batch):
+        first, second, own_first, own_second = (
+            stack.run_embed({**part[name], "embed": part["embed"]} if name else part, batch)
+            for part in (tiny.params, own)
+            for stack, name in ((encoder, "encoder"), (tiny.forward, ""))
+        )
+        parts = encoder, tiny.params["encoder"], trainable["encoder"]
+        _, of_side = climbed(*parts, *first, bias(own_first), [1])
+        parts = tiny.forward, tiny.params, trainable["blocks"]
+        _, stream = climbed(*parts, *second, {**bias(own_second), "encoded": of_side}, [1])
+        return tiny.forward.run_head(tiny.params, up(trainable["blocks"], stream), second[1]).dense()
+
+    assert_close(jax.jit(model)(params, tiny.batch).dense(), wanted(tiny.batch))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+def test_every_second_angle_is_the_rotation_of_a_head_half_as_wide(rope):
+    positions, rope = jnp.arange(9)[None], {"rope_theta": 1e4, **rope}
+    wide, narrow = (rotation(positions, size, rope, 16) for size in (16, 8))
+    assert_close(jax.tree.map(lambda angles: angles[..., ::2], wide), narrow)
+
+
+def test_a_fresh_gate_is_one_half():
+    _, trainable = jax.jit(pj.lst(reduction=2).init)(KEY, backbone("bert").params)
+    np.testing.assert_array_equal(jax.nn.sigmoid(trainable["blocks"]["gate"] / 0.1), 0.5)
+
+
+def test_an_open_gate_is_independent_of_the_backbone_and_a_shut_one_of_the_stream():
+    tiny = backbone("bert")
+    model, params, _ = adapted("bert")
+    other = jax.tree.map(lambda leaf: leaf.at[1:].add(0.1), tiny.params["blocks"])
+
+    run = jax.jit(model)
+
+    def out(gate, blocks=params["blocks"], **changes):
+        side = {**params["lst"], "gate": jnp.array(gate), **changes}
+        return run({**params, "lst": side, "blocks": blocks}, tiny.batch)
+
+    np.testing.assert_array_equal(out([0.0, 99.0, 99.0]), out([0.0, 99.0, 99.0], blocks=other))
+    first = jax.tree.map(lambda leaf: leaf + 1, params["lst"]["first"])
+    np.testing.assert_array_equal(out([0.0, 0.0, -99.0]), out([0.0, 0.0, -99.0], first=first))
+    assert float(jnp.abs(out([0.0, 99.0, 0.0]) - out([0.0, 99.0, 0.0], blocks=other)).max()) > 1e-3
+
+
+def test_dropout_of_both_networks_or_of_the_side_alone():
+    tiny = backbone("t5")
+
+    def encoded(key, **options):
+        model, params, _ = adapted("t5", **options)
+        encoder, params = model.encoder, {**params["encoder"], "embed": params["embed"]}
+        return jax.jit(lambda params: encoder(params, tiny.batch, key=key))(params)
+
+    still, both, one = encoded(None), encoded(KEY), encoded(KEY, backbone_dropout=False)
+    unchanged = lambda name, dropped: np.array_equal(still[name], dropped[name])
+    assert [unchanged("backbone", both), unchanged("side", both)] == [False, False]
+    assert [unchanged("backbone", one), unchanged("side", one)] == [True, False]
+
+
+NAMES = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "used", "count", "percent"),
+    [
+        ((768, 64, 3072, 12, 12, 12), [1, 2, 3, 5, 6, 7, 9, 10, 11], 3_878_706, 1.74),
+        ((1024, 64, 4096, 16, 24, 24), [*range(1, 24, 2)], 9_057_304, 1.23),
+        ((1024, 128, 16384, 32, 24, 24), [23], 2_494_850, 0.09),
+    ],
+    ids=["base", "large", "3b"],
+)
+def test_the_numbers_of_parameters_that_the_paper_has_for_t5(sizes, used, count, percent):
+    sizes = {**dict(zip(NAMES, sizes)), "vocab_size": 32128}
+    buckets = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+    model = t5(read_config(tiny_t5.values(**sizes, **buckets)))
+    shapes = jax.eval_shape(model.init, KEY)
+    _, trainable = jax.eval_shape(pj.lst(side_layers=used).init, KEY, shapes)
+    assert tree.count(trainable) == count
+    assert round(100 * count / tree.count(shapes), 2) == percent
+
+
+def test_a_method_of_the_side_network_trains_that_alone():
+    tiny = backbone("llama")
+    inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.train(["blocks/gate"]))
+    method = pj.lst(reduction=2, side=inner)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
+    assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "train"}
+    run = pj.adapt(method.model(tiny.forward))
+    plain = pj.lst(reduction=2)
+    _, whole = jax.jit(plain.init)(KEY, tiny.params)
+    out = jax.jit(lambda trainable: run(method.apply(frozen, trainable), tiny.batch))
+    grads = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(out(t)))))(moved(trainable))
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+    # LoRA starts as the network it changes.
+    assert_close(out(trainable), plain.model(tiny.forward)(plain.apply(frozen, whole), tiny.batch))
+
+
+@pytest.mark.parametrize(
+    "inner", [None, pj.chain(pj.lora(rank=2), pj.train(["blocks/gate"]))], ids=["all", "some"]
+)
+def test_a_saved_network_comes_back_without_its_scores(tmp_path, inner):
+    tiny = backbone("bert")
+    scores = {path: jnp.square(leaf) + 1 for path, leaf in tree.named_leaves(tiny.params).items()}
+    method = pj.lst(reduction=2, init="fisher", scores=scores, side=inner)
+    frozen, trainable = method.init(jax.random.key(3), tiny.params)
+    trainable = moved(trainable)
+    save_adapter(tmp_path, method, frozen, trainable, seed=3)
+    again = load_adapter(tmp_path, tiny.params)
+    assert json.loads(json.dumps(pj.describe(again.method))) == pj.describe(method)
+    before, after = (
+        jax.jit(pj.adapt(m.model(tiny.forward)))(m.apply(f, t), tiny.batch)
+        for m, f, t in ((method, frozen, trainable), (again.method, again.frozen, again.trainable))
+    )
+    np.testing.assert_array_equal(before, after)
+
+
+def test_it_trains_and_the_backbone_stays():
+    tiny = backbone("bert dropout")
+    method = pj.lst(reduction=2)
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
+    before = jax.tree.map(np.array, frozen)
+    tx = method.optimizer(optax.adam(1e-2))
+
+    def objective(outputs, batch):
+        loss = jnp.mean(jnp.square(outputs - 1.0))
+        return {"loss": loss}, jnp.ones(())
+
+    step = make_step(method.model(tiny.forward), method, tx, objective, model_dropout=True)
+    state, losses = tx.init(trainable), []
+    for number in range(20):
+        trainable, state, metrics = step(trainable, state, frozen, tiny.batch, jax.random.key(number))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+
+
+def test_on_eight_devices_it_is_what_it_is_on_one():
+    tiny, method = backbone("llama"), pj.lst(reduction=2, side_layers=[0, 2])
+    model, mesh = method.model(tiny.forward), jax.make_mesh((2, 4), ("data", "fsdp"), (AxisType.Auto,) * 2)
+    batch = {"input_ids": jnp.tile(tiny.batch["input_ids"], (2, 1))}
+
+    def spread(leaf):
+        axes = [None] * leaf.ndim
+        if leaf.ndim > 1 and leaf.shape[-1] % 4 == 0:
+            axes[-1] = "fsdp"
+        return jax.device_put(leaf, NamedSharding(mesh, P(*axes)))
+
+    @jax.jit
+    def step(trainable, frozen, batch):
+        loss = lambda trainable: jnp.sum(jnp.sin(pj.adapt(model)(method.apply(frozen, trainable), batch)))
+        return jax.value_and_grad(loss)(trainable)
+
+    frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
+    wanted = step(trainable, frozen, batch)
+    rows = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    assert_close(step(*jax.tree.map(spread, (trainable, frozen)), rows), wanted, 1e-4)
+
+
+# Refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"reduction": 0}, "reduction must be 1 or more, got 0"),
+        ({"side_layers": []}, "side_layers names no layer"),
+        ({"gate": "open"}, "gate 'open' is not 'learned' or 'sum'"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"init": "zeros"}, "init 'zeros' is unknown; choose one of fisher"),
+        ({"init": "fisher"}, "init 'fisher' and scores do not go together"),
+        ({"scores": {}}, "init 'magnitude' and scores do not go together"),
+    ],
+)
+def test_settings_out_of_range(options, text):
+    with pytest.raises(PeftError, match=text):
+        pj.lst(**options)
+
+
+def test_layers_scores_and_widths_that_do_not_fit():
+    tiny = backbone("llama")
+    with pytest.raises(PeftError, match=r"side_layers names layer 3 of a stack of 3 layers"):
+        pj.lst(side_layers=[1, 3]).init(KEY, tiny.params)
+    with pytest.raises(
+        PeftError, match=r"scores has no array of shape \(3, 16, 8\) for 'blocks/attention/key/kernel'"
+    ):
+        pj.lst(init="fisher", scores={}).init(KEY, tiny.params)
+    with pytest.raises(PeftError, match=r"reduction 4 does not divide half of the heads' width.* 2;"):
+        pj.lst(reduction=4).model(tiny.forward)
+
+
+OTHERS = {
+    "a LowRank": pj.lora(rank=2, targets=["query"]),
+    "a TrainedRows": pj.rows([1]),
+    "trained by 'train'": pj.train(["blocks/attention_norm/scale"]),
+    "trained by 'bitfit'": pj.bitfit(),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("found", OTHERS)
+def test_what_would_train_nothing_in_the_backbone_is_refused(found, first):
+    both = [OTHERS[found], pj.lst(reduction=2)]
+    method = pj.chain(pj.chain(*(both if first else both[::-1])))
+    with pytest.raises(PeftError, match=rf"lst: '.*' is {found}, but no gradient .*lst\(side="):
+        jax.eval_shape(method.init, KEY, backbone("bert").params)
+
+
+def test_the_head_may_be_trained():
+    method = pj.chain(pj.lst(reduction=2), pj.train(["head/norm"]))
+    _, trainable = jax.eval_shape(method.init, KEY, backbone("llama").params)
+    assert trainable["train"].keys() == {"head/norm/scale"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_method_of_the_blocks_is_refused(first):
+    tiny, both = backbone("llama"), [pj.lst(reduction=2), pj.pfeiffer(size=2)]
+    method = pj.chain(*(both if first else both[::-1]))
+    params = method.apply(*jax.jit(method.init)(KEY, tiny.params))
+    with pytest.raises(PeftError, match=r"chain: 'pfeiffer' changes the blocks .*'lst'"):
+        method.model(tiny.forward)(params, tiny.batch)
+    with pytest.raises(PeftError, match=r"chain: 'lst' and 'lst' both change how the blocks are run"):
+        pj.chain(both[0], both[0]).model(tiny.forward)
