@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import peftjax as pj
 from experiments.tuning.entrants import Entrant, references
 
@@ -26,4 +28,20 @@ def entrants(rank: int, size: int) -> tuple[Entrant, ...]:
         Entrant(f"AdaptFormer {size}", lambda setting: pj.adaptformer(size=size)),
         Entrant(f"prefix {size}", lambda setting: pj.prefix(length=size, mlp_size=None)),
         Entrant(f"MAM {half} + {half}", lambda setting: pj.mam(length=half, size=half, mlp_size=None)),
+        Entrant(
+            f"LoRA r={rank}, 4-bit residuals",
+            lambda setting: pj.chain(pj.coded_residuals(), pj.lora(rank=rank)),
+        ),
+        beside("S2A", pj.s2a),
+        beside("LST 1/8", pj.lst),
+        Entrant(
+            "LST 1/8, Fisher",
+            lambda setting: pj.lst(init="fisher", scores=setting.fisher()),
+            matched=False,
+        ),
     )
+
+
+def beside(label: str, make: Callable[[], pj.Transform]) -> Entrant:
+    """A method whose number of parameters follows from the model's widths."""
+    return Entrant(label, lambda setting: make(), matched=False)

@@ -42,6 +42,11 @@ def coded(**options: int) -> pj.Transform:
     return pj.chain(pj.coded_residuals(**options), pj.lora())
 
 
+def every_second() -> pj.Transform:
+    """LST on the layers that the authors use of T5-large, which has 24."""
+    return pj.lst(side_layers=range(1, 24, 2))
+
+
 LST_CLAIM = "69 % less in all than full"
 MEFT_CLAIM = "84 % less activations than full"
 ROWS = (
@@ -59,4 +64,6 @@ ROWS = (
     Row("AdaptFormer", pj.adaptformer),
     Row("prefix", lambda: pj.prefix(mlp_size=None)),
     Row("MAM", pj.mam),
+    Row("LST 1/8", pj.lst, claim=LST_CLAIM),
+    Row("LST 1/8, every second layer", every_second, claim=LST_CLAIM),
 )

@@ -24,10 +24,12 @@ class Setting:
     Attributes:
         steps: optimizer steps.
         gradients: computes the gradient by every linear weight, by path, before training.
+        fisher: computes the Fisher information of every weight, by path, before training.
     """
 
     steps: int
     gradients: Callable[[], Mapping[str, jax.Array]]
+    fisher: Callable[[], Mapping[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,11 @@ def method_for(
     def loss(params: Params, batch: Batch) -> jax.Array:
         return cross_entropy(model(params, batch), batch)
 
-    setting = Setting(steps, lambda: pj.mean_gradient(loss, params, calibration))
+    setting = Setting(
+        steps,
+        lambda: pj.mean_gradient(loss, params, calibration),
+        lambda: pj.fisher_information(loss, params, calibration),
+    )
     return with_new_head(entrant.make(setting), model, params)
 
 
