@@ -9,6 +9,7 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.meft import meft
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -64,6 +65,7 @@ __all__ = [
     "losses",
     "matmul",
     "mean_gradient",
+    "meft",
     "mix",
     "olora",
     "overlap",

@@ -1,0 +1,212 @@
+"""MEFT: a pre-trained transformer made reversible by inserting adapters.
+
+Liao, Tan and Monz, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient Fine-Tuning",
+NeurIPS 2023, arXiv 2306.00477.
+
+Two streams x1, x2 [B, S, D], which both start as the embeddings, go through layers that can be inverted:
+
+    y1 = λ x1 + F(x2)        y2 = β x2 + G(y1)        output (x1 + x2) / 2
+
+    variant   F                            G                               next (x1, x2)   λ     β
+    1         the layer, adapter a         adapter r                       (y2, y1)        0.1   1
+              beside its feed-forward
+    2         adapter r                    the layer, as F of variant 1    (y2, y1)        1     0.1
+    3         attention, adapter after     feed-forward, adapter a         (y1, y2)        0.1   0.1
+              its output                   beside it
+
+An adapter is u -> f(u W_down + b) W_up + b', W_down [D, r], W_up [r, D] (see `bottleneck`). With small
+adapters and λ (or β) the streams stay close to the states of the pre-trained model, where training starts.
+
+Trained: 2 (2 D r + D + r) numbers a layer. W_down and W_up start as N(0, 0.02²), as released, and not as
+zero: the first outputs are near the pre-trained model's, not equal.
+
+Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
+[B, S, D] each, and keys of dropout; it makes a layer's inputs again from its outputs and runs the layer once
+more with its derivative. With `anchor_every=0` that does not grow with the number of layers. The backbone's
+`remat` policy is for layers above `num_reversible`; a reversible layer is made again in any case.
+
+The inverse divides by λ and β, so that its rounding errors grow with every layer by about the layer's
+Lipschitz constant over λ (variant 3: over λ β). `meft_check` measures what becomes of the gradients; the defaults of
+`anchor_every` keep their relative error below 1e-3 (float32, 12 layers):
+
+TABLE
+
+Differences: the paper's code is for BERT, where all norms come after the branches; here other norm orders are
+run as they are, and so is cross-attention, as part of the attention (without an adapter of its own). The
+released code calls λ = β = 0.1 its defaults and its scripts use the table's; so does this. There are no
+anchors in the paper.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from peftjax.errors import PeftError
+from peftjax.methods.blocks.bottleneck import ACTIVATIONS, AdapterBlock, Bottleneck
+from peftjax.methods.blocks.reversible_stack import ADAPTER, Part, ReversibleStack
+from peftjax.methods.blocks.stacks import add_to_blocks, require_scan, rewrite_stacks, stacks_of
+from peftjax.methods.targets import key_for
+from peftjax.reversible import Coupling
+from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+
+INIT_STD = 0.02
+NAME = "meft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs between MEFT 1, 2 and 3.
+
+    Attributes:
+        f: F.
+        g: G.
+        coupling: with the released λ and β.
+        anchor_every: the default.
+        adapters: the form of each adapter by its place.
+    """
+
+    f: Part
+    g: Part
+    coupling: Coupling
+    anchor_every: int
+    adapters: dict[str, str]
+
+
+_OF_LAYER = {"feed_forward": "parallel", ADAPTER: "sequential"}
+VARIANTS = {
+    1: Variant("block", ADAPTER, Coupling(0.1, 1.0, swap=True), 4, _OF_LAYER),
+    2: Variant(ADAPTER, "block", Coupling(1.0, 0.1, swap=True), 3, _OF_LAYER),
+    3: Variant(
+        "attention",
+        "feed_forward",
+        Coupling(0.1, 0.1, swap=False),
+        2,
+        {"attention": "sequential", "feed_forward": "parallel"},
+    ),
+}
+# Names of a model's activations that a bottleneck knows by another one.
+_SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+
+
+def meft(
+    *,
+    variant: int = 1,
+    size: int = 8,
+    lam: float | None = None,
+    beta: float | None = None,
+    anchor_every: int | None = None,
+    num_reversible: int | None = None,
+    activation: str | None = None,
+    dropout: float = 0.0,
+) -> Transform:
+    """A reversible stack by inserted adapters (arXiv 2306.00477).
+
+    Args:
+        variant: 1, 2 or 3, what F and G are.
+        size: r, the width of an adapter.
+        lam: λ; default that of the variant.
+        beta: β; default that of the variant.
+        anchor_every: how many layers lie between two pairs of streams that are kept; 0 keeps the last
+            pair alone, 1 inverts nothing; default that of the variant.
+        num_reversible: how many layers, from the lowest on, are reversible; those above run by ordinary
+            backpropagation, on a copy of their parameters unless they are all; default all.
+        activation: "relu", "gelu", "gelu_new", "silu" or "tanh"; default that of the model's
+            feed-forward, "gelu" where it is none of these.
+        dropout: of the adapters, after the activation.
+
+    Raises:
+        PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's or
+            another method runs its blocks already.
+    """
+    if variant not in VARIANTS:
+        raise PeftError(f"{NAME}: variant {variant!r} is not 1, 2 or 3")
+    chosen = VARIANTS[variant]
+    coupling = Coupling(
+        chosen.coupling.lam if lam is None else lam,
+        chosen.coupling.beta if beta is None else beta,
+        chosen.coupling.swap,
+    )
+    every = chosen.anchor_every if anchor_every is None else anchor_every
+    _require_valid(coupling, every, num_reversible)
+    shapes = {
+        place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout)
+        for place, form in chosen.adapters.items()
+    }
+    for shape in shapes.values():
+        shape.require_valid(NAME)
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        trainable: dict[str, Any] = {}
+        for stack in stacks_of(NAME, params):
+            trainable[stack.name] = {
+                place: shape.init(
+                    key_for(key, f"{stack.name}/{place}"), (stack.num_layers,), stack.width, INIT_STD
+                )
+                for place, shape in shapes.items()
+            }
+        return Frozen(params), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        added = {}
+        for number, stack in enumerate(stacks_of(NAME, frozen.params)):
+            added[stack.name] = dict(trainable[stack.name])
+            if key is not None and dropout:
+                keys = jax.random.split(jax.random.fold_in(key, number), stack.num_layers)
+                added[stack.name]["key"] = keys
+        return add_to_blocks(NAME, frozen.params, added)
+
+    def model(forward: Forward) -> Forward:
+        def rewrite(backbone: Any) -> Any:
+            require_scan(NAME, backbone)
+            own = {"activation": activation or _activation_of(backbone)}
+            adapters = {place: dataclasses.replace(shape, **own) for place, shape in shapes.items()}
+            alone = adapters.pop(ADAPTER, None)
+            stack = ReversibleStack(
+                NAME, chosen.f, chosen.g, coupling, every, alone, num_reversible, backbone.stack
+            )
+            block = AdapterBlock(backbone.block, NAME, **adapters)
+            return dataclasses.replace(backbone, block=block, stack=stack)
+
+        return rewrite_stacks(NAME, forward, rewrite)
+
+    config = {
+        "variant": variant,
+        "size": size,
+        "lam": coupling.lam,
+        "beta": coupling.beta,
+        "anchor_every": every,
+        "num_reversible": num_reversible,
+        "activation": activation,
+        "dropout": dropout,
+    }
+    return Transform(NAME, config, init, apply, model)
+
+
+def _require_valid(coupling: Coupling, every: int, num_reversible: int | None) -> None:
+    for name, value in (("lam", coupling.lam), ("beta", coupling.beta)):
+        if not value > 0.0:
+            raise PeftError(f"{NAME}: {name} must be positive, or nothing could be inverted; got {value}")
+    for name, number in (("anchor_every", every), ("num_reversible", num_reversible)):
+        if number is not None and number < 0:
+            raise PeftError(f"{NAME}: {name} must be 0 or more, got {number}")
+
+
+def _activation_of(backbone: Any) -> str:
+    name = getattr(backbone.block.config, "activation", None)
+    name = _SAME_ACTIVATION.get(name, name)
+    return name if name in ACTIVATIONS else "gelu"
+
+
+METHOD = MethodInfo(
+    name=NAME,
+    factory=meft,
+    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
+    trains="2 (2 D r + D + r) a layer",
+    keeps="two float32 streams every few layers, and nothing of a layer",
+    mergeable=False,
+    example={"size": 2},
+    starts_as_base=False,
+    of_blocks=True,
+)
