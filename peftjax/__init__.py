@@ -10,6 +10,7 @@ from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
 from peftjax.methods.blocks.meft import meft
+from peftjax.methods.blocks.meft_check import MeftReport, meft_check
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -37,6 +38,7 @@ __all__ = [
     "METHODS",
     "Frozen",
     "Generated",
+    "MeftReport",
     "MethodInfo",
     "PeftError",
     "Plan",
@@ -66,6 +68,7 @@ __all__ = [
     "matmul",
     "mean_gradient",
     "meft",
+    "meft_check",
     "mix",
     "olora",
     "overlap",

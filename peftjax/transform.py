@@ -15,6 +15,8 @@ from peftjax.weights.base import Weight, dense
 Params = Any
 Trainable = Any
 Forward = Callable[..., Any]
+Check = Callable[..., str | None]
+"""`(method, model, frozen, trainable, batch, loss) -> a warning or None`, with `loss(outputs, batch)`."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +65,8 @@ class Transform:
         write: `(frozen, trainable) -> frozen`, the trained values put into the weights they belong to;
             `write(frozen, None)` puts the original ones back, bit by bit. The identity for all but the
             methods made with `in_place=True` (see `in_place`).
+        checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
+            the whole chain.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Transform:
     model: Callable[[Forward], Forward] = _keep_model
     optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
     write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
+    checks: tuple[Check, ...] = ()
 
     @property
     def in_place(self) -> bool:
@@ -172,7 +177,8 @@ def chain(*methods: Transform) -> Transform:
 
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
-    return Transform("chain", config, init, apply, model, optimizer, **in_place)
+    checks = tuple(check for method in methods for check in method.checks)
+    return Transform("chain", config, init, apply, model, optimizer, checks=checks, **in_place)
 
 
 def _fold_base(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from peftjax.errors import PeftError
 from peftjax.methods.blocks.bottleneck import Bottleneck
 from peftjax.methods.blocks.rewritten import Context
-from peftjax.reversible import Coupling, Pair, reversible
+from peftjax.reversible import Coupling, Pair, inverse_errors, reversible
 
 Part = Literal["block", "attention", "feed_forward", "adapter"]
 """What a branch is: a layer or one of its sublayers, or the bottleneck that stands alone."""
@@ -51,42 +51,54 @@ class ReversibleStack:
         self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, key: Array | None
     ) -> Float[Array, "B S D"]:
         """The mean of the streams after the last block."""
-        layers, lower = model.layers(params, key), self.reversible_layers(model)
         pair = _both(hidden)
+        lower, upper = self._halves(model, model.layers(params, key))
         f, g = (self.branch(model, part) for part in (self.f, self.g))
-        if lower:
-            own = layers if lower == model.num_layers else jax.tree.map(lambda leaf: leaf[:lower], layers)
-            pair = reversible(f, g, pair, context, own, self.coupling, every=self.every)
-        if lower < model.num_layers:
-            own = layers if not lower else jax.tree.map(lambda leaf: leaf[lower:], layers)
+        if lower is not None:
+            pair = reversible(f, g, pair, context, lower, self.coupling, every=self.every)
+        if upper is not None:
 
             def body(pair: Pair, layer: Any) -> tuple[Pair, None]:
                 of_f, of_g = (lambda x, call=call: call(context, layer, x) for call in (f, g))
                 return self.coupling.forward(of_f, of_g, pair), None
 
-            pair = jax.lax.scan(model.checkpointed(body), pair, own, unroll=model.unroll)[0]
+            pair = jax.lax.scan(model.checkpointed(body), pair, upper, unroll=model.unroll)[0]
         return _mean(pair, hidden)
 
-    def reversible_layers(self, model: Any) -> int:
-        """How many of the backbone's layers are reversible.
+    def reconstruction(
+        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context
+    ) -> Float[Array, " R"]:
+        """The largest absolute error of each reversible layer's inputs as backward makes them."""
+        lower, _ = self._halves(model, model.layers(params))
+        if lower is None:
+            return jnp.zeros(0)
+        f, g = (self.branch(model, part) for part in (self.f, self.g))
+        return inverse_errors(f, g, _both(hidden), context, lower, self.coupling, every=self.every)
 
-        Raises:
-            PeftError: it has not that many.
+    def _halves(self, model: Any, layers: Any) -> tuple[Any, Any]:
+        """The layers that are reversible and those that are not, None for no layer.
+
+        All of one kind are not sliced: a slice is a copy of the parameters.
         """
-        if self.num_reversible is None:
-            return model.num_layers
-        if self.num_reversible > model.num_layers:
-            raise PeftError(
-                f"{self.name}: num_reversible is {self.num_reversible}, but there are {model.num_layers} layers"
-            )
-        return self.num_reversible
+        length = model.num_layers
+        number = length if self.num_reversible is None else self.num_reversible
+        if number > length:
+            raise PeftError(f"{self.name}: num_reversible is {number}, but a stack has {length} layers")
+        if number in (0, length):
+            return (layers, None) if number else (None, layers)
+        halves = slice(number), slice(number, None)
+        return tuple(jax.tree.map(lambda leaf, part=part: leaf[part], layers) for part in halves)
 
     def branch(self, model: Any, part: Part) -> Callable[[Context, Any, Array], Array]:
         """F or G as a function `(context, layer, x) -> update`, from float32 to float32."""
 
         def run(context: Context, layer: Any, x: Array) -> Array:
             x = x.astype(model.dtype)
-            out = self._adapted(layer, x) if part == "adapter" else model.run_layer(layer, x, context, part=part)
+            out = (
+                self._adapted(layer, x)
+                if part == "adapter"
+                else model.run_layer(layer, x, context, part=part)
+            )
             return out.astype(jnp.float32)
 
         return run

@@ -1,19 +1,4 @@
-"""A stack of layers that keeps its outputs only: backward makes every layer's inputs again by inverting it.
-
-Two streams `(x1, x2)` of one shape pass through L layers of two functions each,
-
-    y1 = λ x1 + F(x2)        y2 = β x2 + G(y1)        next (x1, x2) = (y1, y2), or (y2, y1) when swapped
-
-    x2 = (y2 - G(y1)) / β    x1 = (y1 - F(x2)) / λ
-
-`reversible` is one equation in a jaxpr, which holds F and G of a layer as jaxprs. Differentiated, it is one
-`custom_vjp` over a scan: the forward scan keeps the last pair of streams (with `every`, the pair after
-every `every` layers, counted from the last), the backward scan makes F and G of each layer again, inverts
-them and pulls the cotangents back. Beside those pairs backward reads its own operands and nothing else.
-Operands that nothing is differentiated by have no tangent and get no cotangent: none is computed.
-
-`peftjax.adapt` rebuilds the equation with F and G on the parts of structured weights.
-"""
+"""The reversible stack as one equation, its forward scan and its backward scan."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,86 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
 
 from peftjax import compat
+from peftjax.reversible.coupling import Coupling, Pair, Plan
 
-Pair = tuple[Float[Array, "..."], Float[Array, "..."]]
 Branch = Callable[[Any, Any, Array], Array]
 """`(shared, layer, x) -> update`, of the shape and dtype of x."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Coupling:
-    """How the two streams meet in a layer.
-
-    Attributes:
-        lam: λ.
-        beta: β.
-        swap: whether the two change places after a layer.
-    """
-
-    lam: float
-    beta: float
-    swap: bool
-
-    def forward(self, f: Callable[[Array], Array], g: Callable[[Array], Array], pair: Pair) -> Pair:
-        """The streams after a layer."""
-        x1, x2 = pair
-        y1 = self.lam * x1 + f(x2)
-        y2 = self.beta * x2 + g(y1)
-        return self.ordered((y1, y2))
-
-    def before_g(self, y2: Array, of_g: Array) -> Array:
-        """`x2 = (y2 - G(y1)) / β`."""
-        return (y2 - of_g) * (1.0 / self.beta)
-
-    def before_f(self, y1: Array, of_f: Array) -> Array:
-        """`x1 = (y1 - F(x2)) / λ`."""
-        return (y1 - of_f) * (1.0 / self.lam)
-
-    def ordered(self, pair: Pair) -> Pair:
-        """`(y1, y2)` as the next layer takes them, and the other way round."""
-        return pair[::-1] if self.swap else pair
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static part of a reversible stack.
-
-    Attributes:
-        coupling: of the streams.
-        length: L.
-        every: layers between two kept pairs, 1 to L.
-        num_shared: how many of the flat operands all layers share.
-    """
-
-    coupling: Coupling
-    length: int
-    every: int
-    num_shared: int
-
-    @property
-    def num_kept(self) -> int:
-        """How many pairs are kept."""
-        return -(-self.length // self.every)
-
-    def slots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each layer, where the pair after it goes, and where and whether the pair before it is kept.
-
-        Pairs of layers that share a slot overwrite each other, so that the last one stays.
-        """
-        left = self.length - np.arange(self.length)  # layers from this one on
-        after, before = ((self.num_kept - 1 - n // self.every).astype(np.int32) for n in (left - 1, left))
-        kept = (left % self.every == 0) & (left < self.length)
-        return after, np.maximum(before, 0), kept
-
-    def split(self, operands: Sequence[Any]) -> tuple[Any, list[Any], list[Any]]:
-        """The operands as (pair of streams, shared, stacked)."""
-        end = 2 + self.num_shared
-        return tuple(operands[:2]), list(operands[2:end]), list(operands[end:])
 
 
 def reversible(
@@ -154,28 +66,35 @@ def bind(f: Any, g: Any, pair: Pair, shared: list[Any], layers: list[Any], plan:
 
 def _run(*operands: Any, f: Any, g: Any, plan: Plan) -> list[Array]:
     pair, shared, layers = plan.split(operands)
-    return list(lax.scan(partial(_step, f, g, plan, shared), pair, (layers,))[0])
+
+    def step(pair: Pair, layer: list[Any]) -> tuple[Pair, None]:
+        return _after(f, g, plan, shared, layer, pair), None
+
+    return list(lax.scan(step, pair, layers)[0])
 
 
-def _step(f: Any, g: Any, plan: Plan, shared: list[Any], pair: Pair, xs: tuple) -> tuple[Pair, None]:
-    of_f, of_g = (lambda x, call=call: call(*shared, *xs[0], x)[0] for call in map(compat.callable_of, (f, g)))
-    return plan.coupling.forward(of_f, of_g, pair), None
-
-
-def _run_keeping(f: Any, g: Any, plan: Plan, operands: Sequence[Any]) -> Pair:
+def _run_keeping(*operands: Any, f: Any, g: Any, plan: Plan) -> Pair:
     """The kept pairs [num_kept, ...], that after the last layer last."""
-    pair, shared, layers = plan.split(operands)
     if plan.num_kept == 1:
         return tuple(x[None] for x in _run(*operands, f=f, g=g, plan=plan))
+    pair, shared, layers = plan.split(operands)
 
-    def step(carry: tuple[Pair, Pair], xs: tuple) -> tuple[tuple[Pair, Pair], None]:
-        (pair, kept), (slot, *layer) = carry, xs
-        pair, _ = _step(f, g, plan, shared, pair, layer)
+    def step(carry: tuple[Pair, Pair], xs: tuple[list[Any], Array]) -> tuple[tuple[Pair, Pair], None]:
+        (pair, kept), (layer, slot) = carry, xs
+        pair = _after(f, g, plan, shared, layer, pair)
         put = partial(lax.dynamic_update_index_in_dim, index=slot, axis=0)
         return (pair, tuple(map(put, kept, pair))), None
 
     empty = tuple(jnp.zeros_like(x, shape=(plan.num_kept, *x.shape)) for x in pair)
-    return lax.scan(step, (pair, empty), (jnp.asarray(plan.slots()[0]), layers))[0][1]
+    return lax.scan(step, (pair, empty), (layers, jnp.asarray(plan.slots()[0])))[0][1]
+
+
+def _after(f: Any, g: Any, plan: Plan, shared: list[Any], layer: list[Any], pair: Pair) -> Pair:
+    """The streams after one layer."""
+    of_f, of_g = map(compat.callable_of, (f, g))
+    return plan.coupling.forward(
+        lambda x: of_f(*shared, *layer, x)[0], lambda x: of_g(*shared, *layer, x)[0], pair
+    )
 
 
 def _differentiable(moving: Sequence[bool], operands: Sequence[Any], *, f: Any, g: Any, plan: Plan) -> Any:
@@ -190,7 +109,7 @@ def _differentiable(moving: Sequence[bool], operands: Sequence[Any], *, f: Any, 
         return _run(*whole(values), f=f, g=g, plan=plan)
 
     def forward(*values: Any) -> tuple[list[Array], Any]:
-        kept = _run_keeping(f, g, plan, whole(values))
+        kept = _run_keeping(*whole(values), f=f, g=g, plan=plan)
         return [x[-1] for x in kept], (kept, whole(values)[2:])
 
     def backward(residuals: Any, cotangents: list[Array]) -> tuple[Any, ...]:
@@ -212,7 +131,10 @@ def _pull_back(
 
     def vjp(jaxpr: Any, layer: list[Any], x: Array) -> tuple[Array, Any]:
         def call(some_shared: list[Any], some_layer: list[Any], x: Array) -> Array:
-            of_all, of_one = _filled(shared, shared_moves, some_shared), _filled(layer, layer_moves, some_layer)
+            of_all, of_one = (
+                _filled(shared, shared_moves, some_shared),
+                _filled(layer, layer_moves, some_layer),
+            )
             return compat.callable_of(jaxpr)(*of_all, *of_one, x)[0]
 
         return jax.vjp(call, _picked(shared, shared_moves), _picked(layer, layer_moves), x)
