@@ -6,6 +6,7 @@ them beside those of the same network by ordinary backpropagation, which inverts
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -77,12 +78,12 @@ def meft_check(
     *,
     loss: Loss,
     threshold: float = THRESHOLD,
-    search: bool = True,
 ) -> MeftReport:
     """The errors of a MEFT method's gradients on one batch; a few rows of it are enough.
 
-    It compiles the gradient twice, and with `search` once for each `anchor_every` that it tries, from none
-    down to the first that is accepted. The reference makes every layer again (remat) and keeps its inputs.
+    It compiles the gradient once for the reference, which keeps the inputs of every layer (and no more,
+    by remat), and once for each `anchor_every` tried: the method's own, and from none down to the first that
+    is accepted.
 
     Args:
         method: `pj.meft`, or a chain with it.
@@ -92,38 +93,77 @@ def meft_check(
         batch: of the model.
         loss: `(outputs, batch) -> scalar`.
         threshold: the largest relative error of a gradient that is accepted.
-        search: whether to look for the largest `anchor_every`; without, it is 1 unless the check passes.
 
     Raises:
         PeftError: the method has no reversible stack.
     """
+    forward = _reversible(method, model)
+    error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
+    own, worst = error_of(forward.stack.every)
+    errors = jax.jit(lambda params, batch: adapt(reconstruction(forward))(params, batch))
+    found = errors(method.apply(frozen, trainable), batch)
+    return MeftReport(
+        anchor_every=forward.stack.every,
+        reconstruction={name: tuple(map(float, np.asarray(part))) for name, part in found.items()},
+        gradient_error=own,
+        worst=worst,
+        threshold=threshold,
+        largest_anchor_every=_largest(error_of, max(_depths(forward)), threshold),
+    )
+
+
+def warn_of_inexact(
+    method: Transform, model: Forward, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
+) -> str | None:
+    """What a run says before its first step, where the gradients are not exact enough."""
+    forward = _reversible(method, model)
+    error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
+    error, worst = error_of(forward.stack.every)
+    if error < THRESHOLD:
+        return None
+    return (
+        f"meft: on this model and batch the gradients have a relative error of {error:.1e} (in {worst}), "
+        "because rounding errors grow with every layer that is inverted; anchor_every="
+        f"{_largest(error_of, max(_depths(forward)), THRESHOLD)} keeps it below {THRESHOLD:.0e}"
+    )
+
+
+def _reversible(method: Transform, model: Forward) -> Any:
     forward = method.model(model)
-    stack = getattr(forward, "stack", None)
-    if not isinstance(stack, ReversibleStack):
+    if not isinstance(getattr(forward, "stack", None), ReversibleStack):
         raise PeftError(f"meft_check: {method.name} has no reversible stack; give pj.meft or a chain with it")
+    return forward
+
+
+def _gradient_errors(
+    method: Transform, forward: Any, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
+) -> Callable[[int], tuple[float, str]]:
+    """`anchor_every -> (the largest error, whose)`, each compiled once."""
 
     def gradients(changed: Forward) -> dict[str, Array]:
-        def mean(trainable: Trainable, frozen: Frozen, batch: Any) -> Array:
+        def value(trainable: Trainable, frozen: Frozen, batch: Any) -> Array:
             return loss(adapt(changed)(method.apply(frozen, trainable), batch), batch)
 
-        return tree.named_leaves(jax.jit(jax.grad(mean))(trainable, frozen, batch))
+        return tree.named_leaves(jax.jit(jax.grad(value))(trainable, frozen, batch))
 
-    layers = {forward.num_layers, getattr(forward.encoder, "num_layers", forward.num_layers)}
     remat = "nothing_saveable" if forward.remat in (None, "none") else forward.remat
     exact = gradients(dataclasses.replace(with_stack(forward, num_reversible=0), remat=remat))
 
-    def error(every: int) -> tuple[float, str]:
-        return largest_error(gradients(with_stack(forward, every=every)), exact, layers)
+    @functools.cache
+    def error_of(every: int) -> tuple[float, str]:
+        return largest_error(gradients(with_stack(forward, every=every)), exact, _depths(forward))
 
-    own, worst = error(stack.every)
-    largest = stack.every if own < threshold else 1
-    if search:
-        tried = (e for e in candidates(max(layers)) if (own if e == stack.every else error(e)[0]) < threshold)
-        largest = next(tried, 1)
-    errors = jax.jit(lambda params, batch: adapt(reconstruction(forward))(params, batch))
-    found = errors(method.apply(frozen, trainable), batch)
-    values = {name: tuple(map(float, np.asarray(part))) for name, part in found.items()}
-    return MeftReport(stack.every, values, own, worst, threshold, largest)
+    return error_of
+
+
+def _largest(error_of: Callable[[int], tuple[float, str]], num_layers: int, threshold: float) -> int:
+    """The first candidate that is accepted; 1, which inverts nothing, where none is."""
+    return next((every for every in candidates(num_layers) if error_of(every)[0] < threshold), 1)
+
+
+def _depths(forward: Any) -> set[int]:
+    own = {forward.num_layers}
+    return own if forward.encoder is None else own | {forward.encoder.num_layers}
 
 
 def with_stack(forward: Any, **changes: Any) -> Any:
@@ -175,18 +215,3 @@ def reconstruction(forward: Any) -> Callable[[Any, Any], dict[str, Array]]:
         return found
 
     return errors
-
-
-def warn_of_inexact(
-    method: Transform, model: Forward, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
-) -> str | None:
-    """What a run says before its first step, where the gradients are not exact enough."""
-    report = meft_check(method, model, frozen, trainable, batch, loss=loss, search=False)
-    if report.passed:
-        return None
-    report = meft_check(method, model, frozen, trainable, batch, loss=loss)
-    return (
-        f"meft: on this model and batch the gradients have a relative error of {report.gradient_error:.1e} "
-        f"(in {report.worst}), because rounding errors grow with every layer that is inverted; "
-        f"anchor_every={report.largest_anchor_every} keeps it below {report.threshold:.0e}"
-    )
