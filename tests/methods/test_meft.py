@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding
@@ -19,8 +20,10 @@ from tiny_t5 import token_batch
 import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.losses import classification
 from peftjax.methods.blocks.meft_check import largest_error, with_stack
 from peftjax.models.bert import BertConfig, bert
+from peftjax.train.step import make_step
 
 WIDTH, TOKENS = 32, 12
 BATCH = {"input_ids": jax.random.randint(KEY, (2, TOKENS), 0, 50)}
@@ -295,6 +298,34 @@ def test_sharded_over_batch_and_columns():
     batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
     trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
     assert_close(gradients(method.model(model), method, frozen, trainable, batch), want, 1e-4)
+
+
+@pytest.mark.slow
+def test_it_trains_in_the_one_loop_with_all_dropout_and_parts_of_batches():
+    model, params = encoder(2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    method, tx = pj.meft(dropout=0.1), optax.adam(1e-2)
+    frozen, trainable = method.init(KEY, params)
+    forward = method.model(dataclasses.replace(model, dtype="bfloat16"))
+    options = {"accumulation": 2, "model_dropout": True}
+    step = make_step(forward, method, tx, classification, **options)
+    ids = BATCH["input_ids"]
+    batch = {"input_ids": ids, "labels": ids % 5, "weights": jnp.ones(ids.shape)}
+    state, losses = (trainable, tx.init(trainable)), []
+    for number in range(20):
+        *state, metrics = step(*state, frozen, batch, jax.random.fold_in(KEY, number))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_defaults_keep_more_where_the_backbone_rounds_more():
+    model, _ = encoder(2)
+    every = lambda **options: [
+        pj.meft(variant=variant, **options).model(model).stack.every for variant in (1, 2, 3)
+    ]
+    assert every() == [4, 3, 2]
+    assert every(anchor_every=5) == [5] * 3
+    model = dataclasses.replace(model, dtype="bfloat16")
+    assert every() == [2, 1, 1]
 
 
 def test_the_activation_is_the_models():

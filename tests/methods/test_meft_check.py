@@ -1,5 +1,6 @@
 """What `meft_check` reports is what the gradients are, and a run warns of it."""
 
+import dataclasses
 import math
 import warnings
 
@@ -42,7 +43,7 @@ def test_a_report_names_the_largest_anchor_distance_that_passes(failing):
 def test_a_report_reads_well(failing):
     text = str(failing)
     assert "meft, anchor_every=0: gradients FAIL, relative error" in text
-    assert "largest anchor_every below the threshold: 2" in text
+    assert "largest anchor_every that passes: 2" in text
     assert "error of the inputs of blocks" in text
 
 
@@ -52,6 +53,16 @@ def test_what_divides_by_one_needs_no_anchors():
     assert found.passed
     assert found.largest_anchor_every == 0
     assert found.reconstruction["blocks"][3] == 0.0 < found.reconstruction["blocks"][0] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_shorter_dtype_is_measured_by_its_own_rounding():
+    model, params = encoder(4)
+    model = dataclasses.replace(model, dtype="bfloat16")
+    method = pj.meft(lam=1.0, anchor_every=0)
+    found = pj.meft_check(method, model, *method.init(KEY, params), BATCH, loss=loss)
+    assert found.bound > 1e-3
+    assert found.passed
 
 
 def test_candidates_keep_ever_more_pairs():

@@ -64,26 +64,26 @@ class Variant:
         f: F.
         g: G.
         coupling: with the released λ and β.
-        anchor_every: the default.
+        anchor_every: the default where the backbone computes in float32, and where in a shorter dtype.
         adapters: the form of each adapter by its place.
     """
 
     f: Part
     g: Part
     coupling: Coupling
-    anchor_every: int
+    anchor_every: tuple[int, int]
     adapters: dict[str, str]
 
 
 _OF_LAYER = {"feed_forward": "parallel", ADAPTER: "sequential"}
 VARIANTS = {
-    1: Variant("block", ADAPTER, Coupling(0.1, 1.0, swap=True), 4, _OF_LAYER),
-    2: Variant(ADAPTER, "block", Coupling(1.0, 0.1, swap=True), 3, _OF_LAYER),
+    1: Variant("block", ADAPTER, Coupling(0.1, 1.0, swap=True), (4, 2), _OF_LAYER),
+    2: Variant(ADAPTER, "block", Coupling(1.0, 0.1, swap=True), (3, 1), _OF_LAYER),
     3: Variant(
         "attention",
         "feed_forward",
         Coupling(0.1, 0.1, swap=False),
-        2,
+        (2, 1),
         {"attention": "sequential", "feed_forward": "parallel"},
     ),
 }
@@ -129,8 +129,7 @@ def meft(
         chosen.coupling.beta if beta is None else beta,
         chosen.coupling.swap,
     )
-    every = chosen.anchor_every if anchor_every is None else anchor_every
-    _require_valid(coupling, every, num_reversible)
+    _require_valid(coupling, anchor_every, num_reversible)
     shapes = {
         place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout)
         for place, form in chosen.adapters.items()
@@ -163,6 +162,9 @@ def meft(
             require_scan(NAME, backbone)
             own = {"activation": activation or _activation_of(backbone)}
             adapters = {place: dataclasses.replace(shape, **own) for place, shape in shapes.items()}
+            of_float32, of_shorter = chosen.anchor_every
+            every = of_float32 if backbone.dtype == "float32" else of_shorter
+            every = every if anchor_every is None else anchor_every
             alone = adapters.pop(ADAPTER, None)
             stack = ReversibleStack(
                 NAME, chosen.f, chosen.g, coupling, every, alone, num_reversible, backbone.stack
@@ -177,17 +179,15 @@ def meft(
         "size": size,
         "lam": coupling.lam,
         "beta": coupling.beta,
-        "anchor_every": every,
+        "anchor_every": anchor_every,
         "num_reversible": num_reversible,
         "activation": activation,
         "dropout": dropout,
     }
-    # Nothing is inverted, or nothing but the last layer: there is nothing to measure.
-    exact = every == 1 or num_reversible in (0, 1)
-    return Transform(NAME, config, init, apply, model, checks=() if exact else (warn_of_inexact,))
+    return Transform(NAME, config, init, apply, model, checks=(warn_of_inexact,))
 
 
-def _require_valid(coupling: Coupling, every: int, num_reversible: int | None) -> None:
+def _require_valid(coupling: Coupling, every: int | None, num_reversible: int | None) -> None:
     for name, value in (("lam", coupling.lam), ("beta", coupling.beta)):
         if not value > 0.0:
             raise PeftError(f"{NAME}: {name} must be positive, or nothing could be inverted; got {value}")

@@ -37,7 +37,7 @@ class MeftReport:
             largest absolute error of its inputs as backward makes them, 0 where they are kept.
         gradient_error: the largest relative error of the gradient of a trained parameter, in one layer.
         worst: the parameter that has it.
-        threshold: the largest gradient error that is accepted.
+        bound: the largest gradient error that is accepted.
         largest_anchor_every: the largest `anchor_every` whose gradient error is accepted; 0 when no pair of
             streams beside the last is needed.
     """
@@ -46,13 +46,13 @@ class MeftReport:
     reconstruction: Mapping[str, tuple[float, ...]]
     gradient_error: float
     worst: str
-    threshold: float
+    bound: float
     largest_anchor_every: int
 
     @property
     def passed(self) -> bool:
         """Whether the gradients are exact enough; not where an error is not a number."""
-        return self.gradient_error < self.threshold
+        return self.gradient_error < self.bound
 
     def __str__(self) -> str:
         """A few lines for a person."""
@@ -60,8 +60,8 @@ class MeftReport:
         needed = "" if self.largest_anchor_every else " (none needed)"
         lines = [
             f"meft, anchor_every={self.anchor_every}: gradients {verdict}, relative error "
-            f"{self.gradient_error:.1e} (threshold {self.threshold:.0e}), worst in {self.worst}",
-            f"largest anchor_every below the threshold: {self.largest_anchor_every}{needed}",
+            f"{self.gradient_error:.1e} (accepted: {self.bound:.0e}), worst in {self.worst}",
+            f"largest anchor_every that passes: {self.largest_anchor_every}{needed}",
         ]
         for name, errors in self.reconstruction.items():
             values = " ".join(f"{error:.0e}" for error in errors)
@@ -92,7 +92,9 @@ def meft_check(
         trainable: the adapter, as it is in training.
         batch: of the model.
         loss: `(outputs, batch) -> scalar`.
-        threshold: the largest relative error of a gradient that is accepted.
+        threshold: the largest relative error of a gradient that is accepted; where the backbone does not
+            compute in float32, at least twice that of `anchor_every=1`, which inverts nothing and
+            so shows what that dtype's own rounding does.
 
     Raises:
         PeftError: the method has no reversible stack.
@@ -100,6 +102,7 @@ def meft_check(
     forward = _reversible(method, model)
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     own, worst = error_of(forward.stack.every)
+    bound = _bound(error_of, forward, threshold)
     errors = jax.jit(lambda params, batch: adapt(reconstruction(forward))(params, batch))
     found = errors(method.apply(frozen, trainable), batch)
     return MeftReport(
@@ -107,8 +110,8 @@ def meft_check(
         reconstruction={name: tuple(map(float, np.asarray(part))) for name, part in found.items()},
         gradient_error=own,
         worst=worst,
-        threshold=threshold,
-        largest_anchor_every=_largest(error_of, max(_depths(forward)), threshold),
+        bound=bound,
+        largest_anchor_every=_largest(error_of, max(_depths(forward)), bound),
     )
 
 
@@ -117,14 +120,17 @@ def warn_of_inexact(
 ) -> str | None:
     """What a run says before its first step, where the gradients are not exact enough."""
     forward = _reversible(method, model)
+    if forward.stack.is_exact:
+        return None
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     error, worst = error_of(forward.stack.every)
-    if error < THRESHOLD:
+    bound = _bound(error_of, forward, THRESHOLD)
+    if error < bound:
         return None
     return (
         f"meft: on this model and batch the gradients have a relative error of {error:.1e} (in {worst}), "
         "because rounding errors grow with every layer that is inverted; anchor_every="
-        f"{_largest(error_of, max(_depths(forward)), THRESHOLD)} keeps it below {THRESHOLD:.0e}"
+        f"{_largest(error_of, max(_depths(forward)), bound)} keeps it below {bound:.0e}"
     )
 
 
@@ -156,9 +162,14 @@ def _gradient_errors(
     return error_of
 
 
-def _largest(error_of: Callable[[int], tuple[float, str]], num_layers: int, threshold: float) -> int:
+def _bound(error_of: Callable[[int], tuple[float, str]], forward: Any, threshold: float) -> float:
+    """The threshold, or what the rounding of a shorter dtype does without any inverse."""
+    return threshold if forward.dtype == "float32" else max(threshold, 2.0 * error_of(1)[0])
+
+
+def _largest(error_of: Callable[[int], tuple[float, str]], num_layers: int, bound: float) -> int:
     """The first candidate that is accepted; 1, which inverts nothing, where none is."""
-    return next((every for every in candidates(num_layers) if error_of(every)[0] < threshold), 1)
+    return next((every for every in candidates(num_layers) if error_of(every)[0] < bound), 1)
 
 
 def _depths(forward: Any) -> set[int]:

@@ -47,6 +47,11 @@ class ReversibleStack:
     num_reversible: int | None
     replaced: Any
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the inputs of no layer are made by an inverse."""
+        return self.every == 1 or self.num_reversible == 0
+
     def run(
         self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, key: Array | None
     ) -> Float[Array, "B S D"]:
