@@ -8,6 +8,7 @@ from jax.extend.core import Literal
 from support import KEY, assert_close, made_shapes
 
 import peftjax as pj
+from peftjax.flops import count_flops
 from peftjax.reversible import Coupling, inverse_errors, reversible
 
 L, B, D = 7, 3, 4
@@ -131,6 +132,12 @@ def test_structured_weights_get_their_own_gradients_and_no_dense_one():
     assert_close(got, jax.jit(of(plain))(trainable, frozen, X))
     jaxpr = jax.make_jaxpr(of(loss))(trainable, frozen, X)
     assert not {(D, D), (L, D, D)} & set(made_shapes(jaxpr.jaxpr))
+
+
+def test_its_flops_are_counted():
+    counts = [count_flops(jax.make_jaxpr(of)(FLOATS)) for of in (loss, plain)]
+    assert counts[0] == counts[1]
+    assert counts[0].total == 2 * L * 2 * B * D * D
 
 
 @pytest.mark.parametrize(("coupling", "bound"), [((0.1, 1.0), 1e-4), ((0.1, 0.1), 1e-4), ((1.0, 1.0), 1e-5)])

@@ -220,7 +220,7 @@ def test_compiled_temporaries_do_not_grow_with_depth():
     shallow, deep = (temporaries(layers, pj.meft(anchor_every=0)) for layers in (2, 10))
     assert deep - shallow < stream  # not one more for eight layers
     anchored = temporaries(10, pj.meft(anchor_every=2))
-    assert 8 * stream <= anchored - deep < 10 * stream  # four pairs more
+    assert 8 * stream <= anchored - deep < 11 * stream  # four pairs more, and the one that is written
     assert temporaries(10, pj.pfeiffer(size=8)) > anchored + 8 * 2 * stream
 
 

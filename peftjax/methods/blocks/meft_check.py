@@ -102,7 +102,7 @@ def meft_check(
     forward = _reversible(method, model)
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     own, worst = error_of(forward.stack.every)
-    bound = _bound(error_of, forward, threshold)
+    bound = accepted(error_of, forward, threshold)
     errors = jax.jit(lambda params, batch: adapt(reconstruction(forward))(params, batch))
     found = errors(method.apply(frozen, trainable), batch)
     return MeftReport(
@@ -124,7 +124,7 @@ def warn_of_inexact(
         return None
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     error, worst = error_of(forward.stack.every)
-    bound = _bound(error_of, forward, THRESHOLD)
+    bound = accepted(error_of, forward, THRESHOLD)
     if error < bound:
         return None
     return (
@@ -162,7 +162,7 @@ def _gradient_errors(
     return error_of
 
 
-def _bound(error_of: Callable[[int], tuple[float, str]], forward: Any, threshold: float) -> float:
+def accepted(error_of: Callable[[int], tuple[float, str]], forward: Any, threshold: float) -> float:
     """The threshold, or what the rounding of a shorter dtype does without any inverse."""
     return threshold if forward.dtype == "float32" else max(threshold, 2.0 * error_of(1)[0])
 
