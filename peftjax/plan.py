@@ -32,6 +32,7 @@ from peftjax import compat, losses, tree
 from peftjax.adapt import adapt
 from peftjax.errors import PeftError
 from peftjax.flops import Flops, count_flops
+from peftjax.kept import kept_arrays, nbytes
 from peftjax.machines.machine import Machine, find_machine
 from peftjax.transform import Forward, Params, Transform
 
@@ -82,6 +83,8 @@ class Plan:
         target: the target's name.
         device: the device's own name.
         bytes: memory by kind.
+        kept: what the forward pass leaves for the backward pass, as traced, without the step's own inputs:
+            activations, in bytes. `bytes.temporaries` has them too, and what one layer needs while it works.
         flops: of the products of one step, what is made again included; see `peftjax.flops`.
         uncounted: operations that `flops` leaves out.
         trainable_parameters: how many numbers are trained.
@@ -92,6 +95,7 @@ class Plan:
     target: str
     device: str
     bytes: Bytes
+    kept: int
     flops: int
     uncounted: tuple[str, ...]
     trainable_parameters: int
@@ -106,6 +110,7 @@ class Plan:
             ("optimizer", sizes.optimizer),
             ("batch", sizes.batch),
             ("temporaries", sizes.temporaries),
+            ("  kept for backward", self.kept),
             ("outputs not aliased", sizes.outputs - sizes.aliased),
             ("peak", sizes.peak),
             ("code, on top", sizes.code),
@@ -121,14 +126,21 @@ class Plan:
         )
 
 
+def training_loss(method: Transform, model: Forward, loss: Loss) -> Callable[..., jax.Array]:
+    """`(trainable, frozen, batch) -> loss`."""
+    forward = adapt(method.model(model))
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return loss(forward(method.apply(frozen, trainable), batch), batch)
+
+    return loss_fn
+
+
 def training_step(
     method: Transform, model: Forward, optimizer: optax.GradientTransformation, loss: Loss
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """`(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss)`, not jitted."""
-    forward, tx = adapt(method.model(model)), method.optimizer(optimizer)
-
-    def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        return loss(forward(method.apply(frozen, trainable), batch), batch)
+    loss_fn, tx = training_loss(method, model, loss), method.optimizer(optimizer)
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss_fn)(trainable, frozen, batch)
@@ -175,6 +187,8 @@ def plan(
     step = jax.jit(training_step(method, model, optimizer, loss), donate_argnums=(0, 1), keep_unused=True)
     traced = step.trace(*inputs)
     flops = count_flops(traced.jaxpr, machine.platform)
+    trainable, _, *others = inputs
+    kept = nbytes(kept_arrays(training_loss(method, model, loss), trainable, *others))
     lowered = traced.lower(lowering_platforms=(machine.platform,))
     start = time.perf_counter()
     try:
@@ -183,7 +197,7 @@ def plan(
         reason = str(error).splitlines()[0]
         raise PeftError(f"{method.name} on {target}: the compiler refuses the step: {reason}") from error
     seconds = time.perf_counter() - start
-    return _read(method, machine, inputs, compiled, flops, seconds)
+    return _read(method, machine, inputs, compiled, kept, flops, seconds)
 
 
 def _input_shapes(
@@ -202,7 +216,13 @@ def _input_shapes(
 
 
 def _read(
-    method: Transform, machine: Machine, inputs: tuple, compiled: Any, flops: Flops, seconds: float
+    method: Transform,
+    machine: Machine,
+    inputs: tuple,
+    compiled: Any,
+    kept: int,
+    flops: Flops,
+    seconds: float,
 ) -> Plan:
     found = compiled.memory_analysis()
     trainable, state, frozen, batch = zip(inputs, compiled.input_formats[0])
@@ -223,6 +243,7 @@ def _read(
         target=machine.name,
         device=machine.device.device_kind,
         bytes=sizes,
+        kept=kept,
         flops=flops.total,
         uncounted=flops.uncounted,
         trainable_parameters=tree.count(inputs[0]),

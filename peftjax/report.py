@@ -124,6 +124,10 @@ def inspection(method: Transform, params: Any) -> dict[str, Any]:
         elif isinstance(weight, Weight):
             row |= {"becomes": type(weight).__name__, "axes": weight.layout.letters}
         rows.append(row)
+    for path, leaf in rewritten.items():
+        if path not in kept:
+            shape, dtype = list(leaf.shape), str(leaf.dtype)
+            rows.append({"parameter": path, "shape": shape, "dtype": dtype, "becomes": "added"})
     return {
         "method": method.name,
         "parameters": rows,

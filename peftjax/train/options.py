@@ -1,7 +1,8 @@
 """What to fine-tune, on what and how: the options of a run, shared by the library and the commands."""
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ class MethodOptions:
     """The fine-tuning method; options that are not given keep the method's defaults."""
 
     method: str = "lora"
-    """A method's name; `peftjax methods` lists them."""
+    """A method's name, or several joined by '+', the first innermost; `peftjax methods` lists them. An
+    option goes to those that have it."""
     rank: int | None = None
     """Rank of the trained factors."""
     alpha: float | None = None
@@ -173,10 +175,6 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
     Raises:
         PeftError: the method or an option is unknown, or a value does not fit.
     """
-    if options.method not in METHODS:
-        raise PeftError(
-            f"no method is called {options.method!r}; closest: {tree.nearest(options.method, METHODS)}"
-        )
     given: dict[str, Any] = {
         name: value for name in ("rank", "alpha", "dropout") if (value := getattr(options, name)) is not None
     }
@@ -190,10 +188,36 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
         if not equals:
             raise PeftError(f"method option {pair!r} is not of the form name=value")
         given[name] = yaml.safe_load(value)
-    of_steps = METHODS[options.method].of_steps
-    if of_steps is not None and steps is not None:
-        given = {**of_steps(steps), **given}
-    return build({"name": options.method, **given})
+    names = options.method.split("+")
+    known = {name: _options_of(name) for name in names}
+    for option in given:
+        if len(names) > 1 and not any(option in own for own in known.values()):
+            raise PeftError(f"none of {', '.join(names)} has an option {option!r}")
+    methods = []
+    for name in names:
+        taken = {option: value for option, value in given.items() if len(names) == 1 or option in known[name]}
+        of_steps = METHODS[name].of_steps
+        if of_steps is not None and steps is not None:
+            taken = {**of_steps(steps), **taken}
+        methods.append(build({"name": name, **taken}))
+    return methods[0] if len(methods) == 1 else chain(*methods)
+
+
+def needs_steps(options: MethodOptions) -> bool:
+    """Whether `make_method` has to know the steps of the run."""
+    infos = [METHODS[name] for name in options.method.split("+") if name in METHODS]
+    return any(info.of_steps is not None for info in infos)
+
+
+def _options_of(method: str) -> Collection[str]:
+    """The names of a method's options.
+
+    Raises:
+        PeftError: no method is called so.
+    """
+    if method not in METHODS:
+        raise PeftError(f"no method is called {method!r}; closest: {tree.nearest(method, METHODS)}")
+    return inspect.signature(METHODS[method].factory).parameters
 
 
 def with_new_head(method: Transform, model: Backbone, params: Params) -> Transform:

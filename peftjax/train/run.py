@@ -15,13 +15,13 @@ from peftjax import tree
 from peftjax.io.adapter import save_adapter
 from peftjax.io.files import replacing
 from peftjax.losses import Batch, classification
-from peftjax.methods import METHODS, describe
+from peftjax.methods import describe
 from peftjax.models.backbone import Backbone
 from peftjax.train.config import TrainConfig, plan_steps, validate, with_defaults
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
 from peftjax.train.metrics import FILE as METRICS
-from peftjax.train.options import RunOptions, longest_text, make_method, model_folder
+from peftjax.train.options import RunOptions, longest_text, make_method, model_folder, needs_steps
 from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import find_task
@@ -56,8 +56,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     """
     started = time.perf_counter()
     validate(options.training)
-    known = METHODS.get(options.tuning.method)
-    if known is None or known.of_steps is None:
+    if not needs_steps(options.tuning):
         make_method(options.tuning)  # an option that cannot be used is found before the data is read
     name = find_task(options)
     task = TASKS[name]

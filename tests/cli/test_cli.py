@@ -156,6 +156,20 @@ def test_inspect_shows_an_adapter(trained, capsys):
     assert "lora" in run(capsys, "inspect", "--adapter", trained[0] / "adapter")
 
 
+def test_a_method_of_blocks_is_trained_and_evaluated_and_says_that_it_cannot_leave(
+    model_folder, data_folder, tmp_path, capsys
+):
+    data, out = data_folder / "train.csv", tmp_path / "out"
+    run(capsys, "train", "--model", model_folder, "--data", data, "--method", "pfeiffer",
+        "--method-options", "size=2", "--steps", "2", "--no-probe", "--output", out)  # fmt: skip
+    assert "accuracy" in run(capsys, "eval", "--adapter", out / "adapter", "--data", data)
+    assert "added" in run(capsys, "inspect", "--model", model_folder, "--method", "pfeiffer")
+    for command in ("merge", "export"):
+        with pytest.raises(SystemExit):
+            run(capsys, command, "--adapter", out / "adapter", "--output", tmp_path / command)
+        assert "'blocks/pfeiffer/" in capsys.readouterr().err
+
+
 def test_train_tells_a_method_how_many_steps_there_are(model_folder, data_folder, tmp_path):
     command = ["train", "--model", model_folder, "--data", data_folder / "train.csv", "--output", tmp_path]
     main(

@@ -4,7 +4,7 @@ import pytest
 
 import peftjax as pj
 from experiments.sparse.entrants import shira
-from experiments.sparse.sst2 import Options, best_runs, main, pick
+from experiments.sst2.run import Options, best_runs, main, pick
 from experiments.tuning.entrants import Entrant
 from peftjax.errors import PeftError
 from peftjax.models.minilm import minilm_path
@@ -36,7 +36,6 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
     except PeftError as error:
         pytest.skip(str(error))
     chosen = (Entrant("LoRA", lambda setting: pj.lora(rank=8)), shira(8, "gradient"))
-    monkeypatch.setattr("experiments.sparse.sst2.entrants", lambda rank, density: chosen)
     rows = "\n".join(
         f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(20)
     )
@@ -51,8 +50,8 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
         seeds=1,
         rates=(1e-3,),
     )
-    main(options)
+    main(chosen, options)
     before = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr("experiments.sparse.sst2.make_runner", lambda *_: None)  # a call of it fails
-    main(options)
+    monkeypatch.setattr("experiments.sst2.run.make_runner", lambda *_: None)  # a call of it fails
+    main(chosen, options)
     assert (tmp_path / "out" / "results.json").read_text() == before

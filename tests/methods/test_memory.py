@@ -9,10 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import Literal
 from support import KEY
 
 import peftjax as pj
+from peftjax.kept import kept_arrays
 
 N, N_IN, N_OUT, RANK = 6, 32, 48, 2
 TABLE = 40
@@ -39,22 +39,18 @@ def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False,
     frozen = method.write(frozen, trainable) if written else frozen
     floating = jnp.issubdtype(x.dtype, jnp.floating)
 
-    def residuals(trainable, frozen, x, key):
-        def out(trainable, scale):
-            h = x * scale if floating else x  # made inside, so that to keep it is to keep an array
-            options = {} if key is None else {"key": key}
-            return pj.adapt(forward)(method.apply(frozen, trainable, **options), h)
+    def out(trained, frozen, x, key):
+        trainable, scale = trained
+        h = x * scale if floating else x  # made inside, so that to keep it is to keep an array
+        options = {} if key is None else {"key": key}
+        return pj.adapt(forward)(method.apply(frozen, trainable, **options), h)
 
-        one = jnp.ones((), x.dtype)
-        if through:
-            return jax.tree.leaves(jax.vjp(out, trainable, one)[1])
-        return jax.tree.leaves(jax.vjp(lambda t: out(t, one), trainable)[1])
-
-    jaxpr = jax.make_jaxpr(residuals)(trainable, frozen, x, key).jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    variables = [v for v in jaxpr.outvars if not isinstance(v, Literal)]
-    made = dict.fromkeys(v for v in variables if v not in given)
-    return sorted((str(v.aval.dtype), v.aval.shape) for v in made)
+    one = jnp.ones((), x.dtype)
+    if through:
+        arrays = kept_arrays(out, (trainable, one), frozen, x, key)
+    else:
+        arrays = kept_arrays(lambda t, *inputs: out((t, one), *inputs), trainable, frozen, x, key)
+    return sorted((str(array.dtype), array.shape) for array in arrays)
 
 
 def make(name, **options):
@@ -65,7 +61,7 @@ def make(name, **options):
     return info.factory(**config)
 
 
-ON_A_LINEAR_LAYER = [name for name in pj.METHODS if name != "rows"]
+ON_A_LINEAR_LAYER = [name for name, info in pj.METHODS.items() if name != "rows" and not info.of_blocks]
 
 
 X_KEPT, THIN, OUT = ("float32", (N, N_IN)), ("float32", (N, RANK)), ("float32", (N, N_OUT))

@@ -56,6 +56,17 @@ def test_options_that_follow_from_the_steps_of_a_run_yield_to_those_given():
     assert make_method(given, steps=300).config["total_steps"] == 200
 
 
+def test_methods_are_chained_and_each_takes_the_options_it_has():
+    options = MethodOptions(method="lora+pfeiffer", rank=2, dropout=0.1, method_options=("size=3",))
+    lora, pfeiffer = make_method(options).config["methods"]
+    assert (lora["name"], lora["rank"], lora["dropout"]) == ("lora", 2, 0.1)
+    assert (pfeiffer["name"], pfeiffer["size"], pfeiffer["dropout"]) == ("pfeiffer", 3, 0.1)
+    with pytest.raises(PeftError, match="none of lora, pfeiffer has an option 'ranc'"):
+        make_method(MethodOptions(method="lora+pfeiffer", method_options=("ranc=3",)))
+    with pytest.raises(PeftError, match="no method is called 'lroa'; closest: 'lora'"):
+        make_method(MethodOptions(method="pfeiffer+lroa"))
+
+
 def test_method_options_keep_their_types():
     options = MethodOptions(
         method_options=("init=gaussian", "rslora=true", "layers=[0, 1]"), rank=4, alpha=2.0

@@ -30,10 +30,19 @@ class Factors:
 
 
 def changed_parameters(frozen: Frozen, leaves: Mapping[str, Any]) -> tuple[dict[str, Factors], set[str]]:
-    """The parameters with low-rank factors, and those trained as they are."""
+    """The parameters with low-rank factors, and those trained as they are.
+
+    Raises:
+        PeftError: a weight has a form, or the method adds parameters, for which the format has no place.
+    """
     kept = tree.named_leaves(frozen.params)
     factors, trained = {}, set()
     for path, leaf in leaves.items():
+        if path not in kept:
+            raise PeftError(
+                f"{path!r} is added to the model by its method, for which PEFT's LoRA format has no place; "
+                "keep the adapter in peftjax's own format"
+            )
         if isinstance(kept[path], tree.Hole):
             trained.add(path)
         elif leaf is not kept[path]:

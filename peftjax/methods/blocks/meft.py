@@ -22,8 +22,8 @@ zero: the first outputs are near the pre-trained model's, not equal.
 
 Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
 [B, S, D] each, and keys of dropout; it makes a layer's inputs again from its outputs, and the layer once more
-with its derivative. With `anchor_every=0` that does not grow with the number of layers. The backbone's `remat`
-policy and `unroll` are for layers above `num_reversible`; a reversible layer is made again in any case.
+with its derivative. With `anchor_every=0` that does not grow with the number of layers. The backbone's
+`remat` policy and `unroll` are for layers above `num_reversible`: a reversible one is made again in any case.
 
 The inverse divides by λ and β, so that its rounding errors grow with every layer by about the layer's
 Lipschitz constant over λ (variant 3: over λ β). The largest relative error of an adapter's gradient in one

@@ -72,7 +72,8 @@ def _prepared_builder(name: str, data_dir: str | Path | None) -> Any:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise PeftError(f"the data set {name} cannot be loaded: {error}") from error
+        reason = str(error).splitlines()[0]  # a list of all data sets follows
+        raise PeftError(f"the data set {name} cannot be loaded: {reason}") from error
     return builder
 
 

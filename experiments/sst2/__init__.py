@@ -1,0 +1,1 @@
+"""MiniLM adapted to SST-2."""
