@@ -85,8 +85,8 @@ def _run_keeping(*operands: Any, f: Any, g: Any, plan: Plan) -> Pair:
         put = partial(lax.dynamic_update_index_in_dim, index=slot, axis=0)
         return (pair, tuple(map(put, kept, pair))), None
 
-    empty = tuple(jnp.zeros_like(x, shape=(plan.num_kept, *x.shape)) for x in pair)
-    return lax.scan(step, (pair, empty), (layers, jnp.asarray(plan.slots()[0])))[0][1]
+    room = tuple(lax.broadcast(x, (plan.num_kept,)) for x in pair)  # sharded as x; all of it is written
+    return lax.scan(step, (pair, room), (layers, jnp.asarray(plan.slots()[0])))[0][1]
 
 
 def _after(f: Any, g: Any, plan: Plan, shared: list[Any], layer: list[Any], pair: Pair) -> Pair:

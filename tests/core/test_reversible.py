@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import Literal
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close, made_shapes
 
 import peftjax as pj
 from peftjax.flops import count_flops
+from peftjax.kept import kept_arrays
 from peftjax.reversible import Coupling, inverse_errors, reversible
 
 L, B, D = 7, 3, 4
@@ -81,12 +83,34 @@ def test_transformed(name):
     assert_close(wrap(TRANSFORMED[name](loss))(*inputs), wrap(TRANSFORMED[name](plain))(*inputs))
 
 
+@pytest.mark.parametrize("kind", ["shard_map", "Auto", "Explicit"])
+def test_sharded_over_the_batch(kind):
+    kind_of_axis = AxisType.Auto if kind == "shard_map" else AxisType[kind]
+    mesh = jax.make_mesh((B,), ("data",), devices=jax.devices()[:B], axis_types=(kind_of_axis,))
+    layers = {name: LAYERS[name] for name in "ab"}
+    branches = (lambda s, own, x: jnp.tanh(x @ own["a"] + s), lambda s, own, x: jnp.sin(x @ own["b"]))
+
+    def of(layers, x):
+        return measured(reversible(*branches, (x, x), SHARED["bias"], layers, COUPLING, every=3))
+
+    def over_devices(layers, x):
+        spread = jax.shard_map(
+            lambda layers, x: jax.lax.psum(of(layers, x), "data"),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+        )
+        return spread(layers, x)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        got = jax.jit(jax.grad(over_devices if kind == "shard_map" else of))(layers, x)
+    assert_close(got, jax.jit(jax.grad(of))(layers, X))
+
+
 def test_what_backward_keeps_is_one_pair_for_each_segment():
     def kept(every):
-        jaxpr = jax.make_jaxpr(lambda v: jax.vjp(lambda v: loss(v, every=every), v)[1])(FLOATS).jaxpr
-        given = {*jaxpr.invars, *jaxpr.constvars}
-        made = {v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given}
-        return sorted(v.aval.shape for v in made if v.aval.shape[1:] == X.shape)
+        return sorted(a.shape for a in kept_arrays(lambda v: loss(v, every=every), FLOATS) if a.ndim > 2)
 
     assert kept(0) == [(1, B, D)] * 2
     assert kept(3) == [(3, B, D)] * 2
@@ -130,8 +154,10 @@ def test_structured_weights_get_their_own_gradients_and_no_dense_one():
 
     got = jax.jit(of(jax.checkpoint(lambda v, x: loss(v, x, 3))))(trainable, frozen, X)
     assert_close(got, jax.jit(of(plain))(trainable, frozen, X))
-    jaxpr = jax.make_jaxpr(of(loss))(trainable, frozen, X)
-    assert not {(D, D), (L, D, D)} & set(made_shapes(jaxpr.jaxpr))
+    over_rows = lambda v, xs: jnp.sum(jax.vmap(loss, (None, 0))(v, xs))
+    for run, x in ((loss, X), (over_rows, XS)):
+        jaxpr = jax.make_jaxpr(of(run))(trainable, frozen, x)
+        assert not {(D, D), (L, D, D)} & set(made_shapes(jaxpr.jaxpr))
 
 
 def test_its_flops_are_counted():

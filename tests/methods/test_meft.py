@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close, made_shapes, noisy
@@ -20,6 +19,7 @@ from tiny_t5 import token_batch
 import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.kept import kept_arrays
 from peftjax.losses import classification
 from peftjax.methods.blocks.meft_check import largest_error, with_stack
 from peftjax.models.bert import BertConfig, bert
@@ -174,19 +174,14 @@ def test_every_layer_and_adapter_has_its_own_mask():
 
 
 def kept(layers, every, **changes):
-    """Shapes and dtypes of the residuals that are no argument of the step."""
+    """Dtypes and shapes of what backward keeps and is no argument of the step."""
     model, params = encoder(layers)
     method = pj.meft(anchor_every=every)
     frozen, trainable = method.init(KEY, params)
     forward = method.model(dataclasses.replace(model, **changes))
-
-    def pulled(trainable, frozen, batch):
-        return jax.vjp(lambda t: forward(method.apply(frozen, t), batch), trainable)[1]
-
-    jaxpr = jax.make_jaxpr(pulled)(trainable, frozen, BATCH).jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    made = {v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given}
-    return sorted((str(v.aval.dtype), v.aval.shape) for v in made if v.aval.ndim)
+    run = lambda trainable, frozen, batch: forward(method.apply(frozen, trainable), batch)
+    arrays = kept_arrays(run, trainable, frozen, BATCH)
+    return sorted((str(array.dtype), array.shape) for array in arrays if array.ndim)
 
 
 def test_backward_keeps_one_pair_whatever_the_depth():
@@ -243,8 +238,11 @@ OVER_LORA = pj.chain(pj.lora(rank=2, targets=LORA), pj.meft(lam=1.0, anchor_ever
 
 
 @pytest.mark.slow
-def test_a_base_with_lora_gets_its_own_gradients():
-    assert error(OVER_LORA, encoder(3), trained=True) < 1e-5
+@pytest.mark.parametrize("name", ["lora", "dora", "snell", "paca"])
+def test_a_rewritten_base_gets_its_own_gradients(name):
+    """Also one whose weights have parts that are integers or keys."""
+    own = getattr(pj, name)(rank=2, targets=LORA)
+    assert error(pj.chain(own, pj.meft(lam=1.0, anchor_every=2)), encoder(3), trained=True) < 1e-5
 
 
 def test_a_base_with_lora_gets_no_dense_gradient():
