@@ -127,28 +127,18 @@ def _pull_back(
     """The cotangents of all operands, None for those that do not move."""
     coupling = plan.coupling
     _, shared, layers = plan.split([None, None, *others])
-    _, shared_moves, layer_moves = plan.split(moving)
-
-    def vjp(jaxpr: Any, layer: list[Any], x: Array) -> tuple[Array, Any]:
-        def call(some_shared: list[Any], some_layer: list[Any], x: Array) -> Array:
-            of_all, of_one = (
-                _filled(shared, shared_moves, some_shared),
-                _filled(layer, layer_moves, some_layer),
-            )
-            return compat.callable_of(jaxpr)(*of_all, *of_one, x)[0]
-
-        return jax.vjp(call, _picked(shared, shared_moves), _picked(layer, layer_moves), x)
+    _, *moves = plan.split(moving)
 
     def step(carry: Any, xs: Any) -> tuple[Any, Any]:
         pair, d_pair, d_shared = carry
         layer, slot, is_kept = xs
         (y1, y2), (d1, d2) = coupling.ordered(pair), coupling.ordered(d_pair)
-        of_g, pull = vjp(g, layer, y1)
+        of_g, pull = _vjp(g, (shared, layer), moves, y1)
         shared_g, layer_g, dx = pull(d2)
         d1 = d1 + dx
         before = _before(plan, kept, slot, is_kept)
         x2 = before(1, coupling.before_g(y2, of_g))
-        of_f, pull = vjp(f, layer, x2)
+        of_f, pull = _vjp(f, (shared, layer), moves, x2)
         shared_f, layer_f, dx = pull(d1)
         x1 = before(0, coupling.before_f(y1, of_f))
         d_pair = (coupling.lam * d1, coupling.beta * d2 + dx)
@@ -156,15 +146,22 @@ def _pull_back(
         return ((x1, x2), d_pair, add(d_shared, add(shared_g, shared_f))), add(layer_g, layer_f)
 
     last = tuple(x[-1] for x in kept)
-    start = (last, cotangents, [jnp.zeros_like(x) for x in _picked(shared, shared_moves)])
+    start = (last, cotangents, [jnp.zeros_like(x) for x in _picked(shared, moves[0])])
     _, slots, is_kept = plan.slots()
     xs = (layers, jnp.asarray(slots), jnp.asarray(is_kept))
     (_, d_pair, d_shared), d_layers = lax.scan(step, start, xs, reverse=True)
-    return [
-        *d_pair,
-        *_filled([None] * len(shared), shared_moves, d_shared),
-        *_filled([None] * len(layers), layer_moves, d_layers),
-    ]
+    none = [None] * len(shared), [None] * len(layers)
+    return [*d_pair, *_filled(none[0], moves[0], d_shared), *_filled(none[1], moves[1], d_layers)]
+
+
+def _vjp(jaxpr: Any, operands: Any, moves: Any, x: Array) -> tuple[Array, Callable[[Array], Any]]:
+    """F or G at x, and its pull-back to the operands (shared, of the layer) that move, and to x."""
+
+    def call(some_shared: list[Any], some_layer: list[Any], x: Array) -> Array:
+        shared, layer = map(_filled, operands, moves, (some_shared, some_layer))
+        return compat.callable_of(jaxpr)(*shared, *layer, x)[0]
+
+    return jax.vjp(call, *map(_picked, operands, moves), x)
 
 
 def _before(plan: Plan, kept: Pair, slot: Array, is_kept: Array) -> Callable[[int, Array], Array]:

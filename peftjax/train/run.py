@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peftjax import tree
 from peftjax.io.adapter import save_adapter
@@ -138,7 +139,7 @@ def warn(method: Transform, model: Backbone, frozen: Frozen, trainable: Trainabl
 
     def loss(outputs: Any, batch: Batch) -> jax.Array:
         sums, weight = classification(outputs, batch)
-        return sums["loss"] / weight
+        return sums["loss"] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
 
     for check in method.checks:
         found = check(method, model, frozen, trainable, rows, loss)
