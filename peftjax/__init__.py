@@ -8,9 +8,13 @@ from peftjax.generation.generate import Generated, generate
 from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
-from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.adapters import adaptformer, houlsby, parallel_adapter, pfeiffer
+from peftjax.methods.blocks.coded_residuals import coded_residuals
+from peftjax.methods.blocks.mam import mam, without_mlp
 from peftjax.methods.blocks.meft import meft
 from peftjax.methods.blocks.meft_check import MeftReport, meft_check
+from peftjax.methods.blocks.prefix import prefix, prefix_of
+from peftjax.methods.blocks.s2a import s2a
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -45,10 +49,12 @@ __all__ = [
     "Transform",
     "Weight",
     "adapt",
+    "adaptformer",
     "add",
     "bitfit",
     "build",
     "chain",
+    "coded_residuals",
     "combine",
     "dense",
     "describe",
@@ -58,6 +64,7 @@ __all__ = [
     "full",
     "fuse",
     "generate",
+    "houlsby",
     "import_peft",
     "layouts_of",
     "load",
@@ -65,6 +72,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "losses",
+    "mam",
     "matmul",
     "mean_gradient",
     "meft",
@@ -73,12 +81,16 @@ __all__ = [
     "olora",
     "overlap",
     "paca",
+    "parallel_adapter",
     "patches",
     "pfeiffer",
     "pissa",
     "plan",
+    "prefix",
+    "prefix_of",
     "rows",
     "rslora",
+    "s2a",
     "sara",
     "save",
     "set_sparsity",
@@ -88,4 +100,5 @@ __all__ = [
     "switch",
     "to_lora",
     "train",
+    "without_mlp",
 ]

@@ -55,6 +55,8 @@ class Bytes:
         outputs: all that the step returns.
         aliased: the part of `outputs` in the place of a donated argument.
         code: the program, where it lies in the device's memory (TPU); not in `peak`.
+        host: temporaries in the host's memory, which a policy such as "offload_attention" puts there; not in
+            `peak`.
     """
 
     weights: int
@@ -67,6 +69,7 @@ class Bytes:
     outputs: int
     aliased: int
     code: int
+    host: int
 
     @property
     def peak(self) -> int:
@@ -114,6 +117,7 @@ class Plan:
             ("outputs not aliased", sizes.outputs - sizes.aliased),
             ("peak", sizes.peak),
             ("code, on top", sizes.code),
+            ("on the host", sizes.host),
         ]
         left_out = f", without {', '.join(self.uncounted)}" if self.uncounted else ""
         return "\n".join(
@@ -237,6 +241,7 @@ def _read(
         outputs=found.output_size_in_bytes,
         aliased=found.alias_size_in_bytes,
         code=found.generated_code_size_in_bytes,
+        host=found.host_temp_size_in_bytes,
     )
     return Plan(
         method=method.name,

@@ -11,7 +11,7 @@ import tyro
 from experiments.digits.run import Options, main
 from experiments.memory.entrants import entrants
 
-RANK, SIZE = 4, 16
+RANK, SIZE = 4, 28
 
 if __name__ == "__main__":
     main(entrants(RANK, SIZE), tyro.cli(Options, description=__doc__))

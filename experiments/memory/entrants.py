@@ -7,16 +7,23 @@ from experiments.tuning.entrants import Entrant, references
 
 
 def entrants(rank: int, size: int) -> tuple[Entrant, ...]:
-    """LoRA of a rank, bottlenecks of a size, and the others at their defaults.
+    """LoRA of a rank, and what trains as many parameters with bottlenecks; the others at their defaults.
 
-    What they train is as different as what they keep: no number of parameters is common to them.
+    Prefixes are as long as the bottlenecks are wide and trained without an MLP: 2 D numbers each in a layer,
+    as a unit of a bottleneck has. Side networks train what their widths give.
 
     Args:
         rank: of LoRA.
-        size: of the bottlenecks.
+        size: of one bottleneck a layer that trains as many numbers; half of it where there are two.
     """
+    half = size // 2
     return (
         *references(),
         Entrant(f"LoRA r={rank}", lambda setting: pj.lora(rank=rank)),
-        Entrant(f"Pfeiffer {size}", lambda setting: pj.pfeiffer(size=size), matched=False),
+        Entrant(f"Houlsby {half}", lambda setting: pj.houlsby(size=half)),
+        Entrant(f"Pfeiffer {size}", lambda setting: pj.pfeiffer(size=size)),
+        Entrant(f"parallel adapter {size}", lambda setting: pj.parallel_adapter(size=size)),
+        Entrant(f"AdaptFormer {size}", lambda setting: pj.adaptformer(size=size)),
+        Entrant(f"prefix {size}", lambda setting: pj.prefix(length=size, mlp_size=None)),
+        Entrant(f"MAM {half} + {half}", lambda setting: pj.mam(length=half, size=half, mlp_size=None)),
     )

@@ -14,7 +14,7 @@ import tyro
 from experiments.memory.entrants import entrants
 from experiments.sst2.run import Options, main
 
-RANK, SIZE = 8, 48
+RANK, SIZE = 8, 72
 
 if __name__ == "__main__":
     main(entrants(RANK, SIZE), tyro.cli(Options, description=__doc__))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks import adapters, meft
+from peftjax.methods.blocks import adapters, coded_residuals, mam, meft, prefix, s2a
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -29,10 +29,17 @@ METHODS: dict[str, MethodInfo] = {
         sara.METHOD,
         rows.METHOD,
         *plain.METHODS,
-        adapters.PFEIFFER,
+        *adapters.METHODS,
+        prefix.PREFIX,
+        mam.MAM,
+        s2a.METHOD,
         meft.METHOD,
     )
 }
+
+COMPANIONS: dict[str, MethodInfo] = {info.name: info for info in (coded_residuals.METHOD,)}
+"""What trains nothing by itself and goes beside a method in a chain."""
+KNOWN = {**METHODS, **COMPANIONS}
 
 
 def build(config: Mapping[str, Any]) -> Transform:
@@ -45,9 +52,10 @@ def build(config: Mapping[str, Any]) -> Transform:
     name = options.pop("name", None)
     if name == "chain":
         return chain(*(build(method) for method in options.get("methods", ())))
-    if name not in METHODS:
-        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), METHODS)}")
-    parameters = inspect.signature(METHODS[name].factory).parameters
+    if name not in KNOWN:
+        raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), KNOWN)}")
+    factory = KNOWN[name].factory
+    parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
         if option not in parameters and not takes_any:
@@ -55,7 +63,7 @@ def build(config: Mapping[str, Any]) -> Transform:
                 f"{name}: unknown option {option!r}; closest: {nearest(option, parameters) or 'it has none'}"
             )
     try:
-        return METHODS[name].factory(**options)
+        return factory(**options)
     except TypeError as error:
         raise PeftError(f"{name}: {error}") from error
 

@@ -127,7 +127,14 @@ def keys_of_matrices(key: Array | None, target: Target) -> Array | None:
 
 def all_layers(values: Array, target: Target, fill: float = 0.0) -> Array:
     """The values of the chosen layers, with `fill` for the others, so that a scan can take them."""
-    if target.layers is None or values.shape[0] == target.layout.stack[0]:
+    if target.layers is None:
         return values
-    whole = jnp.full((target.layout.stack[0], *values.shape[1:]), fill, values.dtype)
-    return whole.at[jnp.asarray(target.layers)].set(values)
+    return on_layers(values, target.layers, target.layout.stack[0], fill)
+
+
+def on_layers(values: Array, layers: Sequence[int], num_layers: int, fill: float = 0.0) -> Array:
+    """[num_layers, ...] with the values [len(layers), ...] at those layers and `fill` at the others."""
+    if len(layers) == num_layers:
+        return values
+    whole = jnp.full((num_layers, *values.shape[1:]), fill, values.dtype)
+    return whole.at[jnp.asarray(layers)].set(values)

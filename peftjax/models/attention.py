@@ -8,7 +8,9 @@ of the arithmetic.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,9 @@ GROUPS = 8
 """Groups of blocks that are cut to their own range of keys; the blocks of a group share one program."""
 
 Recompute = Callable[[Callable[..., Array]], Callable[..., Array]]
+Prefix = Mapping[str, Array]
+"""Keys and values that lie before all others, of no row of the batch and at no place: `keys` and `values`
+[P, K H], and optionally `seen` [P] bool, False where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +77,9 @@ class _Block:
         allowed: Bool[Array, "#B 1 #T S"] | None,
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
+        prefix: Prefix | None,
     ) -> Float[Array, "B K GT H"]:
-        scores = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
-        scores = scores * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
             scores = scores + bias
         if allowed is not None:
@@ -84,18 +87,43 @@ class _Block:
             shape = (*scores.shape[:2], groups, allowed.shape[2], scores.shape[3])
             masked = jnp.where(allowed[:, :, None], scores.reshape(shape), 0.7 * jnp.finfo(jnp.float32).min)
             scores = masked.reshape(scores.shape)
+        parts = [("bkts,bksh->bkth", scores, value)]
+        if prefix is not None:
+            parts.append(self.of_prefix(query, prefix))
+        return self.mixed(parts, dropout_key)
+
+    def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
+        """One softmax over the scores of all parts, times their values."""
         # Normalised after the product with the values: fewer passes over the scores, and a gradient without
         # a sum over them. The maximum only guards the exponential, its gradient is zero.
-        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if dropout_key is not None:
-            keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, weights.shape)
-            weights = jnp.where(keep, weights / (1.0 - self.dropout), 0)
-        mixed = jnp.einsum(
-            "bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
-        return (mixed / total).astype(value.dtype)
+        largest = [jnp.max(scores, axis=-1, keepdims=True) for _, scores, _ in parts]
+        largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))
+        totals, sums = [], []
+        for number, (product, scores, values) in enumerate(parts):
+            weights = jnp.exp(scores - largest)
+            totals.append(jnp.sum(weights, axis=-1, keepdims=True))
+            if dropout_key is not None:
+                own_key = jax.random.fold_in(dropout_key, number) if number else dropout_key
+                keep = jax.random.bernoulli(own_key, 1.0 - self.dropout, weights.shape)
+                weights = jnp.where(keep, weights / (1.0 - self.dropout), 0)
+            weights = weights.astype(values.dtype)
+            sums.append(jnp.einsum(product, weights, values, preferred_element_type=jnp.float32))
+        total, mixed = (functools.reduce(operator.add, terms) for terms in (totals, sums))
+        return (mixed / total).astype(values.dtype)
+
+    def scores(self, product: str, query: Array, key: Array) -> Array:
+        """The scaled and bounded products of queries and keys, in float32."""
+        scores = jnp.einsum(product, query, key, preferred_element_type=jnp.float32) * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def of_prefix(self, query: Float[Array, "B K GT H"], prefix: Prefix) -> tuple[str, Array, Array]:
+        """As the other keys' product, scores [B, K, G T, P] and values [P, K, H], without a copy a row."""
+        heads = (-1, query.shape[1], query.shape[3])
+        keys, values = (prefix[name].astype(query.dtype).reshape(heads) for name in ("keys", "values"))
+        scores = self.scores("bkth,pkh->bktp", query, keys)
+        if "seen" in prefix:
+            scores = jnp.where(prefix["seen"], scores, -jnp.inf)
+        return "bktp,pkh->bkth", scores, values
 
 
 def attend(
@@ -111,6 +139,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T N H"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
@@ -130,6 +159,8 @@ def attend(
         softcap: bound of the scores.
         dropout: rate of dropout on the attention weights, when `dropout_key` is given.
         dropout_key: draws the masks, which the backward pass draws again.
+        prefix: further keys and values that every query sees, whatever the mask, the segments and
+            `visible` say; without bias.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -156,7 +187,7 @@ def attend(
             added = added.reshape(*added.shape[:2], -1, last - first)
         drop_key = None if dropout_key is None or dropout == 0.0 else jax.random.fold_in(dropout_key, start)
         flat = own.reshape(batch, kv_heads, -1, width)
-        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key)
+        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix)
         return mixed.reshape(own.shape)
 
     parts = []

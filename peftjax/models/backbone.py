@@ -10,10 +10,12 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from peftjax.errors import PeftError
 from peftjax.models.layers import Context
+from peftjax.models.names import ATTENTION_RESULT, BLOCK_INPUT, OFFLOADED_TOKENS
 from peftjax.models.stack import Cache, DropoutKey, Params, Scan, Stack
 
 Batch = Mapping[str, Any]
@@ -29,8 +31,40 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "offload_dot_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
         "device", "pinned_host"
     ),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
+    "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_RESULT, OFFLOADED_TOKENS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute."""
+"""`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute.
+
+`save_attention` keeps what enters a block, as every policy does, and what its attention gives, so that
+attention, the one part whose cost grows with the square of the length, is not run again; the rest is made
+again token by token. `offload_attention` keeps the two in the host's memory (MEMO, arXiv 2407.12117), and
+with a share, as in "offload_attention:0.3", also the rest for the first three tenths of each row's tokens:
+`read_remat`.
+"""
+
+
+def read_remat(remat: str | None) -> tuple[str, float]:
+    """A policy's name, or "none", and the share of the tokens it offloads whole.
+
+    Raises:
+        PeftError: for a share of another policy than "offload_attention", or outside of [0, 1].
+    """
+    name, colon, share = (remat or "none").partition(":")
+    if not colon:
+        return name, 0.0
+    try:
+        number = float(share)
+    except ValueError:
+        number = -1.0
+    if name != "offload_attention" or not 0.0 <= number <= 1.0:
+        raise PeftError(f"remat policy {remat!r}: only 'offload_attention:SHARE' has a share, in [0, 1]")
+    return name, number
 
 
 def dropout_rngs(key: DropoutKey) -> dict[str, Key[Array, ""]]:
@@ -69,8 +103,8 @@ class Backbone:
         head: `(hidden, context, params["embed"]) -> outputs`.
         num_layers: how many blocks are stacked.
         head_name: the name the family knows `head` by, such as "classifier".
-        remat: a name in `REMAT_POLICIES` for `jax.checkpoint` around each block; None or "none"
-            keeps what the block's own layers keep.
+        remat: a name in `REMAT_POLICIES`, "offload_attention" with or without a share, for
+            `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
         per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
             context, such as `window`.
         stack: how the blocks are run; a method may put its own in the place of the scan.
@@ -101,7 +135,8 @@ class Backbone:
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:
             raise PeftError(f"dtype {self.dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-        if self.remat not in (None, "none", *REMAT_POLICIES):
+        name, share = read_remat(self.remat)
+        if name not in ("none", *REMAT_POLICIES):
             close = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=3, cutoff=0.3)
             raise PeftError(
                 f"remat policy {self.remat!r} is unknown; "
@@ -111,6 +146,10 @@ class Backbone:
             # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
+        config = getattr(self.block, "config", None)
+        if share != getattr(config, "offloaded_tokens", 0.0):
+            config = dataclasses.replace(config, offloaded_tokens=share)
+            object.__setattr__(self, "block", self.block.clone(config=config))
         if self.encoder is not None:
             same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}
             object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
@@ -189,6 +228,7 @@ class Backbone:
         self, layer: Layer, hidden: Float[Array, "B S D"], context: Context, *, part: Part = "block"
     ) -> Float[Array, "B S D"]:
         """The stream after one layer, or after one of its two parts."""
+        hidden = checkpoint_name(hidden, BLOCK_INPUT)
         method, inputs = self._part(layer, hidden, context, part)
         variables = {"params": layer.weights}
         return self.block.apply(variables, *inputs, rngs=dropout_rngs(layer.key), method=method)
@@ -210,9 +250,10 @@ class Backbone:
 
     def checkpointed(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body of a scan over layers under the `remat` policy."""
-        if self.remat not in REMAT_POLICIES:
-            return body
-        return jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        name, _ = read_remat(self.remat)
+        return (
+            body if name == "none" else jax.checkpoint(body, policy=REMAT_POLICIES[name], prevent_cse=False)
+        )
 
     def _part(
         self, layer: Layer, hidden: Array, context: Context, part: Part

@@ -8,28 +8,31 @@ masks are made again from those. The inputs of the q, k and v kernels are one ar
 norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
 2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
 the encoder; `context["encoded"]` is kept once for all blocks, and so is `context["bias"]`.
+
+With `config.residuals` a block keeps codes of a few bits instead and makes only attention again: see
+`peftjax.models.coded`, and `pj.coded_residuals` for what is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from peftjax.models.attention import Visibility, attend
-from peftjax.models.block_config import BlockConfig, make_norm
-from peftjax.models.layers import (
-    ACTIVATIONS,
-    Context,
-    Dropout,
-    dense,
-    recompute,
-    recompute_module,
-)
+from peftjax.models.block_config import BlockConfig
+from peftjax.models.coded import attended, kept_as_codes, linear, norm, plain_value
+from peftjax.models.feed_forward import FeedForward
+from peftjax.models.layers import Context, Dropout, recompute, recompute_module
+from peftjax.models.names import ATTENTION_RESULT, split_by_name
 from peftjax.models.rope import layer_rotation, rotate
 
 
@@ -46,23 +49,23 @@ class Attention(nn.Module):
         """Name the layers."""
         config, dtype = self.config, self.dtype
 
-        def linear(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
-            return dense(width, factor * config.deviation(inputs), dtype, bias=bias)
+        def layer(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
+            return linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
 
         if config.fused_qkv:
-            self.qkv = linear((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
+            self.qkv = layer((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
         else:
             # Scores that are not scaled begin as small as scaled ones.
             unscaled = config.scaled_init and config.query_scale == 1.0
             factor = config.head_width**-0.5 if unscaled else 1.0
-            self.query = linear(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
-            self.key = linear(config.kv_heads * config.head_width, config.qkv_bias)
-            self.value = linear(config.kv_heads * config.head_width, config.qkv_bias)
+            self.query = layer(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
+            self.key = layer(config.kv_heads * config.head_width, config.qkv_bias)
+            self.value = layer(config.kv_heads * config.head_width, config.qkv_bias)
         mixed = config.num_heads * config.head_width
-        self.output = linear(config.width, config.output_bias, mixed)
+        self.output = layer(config.width, config.output_bias, mixed)
         if config.qk_norm:
-            self.query_norm = make_norm(config, dtype)
-            self.key_norm = make_norm(config, dtype)
+            self.query_norm = norm(config, dtype)
+            self.key_norm = norm(config, dtype)
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
@@ -88,42 +91,24 @@ class Attention(nn.Module):
         [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
         this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
         through the collection "cache", and `mask` [B, T] tells which of its slots are tokens; see
-        `_through_cache`.
+        `_through_cache`. `prefix` is further keys and values that all tokens see (`attention.Prefix`), as
+        they are: not normed, not rotated, in no slot of the cache.
         """
         config = self.config
         if config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-
-        def rotated(x: Array) -> Array:
-            return rotate(x, layer_rotation(context)) if config.rotary else x
-
-        offset = context.get("cache_index", 0)
-        cached = "cache_index" in context
-        if cached:
-            key, value = self._through_cache(rotated(key), value, context)
-        visible = Visibility(config.causal, context.get("window", config.window), offset)
-        dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
-        dropout_key = self.make_rng("dropout") if dropped else None
-
-        @recompute
-        def mixed(query: Array, key: Array, value: Array, context: Context) -> Array:
-            return attend(
-                rotated(query),
-                key if cached else rotated(key),
-                value,
-                mask=context.get("mask"),
-                segments=context.get("segments"),
-                visible=visible,
-                bias=context.get("bias"),
-                scale=config.query_scale,
-                softcap=config.softcap,
-                dropout=config.attention_dropout,
-                dropout_key=dropout_key,
-            )
-
-        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
-        result = mixed(query, key, value, seen)
-        return result.reshape(*result.shape[:2], -1)
+            query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
+        if "cache_index" in context:
+            key, value = self._through_cache(_rotated(config, key, context), value, context)
+        seen = {name: context[name] for name in SEEN if name in context}
+        if config.attention_dropout > 0.0 and self.has_rng("dropout"):
+            seen["dropout_key"] = self.make_rng("dropout")
+        # Not among the arrays: where it is known while tracing, attention is cut to the keys seen from there.
+        mixed = partial(_mixed, config, context.get("cache_index"))
+        if config.residuals is None:
+            result = recompute(mixed)(query, key, value, seen)
+        else:
+            result = attended(config.residuals, mixed, (query, key, value), seen)
+        return checkpoint_name(result.reshape(*result.shape[:2], -1), ATTENTION_RESULT)
 
     def _through_cache(
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
@@ -149,6 +134,41 @@ class Attention(nn.Module):
         return whole[0], whole[1]
 
 
+SEEN = ("mask", "segments", "bias", "prefix", "window", "rotation", "local_rotation", "local")
+"""What attention reads of the context, beside the slot of the first token in a cache."""
+
+
+def _mixed(
+    config: BlockConfig,
+    cache_index: int | Array | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    context: Context,
+) -> Array:
+    """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already."""
+    query, key, value = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key, value))
+    offset = 0 if cache_index is None else cache_index
+    return attend(
+        _rotated(config, query, context),
+        _rotated(config, key, context) if cache_index is None else key,
+        value,
+        mask=context.get("mask"),
+        segments=context.get("segments"),
+        visible=Visibility(config.causal, context.get("window", config.window), offset),
+        bias=context.get("bias"),
+        scale=config.query_scale,
+        softcap=config.softcap,
+        dropout=config.attention_dropout,
+        dropout_key=context.get("dropout_key"),
+        prefix=context.get("prefix"),
+    )
+
+
+def _rotated(config: BlockConfig, x: Array, context: Context) -> Array:
+    return rotate(x, layer_rotation(context)) if config.rotary else x
+
+
 class CrossAttention(Attention):
     """Attention of the stream's queries to keys and values of what is `encoded`."""
 
@@ -158,35 +178,6 @@ class CrossAttention(Attention):
             layer(of).reshape(*of.shape[:-1], -1, self.config.head_width)
             for layer, of in ((self.query, x), (self.key, encoded), (self.value, encoded))
         )
-
-
-class FeedForward(nn.Module):
-    """`f(x W_up) W_down`, or gated, with kernels `up`, `gate` [D, F] and `down` [F, D]."""
-
-    config: BlockConfig
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        """Name the layers."""
-        config = self.config
-
-        def linear(width: int, inputs: int = config.width) -> nn.Module:
-            return dense(width, config.deviation(inputs), self.dtype, bias=config.feed_forward_bias)
-
-        self.up = linear(config.inner_size)
-        self.down = linear(config.width, config.inner_size)
-        if config.gated:
-            self.gate = linear(config.inner_size)
-        self.dropout = Dropout(config.inner_dropout)
-
-    def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
-        """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
-        return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
-
-    def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
-        """The activation and the way down."""
-        active = ACTIVATIONS[self.config.activation](inner[0])
-        return self.down(self.dropout(active * inner[1] if self.config.gated else active))
 
 
 class Block(nn.Module):
@@ -205,20 +196,20 @@ class Block(nn.Module):
         """Name the parameters `attention`, `attention_norm`, `feed_forward`, `feed_forward_norm`."""
         config, dtype = self.config, self.dtype
         self.attention = Attention(config, dtype)
-        self.attention_norm = make_norm(config, dtype)
+        self.attention_norm = norm(config, dtype)
         if config.cross_attention:
             # There is no order between two sequences, and nothing to fuse of two inputs.
             apart = {"causal": False, "window": None, "rotary": False, "fused_qkv": False}
             self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
-            self.cross_attention_norm = make_norm(config, dtype)
+            self.cross_attention_norm = norm(config, dtype)
             self.cross_attention_dropout = Dropout(config.output_dropout)
         self.feed_forward = FeedForward(config, dtype)
-        self.feed_forward_norm = make_norm(config, dtype)
+        self.feed_forward_norm = norm(config, dtype)
         if config.norm_order == "sandwich":
-            self.attention_post_norm = make_norm(config, dtype)
+            self.attention_post_norm = norm(config, dtype)
             if config.cross_attention:
-                self.cross_attention_post_norm = make_norm(config, dtype)
-            self.feed_forward_post_norm = make_norm(config, dtype)
+                self.cross_attention_post_norm = norm(config, dtype)
+            self.feed_forward_post_norm = norm(config, dtype)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
 
@@ -239,9 +230,9 @@ class Block(nn.Module):
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream."""
-        mixed = self.attention.mix(*_project(self, hidden), context)
-        update = self.attention_dropout(self.attention.output(mixed))
-        return self.attention_post_norm(update) if self._sandwich else update
+        mixed = self.attention.mix(*self._by_tokens(_project, hidden), context)
+        update = self.attention_dropout(self._by_tokens(_output, mixed))
+        return plain_value(self.attention_post_norm(update)) if self._sandwich else update
 
     def attention_join(
         self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
@@ -251,18 +242,20 @@ class Block(nn.Module):
 
     def normalize_attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The norm of the attention branch."""
-        return self.attention_norm(x)
+        return plain_value(self.attention_norm(x))
 
     def cross_attention_branch(
         self, hidden: Float[Array, "B T D"], context: Context
     ) -> Float[Array, "B T D"]:
-        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True."""
-        mixed = self.cross_attention.mix(
-            *_project_cross(self, hidden, context["encoded"]),
-            {"mask": context["encoded_mask"]} if "encoded_mask" in context else {},
-        )
-        update = self.cross_attention_dropout(self.cross_attention.output(mixed))
-        return self.cross_attention_post_norm(update) if self._sandwich else update
+        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True.
+
+        A `prefix` of the context given here is this branch's.
+        """
+        names = {"encoded_mask": "mask", "prefix": "prefix"}
+        own = {ours: context[name] for name, ours in names.items() if name in context}
+        mixed = self.cross_attention.mix(*_project_cross(self, hidden, context["encoded"]), own)
+        update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed)))
+        return plain_value(self.cross_attention_post_norm(update)) if self._sandwich else update
 
     def cross_attention_join(
         self, hidden: Float[Array, "B T D"], update: Float[Array, "B T D"]
@@ -272,12 +265,12 @@ class Block(nn.Module):
 
     def normalize_cross_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm of the cross-attention branch."""
-        return self.cross_attention_norm(x)
+        return plain_value(self.cross_attention_norm(x))
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
-        update = self.feed_forward_dropout(_contract(self, *_expand(self, hidden)))
-        return self.feed_forward_post_norm(update) if self._sandwich else update
+        update = self.feed_forward_dropout(_contract(self, *self._by_tokens(_expand, hidden)))
+        return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
 
     def feed_forward_join(
         self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
@@ -287,7 +280,7 @@ class Block(nn.Module):
 
     def normalize_feed_forward(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The norm of the feed-forward branch."""
-        return self.feed_forward_norm(x)
+        return plain_value(self.feed_forward_norm(x))
 
     @property
     def _post(self) -> bool:
@@ -297,28 +290,48 @@ class Block(nn.Module):
     def _sandwich(self) -> bool:
         return self.config.norm_order == "sandwich"
 
+    def _by_tokens(self, part: Callable[..., Any], x: Float[Array, "B S D"]) -> Any:
+        """A part of the block that acts on each token by itself."""
+        return split_by_name(self.config.offloaded_tokens, partial(part, self), x)
 
-# Products are linear, so the backward pass of these needs their inputs only: the norm (or activation)
-# is made again, and no product is.
+    def _entering(self, x: Float[Array, "B S D"], norm: nn.Module | None = None) -> Any:
+        """What a linear layer takes of `x`, normed if there is a norm."""
+        if norm is not None:
+            return norm(x)
+        return x if self.config.residuals is None else kept_as_codes(x, self.config.residuals)
 
 
-@recompute_module
+def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Products are linear, so backward needs their inputs only: the norm (or activation) is made again.
+
+    A block that keeps codes makes nothing again, since it does not keep what that would be made of.
+    """
+    again = recompute_module(part)
+    return lambda block, *inputs: (again if block.config.residuals is None else part)(block, *inputs)
+
+
+@_recomputed
 def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
-    return block.attention.project(hidden if block._post else block.attention_norm(hidden))
+    return block.attention.project(block._entering(hidden, None if block._post else block.attention_norm))
 
 
-@recompute_module
+def _output(block: Block, mixed: Array) -> Array:
+    return block.attention.output(block._entering(mixed))
+
+
+@_recomputed
 def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, Array, Array]:
-    return block.cross_attention.project(
-        hidden if block._post else block.cross_attention_norm(hidden), encoded
+    norm = None if block._post else block.cross_attention_norm
+    return block.cross_attention.project(block._entering(hidden, norm), encoded)
+
+
+@_recomputed
+def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
+    return block.feed_forward.expand(
+        block._entering(hidden, None if block._post else block.feed_forward_norm)
     )
 
 
-@recompute_module
-def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
-    return block.feed_forward.expand(hidden if block._post else block.feed_forward_norm(hidden))
-
-
-@recompute_module
+@_recomputed
 def _contract(block: Block, *inner: Array) -> Array:
     return block.feed_forward.contract(*inner)

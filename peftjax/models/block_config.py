@@ -9,6 +9,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from peftjax.models.layers import RMSNorm, layer_norm
+from peftjax.residuals.bits import Bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class BlockConfig:
         inner_dropout: rate on what the activation gives.
         init_std: deviation of new kernels.
         scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
+        residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
+        offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" makes
+            nothing again but norms and activations.
     """
 
     width: int
@@ -71,6 +75,8 @@ class BlockConfig:
     inner_dropout: float = 0.0
     init_std: float = 0.02
     scaled_init: bool = False
+    residuals: Bits | None = None
+    offloaded_tokens: float = 0.0
 
     @property
     def head_width(self) -> int:

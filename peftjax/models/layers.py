@@ -56,12 +56,12 @@ def dense(
         dtype=dtype,
         kernel_init=nn.initializers.normal(init_std),
         use_bias=bias,
-        dot_general=_over_tokens,
+        dot_general=over_tokens,
         name=name,
     )
 
 
-def _over_tokens(x: Float[Array, "... D"], kernel: Float[Array, "D F"], *_: Any, **options: Any) -> Array:
+def over_tokens(x: Float[Array, "... D"], kernel: Float[Array, "D F"], *_: Any, **options: Any) -> Array:
     """`x · kernel`, all axes of x but the last taken as one.
 
     The kernel's gradient is a product over those axes; over several, the compiler rearranges its operands
@@ -96,15 +96,20 @@ class RMSNorm(nn.Module):
         start = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
 
-        @recompute
-        def normalised(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-            if self.scale_last:
-                return wide.astype(self.dtype) * (self.offset + scale).astype(self.dtype)
-            return (wide * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
+        return recompute(partial(rms_normalised, self.epsilon, self.dtype, self.offset, self.scale_last))(
+            x, scale
+        )
 
-        return normalised(x, scale)
+
+def rms_normalised(
+    epsilon: float, dtype: DTypeLike, offset: float, scale_last: bool, x: Array, scale: Array
+) -> Array:
+    """`RMSNorm` as a function."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    if scale_last:
+        return wide.astype(dtype) * (offset + scale).astype(dtype)
+    return (wide * (offset + scale.astype(jnp.float32))).astype(dtype)
 
 
 def drop(x: Array, key: Key[Array, ""], rate: float) -> Array:
@@ -128,6 +133,8 @@ class Dropout(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Drop entries of `x`, any shape."""
-        if self.rate == 0.0 or not self.has_rng("dropout"):
-            return x
-        return drop(x, self.make_rng("dropout"), self.rate)
+        return drop(x, self.make_rng("dropout"), self.rate) if self.is_on() else x
+
+    def is_on(self) -> bool:
+        """Whether it changes anything."""
+        return self.rate > 0.0 and self.has_rng("dropout")

@@ -12,7 +12,7 @@ import yaml
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods import METHODS, build
+from peftjax.methods import KNOWN, build
 from peftjax.methods.select.plain import train
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import FAMILIES, load, read_family
@@ -196,7 +196,7 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
     methods = []
     for name in names:
         taken = {option: value for option, value in given.items() if len(names) == 1 or option in known[name]}
-        of_steps = METHODS[name].of_steps
+        of_steps = KNOWN[name].of_steps
         if of_steps is not None and steps is not None:
             taken = {**of_steps(steps), **taken}
         methods.append(build({"name": name, **taken}))
@@ -205,7 +205,7 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
 
 def needs_steps(options: MethodOptions) -> bool:
     """Whether `make_method` has to know the steps of the run."""
-    infos = [METHODS[name] for name in options.method.split("+") if name in METHODS]
+    infos = [KNOWN[name] for name in options.method.split("+") if name in KNOWN]
     return any(info.of_steps is not None for info in infos)
 
 
@@ -215,9 +215,9 @@ def _options_of(method: str) -> Collection[str]:
     Raises:
         PeftError: no method is called so.
     """
-    if method not in METHODS:
-        raise PeftError(f"no method is called {method!r}; closest: {tree.nearest(method, METHODS)}")
-    return inspect.signature(METHODS[method].factory).parameters
+    if method not in KNOWN:
+        raise PeftError(f"no method is called {method!r}; closest: {tree.nearest(method, KNOWN)}")
+    return inspect.signature(KNOWN[method].factory).parameters
 
 
 def with_new_head(method: Transform, model: Backbone, params: Params) -> Transform:

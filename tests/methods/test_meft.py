@@ -329,7 +329,7 @@ def test_the_defaults_keep_more_where_the_backbone_rounds_more():
 def test_the_activation_is_the_models():
     assert pj.meft().model(encoder(2)[0]).stack.adapter.activation == "gelu"
     assert pj.meft().model(tiny("backbone").forward).stack.adapter.activation == "silu"
-    assert pj.meft(activation="relu").model(encoder(2)[0]).block.feed_forward.activation == "relu"
+    assert pj.meft(activation="relu").model(encoder(2)[0]).block.adapters.feed_forward.activation == "relu"
 
 
 # Errors.

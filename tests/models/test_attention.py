@@ -128,3 +128,107 @@ def test_segments_cover_every_row_once(length, causal):
         for row in range(start, start + blocks * size)
     ]
     assert rows == list(range(length))
+
+
+# A prefix.
+
+PREFIX = {
+    "keys": jax.random.normal(KEYS[4], (3, 16)),
+    "values": jax.random.normal(KEYS[3], (3, 16)),
+}
+
+
+def concatenated(query, key, value, prefix, allowed, **settings):
+    """The prefix as the first keys and values of every row, seen by all."""
+    keys, values = (jnp.broadcast_to(prefix[n].reshape(1, 3, 2, 8), (2, 3, 2, 8)) for n in ("keys", "values"))
+    key, value = jnp.concatenate([keys, key], axis=1), jnp.concatenate([values, value], axis=1)
+    first = ((0, 0),) * (np.ndim(allowed) - 1) + ((3, 0),)
+    settings |= {"bias": jnp.pad(bias, first)} if (bias := settings.pop("bias", None)) is not None else {}
+    return written_out(query, key, value, np.pad(allowed, first, constant_values=True), **settings)
+
+
+def assert_same_with_prefix(ours, theirs, args):
+    def loss(run):
+        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(jnp.sin(run(*a[:3], a[3])))))(args)
+
+    for a, b in zip(jax.tree.leaves(loss(ours)), jax.tree.leaves(loss(theirs))):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize(
+    ("length", "causal", "window"), [(5, False, None), (130, True, None), (130, True, 70)]
+)
+def test_a_prefix_is_concatenated_keys_and_values(length, causal, window):
+    visible, allowed = Visibility(causal, window), order(length, causal, window)
+    assert_same_with_prefix(
+        lambda q, k, v, p: attend(q, k, v, visible=visible, prefix=p),
+        lambda q, k, v, p: concatenated(q, k, v, p, allowed),
+        (*inputs(length), PREFIX),
+    )
+
+
+def test_a_prefix_is_seen_in_spite_of_mask_segments_and_window_and_has_no_bias():
+    length = 100
+    mask = np.ones((2, length), bool)
+    mask[0, :9] = mask[1, 80:] = False  # the first rows of the one see the prefix alone
+    segments = np.repeat([[1, 2], [1, 3]], length // 2, axis=1)
+    settings = {"scale": 0.3, "softcap": 2.0, "bias": jax.random.normal(KEYS[5], (1, 4, length, length))}
+    allowed = (
+        order(length, True, 20) & mask[:, None, None] & (segments[:, :, None] == segments[:, None])[:, None]
+    )
+    own = {"mask": mask, "segments": jnp.asarray(segments), "visible": Visibility(True, jnp.int32(20))}
+    assert_same_with_prefix(
+        lambda q, k, v, p: attend(q, k, v, prefix=p, **own, **settings),
+        lambda q, k, v, p: concatenated(q, k, v, p, allowed, **settings),
+        (*inputs(length), PREFIX),
+    )
+
+
+def test_a_prefix_is_a_gate_between_two_attentions():
+    """(1 - g) attention to the tokens + g attention to the prefix, g the prefix's share of the sum."""
+    query, key, value = inputs(70)
+    keys, values = (jnp.broadcast_to(PREFIX[n].reshape(1, 3, 2, 8), (2, 3, 2, 8)) for n in ("keys", "values"))
+    sums = []
+    for one in (keys, key):
+        scores = jnp.einsum("btnh,bsnh->btns", query, jnp.repeat(one, 2, axis=2)) * 8**-0.5
+        sums.append(jnp.exp(scores).sum(-1, keepdims=True))
+    gate = sums[0] / (sums[0] + sums[1])
+    wanted = (1 - gate) * attend(query, key, value) + gate * attend(query, keys, values)
+    assert 0.001 < float(gate.min()) < 0.02 < float(gate.max())
+    np.testing.assert_allclose(attend(query, key, value, prefix=PREFIX), wanted, atol=1e-6)
+
+
+def test_a_prefix_that_is_not_seen_is_not_there():
+    query, key, value = inputs(70)
+    base = attend(query, key, value, visible=Visibility(True))
+    unseen = {**PREFIX, "seen": jnp.zeros(3, bool)}
+    run = lambda prefix: attend(query, key, value, visible=Visibility(True), prefix=prefix)
+    np.testing.assert_array_equal(run(unseen), base)
+    some = {**PREFIX, "seen": jnp.array([True, False, True])}
+    np.testing.assert_allclose(run(some), run({n: PREFIX[n][::2] for n in PREFIX}), atol=1e-6)
+    grads = jax.grad(lambda keys: jnp.sum(jnp.sin(run({**some, "keys": keys}))))(PREFIX["keys"])
+    assert np.isfinite(grads).all()
+    np.testing.assert_array_equal(np.abs(grads).max(1) > 0, some["seen"])
+
+
+def test_a_prefix_is_kept_once_for_all_rows_and_no_scores_are():
+    query, key, value = inputs(200)
+    kept = jax.eval_shape(
+        lambda *args: jax.vjp(lambda q, k, v, p: attend(q, k, v, prefix=p), *args)[1],
+        query,
+        key,
+        value,
+        PREFIX,
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert (3, 16) in shapes
+    assert max(map(np.prod, shapes)) <= query.size
+
+
+def test_dropout_of_a_prefix_keeps_the_mean():
+    query, key, _ = inputs(70, batch=8)
+    prefix, value = {**PREFIX, "values": jnp.ones((3, 16))}, jnp.zeros((8, 70, 2, 8))
+    run = lambda **drop: attend(query, key, value, prefix=prefix, **drop)
+    dropped = run(dropout=0.3, dropout_key=KEYS[5])
+    assert float(jnp.abs(dropped - run()).max()) > 0.01
+    np.testing.assert_allclose(float(dropped.mean()), float(run().mean()), rtol=0.05)

@@ -67,6 +67,17 @@ def test_methods_are_chained_and_each_takes_the_options_it_has():
         make_method(MethodOptions(method="pfeiffer+lroa"))
 
 
+def test_what_trains_nothing_goes_beside_a_method():
+    options = MethodOptions(method="coded_residuals+lora", rank=2, method_options=("attention=8",))
+    coded, lora = make_method(options).config["methods"]
+    assert (coded["name"], coded["attention"], lora["name"], lora["rank"]) == (
+        "coded_residuals",
+        8,
+        "lora",
+        2,
+    )
+
+
 def test_method_options_keep_their_types():
     options = MethodOptions(
         method_options=("init=gaussian", "rslora=true", "layers=[0, 1]"), rank=4, alpha=2.0

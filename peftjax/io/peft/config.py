@@ -158,7 +158,8 @@ def read_config(folder: Path) -> LoraConfig:
     given = read_json(file)
     if given.get("peft_type") != "LORA":
         raise PeftError(
-            f"{file} has peft_type {given.get('peft_type')!r}; only 'LORA' (with rsLoRA and DoRA) can be read"
+            f"{file} has peft_type {given.get('peft_type')!r}; only 'LORA' (with rsLoRA and DoRA) and "
+            "'PREFIX_TUNING' can be read"
         )
     for name, value in given.items():
         if name not in FIELDS and name != "runtime_config" and value:

@@ -19,6 +19,7 @@ from peftjax.io.files import replacing
 from peftjax.io.peft.config import CONFIG, FIELDS, TASK_MODULES, TENSORS, clean, rank_power
 from peftjax.io.peft.factors import MAGNITUDE, magnitude_shape, rank_in_file, to_file
 from peftjax.io.peft.names import Model, Names, module_of, names_of, require_one_stack
+from peftjax.io.peft.prefix import export_prefix
 from peftjax.io.peft.tensors import PREFIX
 from peftjax.io.peft.trained import (
     Factors,
@@ -63,7 +64,8 @@ def export_peft(
     LoRA, rsLoRA, LoRA+, LoRA-FA and DoRA are written as they are, one module a layer of a stack; rows
     of zeros in both factors are left out. PiSSA and OLoRA, whose base is a residual, become the LoRA of
     twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `train` trains are
-    `modules_to_save`, biases as PEFT writes them.
+    `modules_to_save`, biases as PEFT writes them. Of a `prefix` the keys and values are written that its
+    MLP gives; PEFT's means the same on decoders with rotary positions and no window.
 
     Args:
         path: the folder; made if absent. Both files are complete before either replaces what was there.
@@ -83,6 +85,11 @@ def export_peft(
             Hugging Face class or in PEFT's format; `initial` is needed and missing; a path to leave out
             is not trained.
     """
+    if method.name == "prefix":
+        if also or leave_out:
+            raise PeftError("export_peft: a prefix is written whole and alone, without also and leave_out")
+        export_prefix(Path(path), model, method, trainable, base)
+        return
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     factors, trained = changed_parameters(frozen, leaves)
     for name in also:

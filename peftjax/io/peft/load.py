@@ -17,6 +17,7 @@ from peftjax.io.peft.adapted import Adapted, read_adapted
 from peftjax.io.peft.config import LoraConfig, clean, rank_power, read_config
 from peftjax.io.peft.names import Model, names_of
 from peftjax.io.peft.plain import read_plain
+from peftjax.io.peft.prefix import import_prefix, is_prefix
 from peftjax.io.peft.tensors import read_file
 from peftjax.methods import build
 from peftjax.transform import Frozen, Params, Trainable, Transform
@@ -32,10 +33,11 @@ def import_peft(
 ) -> tuple[Transform, Frozen, Trainable]:
     """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
 
-    The method is `lora`, `rslora` or `dora`, in a chain with `train` where the file holds parameters
-    trained as they are. Layers of one of our stacks may have different ranks, different scales or no
-    adapter: ranks are filled up with rows of zeros in both factors, which stay zero in training, and
-    scales go into `b`. A rank larger than the matrix is brought down to it, with the same product.
+    The method is `prefix`, without an MLP, or `lora`, `rslora` or `dora`, in a chain with `train` where the
+    file holds parameters trained as they are. Layers of one of our stacks may have different ranks,
+    different scales or no adapter: ranks are filled up with rows of zeros in both factors, which stay zero
+    in training, and scales go into `b`. A rank larger than the matrix is brought down to it, with the same
+    product.
 
     Args:
         path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -50,6 +52,10 @@ def import_peft(
             the base's residual; a tensor has no place in the model, another shape, or is missing.
     """
     folder = Path(path)
+    if is_prefix(folder):
+        if leave_out:
+            raise PeftError(f"{folder}: a prefix is read whole; give no leave_out")
+        return import_prefix(folder, model, params)
     config = read_config(folder)
     file = read_file(folder, leave_out)
     names = names_of(model, params)

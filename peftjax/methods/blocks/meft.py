@@ -17,7 +17,7 @@ Two streams x1, x2 [B, S, D], which both start as the embeddings, go through lay
 An adapter is u -> f(u W_down + b) W_up + b', W_down [D, r], W_up [r, D] (see `bottleneck`). With small
 adapters and λ (or β) the streams stay close to the states of the pre-trained model, where training starts.
 
-Trained: 2 (2 D r + D + r) numbers a layer. W_down and W_up start as N(0, 0.02²), as released, and not as
+Trained: 2 (2 D r + D + r) numbers a layer, 3 (...) with cross-attention in variant 3. W_down and W_up start as N(0, 0.02²), as released, and not as
 zero: the first outputs are near the pre-trained model's, not equal.
 
 Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
@@ -46,9 +46,9 @@ start that is farther from the pre-trained model; `meft_check` tells for a model
 far `anchor_every` may go, and a training run warns where it goes too far.
 
 Differences: the paper's code is for BERT, where all norms come after the branches; here other norm orders are
-run as they are, and so is cross-attention, as part of the attention (without an adapter of its own). The
-released code calls λ = β = 0.1 its defaults and its scripts use the table's; so does this. There are no
-anchors in the paper.
+run as they are, and so is cross-attention, which is part of the attention and adapted like it. The released
+code calls λ = β = 0.1 its defaults, but its scripts use the table's; so does this. There are no anchors in
+the paper.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ import jax
 from jax import Array
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks.bottleneck import ACTIVATIONS, AdapterBlock, Bottleneck
+from peftjax.methods.blocks.bottleneck import ACTIVATIONS, AdapterBlock, Adapters, Bottleneck
 from peftjax.methods.blocks.meft_check import warn_of_inexact
 from peftjax.methods.blocks.reversible_stack import ADAPTER, Part, ReversibleStack
 from peftjax.methods.blocks.stacks import add_to_blocks, require_scan, rewrite_stacks, stacks_of
@@ -66,7 +66,6 @@ from peftjax.methods.targets import key_for
 from peftjax.reversible import Coupling
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
-INIT_STD = 0.02
 NAME = "meft"
 
 
@@ -145,21 +144,22 @@ def meft(
     )
     _require_valid(coupling, anchor_every, num_reversible)
     shapes = {
-        place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout)
+        place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout, init_as="bert")
         for place, form in chosen.adapters.items()
     }
-    for shape in shapes.values():
-        shape.require_valid(NAME)
+    alone = shapes.pop(ADAPTER, None)
+    inside = Adapters(**shapes)
+    for part in (inside, alone):
+        if part is not None:
+            part.require_valid(NAME)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         trainable: dict[str, Any] = {}
         for stack in stacks_of(NAME, params):
-            trainable[stack.name] = {
-                place: shape.init(
-                    key_for(key, f"{stack.name}/{place}"), (stack.num_layers,), stack.width, INIT_STD
-                )
-                for place, shape in shapes.items()
-            }
+            trainable[stack.name] = inside.init(key, stack)
+            if alone is not None:
+                own_key = key_for(key, f"{stack.name}/{ADAPTER}")
+                trainable[stack.name][ADAPTER] = alone.init(own_key, stack.num_layers, stack.width)
         return Frozen(params), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
@@ -174,16 +174,15 @@ def meft(
     def model(forward: Forward) -> Forward:
         def rewrite(backbone: Any) -> Any:
             require_scan(NAME, backbone)
-            own = {"activation": activation or _activation_of(backbone)}
-            adapters = {place: dataclasses.replace(shape, **own) for place, shape in shapes.items()}
             of_float32, of_shorter = chosen.anchor_every
             every = of_float32 if backbone.dtype == "float32" else of_shorter
             every = every if anchor_every is None else anchor_every
-            alone = adapters.pop(ADAPTER, None)
+            name = activation or _activation_of(backbone)
+            block = AdapterBlock(backbone.block, NAME, _activated(inside, name))
+            own = None if alone is None else dataclasses.replace(alone, activation=name)
             stack = ReversibleStack(
-                NAME, chosen.f, chosen.g, coupling, every, alone, num_reversible, backbone.stack
+                NAME, chosen.f, chosen.g, coupling, every, own, num_reversible, backbone.stack
             )
-            block = AdapterBlock(backbone.block, NAME, **adapters)
             return dataclasses.replace(backbone, block=block, stack=stack)
 
         return rewrite_stacks(NAME, forward, rewrite)
@@ -208,6 +207,17 @@ def _require_valid(coupling: Coupling, every: int | None, num_reversible: int | 
     for name, number in (("anchor_every", every), ("num_reversible", num_reversible)):
         if number is not None and number < 0:
             raise PeftError(f"{NAME}: {name} must be 0 or more, got {number}")
+
+
+def _activated(adapters: Adapters, activation: str) -> Adapters:
+    """The adapters with that activation."""
+    parts = {"attention": adapters.attention, "feed_forward": adapters.feed_forward}
+    changed = {
+        branch: dataclasses.replace(part, activation=activation)
+        for branch, part in parts.items()
+        if part is not None
+    }
+    return Adapters(**changed)
 
 
 def _activation_of(backbone: Any) -> str:

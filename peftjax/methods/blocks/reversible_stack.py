@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks.bottleneck import Bottleneck
+from peftjax.methods.blocks.bottleneck import BRANCHES, Bottleneck
 from peftjax.methods.blocks.rewritten import Context
 from peftjax.reversible import Coupling, Pair, inverse_errors, reversible
 
@@ -140,8 +140,8 @@ class ReversibleStack:
 
     def _adapted(self, layer: Any, x: Array) -> Array:
         own = layer.weights[self.name]
-        # The adapters of the two branches fold in 0 and 1.
-        key = jax.random.fold_in(own["key"], 2) if "key" in own else None
+        # The adapters of the branches fold in smaller numbers.
+        key = jax.random.fold_in(own["key"], len(BRANCHES)) if "key" in own else None
         return self.adapter.run(own[ADAPTER], x, key)
 
 

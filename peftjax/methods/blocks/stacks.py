@@ -5,7 +5,7 @@ stacked [num_layers, ...], so that the scan over the layers slices them with the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,32 +26,67 @@ class BlockStack:
         name: "blocks", or "encoder" of those of the encoder.
         num_layers: L.
         width: D of the residual stream.
+        key_width: K H of the keys and of the values of its attentions.
+        attentions: its branches with keys and values, "attention" and perhaps "cross_attention".
+        layers: the numbers of the layers that a method takes.
     """
 
     name: str
     num_layers: int
     width: int
+    key_width: int
+    attentions: tuple[str, ...]
+    layers: tuple[int, ...]
 
 
-def stacks_of(who: str, params: Params) -> tuple[BlockStack, ...]:
-    """The stacks of the parameters of a backbone: that of an encoder comes last.
+def stacks_of(who: str, params: Params, layers: int | Sequence[int] | None = None) -> tuple[BlockStack, ...]:
+    """The stacks of the parameters of a backbone that have any of the layers: that of an encoder comes last.
 
     Raises:
-        PeftError: they are not of a backbone.
+        PeftError: they are not of a backbone; a layer is in no stack, or none is named.
     """
     if not isinstance(params, Mapping) or not isinstance(params.get("blocks"), Mapping):
         raise PeftError(f"{who} {NOT_A_BACKBONE}")
-    parts = {"blocks": params, "encoder": params.get("encoder")}
-    stacks = []
-    for name, part in parts.items():
-        if part is not None:
-            num_layers, width = part["blocks"]["attention_norm"]["scale"].shape
-            stacks.append(BlockStack(name, num_layers, width))
-    return tuple(stacks)
+    blocks = {"blocks": params["blocks"]}
+    if params.get("encoder") is not None:
+        blocks["encoder"] = params["encoder"]["blocks"]
+    stacks = [_stack(name, own, layers) for name, own in blocks.items()]
+    if layers is not None:
+        wanted = _as_set(layers)
+        missing = wanted - {layer for stack in stacks for layer in stack.layers}
+        if missing or not wanted:
+            named = f"layer {min(missing)}" if missing else "no layer"
+            longest = max(stack.num_layers for stack in stacks)
+            raise PeftError(f"{who}: layers names {named}; give numbers from 0 to {longest - 1}, or None")
+    return tuple(stack for stack in stacks if stack.layers)
+
+
+def _stack(name: str, blocks: Params, layers: int | Sequence[int] | None) -> BlockStack:
+    num_layers, width = blocks["attention_norm"]["scale"].shape
+    attentions = tuple(branch for branch in ("attention", "cross_attention") if branch in blocks)
+    chosen = chosen_layers(layers, num_layers)
+    return BlockStack(name, num_layers, width, _key_width(blocks["attention"]), attentions, chosen)
+
+
+def chosen_layers(layers: int | Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Those of the layers that a stack of that many has; None is all."""
+    wanted = range(num_layers) if layers is None else _as_set(layers)
+    return tuple(layer for layer in range(num_layers) if layer in wanted)
+
+
+def _as_set(layers: int | Sequence[int]) -> set[int]:
+    return {layers} if isinstance(layers, int) else set(layers)
+
+
+def _key_width(attention: Params) -> int:
+    """K H, from the key's kernel [L, D, K H] or from qkv [L, D, (N + 2 K) H] and output [L, N H, D]."""
+    if "qkv" in attention:
+        return (attention["qkv"]["kernel"].shape[-1] - attention["output"]["kernel"].shape[-2]) // 2
+    return attention["key"]["kernel"].shape[-1]
 
 
 def add_to_blocks(who: str, params: Params, added: Mapping[str, Any]) -> Params:
-    """The parameters with `added[name of a stack]` as the parameters `who` of its blocks.
+    """The parameters with `added[name of a stack]`, where given, as the parameters `who` of its blocks.
 
     Raises:
         PeftError: the blocks have such parameters already.
@@ -59,9 +94,11 @@ def add_to_blocks(who: str, params: Params, added: Mapping[str, Any]) -> Params:
     blocks = params["blocks"]
     if who in blocks:
         raise PeftError(f"chain: {who!r} rewrites the blocks twice; leave one of the two out")
-    params = {**params, "blocks": {**blocks, who: added["blocks"]}}
+    if "blocks" in added:
+        params = {**params, "blocks": {**blocks, who: added["blocks"]}}
     if "encoder" in added:
-        params["encoder"] = add_to_blocks(who, params["encoder"], {"blocks": added["encoder"]})
+        encoder = add_to_blocks(who, params["encoder"], {"blocks": added["encoder"]})
+        params = {**params, "encoder": encoder}
     return params
 
 
