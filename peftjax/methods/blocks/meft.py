@@ -17,8 +17,9 @@ Two streams x1, x2 [B, S, D], which both start as the embeddings, go through lay
 An adapter is u -> f(u W_down + b) W_up + b', W_down [D, r], W_up [r, D] (see `bottleneck`). With small
 adapters and λ (or β) the streams stay close to the states of the pre-trained model, where training starts.
 
-Trained: 2 (2 D r + D + r) numbers a layer, 3 (...) with cross-attention in variant 3. W_down and W_up start as N(0, 0.02²), as released, and not as
-zero: the first outputs are near the pre-trained model's, not equal.
+Trained: 2 (2 D r + D + r) numbers a layer, and half as many more in variant 3 where a layer has
+cross-attention. W_down and W_up start as N(0, 0.02²), as released, and not as zero: the first outputs are
+near the pre-trained model's, not equal.
 
 Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
 [B, S, D] each, and keys of dropout; it makes a layer's inputs again from its outputs, and the layer once more
