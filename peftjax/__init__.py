@@ -13,6 +13,8 @@ from peftjax.methods.blocks.coded_residuals import coded_residuals
 from peftjax.methods.blocks.fisher import fisher_information
 from peftjax.methods.blocks.lst import lst
 from peftjax.methods.blocks.mam import mam, without_mlp
+from peftjax.methods.blocks.meft import meft
+from peftjax.methods.blocks.meft_check import MeftReport, meft_check
 from peftjax.methods.blocks.prefix import prefix, prefix_of
 from peftjax.methods.blocks.s2a import s2a
 from peftjax.methods.lowrank.dora import dora
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS",
     "Frozen",
     "Generated",
+    "MeftReport",
     "MethodInfo",
     "PeftError",
     "Plan",
@@ -76,6 +79,8 @@ __all__ = [
     "mam",
     "matmul",
     "mean_gradient",
+    "meft",
+    "meft_check",
     "mix",
     "olora",
     "overlap",

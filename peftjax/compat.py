@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 from jax.extend import core as jex
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__))
 
@@ -142,6 +142,40 @@ def by_platform(
     return primitive.bind
 
 
+def one_equation(
+    name: str,
+    body: Callable[..., Sequence[Any]],
+    differentiable: Callable[..., Callable[..., Sequence[Any]]],
+    mapped: Callable[..., Sequence[Any]],
+) -> Callable[..., list[Any]]:
+    """A function of arrays and static keywords that is one equation in a jaxpr until it is differentiated.
+
+    `body(*arrays, **static)` is what it runs. `differentiable(moving, arrays, **static)` gives the function,
+    with a rule, that stands for it where those `arrays` for which `moving` is True have a tangent; it takes
+    these alone. `mapped(arrays, axes, **static)` gives the outputs mapped over those axes, axis 0 of each.
+    """
+    primitive = jex.Primitive(name)
+    primitive.multiple_results = True
+    primitive.bodies = {None: body}
+    primitive.def_impl(body)
+    primitive.def_abstract_eval(lambda *avals, **static: _types(partial(body, **static), avals))
+    ad.primitive_jvps[primitive] = partial(_derivative, differentiable)
+    batching.primitive_batchers[primitive] = partial(_batched, mapped)
+    mlir.register_lowering(primitive, mlir.lower_fun(body, multiple_results=True))
+    return primitive.bind
+
+
+def with_constants(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """`fn` as `(constants, *args) -> flat outputs`, and the constants: the arrays that it closes over."""
+    jaxpr, constants = open_jaxpr(jax.make_jaxpr(fn)(*args))
+    return lambda constants, *args: jax.core.eval_jaxpr(jaxpr, constants, *args), list(constants)
+
+
+def callable_of(closed: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its arguments."""
+    return jex.jaxpr_as_fun(closed)
+
+
 def body_for(primitive: Any, platform: str) -> Callable[..., Sequence[Any]] | None:
     """What a primitive of `by_platform` runs in a program for one device; None for any other primitive."""
     bodies = getattr(primitive, "bodies", None)
@@ -156,6 +190,17 @@ def grid_size(params: dict[str, Any]) -> int | None:
 
 def _types(f: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> list[Any]:
     return [jax.typeof(out) for out in jax.eval_shape(f, *avals)]
+
+
+def _derivative(differentiable: Any, primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> Any:
+    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents]
+    given, along = (tuple(v for v, m in zip(values, moving) if m) for values in (primals, tangents))
+    return jax.jvp(differentiable(moving, primals, **static), given, along)
+
+
+def _batched(mapped: Any, arrays: Sequence[Any], axes: Sequence[int | None], **static: Any) -> tuple:
+    out = list(mapped(arrays, axes, **static))
+    return out, [0] * len(out)
 
 
 def _over_stack(primitive: Any, arrays: Sequence[Any], axes: Sequence[int | None], **static: Any) -> tuple:

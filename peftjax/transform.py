@@ -15,6 +15,8 @@ from peftjax.weights.base import Weight, dense
 Params = Any
 Trainable = Any
 Forward = Callable[..., Any]
+Check = Callable[..., str | None]
+"""`(method, model, frozen, trainable, batch, loss) -> a warning or None`, with `loss(outputs, batch)`."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +72,8 @@ class Transform:
         review: `(params, {path: method}) -> None`, called by `chain` when all methods have begun: the
             parameters with all that is structured, and which plain ones are trained. It raises where what
             another method trains would get no gradient.
+        checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
+            the whole chain.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Transform:
     optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
     write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
     review: Callable[[Params, Mapping[str, str]], None] = _take_all
+    checks: tuple[Check, ...] = ()
 
     @property
     def in_place(self) -> bool:
@@ -186,7 +191,9 @@ def chain(*methods: Transform) -> Transform:
 
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
-    return Transform("chain", config, init, apply, model, optimizer, review=review, **in_place)
+    checks = tuple(check for method in methods for check in method.checks)
+    hooks = {"review": review, "checks": checks, **in_place}
+    return Transform("chain", config, init, apply, model, optimizer, **hooks)
 
 
 def _fold_base(

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import compat
+from peftjax.reversible import reversible
 from peftjax.weights.base import Weight, dense
 
 if TYPE_CHECKING:
@@ -42,14 +43,13 @@ def _remat(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     consts, carry, xs = compat.split_scan(eqn.params, operands)
-    xs = [x.stack_first() if isinstance(x, Weight) else x for x in xs]
-    if any(x is None for x in xs):
+    xs = _layers_first(xs)
+    if xs is None:
         return None
     body = run.call(eqn.params["jaxpr"])
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        xs = [x.relabelled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in xs]
-        out = body(*consts, *carry, *xs)
+        out = body(*consts, *carry, *_of_one_layer(xs))
         return out[: len(carry)], out[len(carry) :]
 
     length = eqn.params["length"]
@@ -58,6 +58,32 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     )
     ys = [y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys]
     return [*carry, *ys]
+
+
+def _layers_first(xs: list[Any]) -> list[Any] | None:
+    """What is scanned, its weights with the scanned axis first; None where one has no such view."""
+    xs = [x.stack_first() if isinstance(x, Weight) else x for x in xs]
+    return None if any(x is None for x in xs) else xs
+
+
+def _of_one_layer(xs: list[Any]) -> list[Any]:
+    """The weights of which each part has lost its first axis."""
+    return [x.relabelled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in xs]
+
+
+def _reversible(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+    plan = eqn.params["plan"]
+    pair, shared, layers = plan.split(operands)
+    layers = _layers_first(layers)
+    if layers is None:
+        return None
+
+    def branch(jaxpr: Any) -> Callable[[list[Any], list[Any], Any], Any]:
+        body = run.call(jaxpr)
+        return lambda shared, layer, x: body(*shared, *_of_one_layer(layer), x)[0]
+
+    f, g = (branch(eqn.params[name]) for name in ("f", "g"))
+    return list(reversible(f, g, pair, shared, layers, plan.coupling, every=plan.every))
 
 
 def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -196,6 +222,7 @@ CONTROL: dict[str, Callable[["Evaluator", Any, list[Any]], list[Any] | None]] = 
     "remat": _remat,
     "remat2": _remat,
     "scan": _scan,
+    "reversible": _reversible,
     "while": _while,
     "cond": _cond,
     "custom_jvp_call": _custom_jvp,

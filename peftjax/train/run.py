@@ -4,17 +4,20 @@ import dataclasses
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peftjax import tree
 from peftjax.io.adapter import save_adapter
 from peftjax.io.files import replacing
-from peftjax.losses import classification
+from peftjax.losses import Batch, classification
 from peftjax.methods import describe
+from peftjax.models.backbone import Backbone
 from peftjax.train.config import TrainConfig, plan_steps, validate, with_defaults
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
@@ -24,10 +27,12 @@ from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import find_task
 from peftjax.train.usage import peak_memory
-from peftjax.transform import Transform
+from peftjax.transform import Frozen, Trainable, Transform
 
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
+# Of the first batch, for the method's checks, which may keep what training does not.
+CHECKED_ROWS = 2
 # Options that change what is written or kept, and not the numbers of the run.
 _NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard")
 
@@ -72,6 +77,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     if prepared.evaluates_before:
         before = task.named_scores(evaluate(trainable, frozen, prepared.held_out()))
         say(f"before training: {', '.join(f'{score} {value:.4f}' for score, value in before.items())}")
+    warn(method, model, frozen, trainable, prepared.training)
     result = fit(
         forward,
         method,
@@ -121,6 +127,24 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     with replacing(options.output / SUMMARY) as (file,):
         file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def warn(method: Transform, model: Backbone, frozen: Frozen, trainable: Trainable, batches: Any) -> None:
+    """Warn of what the method's own checks find on the first rows of the next training batch."""
+    if not method.checks:
+        return
+    state = batches.get_state()
+    rows = {name: values[:CHECKED_ROWS] for name, values in next(batches).items()}
+    batches.set_state(state)
+
+    def loss(outputs: Any, batch: Batch) -> jax.Array:
+        sums, weight = classification(outputs, batch)
+        return sums["loss"] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+
+    for check in method.checks:
+        found = check(method, model, frozen, trainable, rows, loss)
+        if found is not None:
+            warnings.warn(found, stacklevel=2)
 
 
 def _training(config: TrainConfig) -> dict[str, Any]:

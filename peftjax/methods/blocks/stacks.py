@@ -127,3 +127,11 @@ def require_backbone(who: str, model: Forward) -> None:
     """Raise a PeftError unless the model is a backbone, told by its parts."""
     if not all(hasattr(model, part) for part in ("block", "stack", "run_layer")):
         raise PeftError(f"{who} {NOT_A_BACKBONE}")
+
+
+def require_scan(who: str, backbone: Any) -> None:
+    """Raise a PeftError where another method has changed how the blocks are run."""
+    name = type(backbone.stack).__name__
+    if name != "Scan":
+        other = getattr(backbone.stack, "name", name)
+        raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
