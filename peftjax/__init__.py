@@ -9,6 +9,7 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.vqt import vqt
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -83,4 +84,5 @@ __all__ = [
     "switch",
     "to_lora",
     "train",
+    "vqt",
 ]

@@ -30,6 +30,7 @@ from peftjax.models.layers import (
     recompute,
     recompute_module,
 )
+from peftjax.models.queries import place_of_queries, rotation_of_queries, seen_by_queries
 from peftjax.models.rope import layer_rotation, rotate
 
 
@@ -84,6 +85,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "B S NH"]:
         """The values that every token sees, mixed; of earlier calls too where there is a cache.
 
+        With `attended` in the context the query [B, T, N, H] is that of queries beside the S tokens.
         `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, `bias`
         [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
         this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
@@ -94,21 +96,31 @@ class Attention(nn.Module):
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
 
-        def rotated(x: Array) -> Array:
-            return rotate(x, layer_rotation(context)) if config.rotary else x
-
         offset = context.get("cache_index", 0)
+        visible = Visibility(config.causal, context.get("window", config.window), offset)
+        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
+        place = None
+        if "attended" in context:
+            batch, length = key.shape[:2]
+            place = place_of_queries(context, batch, length)
+            visible, seen = Visibility(), {"mask": seen_by_queries(context, visible, place, length)}
+
+        def rotated(x: Array, place: Array | None = None) -> Array:
+            if not config.rotary:
+                return x
+            turn = layer_rotation(context)
+            return rotate(x, turn if place is None else rotation_of_queries(turn, place))
+
         cached = "cache_index" in context
         if cached:
             key, value = self._through_cache(rotated(key), value, context)
-        visible = Visibility(config.causal, context.get("window", config.window), offset)
         dropped = config.attention_dropout > 0.0 and self.has_rng("dropout")
         dropout_key = self.make_rng("dropout") if dropped else None
 
         @recompute
         def mixed(query: Array, key: Array, value: Array, context: Context) -> Array:
             return attend(
-                rotated(query),
+                rotated(query, place),
                 key if cached else rotated(key),
                 value,
                 mask=context.get("mask"),
@@ -121,7 +133,6 @@ class Attention(nn.Module):
                 dropout_key=dropout_key,
             )
 
-        seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
         result = mixed(query, key, value, seen)
         return result.reshape(*result.shape[:2], -1)
 
@@ -238,8 +249,15 @@ class Block(nn.Module):
         return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
-        """What attention adds to the residual stream."""
-        mixed = self.attention.mix(*_project(self, hidden), context)
+        """What attention adds to the residual stream.
+
+        With `attended` [B, S, D] in the context, the stream before this block, `hidden` [B, T, D] are queries
+        beside its tokens: they read those, and neither are read nor read each other.
+        """
+        query, key, value = _project(self, hidden)
+        if "attended" in context:
+            _, key, value = _project(self, context["attended"])
+        mixed = self.attention.mix(query, key, value, context)
         update = self.attention_dropout(self.attention.output(mixed))
         return self.attention_post_norm(update) if self._sandwich else update
 

@@ -80,3 +80,20 @@ def require_backbone(who: str, model: Forward) -> None:
     """Raise a PeftError unless the model is a backbone, told by its parts."""
     if not all(hasattr(model, part) for part in ("block", "stack", "run_layer")):
         raise PeftError(f"{who} {NOT_A_BACKBONE}")
+
+
+def require_scan(who: str, model: Forward) -> None:
+    """Raise a PeftError unless the model is a backbone that no other method runs in a way of its own."""
+    require_backbone(who, model)
+    if (stack := type(model.stack).__name__) != "Scan":
+        raise PeftError(
+            f"chain: {who} decides how the blocks are run, and so does the method of the {stack} that this "
+            "model has; leave one of the two out"
+        )
+
+
+def require_one_stack(who: str, owner: Any, why: str) -> None:
+    """Raise a PeftError for an encoder-decoder: a backbone, or its parameters."""
+    encoder = owner.get("encoder") if isinstance(owner, Mapping) else owner.encoder
+    if encoder is not None:
+        raise PeftError(f"{who} has no encoder-decoder: {why}; use a method of weights (pj.lora, ...)")
