@@ -9,6 +9,8 @@ from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.methods import METHODS, build, describe
 from peftjax.methods.blocks.adapters import pfeiffer
+from peftjax.methods.blocks.sherl import sherl
+from peftjax.methods.blocks.unipt import unipt
 from peftjax.methods.blocks.vqt import vqt
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
@@ -78,11 +80,13 @@ __all__ = [
     "sara",
     "save",
     "set_sparsity",
+    "sherl",
     "shira",
     "snell",
     "snella",
     "switch",
     "to_lora",
     "train",
+    "unipt",
     "vqt",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks import adapters, vqt
+from peftjax.methods.blocks import adapters, sherl, unipt, vqt
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -31,6 +31,8 @@ METHODS: dict[str, MethodInfo] = {
         *plain.METHODS,
         adapters.PFEIFFER,
         vqt.METHOD,
+        unipt.METHOD,
+        sherl.METHOD,
     )
 }
 

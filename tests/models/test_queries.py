@@ -16,6 +16,7 @@ from peftjax.models.vit import ViTConfig, vit
 
 IDS = jax.random.randint(KEY, (2, 7), 0, 11)
 PADDED = {"input_ids": IDS, "attention_mask": jnp.array([[1] * 7, [1] * 4 + [0] * 3])}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 LLAMA = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 LLAMA |= {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMA = {

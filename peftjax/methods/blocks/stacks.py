@@ -96,4 +96,4 @@ def require_one_stack(who: str, owner: Any, why: str) -> None:
     """Raise a PeftError for an encoder-decoder: a backbone, or its parameters."""
     encoder = owner.get("encoder") if isinstance(owner, Mapping) else owner.encoder
     if encoder is not None:
-        raise PeftError(f"{who} has no encoder-decoder: {why}; use a method of weights (pj.lora, ...)")
+        raise PeftError(f"{who} is not for an encoder-decoder: {why}; use a method of weights (pj.lora, ...)")
