@@ -3,11 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.extend.core import Literal
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from beside import TOKENS, assert_trains_sharded, images, kept, loss_of, made
 from support import KEY, assert_close, made_shapes, noisy
 from tiny_models import tiny
 from tiny_t5 import make as make_t5
@@ -17,16 +14,8 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.blocks.features import unit
 from peftjax.models.vit import ViTConfig, vit
-from peftjax.train.step import make_step
 
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 40, "labels": ("a", "b", "c")}
-TOKENS, QUERIES = 17, 2
-
-
-def images(layers=3, **changes):
-    config = ViTConfig(image_size=(8, 8), patch_size=(2, 2), num_hidden_layers=layers, **SIZES)
-    model = vit(config, head="classifier", **changes)
-    return model, noisy(jax.jit(model.init)(KEY)), {"pixel_values": jax.random.normal(KEY, (2, 3, 8, 8))}
+QUERIES = 2
 
 
 def texts(name):
@@ -35,14 +24,10 @@ def texts(name):
     return model.forward, model.params, {**model.batch, "attention_mask": mask}
 
 
-def made(params, **options):
+def queried(params, **options):
+    """`(method, frozen, trainable)`."""
     method = pj.vqt(**{"num_queries": QUERIES, **options})
-    frozen, trainable = method.init(KEY, params)
-    return method, frozen, noisy(trainable)
-
-
-def loss_of(method, model, frozen, batch):
-    return lambda t: jnp.sum(jnp.sin(3.0 * method.model(model)(method.apply(frozen, t), batch)))
+    return method, *made(method, params)
 
 
 def joined(model, params, batch, queries):
@@ -71,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_the_released_form_in_one_pass_and_in
     model, params, batch = images() if name == "images" else texts(name)
     results = []
     for passes in (1, 2):
-        method, frozen, trainable = made(params, passes=passes)
+        method, frozen, trainable = queried(params, passes=passes)
         results.append(jax.jit(jax.value_and_grad(loss_of(method, model, frozen, batch)))(trainable))
     adapted = method.model(model)
 
@@ -89,7 +74,7 @@ def test_outputs_and_gradients_are_those_of_the_released_form_in_one_pass_and_in
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_tokens_do_not_see_the_queries_and_a_layer_sees_its_own_queries_alone(passes):
     model, params, batch = images()
-    method, frozen, trainable = made(params, passes=passes)
+    method, frozen, trainable = queried(params, passes=passes)
     adapted, (hidden, context) = method.model(model), model.run_embed(params, batch)
 
     def run(queries):
@@ -109,7 +94,7 @@ def test_the_tokens_do_not_see_the_queries_and_a_layer_sees_its_own_queries_alon
 
 def test_features_are_of_length_one_and_order_of_tokens_is_nothing_to_them():
     model, params, batch = images()
-    trainable = made(params)[2]
+    trainable = queried(params)[2]
     layer = jax.tree.map(lambda leaf: leaf[0], model.layers(params))
     hidden, _ = model.run_embed(params, batch)
     queries = jnp.broadcast_to(trainable["queries"][0], (2, QUERIES, 16))
@@ -129,25 +114,11 @@ def test_sizes_and_start():
     assert 0.98 * bound < float(jnp.abs(queries).max()) <= bound
 
 
-def kept(model, params, batch, **options):
-    """Shapes of what backward keeps of a float32 model beside parameters."""
-    method, frozen, trainable = made(params, **options)
-
-    def residuals(trainable, frozen, batch):
-        run = lambda trainable: method.model(model)(method.apply(frozen, trainable), batch)
-        return jax.tree.leaves(jax.vjp(run, trainable)[1])
-
-    jaxpr = jax.make_jaxpr(residuals)(trainable, frozen, batch).jaxpr
-    of_weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    variables = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - {*jaxpr.invars, *jaxpr.constvars}
-    return sorted(v.aval.shape for v in variables if v.aval.shape not in of_weights)
-
-
 def test_one_pass_keeps_keys_and_values_or_the_states_alone():
     token = (3, 2, TOKENS)
-    of_tokens = [shape for shape in kept(*images()) if TOKENS in shape]
+    of_tokens = [shape for shape in kept(pj.vqt(), *images()) if TOKENS in shape]
     assert of_tokens == [(*token, 2, 8), (*token, 2, 8)]
-    of_tokens = [shape for shape in kept(*images(remat="nothing_saveable")) if TOKENS in shape]
+    of_tokens = [shape for shape in kept(pj.vqt(), *images(remat="nothing_saveable")) if TOKENS in shape]
     assert of_tokens == [(*token, 16)]
 
 
@@ -156,7 +127,7 @@ def test_two_passes_keep_what_does_not_grow_with_the_layers():
     features = lambda layers: [(2, 16 + layers * QUERIES * 16), (2, layers, QUERIES * 16)]
     kinds = []
     for layers in (3, 6):
-        shapes = kept(*images(layers), passes=2)
+        shapes = kept(pj.vqt(num_queries=QUERIES, passes=2), *images(layers))
         kinds.append([shape for shape in shapes if shape not in (*features(layers), (layers,))])
     assert kinds[0] == kinds[1] == [(2, 16), (2, TOKENS, 16)]
 
@@ -164,7 +135,7 @@ def test_two_passes_keep_what_does_not_grow_with_the_layers():
 @pytest.mark.parametrize("passes", [1, 2])
 def test_backward_makes_nothing_of_the_feed_forward_of_tokens(passes):
     model, params, batch = images()
-    method, frozen, trainable = made(params, passes=passes)
+    method, frozen, trainable = queried(params, passes=passes)
     loss = loss_of(method, model, frozen, batch)
     shapes = list(made_shapes(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr))
     wide = [shape for shape in shapes if shape == (2 * TOKENS, 40)]
@@ -187,7 +158,7 @@ def test_a_lora_below_is_read_and_not_trained(passes):
 
 def test_dropout_of_queries_draws_for_every_row_and_only_with_a_key():
     model, params, batch = images()
-    method, frozen, trainable = made(params, dropout=0.5)
+    method, frozen, trainable = queried(params, dropout=0.5)
     adapted = method.model(model)
     hidden, context = model.run_embed(params, jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), batch))
     run = jax.jit(lambda applied: adapted.run_blocks(applied, hidden, context)[1])
@@ -200,20 +171,7 @@ def test_dropout_of_queries_draws_for_every_row_and_only_with_a_key():
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_sharded_training_is_training_on_one_device(passes):
-    model, params, batch = images()
-    batch = {"pixel_values": jnp.concatenate([batch["pixel_values"]] * 4), "labels": jnp.arange(8) % 3}
-    batch["weights"] = jnp.ones(8)
-    method, frozen, trainable = made(params, passes=passes, dropout=0.0)
-    tx = optax.sgd(0.1)
-    step = make_step(method.model(model), method, tx, pj.losses.classification)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    whole = NamedSharding(mesh, P())
-    copies = [jax.tree.map(jnp.copy, trainable), jax.device_put(trainable, whole)]
-    one = step(copies[0], tx.init(copies[0]), frozen, batch, KEY)
-    many = step(copies[1], tx.init(copies[1]), jax.device_put(frozen, whole), spread, KEY)
-    assert_close(many[0], one[0])
-    assert float(one[2]["grad_norm"]) > 0
+    assert_trains_sharded(pj.vqt(passes=passes, dropout=0.0))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder
 
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2
-# Of a backbone: with two, what chooses among the layers below the last would have one to choose.
-BLOCKS = 3
+# Of a backbone: what chooses among the layers below the last two needs some to choose from.
+BLOCKS = 6
 TOKENS = jax.random.randint(KEY, (2, 5), 0, VOCABULARY)
 # Every weight a method may know how to adapt, for the methods whose default is 'all-linear'.
 EVERY_WEIGHT = r".*(kernel|embedding)"

@@ -106,12 +106,12 @@ def linear(part: Part, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
     return x @ part["kernel"].astype(x.dtype) + part["bias"].astype(x.dtype)
 
 
-def layer_norm(part: Part, x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:
-    """A layer norm over the last axis, computed in float32."""
-    wide = x.astype(jnp.float32)
+def linear_norm(part: Part, norm: Part, x: Float[Array, "... i"], epsilon: float) -> Float[Array, "... o"]:
+    """`LN(x W + b)` over the last axis; all but the product in float32."""
+    wide = (x @ part["kernel"].astype(x.dtype)).astype(jnp.float32) + part["bias"]
     wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
-    return (wide * part["scale"] + part["bias"]).astype(x.dtype)
+    return (wide * norm["scale"] + norm["bias"]).astype(x.dtype)
 
 
 @functools.partial(recompute, static_argnums=1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from peftjax.methods.blocks.features import Part, layer_norm, linear, mean_visible, recompute
+from peftjax.methods.blocks.features import Part, linear, linear_norm, mean_visible, recompute
 
 Params = Any
 EPSILON = 1e-5
@@ -47,7 +47,7 @@ def narrow_states(
     def narrow(down: Part, norm: Part | None, state: Array) -> Array:
         if norm is None:
             return linear(down, jax.nn.relu(state))
-        return layer_norm(norm, linear(down, state), EPSILON)
+        return linear_norm(down, norm, state, EPSILON)
 
     tokens = jax.vmap(narrow)(own["down"], own.get("down_norm"), states)
     of_last = narrow(own["last"], own.get("last_norm"), last)
@@ -116,8 +116,8 @@ def output(
     if kind.of_clip:
         return last + linear(own["up"], jax.nn.relu(mixed))
     project = own["project"]
-    mixed = linear(project["linear"], mixed)
+    narrow = project["linear"]
     if kind.projection == "bottleneck":
-        mixed = linear(project["contract"], jax.nn.relu(mixed))
-    mixed = anchor + layer_norm(project["norm"], mixed, EPSILON)
+        narrow, mixed = project["contract"], jax.nn.relu(linear(narrow, mixed))
+    mixed = anchor + linear_norm(narrow, project["norm"], mixed, EPSILON)
     return linear(own["up"], jax.nn.relu(mixed) if kind.active else mixed)

@@ -1,7 +1,7 @@
 """SHERL: what the early layers of a frozen backbone say, said once, goes through its last layer.
 
-Diao et al. 2024, arXiv 2407.07523. From the states H_0 ... H_{L-1} [B, S, D] before each layer, detached, with
-d = D / factor; s and t run over the layers below the guide g = X_{L-1}, for every token apart:
+Diao et al. 2024, arXiv 2407.07523. From the states H_0 ... H_{L-1} [B, S, D] before each layer, detached,
+with d = D / factor; s and t run over the layers below the guide g = X_{L-1}, for every token apart:
 
     X_s = LN(H_s W_s + b_s)  [B, S, d]
     r_s = Σ_t relu(cos(X_s, X_t))                 what the layers say alike, 1 or more
@@ -37,9 +37,8 @@ from peftjax.methods.blocks.features import (
     Context,
     Part,
     drop,
-    layer_norm,
-    linear,
     linear_init,
+    linear_norm,
     norm_init,
     recompute,
     states_of,
@@ -82,9 +81,7 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         if not inner:
             raise PeftError(f"{NAME}: factor {factor} is larger than the model's width {width}")
         if layers < 2:
-            raise PeftError(
-                f"{NAME}: one layer has no earlier ones to merge; use a method of weights (pj.lora)"
-            )
+            raise PeftError(f"{NAME}: one layer has no earlier ones to merge; use pj.lora")
         keys = jax.random.split(key, 3)
         confidence = linear_init(keys[1], (), inner, 1)
         return Frozen(params), {
@@ -145,15 +142,15 @@ class LateStack:
         return model.run_layer_cached(_last(model, model.layers(params)), entering, context, cache)
 
     def _entering(self, own: Params, states: Float[Array, "L B S D"]) -> Float[Array, "B S D"]:
-        """u."""
+        """What the last layer reads, u."""
 
         @recompute
         def narrow(down: Part, norm: Part, state: Array) -> Array:
-            return layer_norm(norm, linear(down, state), DOWN_EPSILON)
+            return linear_norm(down, norm, state, DOWN_EPSILON)
 
         @recompute
         def widen(own: Params, merged: Array, last: Array) -> Array:
-            update = layer_norm(own["out_norm"], linear(own["out"], jax.nn.relu(merged)), OUT_EPSILON)
+            update = linear_norm(own["out"], own["out_norm"], jax.nn.relu(merged), OUT_EPSILON)
             gate = jnp.tanh(own["gamma"] / TEMPERATURE).astype(last.dtype)
             return drop(update, own.get("key"), self.dropout) + gate * last
 
@@ -163,7 +160,7 @@ class LateStack:
 
 @recompute
 def merge(confidence: Part, narrowed: Float[Array, "L B S d"]) -> Float[Array, "B S d"]:
-    """z."""
+    """The early layers and the guide, z."""
     early, guide = narrowed[:-1], narrowed[-1]
     shares = shares_of(confidence, early, guide)
     mixed = jnp.einsum("nbs,nbsd->bsd", shares, early.astype(jnp.float32))
