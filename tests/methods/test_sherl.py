@@ -120,7 +120,7 @@ def test_its_size_is_that_of_the_released_code():
     shapes = jax.eval_shape(pj.sherl().init, KEY, jax.eval_shape(model.init, KEY))[1]
     size = lambda inner: 12 * (768 * inner + 3 * inner) + inner + 1 + inner * 768 + 3 * 768 + 1
     assert tree.count(shapes) == size(768 // 2)
-    assert size(512) == 5_133_058 + 1  # there without γ
+    assert size(512) == 5_133_058  # there, where d is half of 1024
 
 
 def test_backward_keeps_the_states_their_narrow_form_and_one_layer():

@@ -28,27 +28,25 @@ Nothing else in the blocks or below is trained: a LoRA chained with it stays as 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.blocks.features import Context, detached, drop, linear, unit
+from peftjax.methods.blocks.feature_head import Features, QueryHead
+from peftjax.methods.blocks.features import Context, detached, drop
 from peftjax.methods.blocks.stacks import add_to_blocks, require_one_stack, require_scan, stacks_of
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 NAME = "vqt"
-EPSILON = 1e-12
 NEEDS_A_CLASSIFIER = (
     "vqt puts a linear classifier over all layers in the place of the model's, and this model has none; "
     "load it with head='classifier'"
 )
-Features = Float[Array, "L B T D"]
 
 
 def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Transform:
@@ -97,7 +95,7 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         if "classifier" not in forward.head_name:
             raise PeftError(NEEDS_A_CLASSIFIER)
         stack = QueryStack(passes, dropout)
-        return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head))
+        return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head, NAME))
 
     return Transform(NAME, config, init, apply, model)
 
@@ -181,50 +179,6 @@ class QueryStack:
         raise PeftError("vqt classifies and has no next tokens; use another method to generate")
 
     run_cached = empty_cache
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryHead:
-    """The linear classifier over the features of all layers, beside a head whose classifier it replaces.
-
-    It stands where a Linen head does.
-
-    Attributes:
-        inner: the model's own head, which gives c.
-    """
-
-    inner: Any
-
-    def apply(
-        self, variables: Any, read: tuple[Array, Features], context: Context, embed: Params, **options: Any
-    ) -> Float[Array, "B C"]:
-        """The logits from H_L [B, S, D] and F [L, B, T, D]."""
-        hidden, features = read
-        weights = dict(variables["params"])
-        own = weights.pop(NAME)
-        with nn.intercept_methods(_stop_before_the_classifier):
-            first = self.inner.apply({"params": weights}, hidden, context, embed, **options)
-        # [B, L, T D]: the norm is that of a layer, over its queries together.
-        layers = features.transpose(1, 0, 2, 3).reshape(features.shape[1], len(features), -1)
-        rows = [unit(first, EPSILON), unit(layers, EPSILON).reshape(len(first), -1)]
-        return linear(own, jnp.concatenate(rows, axis=-1).astype(first.dtype))
-
-    def clone(self, **changes: Any) -> "QueryHead":
-        """The same changes to the model's own head."""
-        return QueryHead(self.inner.clone(**changes))
-
-    def lazy_init(self, key: Array, read: Array, *inputs: Any) -> Any:
-        """The variables of the head as it was."""
-        return self.inner.lazy_init(key, read, *inputs)
-
-
-def _stop_before_the_classifier(
-    run: Callable[..., Any], inputs: tuple[Any, ...], options: Mapping[str, Any], called: Any
-) -> Any:
-    """The last layer of every classifier's head is called so, and gives back what it reads."""
-    if called.module.name == "classifier" and called.method_name == "__call__":
-        return inputs[0]
-    return run(*inputs, **options)
 
 
 def _sizes(params: Params) -> tuple[int, int, int, int]:
