@@ -65,7 +65,7 @@ def make(name, **options):
     return info.factory(**config)
 
 
-ON_A_LINEAR_LAYER = [name for name in pj.METHODS if name != "rows"]
+ON_A_LINEAR_LAYER = [name for name, info in pj.METHODS.items() if name != "rows" and not info.of_blocks]
 
 
 X_KEPT, THIN, OUT = ("float32", (N, N_IN)), ("float32", (N, RANK)), ("float32", (N, N_OUT))

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 Part = Mapping[str, Array]
 Context = dict[str, Any]
-# These run in scans or once, so that nothing needs to be kept from being shared.
+# In a scan only, whose forward and backward loops share no subexpression; elsewhere the compiler would keep
+# what `jax.checkpoint` without its barriers means to make again.
 recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -114,7 +115,7 @@ def linear_norm(part: Part, norm: Part, x: Float[Array, "... i"], epsilon: float
     return (wide * norm["scale"] + norm["bias"]).astype(x.dtype)
 
 
-@functools.partial(recompute, static_argnums=1)
+@functools.partial(jax.checkpoint, static_argnums=1)
 def unit(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:
     """`x / max(|x|, epsilon)` over the last axis in float32; its gradient at zero is finite."""
     wide = x.astype(jnp.float32)
@@ -126,7 +127,7 @@ def drop(x: Array, key: Key[Array, ""] | None, rate: float) -> Array:
     if key is None or not rate:
         return x
 
-    @recompute
+    @jax.checkpoint
     def masked(key: Key[Array, ""], x: Array) -> Array:
         return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)
 

@@ -43,7 +43,7 @@ def narrow_states(
 ) -> tuple[Float[Array, "B S d"], Float[Array, "n B S d"]]:
     """Q, and T_l of the layers to aggregate."""
 
-    @recompute
+    @jax.checkpoint
     def narrow(down: Part, norm: Part | None, state: Array) -> Array:
         if norm is None:
             return linear(down, jax.nn.relu(state))
@@ -104,7 +104,7 @@ def interaction(
     return jnp.einsum("bsk,bkd->bsd", weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
 
 
-@functools.partial(recompute, static_argnums=0)
+@functools.partial(jax.checkpoint, static_argnums=0)
 def output(
     kind: Variant,
     own: Params,

@@ -26,7 +26,7 @@ rest.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,11 @@ from peftjax.methods.blocks.features import (
     linear_init,
     linear_norm,
     norm_init,
-    recompute,
     states_of,
     states_of_cached,
     unit,
 )
-from peftjax.methods.blocks.stacks import require_one_stack, require_scan, stacks_of
+from peftjax.methods.blocks.stacks import require_backbone, require_one_stack, require_scan, stacks_of
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 NAME = "sherl"
@@ -98,6 +97,7 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         return {**frozen.params, NAME: own}
 
     def model(forward: Forward) -> Forward:
+        require_backbone(NAME, forward)
         require_scan(NAME, forward)
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=LateStack(dropout, forward.stack))
@@ -114,6 +114,7 @@ class LateStack:
         inner: the stack as it was, which knows the blocks' cache.
     """
 
+    name: ClassVar[str] = NAME
     dropout: float
     inner: Any
 
@@ -144,11 +145,11 @@ class LateStack:
     def _entering(self, own: Params, states: Float[Array, "L B S D"]) -> Float[Array, "B S D"]:
         """What the last layer reads, u."""
 
-        @recompute
+        @jax.checkpoint
         def narrow(down: Part, norm: Part, state: Array) -> Array:
             return linear_norm(down, norm, state, DOWN_EPSILON)
 
-        @recompute
+        @jax.checkpoint
         def widen(own: Params, merged: Array, last: Array) -> Array:
             update = linear_norm(own["out"], own["out_norm"], jax.nn.relu(merged), OUT_EPSILON)
             gate = jnp.tanh(own["gamma"] / TEMPERATURE).astype(last.dtype)
@@ -158,7 +159,7 @@ class LateStack:
         return widen(own, merge(own["confidence"], narrowed), states[-1])
 
 
-@recompute
+@jax.checkpoint
 def merge(confidence: Part, narrowed: Float[Array, "L B S d"]) -> Float[Array, "B S d"]:
     """The early layers and the guide, z."""
     early, guide = narrowed[:-1], narrowed[-1]

@@ -82,14 +82,12 @@ def require_backbone(who: str, model: Forward) -> None:
         raise PeftError(f"{who} {NOT_A_BACKBONE}")
 
 
-def require_scan(who: str, model: Forward) -> None:
-    """Raise a PeftError unless the model is a backbone that no other method runs in a way of its own."""
-    require_backbone(who, model)
-    if (stack := type(model.stack).__name__) != "Scan":
-        raise PeftError(
-            f"chain: {who} decides how the blocks are run, and so does the method of the {stack} that this "
-            "model has; leave one of the two out"
-        )
+def require_scan(who: str, backbone: Any) -> None:
+    """Raise a PeftError where another method has changed how the blocks are run."""
+    name = type(backbone.stack).__name__
+    if name != "Scan":
+        other = getattr(backbone.stack, "name", name)
+        raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
 
 
 def require_one_stack(who: str, owner: Any, why: str) -> None:

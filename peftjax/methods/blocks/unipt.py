@@ -31,7 +31,7 @@ which nothing was released.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ from peftjax.methods.blocks.parallel_network import (
     narrow_states,
     output,
 )
-from peftjax.methods.blocks.stacks import require_one_stack, require_scan, stacks_of
+from peftjax.methods.blocks.stacks import require_backbone, require_one_stack, require_scan, stacks_of
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 from peftjax.tree import nearest
 
@@ -100,6 +100,7 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         return {**frozen.params, NAME: trainable}
 
     def model(forward: Forward) -> Forward:
+        require_backbone(NAME, forward)
         require_scan(NAME, forward)
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
@@ -128,6 +129,7 @@ class ParallelStack:
         inner: the stack as it was, which knows the blocks' cache.
     """
 
+    name: ClassVar[str] = NAME
     kind: Variant
     inner: Any
 

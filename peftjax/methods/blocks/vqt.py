@@ -8,8 +8,9 @@ queries P_l [T, D] of its own:
     f   = [ |c| ; |F_1| ; ... ; |F_L| ],   logits = f W + b       W [E + L T D, C]
 
 |x| is x over its norm, over all T D numbers of a layer; c [B, E] is what the model's own classifier reads,
-which the new head replaces. Queries read tokens alone, never each other; in a decoder they stand at the row's
-last token and see what it sees, turned by its rotation; in an encoder they have no place.
+which the new head replaces (of RoBERTa, behind a layer that is drawn at random with a new classifier).
+Queries read tokens alone, never each other; in a decoder they stand at the row's last token and see what it
+sees, turned by its rotation; in an encoder they have no place.
 
 Trained: P, W and b. Backward never crosses a layer. In one pass it keeps, for each layer, the keys and
 values of its tokens, 2 K H numbers a token, and the query path of T tokens; under a `remat` policy that
@@ -29,7 +30,7 @@ Nothing else in the blocks or below is trained: a LoRA chained with it stays as 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,13 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.blocks.feature_head import Features, QueryHead
 from peftjax.methods.blocks.features import Context, detached, drop
-from peftjax.methods.blocks.stacks import add_to_blocks, require_one_stack, require_scan, stacks_of
+from peftjax.methods.blocks.stacks import (
+    add_to_blocks,
+    require_backbone,
+    require_one_stack,
+    require_scan,
+    stacks_of,
+)
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 NAME = "vqt"
@@ -90,6 +97,7 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         return {**params, "head": {**params["head"], NAME: trainable["head"]}}
 
     def model(forward: Forward) -> Forward:
+        require_backbone(NAME, forward)
         require_scan(NAME, forward)
         _require_one_stack(forward)
         if "classifier" not in forward.head_name:
@@ -109,6 +117,7 @@ class QueryStack:
         dropout: rate on the queries, where they come with a key.
     """
 
+    name: ClassVar[str] = NAME
     passes: int
     dropout: float
 
