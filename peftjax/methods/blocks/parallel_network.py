@@ -43,13 +43,14 @@ def narrow_states(
 ) -> tuple[Float[Array, "B S d"], Float[Array, "n B S d"]]:
     """Q, and T_l of the layers to aggregate."""
 
-    @jax.checkpoint
+    @recompute
     def narrow(down: Part, norm: Part | None, state: Array) -> Array:
         if norm is None:
             return linear(down, jax.nn.relu(state))
         return linear_norm(down, norm, state, EPSILON)
 
-    tokens = jax.vmap(narrow)(own["down"], own.get("down_norm"), states)
+    # A layer at a time, so that backward makes again what one layer needs.
+    tokens = jax.lax.map(lambda xs: narrow(*xs), (own["down"], own.get("down_norm"), states))
     of_last = narrow(own["last"], own.get("last_norm"), last)
     if not kind.of_clip:
         return of_last, tokens

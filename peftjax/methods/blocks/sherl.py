@@ -40,6 +40,7 @@ from peftjax.methods.blocks.features import (
     linear_init,
     linear_norm,
     norm_init,
+    recompute,
     states_of,
     states_of_cached,
     unit,
@@ -145,7 +146,7 @@ class LateStack:
     def _entering(self, own: Params, states: Float[Array, "L B S D"]) -> Float[Array, "B S D"]:
         """What the last layer reads, u."""
 
-        @jax.checkpoint
+        @recompute
         def narrow(down: Part, norm: Part, state: Array) -> Array:
             return linear_norm(down, norm, state, DOWN_EPSILON)
 
@@ -155,7 +156,8 @@ class LateStack:
             gate = jnp.tanh(own["gamma"] / TEMPERATURE).astype(last.dtype)
             return drop(update, own.get("key"), self.dropout) + gate * last
 
-        narrowed = jax.vmap(narrow)(own["down"], own["down_norm"], states)
+        # A layer at a time, so that backward makes again what one layer needs.
+        narrowed = jax.lax.map(lambda xs: narrow(*xs), (own["down"], own["down_norm"], states))
         return widen(own, merge(own["confidence"], narrowed), states[-1])
 
 
