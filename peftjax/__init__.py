@@ -17,6 +17,9 @@ from peftjax.methods.blocks.meft import meft
 from peftjax.methods.blocks.meft_check import MeftReport, meft_check
 from peftjax.methods.blocks.prefix import prefix, prefix_of
 from peftjax.methods.blocks.s2a import s2a
+from peftjax.methods.blocks.sherl import sherl
+from peftjax.methods.blocks.unipt import unipt
+from peftjax.methods.blocks.vqt import vqt
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
@@ -98,11 +101,14 @@ __all__ = [
     "sara",
     "save",
     "set_sparsity",
+    "sherl",
     "shira",
     "snell",
     "snella",
     "switch",
     "to_lora",
     "train",
+    "unipt",
+    "vqt",
     "without_mlp",
 ]

@@ -39,6 +39,13 @@ def entrants(rank: int, size: int) -> tuple[Entrant, ...]:
             lambda setting: pj.lst(init="fisher", scores=setting.fisher()),
             matched=False,
         ),
+        *(
+            Entrant(f"MEFT{variant} {half}", lambda setting, v=variant: pj.meft(variant=v, size=half))
+            for variant in (1, 2, 3)
+        ),
+        beside("UniPT", pj.unipt),
+        beside("SHERL", pj.sherl),
+        beside("VQT", pj.vqt),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import peftjax as pj
 from peftjax.models.backbone import Backbone, Params
@@ -66,4 +67,13 @@ ROWS = (
     Row("MAM", pj.mam),
     Row("LST 1/8", pj.lst, claim=LST_CLAIM),
     Row("LST 1/8, every second layer", every_second, claim=LST_CLAIM),
+    *(Row(f"MEFT{v}", partial(pj.meft, variant=v), claim=MEFT_CLAIM) for v in (1, 2, 3)),
+    *(
+        Row(f"MEFT{v}, no anchors", partial(pj.meft, variant=v, anchor_every=0), claim=MEFT_CLAIM)
+        for v in (1, 2, 3)
+    ),
+    Row("UniPT", pj.unipt, claim="less than LST"),
+    Row("SHERL", pj.sherl, claim="as side networks"),
+    Row("VQT", pj.vqt, own_head=True, claim="none with a number"),
+    Row("VQT, two passes", partial(pj.vqt, passes=2), own_head=True),
 )

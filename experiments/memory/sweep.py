@@ -22,7 +22,7 @@ from experiments.memory.subjects import SUBJECTS, Subject
 from experiments.tuning.report import write_json
 
 SUBJECT = SUBJECTS[0]
-SHOWN = ("full", "LoRA", "LoRA + remat")
+SHOWN = ("full", "LoRA", "LoRA + remat", "LoRA + 4-bit residuals", "LST 1/8", "MEFT1", "MEFT1, no anchors")
 Sweep = dict[str, dict[str, int]]
 """Bytes by row and number."""
 

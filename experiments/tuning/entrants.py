@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -11,6 +12,7 @@ import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
+from peftjax.methods import KNOWN
 from peftjax.models.backbone import Backbone, Params
 from peftjax.train.options import with_new_head
 
@@ -86,11 +88,19 @@ def adapter_size(method: pj.Transform, params: Params) -> int:
     Slots that the method's optimizer sets, such as a share of pruned entries, are not trained.
     """
     _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    names = [part["name"] for part in method.config.get("methods", [{"name": method.name}])]
-    steered = {slot for name in names for slot in pj.METHODS[name].steered}
+    steered = {slot for name in _names(pj.describe(method)) for slot in KNOWN[name].steered}
     slots = tree.named_leaves(trainable)
     trained = [leaf for path, leaf in slots.items() if path.rsplit("/", 1)[-1] not in steered]
     return tree.count(trained) - tree.count(params["head"]["classifier"])
+
+
+def _names(config: Mapping[str, Any]) -> Iterator[str]:
+    """The methods of a chain, and of the chains in it."""
+    if config["name"] != "chain":
+        yield config["name"]
+        return
+    for part in config["methods"]:
+        yield from _names(part)
 
 
 def require_equal(sizes: Sequence[tuple[Entrant, int]], tolerance: float) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.errors import PeftError
-from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a
+from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a, sherl, unipt, vqt
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -35,6 +35,9 @@ METHODS: dict[str, MethodInfo] = {
         s2a.METHOD,
         lst.METHOD,
         meft.METHOD,
+        vqt.METHOD,
+        unipt.METHOD,
+        sherl.METHOD,
     )
 }
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 from support import KEY, assert_close
-from tiny_models import BACKBONES, EVERY_WEIGHT, MODELS, Tiny, moved, tiny
+from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, Tiny, moved, tiny
 
 import peftjax as pj
 from peftjax import tree
@@ -42,6 +42,8 @@ def method_of(name: str) -> pj.Transform:
 
 def models_of(name: str) -> tuple[str, ...]:
     """The names of the models to test that method on, the smallest first."""
+    if pj.METHODS[name].reads_classifier:
+        return CLASSIFIERS
     return BACKBONES if pj.METHODS[name].of_blocks else MODELS
 
 
@@ -121,14 +123,14 @@ def made(method_name: str, model_name: str) -> Case | str:
     except PeftError as error:
         if (
             "words" in tree.named_leaves(model.params)
-            or model_name in BACKBONES
+            or model_name in (*BACKBONES, *CLASSIFIERS)
             or "matched no parameter" not in str(error)
         ):
             raise
         return str(error)
     step = step_of(method, model.forward)
     step = (
-        jax.jit(step) if model_name in (*MODELS, *BACKBONES) else step
+        jax.jit(step) if model_name in (*MODELS, *BACKBONES, *CLASSIFIERS) else step
     )  # op by op, the methods share what is compiled
     trained = as_trained(pj.METHODS[method.name], trainable)
     return Case(model_name, model, method, frozen, trainable, trained, step)

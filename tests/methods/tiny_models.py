@@ -18,6 +18,8 @@ from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder
 
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2
+# Of a backbone: what chooses among the layers below the last two needs some to choose from.
+BLOCKS = 6
 TOKENS = jax.random.randint(KEY, (2, 5), 0, VOCABULARY)
 # Every weight a method may know how to adapt, for the methods whose default is 'all-linear'.
 EVERY_WEIGHT = r".*(kernel|embedding)"
@@ -129,7 +131,7 @@ def _backbone(**changes: Any) -> Tiny:
     config = DecoderConfig(
         model_type="llama",
         vocab_size=VOCABULARY,
-        num_layers=LAYERS,
+        num_layers=BLOCKS,
         block=block,
         max_positions=16,
         rope={"rope_type": "default", "rope_theta": 1e4},
@@ -138,17 +140,17 @@ def _backbone(**changes: Any) -> Tiny:
     return _tiny_backbone(decoder(config, head="classifier", **changes))
 
 
-def _encoder() -> Tiny:
-    """An encoder of the library, post-norm, without a head."""
+def _encoder(head: str = "none") -> Tiny:
+    """An encoder of the library, post-norm."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=BLOCKS,
         num_attention_heads=2,
         intermediate_size=12,
         max_position_embeddings=16,
     )
-    return _tiny_backbone(bert(config, head="none"))
+    return _tiny_backbone(bert(config, head=head))
 
 
 def _tiny_backbone(model: Backbone) -> Tiny:
@@ -190,9 +192,11 @@ def tiny(name: str) -> Tiny:
         "backbone bf16": lambda: _backbone(dtype="bfloat16"),
         "backbone remat": lambda: _backbone(remat="nothing_saveable"),
         "encoder": _encoder,
+        "encoder classifier": lambda: _encoder("classifier"),
     }
     return makers[name]()
 
 
 MODELS = ("transformer", "vit", "convolutions", "nnx")
 BACKBONES = ("backbone", "encoder")
+CLASSIFIERS = ("backbone", "encoder classifier")

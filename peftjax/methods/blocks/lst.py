@@ -49,7 +49,7 @@ from peftjax.errors import PeftError
 from peftjax.methods.blocks.ladder import Ladder
 from peftjax.methods.blocks.ladder_ends import BothStates, SideEmbed
 from peftjax.methods.blocks.side_start import require_untouched, start
-from peftjax.methods.blocks.stacks import require_backbone, require_plain_stack, stacks_of
+from peftjax.methods.blocks.stacks import require_backbone, require_scan, stacks_of
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 NAME = "lst"
@@ -155,7 +155,7 @@ def lst(
 
 def _laddered(backbone: Any, *, reduction: int, **settings: Any) -> Any:
     """The backbone of one stack with its side network."""
-    require_plain_stack(NAME, backbone)
+    require_scan(NAME, backbone)
     config = backbone.block.config
     halves = 2 if config.rotary else 1
     if config.head_width % (halves * reduction):

@@ -113,16 +113,6 @@ def rewrite_stacks(who: str, model: Forward, rewrite: Callable[[Any], Any]) -> A
     return rewrite(dataclasses.replace(model, encoder=encoder))
 
 
-def require_plain_stack(who: str, model: Any) -> None:
-    """Raise a PeftError if a method already changed how the blocks are run."""
-    stack = model.stack
-    if type(stack).__name__ != "Scan":
-        other = getattr(stack, "name", type(stack).__name__)
-        raise PeftError(
-            f"chain: {other!r} and {who!r} both change how the blocks are run; leave one of them out"
-        )
-
-
 def require_backbone(who: str, model: Forward) -> None:
     """Raise a PeftError unless the model is a backbone, told by its parts."""
     if not all(hasattr(model, part) for part in ("block", "stack", "run_layer")):
@@ -135,3 +125,10 @@ def require_scan(who: str, backbone: Any) -> None:
     if name != "Scan":
         other = getattr(backbone.stack, "name", name)
         raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
+
+
+def require_one_stack(who: str, owner: Any, why: str) -> None:
+    """Raise a PeftError for an encoder-decoder: a backbone, or its parameters."""
+    encoder = owner.get("encoder") if isinstance(owner, Mapping) else owner.encoder
+    if encoder is not None:
+        raise PeftError(f"{who} is not for an encoder-decoder: {why}; use a method of weights (pj.lora, ...)")
