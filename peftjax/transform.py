@@ -1,6 +1,6 @@
 """What a fine-tuning method is: a rewrite of the parameters, the model and the optimizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def _keep_frozen(frozen: Frozen, trainable: Trainable | None) -> Frozen:
     return frozen
 
 
-def _take_all(params: Params, trained: Mapping[str, str]) -> None:
+def _take_all(trained: Mapping[str, str]) -> None:
     pass
 
 
@@ -69,9 +69,8 @@ class Transform:
         write: `(frozen, trainable) -> frozen`, the trained values put into the weights they belong to;
             `write(frozen, None)` puts the original ones back, bit by bit. The identity for all but the
             methods made with `in_place=True` (see `in_place`).
-        review: `(params, {path: method}) -> None`, called by `chain` when all methods have begun: the
-            parameters with all that is structured, and which plain ones are trained. It raises where what
-            another method trains would get no gradient.
+        review: `({path: method}) -> None`, called by `chain` when all methods have begun with the parameters
+            that are trained or adapted. It raises where another method's would get no gradient.
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
     """
@@ -83,7 +82,7 @@ class Transform:
     model: Callable[[Forward], Forward] = _keep_model
     optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
     write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
-    review: Callable[[Params, Mapping[str, str]], None] = _take_all
+    review: Callable[[Mapping[str, str]], None] = _take_all
     checks: tuple[Check, ...] = ()
 
     @property
@@ -143,7 +142,7 @@ def chain(*methods: Transform) -> Transform:
 
     def init(key: jax.Array, params: Params) -> tuple[Frozen, dict[str, Trainable]]:
         base, states, plans, trainables = params, {}, {}, {}
-        current, trained = params, {}
+        current, trained, adapted = params, {}, {}
         for name, method, subkey in zip(names, methods, jax.random.split(key, len(methods))):
             frozen, trainable = method.init(subkey, current)
             base = _fold_base(name, base, current, frozen.params, trained, trainable)
@@ -154,7 +153,8 @@ def chain(*methods: Transform) -> Transform:
             for path, leaf in tree.named_leaves(base).items():
                 if isinstance(leaf, tree.Hole):
                     trained.setdefault(path, name)
-        review(current, trained)
+            adapted |= dict.fromkeys(_adapted(trainable, tree.named_leaves(base)), name)
+        review({**adapted, **trained})
         return Frozen(base, states, tuple(plans.items())), trainables
 
     def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
@@ -185,9 +185,9 @@ def chain(*methods: Transform) -> Transform:
             params, states[name], plans[name] = written.params, written.state, written.plan
         return Frozen(params, states, tuple(plans.items()))
 
-    def review(params: Params, trained: Mapping[str, str]) -> None:
+    def review(trained: Mapping[str, str]) -> None:
         for method in methods:
-            method.review(params, trained)
+            method.review(trained)
 
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
@@ -223,6 +223,15 @@ def _fold_base(
             )
         changed[path] = leaf
     return tree.replace(base, changed)
+
+
+def _adapted(trainable: Trainable, paths: Collection[str]) -> Iterator[str]:
+    """The paths of the parameters that a trainable has something for, of chains inside it too."""
+    for name, part in trainable.items() if isinstance(trainable, Mapping) else ():
+        if name in paths:
+            yield name
+        else:
+            yield from _adapted(part, paths)
 
 
 def _distinct(names: list[str]) -> list[str]:

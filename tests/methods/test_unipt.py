@@ -201,13 +201,14 @@ def test_sharded_training_is_training_on_one_device():
     assert_trains_sharded(pj.unipt())
 
 
-def test_a_lora_is_read_in_the_blocks_and_trained_in_the_head():
+def test_a_lora_is_trained_in_the_head_and_refused_in_the_blocks():
     model, params, batch = images()
-    method = pj.chain(pj.lora(rank=2, targets=["query", "classifier"]), pj.unipt())
+    method = pj.chain(pj.lora(rank=2, targets=["classifier"]), pj.unipt())
     frozen, trainable = made(method, params)
     grads = jax.jit(jax.grad(loss_of(method, model, frozen, batch)))(trainable)
-    assert not any(leaf.any() for leaf in grads["lora"]["blocks/attention/query/kernel"].values())
     assert all(leaf.any() for leaf in grads["lora"]["head/classifier/kernel"].values())
+    with pytest.raises(PeftError, match=r"unipt: '.*query/kernel' is trained by 'lora', but no gradient"):
+        pj.chain(pj.lora(rank=2, targets=["query"]), pj.unipt()).init(KEY, params)
 
 
 @pytest.mark.parametrize(

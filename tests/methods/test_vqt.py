@@ -144,16 +144,27 @@ def test_backward_makes_nothing_of_the_feed_forward_of_tokens(passes):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_lora_below_is_read_and_not_trained(passes):
+def test_a_structured_base_is_read_and_gets_no_gradient(passes):
     model, params, batch = images()
-    method = pj.chain(pj.lora(rank=2, targets=["query", "up", "patch_conv"]), pj.vqt(passes=passes))
-    frozen, trainable = method.init(KEY, params)
-    run = pj.adapt(method.model(model))
-    loss = jax.jit(jax.value_and_grad(lambda t: jnp.sum(run(method.apply(frozen, t), batch))))
-    value, grads = loss(noisy(trainable))
-    assert float(jnp.abs(value - loss({**noisy(trainable), "lora": trainable["lora"]})[0])) > 1e-3
-    assert all(not leaf.any() for leaf in jax.tree.leaves(grads["lora"]))
-    assert all(leaf.any() for leaf in jax.tree.leaves(grads["vqt"]))
+    lora, method = pj.lora(rank=2, targets=["query", "up", "patch_conv"]), pj.vqt(passes=passes)
+    base, adapter = lora.init(KEY, params)
+
+    def loss(trainable, adapter):
+        frozen = method.init(KEY, lora.apply(base, adapter))[0]
+        return jnp.sum(pj.adapt(method.model(model))(method.apply(frozen, trainable), batch))
+
+    trainable = noisy(method.init(KEY, params)[1])
+    value, (own, of_base) = jax.jit(jax.value_and_grad(loss, (0, 1)))(trainable, noisy(adapter))
+    assert float(jnp.abs(value - loss(trainable, adapter))) > 1e-3
+    assert all(not leaf.any() for leaf in jax.tree.leaves(of_base))
+    assert all(leaf.any() for leaf in jax.tree.leaves(own))
+
+
+def test_what_no_gradient_reaches_cannot_be_trained():
+    params = images()[1]
+    for other in (pj.lora(rank=2, targets=["query"]), pj.bitfit(), pj.chain(pj.train(["embed"]))):
+        with pytest.raises(PeftError, match=r"vqt: '.*' is trained by '.*', but no gradient reaches"):
+            pj.chain(pj.vqt(), other).init(KEY, params)
 
 
 def test_dropout_of_queries_draws_for_every_row_and_only_with_a_key():

@@ -48,8 +48,13 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.blocks.ladder import Ladder
 from peftjax.methods.blocks.ladder_ends import BothStates, SideEmbed
-from peftjax.methods.blocks.side_start import require_untouched, start
-from peftjax.methods.blocks.stacks import require_backbone, require_scan, stacks_of
+from peftjax.methods.blocks.side_start import require_plain, start
+from peftjax.methods.blocks.stacks import (
+    require_backbone,
+    require_nothing_trained,
+    require_scan,
+    stacks_of,
+)
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 NAME = "lst"
@@ -109,7 +114,7 @@ def lst(
     }
 
     def fresh(key: Array, params: Params) -> Trainable:
-        require_untouched(NAME, params, {})
+        require_plain(NAME, params)
         options = {"reduction": reduction, "side_layers": used, "random": init == "random"}
         sides = start(NAME, key, params, scores, **options)
         for part in sides.values():
@@ -149,7 +154,9 @@ def lst(
             encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
         return dataclasses.replace(_laddered(forward, **ladder, merge_last=merge_last), encoder=encoder)
 
-    review = functools.partial(require_untouched, NAME)
+    review = functools.partial(
+        require_nothing_trained, NAME, f"let it change the side network: {NAME}(side=...)"
+    )
     return Transform(NAME, config, init_side, apply, model, review=review)
 
 
@@ -249,7 +256,7 @@ METHOD = MethodInfo(
     name=NAME,
     factory=lst,
     paper="LST, Sung et al. 2022, arXiv 2206.06522",
-    trains="|used| (4 d² + 2 d F / r + D d), d = D / r",
+    trains="4 d² + 2 d F / r + D d a used layer, d = D / r",
     keeps="the states after the used layers, and a network of width d; none of the backbone's",
     mergeable=False,
     quantized_base=False,

@@ -40,24 +40,15 @@ def linear_start(key: Key[Array, ""], shape: tuple[int, ...]) -> Part:
     return {"kernel": kernel, "bias": bias}
 
 
-def require_untouched(who: str, params: Part, trained: Mapping[str, str]) -> None:
-    """Raise a PeftError if another method makes or trains one of the backbone's weights.
-
-    No gradient reaches the backbone, so that it would stay as it is.
-
-    Args:
-        who: the method with the side network.
-        params: all parameters.
-        trained: of the plain ones that are trained, the method.
-    """
+def require_plain(who: str, params: Part) -> None:
+    """Raise a PeftError if a weight to start from is a structured one."""
     for path, leaf in tree.named_leaves(params).items():
-        if path.startswith("head/") or not (isinstance(leaf, Weight) or path in trained):
-            continue
-        found = f"trained by {trained[path]!r}" if path in trained else f"a {type(leaf).__name__}"
-        raise PeftError(
-            f"{who}: {path!r} is {found}, but no gradient reaches the backbone beside a side network; merge "
-            f"that method first, or let it change the side network: {who}(side=...)"
-        )
+        if isinstance(leaf, Weight) and not path.startswith("head/"):
+            raise PeftError(
+                f"{who}: {path!r} is a {type(leaf).__name__} of an earlier method, from which no side "
+                f"network can start; merge that method first, or let it change the side network: "
+                f"{who}(side=...)"
+            )
 
 
 def start(

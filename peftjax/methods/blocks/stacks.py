@@ -127,6 +127,22 @@ def require_scan(who: str, backbone: Any) -> None:
         raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
 
 
+def require_nothing_trained(who: str, remedy: str, trained: Mapping[str, str]) -> None:
+    """Raise a PeftError where another method trains what no gradient reaches: all but the head.
+
+    Args:
+        who: the method that cuts the gradient.
+        remedy: what else to do than to leave the parameter out.
+        trained: the method by the parameter that is trained or adapted.
+    """
+    for path, other in trained.items():
+        if not path.startswith("head/"):
+            raise PeftError(
+                f"{who}: {path!r} is trained by {other!r}, but no gradient reaches the backbone beside "
+                f"{who}; exclude it, merge that method first, or {remedy}"
+            )
+
+
 def require_one_stack(who: str, owner: Any, why: str) -> None:
     """Raise a PeftError for an encoder-decoder: a backbone, or its parameters."""
     encoder = owner.get("encoder") if isinstance(owner, Mapping) else owner.encoder

@@ -20,8 +20,7 @@ The variants are those of the released task trees, of which each output is given
     clip_vil    LN(relu(R W_1 + b_1) W_2 + b_2) with W_1 [d, D] before the sum, and no relu after it
 
 Trained: all of that, D d + d (+ 2 d) a layer. Backward keeps H_l and T_l of every layer, D + d numbers a
-token, and Q, R; A_l is made again. Nothing in the backbone is kept or trained: a LoRA chained with it stays
-as it is in the blocks and below.
+token, and Q, R; A_l is made again. Nothing in the backbone is kept, or can be trained beside it.
 
 Defaults of the released code: factor 2 and torch's initial values, none of them zero, so that a fresh
 output is random (of clip4clip, near H_L). Its scalar b_0 beside w cancels in the softmax and is left out.
@@ -31,6 +30,7 @@ which nothing was released.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -54,7 +54,13 @@ from peftjax.methods.blocks.parallel_network import (
     narrow_states,
     output,
 )
-from peftjax.methods.blocks.stacks import require_backbone, require_one_stack, require_scan, stacks_of
+from peftjax.methods.blocks.stacks import (
+    require_backbone,
+    require_nothing_trained,
+    require_one_stack,
+    require_scan,
+    stacks_of,
+)
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 from peftjax.tree import nearest
 
@@ -105,7 +111,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
 
-    return Transform(NAME, config, init, apply, model)
+    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, review=review)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:

@@ -24,10 +24,11 @@ there, the blocks run without dropout. The released code joins queries and token
 that its backward walks the whole network; the gradients are the same. Its selection of features by a group
 lasso, and its other ways to combine the queries, are left out.
 
-Nothing else in the blocks or below is trained: a LoRA chained with it stays as it is there.
+Nothing else in the blocks or below can be trained beside it: no gradient reaches them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -43,6 +44,7 @@ from peftjax.methods.blocks.features import Context, detached, drop
 from peftjax.methods.blocks.stacks import (
     add_to_blocks,
     require_backbone,
+    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -105,7 +107,8 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         stack = QueryStack(passes, dropout)
         return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head, NAME))
 
-    return Transform(NAME, config, init, apply, model)
+    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, review=review)
 
 
 @dataclasses.dataclass(frozen=True)
