@@ -253,19 +253,19 @@ def test_layers_scores_and_widths_that_do_not_fit():
 
 
 OTHERS = {
-    "a LowRank": pj.lora(rank=2, targets=["query"]),
-    "a TrainedRows": pj.rows([1]),
-    "trained by 'train'": pj.train(["blocks/attention_norm/scale"]),
-    "trained by 'bitfit'": pj.bitfit(),
+    "lora": pj.lora(rank=2, targets=["query"]),
+    "rows": pj.rows([1]),
+    "train": pj.train(["blocks/attention_norm/scale"]),
+    "bitfit": pj.bitfit(),
 }
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("found", OTHERS)
-def test_what_would_train_nothing_in_the_backbone_is_refused(found, first):
-    both = [OTHERS[found], pj.lst(reduction=2)]
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_would_train_nothing_in_the_backbone_is_refused(other, first):
+    both = [OTHERS[other], pj.lst(reduction=2)]
     method = pj.chain(pj.chain(*(both if first else both[::-1])))
-    with pytest.raises(PeftError, match=rf"lst: '.*' is {found}, but no gradient .*lst\(side="):
+    with pytest.raises(PeftError, match=rf"lst: '.*' is (trained by '{other}'|a .*),.* lst\(side="):
         jax.eval_shape(method.init, KEY, backbone("bert").params)
 
 
