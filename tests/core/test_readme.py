@@ -36,9 +36,20 @@ def test_the_example_in_place_goes_there_and_back():
     np.testing.assert_array_equal(names["frozen"].params["up"]["kernel"], params["up"]["kernel"])
 
 
+TINY = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+TINY |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_the_example_of_rewritten_blocks_runs(monkeypatch):
+    model = decoder(read_config(TINY))
+    monkeypatch.setattr(pj, "load", lambda path: (model, model.init(jax.random.key(0))))
+    names = {"jax": jax, "pj": pj}
+    exec(example("pj.meft()"), names)
+    params = names["method"].apply(names["frozen"], names["trainable"])
+    assert names["forward"](params, {"input_ids": jnp.ones((1, 3), jnp.int32)}).shape == (1, 3, 64)
+
+
 def test_the_example_of_a_plan_prints_its_peak(capsys):
-    tiny = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
-    tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    names = {"jax": jax, "jnp": jnp, "pj": pj, "optax": optax, "model": decoder(read_config(tiny))}
+    names = {"jax": jax, "jnp": jnp, "pj": pj, "optax": optax, "model": decoder(read_config(TINY))}
     exec(example("pj.plan").replace('"h200"', '"cpu"').replace("2048", "8"), names)
     assert "peak" in capsys.readouterr().out
