@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.bars import stacked_bars
 from experiments.markdown import table
 from experiments.memory.rows import ROWS
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """A plan, or the reason why there is none, by model and row."""
-KINDS = ("weights", "method_state", "trainable", "optimizer", "temporaries")
 MIB = 2**20
 HEADER = (
     "",
@@ -20,6 +20,7 @@ HEADER = (
     "activations",
     "/ full",
     "temporaries",
+    "on the host",
     "peak",
     "/ full",
     "TFLOP",
@@ -33,17 +34,37 @@ def report(results: Results) -> str:
     lines = [
         f"One training step as compiled for {some['device']} by jax {some['jax']}; MiB. Weights are all "
         "frozen and trained parameters. Activations are what the forward pass keeps for the backward pass; "
-        "temporaries have them, the gradients, and what one layer needs while it works.",
+        "temporaries have them, the gradients, and what one layer needs while it works, as far as they are "
+        "on the device.",
         "",
     ]
     for name, rows in results.items():
         ordered = [row for row in ROWS if row.name in rows]
-        cells = [_cells(row.name, row.claim, rows) for row in ordered if "peak" in rows[row.name]]
+        cells = [_cells(row.name, str(row.claim or ""), rows) for row in ordered if "peak" in rows[row.name]]
         reasons = [
             f"- {row.name}: {rows[row.name]['reason']}" for row in ordered if "reason" in rows[row.name]
         ]
         lines += [f"## {name}", "", *table(HEADER, cells), "", *reasons, *([""] if reasons else [])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "## Claims", "", *(f"- {claim}" for claim in claims(results)), ""])
+
+
+def claims(results: Results) -> list[str]:
+    """The papers' claims that have a number, each with what was measured."""
+    found = []
+    for row in ROWS:
+        if row.claim is None:
+            continue
+        less = {
+            model: 1 - rows[row.name][row.claim.of] / rows["full"][row.claim.of]
+            for model, rows in results.items()
+            if all("peak" in rows.get(name, {}) for name in (row.name, "full"))
+        }
+        if less:
+            holds = all(share >= row.claim.share for share in less.values())
+            measured = ", ".join(f"{model} {share:.1%}" for model, share in less.items())
+            verdict = "confirmed" if holds else "not confirmed on all"
+            found.append(f"{row.name}, {row.claim}: {verdict} ({measured}).")
+    return found
 
 
 def _cells(name: str, claim: str, rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -64,6 +85,7 @@ def _cells(name: str, claim: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         mib(plan["kept"]),
         share("kept"),
         mib(sizes["temporaries"]),
+        mib(sizes.get("host", 0)),
         mib(plan["peak"]),
         share("peak"),
         f"{plan['flops'] / 1e12:,.1f}",
@@ -78,18 +100,12 @@ def plot(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = dict(zip(KINDS, ("#4c566a", "#8fa1b3", "#1b6ca8", "#7fb3d5", "#c8553d")))
     figure, axes = pyplot.subplots(
         1, len(results), figsize=(5 * len(results), 5), layout="constrained", squeeze=False
     )
     for axis, (model, rows) in zip(axes[0], results.items()):
-        names = [row.name for row in ROWS if "peak" in rows.get(row.name, {})]
-        left = [0.0] * len(names)
-        for kind in KINDS:
-            sizes = [rows[name]["bytes"][kind] / 2**30 for name in names]
-            axis.barh(names, sizes, left=left, color=colours[kind], label=kind.replace("_", " "))
-            left = [start + size for start, size in zip(left, sizes)]
-        axis.invert_yaxis()
+        found = {row.name: rows[row.name] for row in ROWS if "peak" in rows.get(row.name, {})}
+        stacked_bars(axis, found, 2**30)
         axis.set_title(model)
         axis.set_xlabel("peak, GiB")
     axes[0][0].legend(fontsize=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.bars import KINDS, stacked_bars
 from experiments.markdown import table
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -18,7 +19,6 @@ PAPER_MB = {
 """Printed by SNELL (arXiv 2411.01800); "masked" is its number for GPS. SNELLA (arXiv 2510.24037) claims to
 save 31.1 % to 39.9 %, which is what these numbers of SNELL save against GPS on B and on L and H."""
 NAIVE = "SNELL-8 by autodiff"
-KINDS = ("weights", "method_state", "trainable", "optimizer", "temporaries")
 MIB = 2**20
 
 
@@ -95,21 +95,15 @@ def plot(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = dict(zip(KINDS, ("#4c566a", "#8fa1b3", "#1b6ca8", "#7fb3d5", "#c8553d")))
     figure, axes = pyplot.subplots(
         1, len(results), figsize=(5 * len(results), 4), layout="constrained", squeeze=False
     )
     for axis, (model, rows) in zip(axes[0], results.items()):
         names = [row for row in rows if row != NAIVE]
-        left = [0.0] * len(names)
-        for kind in KINDS:
-            sizes = [rows[name]["bytes"][kind] / MIB for name in names]
-            axis.barh(names, sizes, left=left, color=colours[kind], label=kind.replace("_", " "))
-            left = [start + size for start, size in zip(left, sizes)]
+        stacked_bars(axis, {name: rows[name] for name in names}, MIB)
         printed = [(PAPER_MB[name][model], name) for name in names if model in PAPER_MB.get(name, {})]
         if printed:
             axis.plot(*zip(*printed), "k|", markersize=12, label="paper (PyTorch), MB")
-        axis.invert_yaxis()
         axis.set_title(model)
         axis.set_xlabel("MiB")
     axes[0][0].legend(fontsize=8)

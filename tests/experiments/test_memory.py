@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.memory import run, subjects, sweep
-from experiments.memory.report import report
+from experiments.memory.report import claims, report
 from experiments.memory.subjects import Subject
 from experiments.tuning.pace import measure_pace, pace_table
 from peftjax import tree
@@ -53,6 +53,13 @@ def test_a_method_that_a_model_does_not_have_stands_below_the_table_with_the_rea
     text = report({"tiny": {"full": {**plan, "bytes": sizes}, "LoRA": {"reason": "it has no weights"}}})
     assert "\n- LoRA: it has no weights\n" in text
     assert text.count("| full |") == 1
+
+
+def test_a_claim_that_does_not_hold_is_said_not_to():
+    held = {"full": {"peak": 100, "kept": 100}, "LST 1/8": {"peak": 30, "kept": 1}}
+    missed = {"full": {"peak": 100, "kept": 100}, "LST 1/8": {"peak": 32, "kept": 1}}
+    assert claims({"a": held}) == ["LST 1/8, 69% less in all than full: confirmed (a 70.0%)."]
+    assert "not confirmed on all (a 70.0%, b 68.0%)" in claims({"a": held, "b": missed})[0]
 
 
 def test_a_sweep_measures_only_what_is_missing(tiny, tmp_path, monkeypatch):
