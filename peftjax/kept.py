@@ -13,8 +13,9 @@ from peftjax import compat
 def kept_arrays(fn: Callable[..., Any], trainable: Any, *inputs: Any) -> list[jax.core.ShapedArray]:
     """The arrays that `jax.vjp(fn, trainable, *inputs)` keeps beside what it is given.
 
-    An array that is itself an input (a weight, a token) is not counted, and one that is kept for several
-    operations is counted once. Of layers that are scanned, one array has the values of all.
+    An array that is itself an input (a weight, a token), or that without its gradient, is not counted, and one
+    that is kept for several operations is counted once. Of layers that are scanned, one array has the values
+    of all.
 
     Args:
         fn: `(trainable, *inputs) -> outputs`, differentiated by `trainable`.
@@ -27,7 +28,12 @@ def kept_arrays(fn: Callable[..., Any], trainable: Any, *inputs: Any) -> list[ja
 
     jaxpr = compat.open_jaxpr(jax.make_jaxpr(residuals)(trainable, *inputs))[0]
     given = set(compat.inputs_of(jaxpr))
-    made = dict.fromkeys(v for v in jaxpr.outvars if not compat.is_literal(v) and v not in given)
+    same: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "stop_gradient" and not compat.is_literal(eqn.invars[0]):
+            same[eqn.outvars[0]] = same.get(eqn.invars[0], eqn.invars[0])
+    variables = [same.get(v, v) for v in jaxpr.outvars if not compat.is_literal(v)]
+    made = dict.fromkeys(v for v in variables if not compat.is_literal(v) and v not in given)
     return [variable.aval for variable in made]
 
 
