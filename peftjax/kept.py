@@ -13,9 +13,9 @@ from peftjax import compat
 def kept_arrays(fn: Callable[..., Any], trainable: Any, *inputs: Any) -> list[jax.core.ShapedArray]:
     """The arrays that `jax.vjp(fn, trainable, *inputs)` keeps beside what it is given.
 
-    An array that is itself an input (a weight, a token), or that without its gradient, is not counted, and one
-    that is kept for several operations is counted once. Of layers that are scanned, one array has the values
-    of all.
+    An array that is itself an input (a weight, a token), with its gradient or without, is not counted, and
+    one that is kept for several operations is counted once. Of layers that are scanned, one array has the
+    values of all.
 
     Args:
         fn: `(trainable, *inputs) -> outputs`, differentiated by `trainable`.
