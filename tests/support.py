@@ -1,17 +1,23 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import peftjax as pj
 from peftjax import tree
 
 KEY = jax.random.key(7)
 _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "scatter-add")
+
+
+def all_but_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """The names as parameters of a test, those that are not quick marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:

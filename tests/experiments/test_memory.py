@@ -62,6 +62,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to():
     assert "not confirmed on all (a 70.0%, b 68.0%)" in claims({"a": held, "b": missed})[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_only_what_is_missing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "SHOWN", ("LoRA",))
     options = sweep.Options(tmp_path, "cpu", depths=(1, 3), lengths=(8, 16))

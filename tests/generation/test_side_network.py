@@ -19,6 +19,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_generation_is_teacher_forcing(name):
     model, params = make_decoder(per_layer={"window": (4, 100, 3)})
@@ -43,6 +44,7 @@ def test_the_caches_are_those_of_the_layers_that_are_run():
     assert {leaf.shape for leaf in jax.tree.leaves(cache["side"])} == {(1, 1, 2, 10, 4)}
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_decodes_as_it_is_forced():
     """A token at a time, with the rows of the two biases that belong to it."""
     model, params = tiny_t5.make()

@@ -16,6 +16,7 @@ SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "in
 METHODS = (pj.vqt(num_queries=2, passes=2), pj.unipt(), pj.sherl())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_run_that_was_interrupted_is_a_run_in_one_piece(tmp_path, method):
     config = BertConfig(vocab_size=30, max_position_embeddings=32, labels=("a", "b", "c"), **SIZES)

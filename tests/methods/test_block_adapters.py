@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 from tiny_decoder import PROMPTS, make_decoder, padded, without_cache
-from tiny_models import LAYERS, VOCABULARY, WIDTH, moved, tiny
+from tiny_models import BLOCKS, VOCABULARY, WIDTH, moved, tiny
 
 import peftjax as pj
 
@@ -49,7 +49,7 @@ def kept(model, params, method=None):
     leaves = jax.eval_shape(residuals, params, KEY, ids)
     pairs = {pair for x in leaves for pair in zip(x.shape, x.shape[1:])}
     assert not pairs & {(LENGTH, LENGTH), (LENGTH, LENGTH + 2)}, "scores are kept"
-    of_layers = [x for x in leaves if x.shape[:3] == (LAYERS, ROWS, LENGTH)]
+    of_layers = [x for x in leaves if x.shape[:3] == (BLOCKS, ROWS, LENGTH)]
     return Counter((str(x.dtype), math.prod(x.shape[3:])) for x in of_layers)
 
 
@@ -95,6 +95,7 @@ GEMMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "block"),
     [(pj.houlsby(size=3), {}), (pj.mam(length=3, mlp_size=4, size=3), GEMMA)],
@@ -111,6 +112,7 @@ def test_generation_with_a_cache_is_generation_without(method, block):
     np.testing.assert_array_equal(made.tokens, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [pj.houlsby(size=4), pj.mam(length=2, mlp_size=4, size=4)], ids=lambda method: method.name
 )

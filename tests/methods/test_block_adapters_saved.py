@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny as tiny_run
 from support import assert_close
 from tiny_models import moved, tiny
@@ -15,6 +16,7 @@ from peftjax.models.bert import bert
 from peftjax.train.identity import run_identity
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_and_its_adapter_is_saved(tmp_path):
     sizes = {"vocab_size": 30, "max_position_embeddings": 32, "labels": ("a", "b", "c")}
     model = bert(dataclasses.replace(tiny("encoder").forward.config, **sizes), head="classifier")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import KEY, assert_close
-from tiny_models import LAYERS, WIDTH, moved, tiny
+from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
 import peftjax as pj
@@ -102,7 +102,7 @@ def update_of(method, params=MODEL.params, trained=None):
 
 
 def test_the_update_is_linear_in_the_scale():
-    last = {"layers": [LAYERS - 1], "size": 3}
+    last = {"layers": [BLOCKS - 1], "size": 3}
     one, three = (update_of(pj.parallel_adapter(scale=scale, **last)) for scale in (1.0, 3.0))
     assert float(jnp.abs(one).max()) > 0.01
     assert_close(three, 3.0 * one)
@@ -128,6 +128,7 @@ def test_starts_near_the_base(init, std):
     assert (float(jnp.abs(values["up"]["kernel"]).max()) <= 0.02) == (init == "houlsby")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pj.houlsby, pj.parallel_adapter], ids=lambda make: make.__name__)
 def test_layers_that_are_left_out_have_no_numbers_and_stay_as_they_were(method):
     options = {"places": "both", "norm": "in"} if method is pj.parallel_adapter else {}
@@ -142,7 +143,7 @@ def test_layers_that_are_left_out_have_no_numbers_and_stay_as_they_were(method):
 
 def test_a_layer_that_is_not_there():
     for layers, text in (
-        ([0, LAYERS], rf"layer {LAYERS}; give numbers from 0 to {LAYERS - 1}"),
+        ([0, BLOCKS], rf"layer {BLOCKS}; give numbers from 0 to {BLOCKS - 1}"),
         ([], "no layer"),
     ):
         with pytest.raises(PeftError, match=f"pfeiffer: layers names {text}"):
@@ -184,6 +185,7 @@ def test_houlsby_trains_the_norms_beside_it():
     assert_close(out, alone.model(MODEL.forward)(own, MODEL.batch))
 
 
+@pytest.mark.slow
 def test_in_an_encoder_decoder_cross_attention_has_its_own():
     model, params = make("none")
     method, batch = pj.houlsby(size=3), token_batch()

@@ -142,7 +142,15 @@ def plain(model_name: str):
     return jax.jit(tiny(model_name).forward)
 
 
-@pytest.fixture(params=[(name, model) for name in pj.METHODS for model in models_of(name)], ids="-".join)
+def cases():
+    """Every method on its models; of a method of blocks, all but the smallest model are long tests."""
+    for name in pj.METHODS:
+        for number, model in enumerate(models_of(name)):
+            slow = [pytest.mark.slow] if number and pj.METHODS[name].of_blocks else []
+            yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
+
+
+@pytest.fixture(params=cases())
 def case(request):
     found = made(*request.param)
     if isinstance(found, str):

@@ -32,7 +32,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("bert", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_the_ladder_is_the_loop_over_its_layers(name):
     tiny, options = backbone(name), CASES[name]
     model, params, trainable = adapted(name, **options)
@@ -52,6 +55,7 @@ def test_the_ladder_is_the_loop_over_its_layers(name):
     assert_close(*both(params, side, tiny.batch))
 
 
+@pytest.mark.slow
 def test_the_ladders_of_an_encoder_decoder_are_the_loops_over_their_layers():
     """The side decoder attends to the side encoder, each with its own table of positions."""
     tiny = backbone("t5")
@@ -90,6 +94,7 @@ def test_a_fresh_gate_is_one_half():
     np.testing.assert_array_equal(jax.nn.sigmoid(trainable["blocks"]["gate"] / 0.1), 0.5)
 
 
+@pytest.mark.slow
 def test_an_open_gate_is_independent_of_the_backbone_and_a_shut_one_of_the_stream():
     tiny = backbone("bert")
     model, params, _ = adapted("bert")
@@ -107,6 +112,7 @@ def test_an_open_gate_is_independent_of_the_backbone_and_a_shut_one_of_the_strea
     assert float(jnp.abs(out([0.0, 99.0, 0.0]) - out([0.0, 99.0, 0.0], blocks=other)).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_of_both_networks_or_of_the_side_alone():
     tiny = backbone("t5")
 
@@ -143,6 +149,7 @@ def test_the_numbers_of_parameters_that_the_paper_has_for_t5(sizes, used, count,
     assert round(100 * count / tree.count(shapes), 2) == percent
 
 
+@pytest.mark.slow
 def test_a_method_of_the_side_network_trains_that_alone():
     tiny = backbone("llama")
     inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.train(["blocks/gate"]))
@@ -159,6 +166,7 @@ def test_a_method_of_the_side_network_trains_that_alone():
     assert_close(out(trainable), plain.model(tiny.forward)(plain.apply(frozen, whole), tiny.batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner", [None, pj.chain(pj.lora(rank=2), pj.train(["blocks/gate"]))], ids=["all", "some"]
 )
@@ -178,6 +186,7 @@ def test_a_saved_network_comes_back_without_its_scores(tmp_path, inner):
     np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.slow
 def test_it_trains_and_the_backbone_stays():
     tiny = backbone("bert dropout")
     method = pj.lst(reduction=2)
@@ -198,6 +207,7 @@ def test_it_trains_and_the_backbone_stays():
     jax.tree.map(np.testing.assert_array_equal, frozen, before)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_it_is_what_it_is_on_one():
     tiny, method = backbone("llama"), pj.lst(reduction=2, side_layers=[0, 2])
     model, mesh = method.model(tiny.forward), jax.make_mesh((2, 4), ("data", "fsdp"), (AxisType.Auto,) * 2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support import KEY
-from tiny_models import LAYERS, TOKENS, WIDTH, tiny
+from tiny_models import BLOCKS, TOKENS, WIDTH, tiny
 
 import peftjax as pj
 from peftjax import compat
@@ -118,4 +118,4 @@ def test_the_network_beside_a_decoder_keeps_no_probabilities():
     params = jax.eval_shape(model.init, KEY)
     arrays = kept_arrays(*loss_of(model, params), {"input_ids": TOKENS})
     assert all(a.shape[-1] <= WIDTH for a in arrays)
-    assert sum(a.shape == (LAYERS, 2, 5, WIDTH) for a in arrays) == 1
+    assert sum(a.shape == (BLOCKS, 2, 5, WIDTH) for a in arrays) == 1

@@ -162,6 +162,7 @@ def test_the_information_is_the_sum_of_squared_gradients(per_example):
     assert_close(found["up/kernel"], wanted)
 
 
+@pytest.mark.slow
 def test_it_is_what_a_side_network_asks_for():
     tiny = backbone("t5")
 

@@ -119,6 +119,7 @@ def two_streams(method, model, params, trainable, frozen):
     return 0.5 * (x1 + x2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_a_reversible_layer_it_is_the_ordinary_network_bit_by_bit(variant):
     model, params = encoder(3)

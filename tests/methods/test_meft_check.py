@@ -30,6 +30,7 @@ def failing():
     return report(pj.chain(pj.meft(variant=3, anchor_every=0), pj.train(["embed/norm/scale"])))
 
 
+@pytest.mark.slow
 def test_a_report_names_the_largest_anchor_distance_that_passes(failing):
     assert not failing.passed
     assert failing.gradient_error > 1e-3
@@ -40,6 +41,7 @@ def test_a_report_names_the_largest_anchor_distance_that_passes(failing):
     assert errors[0] > 100 * errors[1] > 1e4 * errors[2]
 
 
+@pytest.mark.slow
 def test_a_report_reads_well(failing):
     text = str(failing)
     assert "meft, anchor_every=0: gradients FAIL, relative error" in text

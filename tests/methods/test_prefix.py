@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import KEY, assert_close
 from tiny_decoder import PROMPTS, make_decoder, padded
-from tiny_models import LAYERS, WIDTH, moved, tiny
+from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
 import peftjax as pj
@@ -105,7 +105,7 @@ def test_without_the_mlp_it_is_the_same_and_smaller(make_method):
     assert again.config == {**method.config, "mlp_size": None}
     fresh = again.init(KEY, MODEL.params)[1]
     assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, fresh)
-    assert sum(leaf.size for leaf in jax.tree.leaves(plain["blocks"]["prefix"])) == 2 * LAYERS * 3 * WIDTH
+    assert sum(leaf.size for leaf in jax.tree.leaves(plain["blocks"]["prefix"])) == 2 * BLOCKS * 3 * WIDTH
     np.testing.assert_array_equal(run_of(again, plain), run_of(method, trained))
 
 
@@ -147,15 +147,17 @@ def test_two_prefixes_in_a_chain_are_one_that_is_longer(layers):
     assert_close(got, run_of(pj.prefix(length=5, **plain), joined))
 
 
+@pytest.mark.slow
 def test_layers_that_are_left_out_have_no_numbers_and_stay_as_they_were():
     whole, part = pj.prefix(length=3, mlp_size=None), pj.prefix(length=3, mlp_size=None, layers=[1])
     trained = trained_of(part)
     assert {leaf.shape for leaf in jax.tree.leaves(trained)} == {(1, 3, WIDTH)}
-    of_all = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), trained)
+    of_all = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * BLOCKS), trained)
     model, adapted = MODEL.forward, whole.model(MODEL.forward)
     hidden, context = model.run_embed(MODEL.params, MODEL.batch)
     params = whole.apply(whole.init(KEY, MODEL.params)[0], of_all)
-    for number, (one, weights) in enumerate(((model, MODEL.params), (adapted, params))):
+    for number in range(BLOCKS):
+        one, weights = (adapted, params) if number == 1 else (model, MODEL.params)
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], one.layers(weights))
         hidden = one.run_layer(layer, hidden, context)
     assert_close(run_of(part, trained), model.run_head(MODEL.params, hidden, context))
@@ -196,6 +198,7 @@ def test_a_setting_out_of_range(make_method, options, text):
         make_method(**options)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_has_one_in_all_three_attentions():
     model, params = make("none")
     method, batch = pj.mam(**OPTIONS, size=3), token_batch()

@@ -16,7 +16,7 @@ from beside import (
     made,
     products_of_gradient,
 )
-from support import KEY, assert_close
+from support import KEY, all_but_slow, assert_close
 from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
@@ -65,7 +65,7 @@ def written_out(model, params, own, batch):
     return model.run_head(params, last, context)
 
 
-@pytest.mark.parametrize("name", ["images", "texts"])
+@pytest.mark.parametrize("name", all_but_slow(("images", "texts"), ("images",)))
 def test_outputs_and_gradients_are_those_of_its_equations(name):
     model, params, batch = images(4) if name == "images" else texts()
     method = pj.sherl()
@@ -87,6 +87,7 @@ def test_redundancy_of_alike_and_of_different_features():
     assert float(redundancy(early).max()) > 1.1
 
 
+@pytest.mark.slow
 def test_shares_are_one_together_or_nothing():
     early, guide = jax.random.normal(KEY, (3, 2, 5, 4)), jnp.abs(jax.random.normal(KEY, (2, 5, 4)))
     weight = jnp.ones(4)
@@ -100,6 +101,7 @@ def test_shares_are_one_together_or_nothing():
     assert bool(jnp.isfinite(grads).all())
 
 
+@pytest.mark.slow
 def test_the_states_alone_make_the_frozen_model_and_at_first_nothing_of_them_goes_through():
     model, params, batch = images()
     method = pj.sherl()
@@ -123,6 +125,7 @@ def test_its_size_is_that_of_the_released_code():
     assert size(512) == 5_133_058  # there, where d is half of 1024
 
 
+@pytest.mark.slow
 def test_backward_keeps_the_states_their_narrow_form_and_one_layer():
     shapes = kept(pj.sherl(), *images(5))
     assert [shape for shape in shapes if shape[0] == 5] == [(5, 2, TOKENS, 8), (5, 2, TOKENS, 16)]
@@ -156,6 +159,7 @@ def test_the_compiled_step_runs_the_early_layers_without_copying_their_weights()
     assert memory.temp_size_in_bytes < tree.nbytes(params["blocks"]) / 2
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_in_the_last_layer_alone():
     model, params, batch = images()
     method = pj.chain(pj.lora(rank=2, targets=["query", "up"]), pj.sherl())
@@ -166,6 +170,7 @@ def test_a_lora_is_trained_in_the_last_layer_alone():
         assert float(jnp.abs(leaf[-1]).max()) > 1e-6
 
 
+@pytest.mark.slow
 def test_bfloat16_features_give_finite_gradients_also_of_a_row_of_padding():
     model, params, batch = texts()
     model = dataclasses.replace(model, dtype="bfloat16")
@@ -187,10 +192,12 @@ def test_dropout_is_drawn_with_a_key_alone():
     assert min(float(jnp.abs(drawn[0] - other).max()) for other in (drawn[2], plain)) > 1e-3
 
 
+@pytest.mark.slow
 def test_it_generates_with_a_cache():
     assert_generates_as_without_a_cache(pj.sherl())
 
 
+@pytest.mark.slow
 def test_sharded_training_is_training_on_one_device():
     assert_trains_sharded(pj.sherl(dropout=0.0))
 

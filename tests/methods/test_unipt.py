@@ -120,6 +120,7 @@ def test_rows_without_an_answer_are_zero_and_shares_are_one_together():
     assert bool(jnp.isfinite(grads).all())
 
 
+@pytest.mark.slow
 def test_without_the_way_up_or_the_projection_it_is_the_last_layer():
     model, params, batch = images()
     method = pj.unipt(variant="clip4clip")
@@ -179,6 +180,7 @@ def test_bfloat16_features_give_finite_gradients_also_of_a_row_of_padding():
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_packed_texts_do_not_see_each_other():
     model, params = make_decoder()
     method = pj.unipt()
@@ -192,11 +194,13 @@ def test_packed_texts_do_not_see_each_other():
     assert_close(packed[:, 3:], run({"input_ids": ids[:, 3:]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vse", "clip4clip"])
 def test_it_generates_with_a_cache(variant):
     assert_generates_as_without_a_cache(pj.unipt(variant=variant))
 
 
+@pytest.mark.slow
 def test_sharded_training_is_training_on_one_device():
     assert_trains_sharded(pj.unipt())
 

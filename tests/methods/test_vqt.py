@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beside import TOKENS, assert_trains_sharded, images, kept, loss_of, made
-from support import KEY, assert_close, made_shapes, noisy
+from support import KEY, all_but_slow, assert_close, made_shapes, noisy
 from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
@@ -51,7 +51,7 @@ def joined(model, params, batch, queries):
     return hidden, jnp.stack(features)
 
 
-@pytest.mark.parametrize("name", ["images", "backbone", "encoder classifier"])
+@pytest.mark.parametrize("name", all_but_slow(("images", "backbone", "encoder classifier"), ("images",)))
 def test_outputs_and_gradients_are_those_of_the_released_form_in_one_pass_and_in_two(name):
     model, params, batch = images() if name == "images" else texts(name)
     results = []
@@ -71,6 +71,7 @@ def test_outputs_and_gradients_are_those_of_the_released_form_in_one_pass_and_in
     assert all(float(jnp.abs(g).max()) > 1e-3 for g in jax.tree.leaves(results[0][1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_tokens_do_not_see_the_queries_and_a_layer_sees_its_own_queries_alone(passes):
     model, params, batch = images()
@@ -92,6 +93,7 @@ def test_the_tokens_do_not_see_the_queries_and_a_layer_sees_its_own_queries_alon
     np.testing.assert_array_equal(twins[:, :, 0], features[:, :, 0])
 
 
+@pytest.mark.slow
 def test_features_are_of_length_one_and_order_of_tokens_is_nothing_to_them():
     model, params, batch = images()
     trainable = queried(params)[2]
@@ -122,6 +124,7 @@ def test_one_pass_keeps_keys_and_values_or_the_states_alone():
     assert of_tokens == [(*token, 16)]
 
 
+@pytest.mark.slow
 def test_two_passes_keep_what_does_not_grow_with_the_layers():
     """But the features themselves and what the head reads of them."""
     features = lambda layers: [(2, 16 + layers * QUERIES * 16), (2, layers, QUERIES * 16)]
@@ -143,6 +146,7 @@ def test_backward_makes_nothing_of_the_feed_forward_of_tokens(passes):
     assert (2 * QUERIES, 40) in shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_structured_base_is_read_and_gets_no_gradient(passes):
     model, params, batch = images()
@@ -167,6 +171,7 @@ def test_what_no_gradient_reaches_cannot_be_trained():
             pj.chain(pj.vqt(), other).init(KEY, params)
 
 
+@pytest.mark.slow
 def test_dropout_of_queries_draws_for_every_row_and_only_with_a_key():
     model, params, batch = images()
     method, frozen, trainable = queried(params, dropout=0.5)
@@ -180,6 +185,7 @@ def test_dropout_of_queries_draws_for_every_row_and_only_with_a_key():
         assert float(jnp.abs(first[:, 0] - other).max(axis=(1, 2)).min()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_sharded_training_is_training_on_one_device(passes):
     assert_trains_sharded(pj.vqt(passes=passes, dropout=0.0))

@@ -107,7 +107,7 @@ def cosine(left, right):
     return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", all_but_slow(MODELS, ("llama",)))
 def test_values_are_bit_for_bit_and_without_rounding_gradients_are_too_but_for_order(name):
     model, params, batch = made(name)
     value, exact = step(METHODS["full"], model, params, batch)
@@ -119,6 +119,7 @@ def test_values_are_bit_for_bit_and_without_rounding_gradients_are_too_but_for_o
     assert 0.99 < cosine(close, exact) < 1.0 - 1e-9
 
 
+@pytest.mark.slow
 def test_lora_with_the_models_dropout():
     model, params = encoder(rate=0.3), made("encoder")[1]
     method = pj.lora(rank=2)
@@ -132,6 +133,7 @@ def test_lora_with_the_models_dropout():
     assert cosine(close, exact) > 0.99
 
 
+@pytest.mark.slow
 def test_bfloat16_computation():
     params = made("llama")[1]
     model = llama(dtype="bfloat16")
@@ -187,6 +189,7 @@ def test_generation_is_unchanged():
     np.testing.assert_array_equal(plain.tokens, again.tokens)
 
 
+@pytest.mark.slow
 def test_under_remat_the_gradients_are_the_same():
     model, params, batch = made("llama")
     method = beside(METHODS["lora"])
@@ -196,6 +199,7 @@ def test_under_remat_the_gradients_are_the_same():
     assert_close(same, grads, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [1, 2])
 def test_on_a_mesh_of_eight_devices(features):
     """Batches and, with two, also features are split; a group of 32 lies within a shard."""

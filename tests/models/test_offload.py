@@ -31,6 +31,7 @@ def kept(remat):
     return [x for x in kept_arrays(loss, params) if x.shape[:3] == (LAYERS, B, S)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "encoder"])
 @pytest.mark.parametrize("remat", ["save_attention", "offload_attention", "offload_attention:0.3"])
 def test_values_and_gradients_are_those_without_it(family, remat):

@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_last_token_as_a_query_reads_what_it_reads_as_a_token(name):
     make, batch, last = CASES[name]
