@@ -11,7 +11,7 @@ import tiny_t5
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ladders import adapted, backbone, climbed, halved, up
-from support import KEY, assert_close
+from support import KEY, all_but_slow, assert_close
 from tiny_models import moved
 
 import peftjax as pj
@@ -32,10 +32,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("bert", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.parametrize("name", all_but_slow(CASES, ("bert", "llama")))
 def test_the_ladder_is_the_loop_over_its_layers(name):
     tiny, options = backbone(name), CASES[name]
     model, params, trainable = adapted(name, **options)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_t5
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import all_but_slow, assert_close, noisy
 
 import peftjax as pj
 from peftjax import tree
@@ -19,8 +21,6 @@ from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder
 from peftjax.models.llama import read_config
-from tests import tiny_t5
-from tests.support import assert_close, noisy
 
 KEY = jax.random.key(0)
 EXACT = {"activation": 32, "gated": 32, "norm": 32, "attention": 32, "inputs": 32}
