@@ -4,15 +4,16 @@ Jin et al. 2025, arXiv 2503.08154 ("S2A", under several titles). No code is publ
 abstract's idea is followed here: tune what needs little of the activations, and keep the rest in 4 bits.
 
     bias    b trained; db = Σ over tokens of g: nothing is kept. A norm's shift is one; its scale stays frozen
+    prompt  P trained tokens after a row's own, in an encoder: see `prompt_tokens`
     side    u = pool(sg(h)),   h + attention(h) + Up(f(Down(u)))     Down: D -> d,  Up: d -> D, zero at first
     blocks  as with `coded_residuals`
 
 `h` is what enters a block; its gradient does not pass the side module. `pool` is the mean of `pool` tokens in
 a row, without padding; each of them gets the result. In a causal stack it would show a token what comes after
-it, so there it is 1. The prompts of S2A are not among it.
+it, so there it is 1.
 
-Trained: the biases but those of keys, and 2 D d + d + D numbers a layer. Backward keeps D / pool values of u
-and d / pool more a token and layer, and the codes of the blocks. With `side=0` the result merges.
+Trained: the biases but those of keys, 2 D d + d + D numbers a layer, and P D. Backward keeps D / pool values
+of u and d / pool more a token and layer, and the codes of the blocks. With biases alone the result merges.
 
 The abstract reports a fourth of the memory at 0.9 % trained parameters. d = 16, two to four tokens a pool and
 a group of 64 are usual sizes, not the authors'.
@@ -31,8 +32,9 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.blocks.bottleneck import Bottleneck
 from peftjax.methods.blocks.coded_residuals import with_codes
+from peftjax.methods.blocks.prompt_tokens import init_prompts, with_prompts
 from peftjax.methods.blocks.rewritten import Context, RewrittenBlock
-from peftjax.methods.blocks.stacks import add_to_blocks, rewrite_stacks, stacks_of
+from peftjax.methods.blocks.stacks import add_to_blocks, require_one_stack, rewrite_stacks, stacks_of
 from peftjax.methods.targets import key_for
 from peftjax.residuals.bits import Bits
 from peftjax.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
@@ -76,6 +78,7 @@ def pool_tokens(hidden: Float[Array, "B S D"], mask: Array | None, pool: int) ->
 def s2a(
     *,
     biases: bool = True,
+    prompts: int = 0,
     side: int = 16,
     pool: int = 2,
     activation: str = "relu",
@@ -86,6 +89,7 @@ def s2a(
     Args:
         biases: whether every parameter called 'bias' is trained, but those of keys, which have no effect
             without rotary positions.
+        prompts: P, tokens after each row's; encoders only. A fresh one changes the outputs.
         side: d, the width of the side modules; 0 is none.
         pool: how many tokens a side module reads as one, except in a causal stack.
         activation: of the side modules, as of `pfeiffer`.
@@ -95,10 +99,11 @@ def s2a(
         PeftError: for a setting out of range; in `init`, when nothing is left to train, or a bias is a
             structured weight; in `init` and `model`, when it is not a backbone's.
     """
-    config = {"biases": biases, "side": side, "pool": pool, "activation": activation}
+    config = {"biases": biases, "prompts": prompts, "side": side, "pool": pool, "activation": activation}
     config["residuals"] = None if residuals is None else dict(residuals)
-    if side < 0 or pool < 1:
-        raise PeftError(f"s2a: side must be 0 or more and pool 1 or more, got {side} and {pool}")
+    for name, value, least in (("prompts", prompts, 0), ("side", side, 0), ("pool", pool, 1)):
+        if value < least:
+            raise PeftError(f"s2a: {name} must be {least} or more, got {value}")
     bottleneck = Bottleneck(side, activation=activation) if side else None
     if bottleneck is not None:
         bottleneck.require_valid("s2a")
@@ -107,18 +112,23 @@ def s2a(
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         stacks = stacks_of("s2a", params)
         paths = _biases(params) if biases else []
-        if not paths and not side:
+        if not paths and not side and not prompts:
             raise PeftError("s2a: this model has no bias to train; give side=16 for side modules")
         taken, rest = tree.partition(params, paths)
         trainable: dict[str, Any] = {"biases": taken} if paths else {}
         for stack in stacks if bottleneck else ():
             own_key = key_for(key, f"{stack.name}/side")
             trainable[stack.name] = bottleneck.init(own_key, stack.num_layers, stack.width)
+        if prompts:
+            require_one_stack("s2a", params, "its two stacks have no common row of tokens for prompts")
+            trainable["prompts"] = init_prompts(key_for(key, "prompts"), prompts, stacks[0].width)
         return Frozen(rest), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         params = tree.join(frozen.params, trainable.get("biases", {}))
-        added = {name: values for name, values in trainable.items() if name != "biases"}
+        if prompts:
+            params = {**params, "s2a": {"prompts": trainable["prompts"]}}
+        added = {name: trainable[name] for name in ("blocks", "encoder") if name in trainable}
         return add_to_blocks("s2a", params, added) if added else params
 
     def model(forward: Forward) -> Forward:
@@ -127,6 +137,7 @@ def s2a(
             return dataclasses.replace(backbone, block=SideBlock(backbone.block, "s2a", bottleneck, own_pool))
 
         coded = with_codes("s2a", forward, bits)
+        coded = with_prompts("s2a", coded) if prompts else coded
         return rewrite_stacks("s2a", coded, rewrite) if bottleneck else coded
 
     return Transform("s2a", config, init, apply, model)
@@ -159,7 +170,7 @@ METHOD = MethodInfo(
     name="s2a",
     factory=s2a,
     paper="S2A-style, Jin et al. 2025, arXiv 2503.08154",
-    trains="the biases, and 2 D d + d + D a layer",
+    trains="the biases, 2 D d + d + D a layer, and P D of prompts",
     keeps="codes of 4 or 8 bits; (D + d) / pool values a token for a side module",
     mergeable=False,
     example={"side": 2},
