@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from support import KEY, assert_close
 from tiny_models import BLOCKS, WIDTH, tiny
