@@ -164,7 +164,7 @@ def smallest(request):
 
 
 @pytest.fixture(params=all_but_slow(pj.METHODS, [n for n, info in pj.METHODS.items() if not info.of_blocks]))
-def compiled_again(request):
+def anew(request):
     """`smallest`, for what needs a program of its own, which of a method of blocks takes long to compile."""
     return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
 
@@ -249,15 +249,15 @@ def test_apply_without_a_key_is_deterministic(smallest):
     assert same(first, second)
 
 
-def test_one_row_of_another_length(compiled_again):
-    batch = jax.tree.map(lambda tokens: tokens[:1, :3], compiled_again.model.batch)
-    run = pj.adapt(compiled_again.method.model(compiled_again.model.forward))
-    out = run(compiled_again.method.apply(compiled_again.frozen, compiled_again.trained), batch)
-    whole = jax.eval_shape(compiled_again.model.forward, compiled_again.model.params, batch)
+def test_one_row_of_another_length(anew):
+    batch = jax.tree.map(lambda tokens: tokens[:1, :3], anew.model.batch)
+    run = pj.adapt(anew.method.model(anew.model.forward))
+    out = run(anew.method.apply(anew.frozen, anew.trained), batch)
+    whole = jax.eval_shape(anew.model.forward, anew.model.params, batch)
     assert out.shape == whole.shape
-    if compiled_again.info.mergeable:
-        merged = compiled_again.method.merge(compiled_again.frozen, compiled_again.trained)
-        assert_close(out, plain(compiled_again.name)(merged, batch))
+    if anew.info.mergeable:
+        merged = anew.method.merge(anew.frozen, anew.trained)
+        assert_close(out, plain(anew.name)(merged, batch))
 
 
 # Training.
@@ -288,25 +288,25 @@ def test_what_is_trained_and_what_is_frozen_share_no_array(case):
     assert not trained & {id(leaf) for leaf in jax.tree.leaves(case.frozen)}
 
 
-def test_remat_gives_the_same_step(compiled_again):
-    step = step_of(compiled_again.method, tiny(f"{compiled_again.name} remat").forward)
+def test_remat_gives_the_same_step(anew):
+    step = step_of(anew.method, tiny(f"{anew.name} remat").forward)
     assert_close(
-        step(compiled_again.trained, compiled_again.frozen, compiled_again.model.batch),
-        compiled_again.at_trained,
+        step(anew.trained, anew.frozen, anew.model.batch),
+        anew.at_trained,
     )
 
 
-def test_bfloat16_computation(compiled_again):
-    step = step_of(compiled_again.method, tiny(f"{compiled_again.name} bf16").forward)
+def test_bfloat16_computation(anew):
+    step = step_of(anew.method, tiny(f"{anew.name} bf16").forward)
     got, want = (
-        step(compiled_again.trained, compiled_again.frozen, compiled_again.model.batch),
-        compiled_again.at_trained,
+        step(anew.trained, anew.frozen, anew.model.batch),
+        anew.at_trained,
     )
     assert got["out"].dtype == jnp.bfloat16
     assert_close(got["out"], want["out"], 5e-2)
     for path, grad, wanted in pairs(got["grads"], want["grads"]):
         assert grad.dtype == wanted.dtype, path
-        if is_steered(compiled_again.info, path):
+        if is_steered(anew.info, path):
             continue
         cosine = np.vdot(grad, wanted) / (np.linalg.norm(grad) * np.linalg.norm(wanted))
         assert cosine > 0.99, path
@@ -381,23 +381,23 @@ def test_training_a_plain_parameter_beside_it(smallest):
         assert_close(out, plain(smallest.name)(merged, smallest.model.batch))
 
 
-def test_on_a_base_that_is_not_a_plain_array(compiled_again):
+def test_on_a_base_that_is_not_a_plain_array(anew):
     """One that no one trains, as a quantised one is."""
     targets = r".*(attention|feed_forward|words|up|down).*(kernel|embedding)"
-    lora, own, batch = pj.lora(rank=2, targets=targets), compiled_again.method, compiled_again.model.batch
-    base, adapter = lora.init(KEY, compiled_again.model.params)
+    lora, own, batch = pj.lora(rank=2, targets=targets), anew.method, anew.model.batch
+    base, adapter = lora.init(KEY, anew.model.params)
     adapter = moved(adapter)
     try:
         frozen, trainable = own.init(KEY, lora.apply(base, adapter))
     except PeftError as error:
-        if compiled_again.info.quantized_base or not re.search(r"LowRank|earlier method", str(error)):
+        if anew.info.quantized_base or not re.search(r"LowRank|earlier method", str(error)):
             raise
         return
-    trained = as_trained(compiled_again.info, trainable)
-    out = pj.adapt(own.model(compiled_again.model.forward))(own.apply(frozen, trained), batch)
-    if compiled_again.info.mergeable:
-        wanted = plain(compiled_again.name)(own.merge(frozen, trained), batch)
+    trained = as_trained(anew.info, trainable)
+    out = pj.adapt(own.model(anew.model.forward))(own.apply(frozen, trained), batch)
+    if anew.info.mergeable:
+        wanted = plain(anew.name)(own.merge(frozen, trained), batch)
     else:
         dense = own.apply(own.init(KEY, lora.merge(base, adapter))[0], trained)
-        wanted = own.model(compiled_again.model.forward)(dense, batch)
+        wanted = own.model(anew.model.forward)(dense, batch)
     assert_close(out, wanted)
