@@ -309,7 +309,7 @@ def test_bfloat16_computation(anew):
         if is_steered(anew.info, path):
             continue
         cosine = np.vdot(grad, wanted) / (np.linalg.norm(grad) * np.linalg.norm(wanted))
-        assert cosine > 0.99, path
+        assert cosine > 0.98, path
 
 
 def test_bfloat16_parameters(mergeable):
