@@ -21,7 +21,7 @@ MANY = 20_000
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drop compiled programs between files: each maps some of the 65,530 pieces of memory that Linux allows."""
+    """Drop compiled programs between files: they map pieces of memory, of which Linux allows 65,530."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
