@@ -4,7 +4,8 @@ r"""Methods of blocks on SST-2 with MiniLM.
     python -m experiments.memory.sst2 --train train.tsv --evaluation dev.tsv \
         --output experiments/memory/results/sst2 --steps 100 --max-length 32 --rates 3e-4 3e-3 3e-2
 
-What is done is said in `experiments.sst2.run`. Times of steps are measured by `experiments.memory.pace`.
+What is done is said in `experiments.sst2.run`. The recorded runs had other work beside them, so the times of
+their steps were taken out of the record; `experiments.memory.pace` measures them side by side.
 """
 
 from __future__ import annotations
