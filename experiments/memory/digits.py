@@ -3,8 +3,8 @@
     pip install -e ".[experiments]"
     python -m experiments.memory.digits --output experiments/memory/results/digits --transfer.seeds 3
 
-What is done is said in `experiments.digits.run`. The recorded runs had other work beside them, so the times of
-their steps were taken out of the record.
+What is done is said in `experiments.digits.run`. The recorded runs had other work beside them, so the times
+of their steps were taken out of the record.
 """
 
 import tyro
