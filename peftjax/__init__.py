@@ -3,6 +3,7 @@
 import peftjax.train  # noqa: F401  (loaded first, so that the name stays the function's below)
 from peftjax import losses
 from peftjax.adapt import adapt, layouts_of
+from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.generation.generate import Generated, generate
 from peftjax.io.peft.export import export_peft
@@ -40,7 +41,7 @@ from peftjax.methods.sparse.snell import set_sparsity, snell
 from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
 from peftjax.plan import Plan, plan
-from peftjax.transform import Frozen, MethodInfo, Transform, chain
+from peftjax.transform import Frozen, MethodInfo, Renewal, Transform
 from peftjax.weights.base import Weight, dense, matmul
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "MethodInfo",
     "PeftError",
     "Plan",
+    "Renewal",
     "Transform",
     "Weight",
     "adapt",

@@ -1,6 +1,6 @@
 """What a fine-tuning method is: a rewrite of the parameters, the model and the optimizer."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,28 @@ import optax
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.weights.base import Weight, dense
+from peftjax.weights.base import dense
 
 Params = Any
 Trainable = Any
 Forward = Callable[..., Any]
 Check = Callable[..., str | None]
 """`(method, model, frozen, trainable, batch, loss) -> a warning or None`, with `loss(outputs, batch)`."""
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What a method does between two steps of a run, as a compiled program of its own.
+
+    Attributes:
+        due: `step -> bool`, asked before the step with that number, counted from 0.
+        run: `(loss, frozen, trainable, opt_state, *, step, key, prefix=()) -> (trainable, opt_state)`, to
+            be jitted with the last two donated; `loss: params -> scalar` is that of the step's batch,
+            `step` an integer array, `prefix` the path of this method's trainable inside a chain's.
+    """
+
+    due: Callable[[int], bool]
+    run: Callable[..., tuple[Trainable, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +88,7 @@ class Transform:
             that are trained or adapted. It raises where another method's would get no gradient.
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
+        renewals: what is done between steps (a new projection, a restart), each when it is due.
     """
 
     name: str
@@ -84,6 +100,7 @@ class Transform:
     write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
     review: Callable[[Mapping[str, str]], None] = _take_all
     checks: tuple[Check, ...] = ()
+    renewals: tuple[Renewal, ...] = ()
 
     @property
     def in_place(self) -> bool:
@@ -121,124 +138,6 @@ class Transform:
                 if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
                     raise PeftError(f"merge: parameter {path!r} has values that are not finite")
         return merged
-
-
-def chain(*methods: Transform) -> Transform:
-    """Apply several methods to one model, the first innermost.
-
-    The trainable, and the frozen state, are dictionaries by method name ('lora', 'lora_2', ...). A
-    later method may adapt what an earlier one left as it was, or wrap a structured weight it made
-    (`chain(nf4(), lora())`).
-
-    Raises:
-        PeftError: when made, without a method; in `init`, if a method adapts or takes a parameter
-            that an earlier one trains, replaces the base of a weight that an earlier one made, or lets no
-            gradient reach what another one trains.
-    """
-    if not methods:
-        raise PeftError("chain: give at least one method")
-    names = _distinct([method.name for method in methods])
-    named = dict(zip(names, methods))
-
-    def init(key: jax.Array, params: Params) -> tuple[Frozen, dict[str, Trainable]]:
-        base, states, plans, trainables = params, {}, {}, {}
-        current, trained, adapted = params, {}, {}
-        for name, method, subkey in zip(names, methods, jax.random.split(key, len(methods))):
-            frozen, trainable = method.init(subkey, current)
-            base = _fold_base(name, base, current, frozen.params, trained, trainable)
-            states[name], plans[name], trainables[name] = frozen.state, frozen.plan, trainable
-            # What a method of blocks adds is its own: no later method is shown it.
-            applied = tree.named_leaves(method.apply(frozen, trainable))
-            current = tree.map_named(lambda path, _, applied=applied: applied[path], base)
-            for path, leaf in tree.named_leaves(base).items():
-                if isinstance(leaf, tree.Hole):
-                    trained.setdefault(path, name)
-            adapted |= dict.fromkeys(_adapted(trainable, tree.named_leaves(base)), name)
-        review({**adapted, **trained})
-        return Frozen(base, states, tuple(plans.items())), trainables
-
-    def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
-        params, plans = frozen.params, dict(frozen.plan)
-        for number, (name, method) in enumerate(named.items()):
-            subkey = None if key is None else jax.random.fold_in(key, number)
-            own = Frozen(params, frozen.state[name], plans[name])
-            params = method.apply(own, trainable[name], key=subkey)
-        return params
-
-    def model(forward: Forward) -> Forward:
-        for method in methods:
-            forward = method.model(forward)
-        return forward
-
-    def optimizer(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        for name, method in named.items():
-            tx = method.optimizer(tx, (*prefix, name))
-        return tx
-
-    def write(frozen: Frozen, trainable: Mapping[str, Trainable] | None) -> Frozen:
-        params, states, plans = frozen.params, dict(frozen.state), dict(frozen.plan)
-        for name, method in named.items():
-            own = None if trainable is None else trainable[name]
-            written = method.write(Frozen(params, states[name], plans[name]), own)
-            params, states[name], plans[name] = written.params, written.state, written.plan
-        return Frozen(params, states, tuple(plans.items()))
-
-    def review(trained: Mapping[str, str]) -> None:
-        for method in methods:
-            method.review(trained)
-
-    config = {"methods": [{"name": m.name, **m.config} for m in methods]}
-    in_place = {"write": write} if any(method.in_place for method in methods) else {}
-    checks = tuple(check for method in methods for check in method.checks)
-    hooks = {"review": review, "checks": checks, **in_place}
-    return Transform("chain", config, init, apply, model, optimizer, **hooks)
-
-
-def _fold_base(
-    name: str,
-    base: Params,
-    seen: Params,
-    wanted: Params,
-    trained: Mapping[str, str],
-    trainable: Trainable,
-) -> Params:
-    """The chain's base after a method that saw `seen` wants `wanted` as its own base."""
-    bases, seen_leaves = tree.named_leaves(base), tree.named_leaves(seen)
-    changed: dict[str, Any] = {}
-    touched = set(trainable) if isinstance(trainable, Mapping) else set()
-    for path, leaf in tree.named_leaves(wanted).items():
-        if path in trained and (leaf is not seen_leaves[path] or path in touched):
-            raise PeftError(
-                f"chain: {name!r} adapts {path!r}, which {trained[path]!r} already trains; "
-                "exclude it from one of the two"
-            )
-        if leaf is seen_leaves[path]:
-            continue
-        if isinstance(seen_leaves[path], Weight) or bases[path] is not seen_leaves[path]:
-            raise PeftError(
-                f"chain: {name!r} replaces the base of {path!r}, which an earlier method rewrote; "
-                f"put {name!r} first"
-            )
-        changed[path] = leaf
-    return tree.replace(base, changed)
-
-
-def _adapted(trainable: Trainable, paths: Collection[str]) -> Iterator[str]:
-    """The paths of the parameters that a trainable has something for, of chains inside it too."""
-    for name, part in trainable.items() if isinstance(trainable, Mapping) else ():
-        if name in paths:
-            yield name
-        else:
-            yield from _adapted(part, paths)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    return [
-        name if names[:n].count(name) == 0 else f"{name}_{names[:n].count(name) + 1}"
-        for n, name in enumerate(names)
-    ]
 
 
 def at_prefix(updates: Any, prefix: tuple[str, ...], fn: Callable[[Any], Any]) -> Any:

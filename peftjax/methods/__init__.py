@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a, sherl, unipt, vqt
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
-from peftjax.transform import MethodInfo, Transform, chain
+from peftjax.transform import MethodInfo, Transform
 from peftjax.tree import nearest
 
 METHODS: dict[str, MethodInfo] = {

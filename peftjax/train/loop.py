@@ -23,7 +23,17 @@ from peftjax.train.identity import claim_folder
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.progress import show_progress
-from peftjax.train.step import Evaluate, Forward, Metrics, Step, make_evaluate, make_step, make_write
+from peftjax.train.step import (
+    Evaluate,
+    Forward,
+    Metrics,
+    Renew,
+    Step,
+    make_evaluate,
+    make_renewals,
+    make_step,
+    make_write,
+)
 from peftjax.train.usage import Throughput, peak_memory
 from peftjax.transform import Transform
 
@@ -86,6 +96,7 @@ def fit(
         accumulation=config.grad_accumulation,
         model_dropout=config.model_dropout,
     )
+    renewals = make_renewals(forward, method, objective, accumulation=config.grad_accumulation)
     evaluate = evaluate or make_evaluate(forward, method, objective)
     # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
     trainable = jax.tree.map(jnp.copy, trainable)
@@ -120,6 +131,9 @@ def fit(
         while state.step < steps.total and not is_over(best, config.early_stopping_patience):
             batch = next(batches)
             throughput.before(batch)
+            for due, renew in renewals:
+                if due(state.step):
+                    state = _renewed(renew, state, frozen, batch)
             state, metrics = _advance(step_fn, state, frozen, batch)
             frozen = written(frozen, state.trainable)
             throughput.after(batch, metrics)
@@ -165,6 +179,15 @@ def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch
         dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=step),
         metrics,
     )
+
+
+def _renewed(renew: Renew, state: RunState, frozen: PyTree[Array], batch: Batch) -> RunState:
+    """What the method does before the next step; the arrays of `state` are donated."""
+    # Not the key of the step itself.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), 1)
+    count = jnp.asarray(state.step, jnp.int32)
+    trainable, opt_state = renew(state.trainable, state.opt_state, frozen, batch, count, key)
+    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
 
 
 def _check_finite(pending: list[tuple[int, Metrics]]) -> dict[str, float | int | None]:

@@ -11,6 +11,7 @@ import jax
 import yaml
 
 from peftjax import tree
+from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods import KNOWN, build
 from peftjax.methods.select.plain import train
@@ -25,7 +26,7 @@ from peftjax.train.data.files import file_dataset
 from peftjax.train.data.language.corpus import PLAIN_TEXT
 from peftjax.train.data.language.dataset import RowOptions, SourceOptions
 from peftjax.train.data.tfds import PREFIX, tfds_dataset
-from peftjax.transform import Transform, chain
+from peftjax.transform import Transform
 
 MINILM = "minilm"
 DOCSTRINGS = "docstrings"

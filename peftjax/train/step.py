@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from peftjax.adapt import adapt
 from peftjax.losses import Batch, Objective
-from peftjax.transform import Transform
+from peftjax.transform import Renewal, Transform
 
 Forward = Callable[..., Any]
 """`(params, batch, *, key=None) -> outputs`."""
@@ -19,6 +19,10 @@ Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Ar
 """`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
 Write = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
 """`(frozen, trainable) -> frozen`, the base with what has been trained."""
+Renew = Callable[
+    [PyTree, PyTree, PyTree, Batch, Int[Array, ""], Key[Array, ""]], tuple[PyTree[Array], PyTree[Array]]
+]
+"""`(trainable, opt_state, frozen, batch, step, key) -> (trainable, opt_state)`."""
 Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
 """`(trainable, frozen, batches) -> means over all examples`."""
 
@@ -62,7 +66,7 @@ def make_step(
     def accumulated(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, Metrics, Array]:
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), dict(batch))
+        parts = _parts(batch, accumulation)
         first = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
@@ -87,9 +91,52 @@ def make_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def make_renewals(
+    forward: Forward, method: Transform, objective: Objective, *, accumulation: int = 1
+) -> tuple[tuple[Callable[[int], bool], Renew], ...]:
+    """What the method does between steps: for each renewal, when it is due and the jitted function.
+
+    It is given the batch of the step that follows, whose mean loss it may differentiate; with
+    `accumulation` its parts are computed one after the other, and again in the backward pass. Neither the
+    model's nor an adapter's dropout acts in it. `trainable` and `opt_state` are donated.
+    """
+
+    def jitted(renewal: Renewal) -> Renew:
+        def renew(
+            trainable: PyTree,
+            opt_state: PyTree,
+            frozen: PyTree,
+            batch: Batch,
+            step: Int[Array, ""],
+            key: Key[Array, ""],
+        ) -> tuple[PyTree, PyTree]:
+            def sums(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+                sums, weight = objective(adapt(forward)(params, batch), batch)
+                return sums["loss"], weight
+
+            def loss(params: PyTree) -> Array:
+                if accumulation == 1:
+                    total, weight = sums(params, batch)
+                else:
+                    of_part = jax.checkpoint(lambda part: sums(params, part))
+                    losses, weights = jax.lax.map(of_part, _parts(batch, accumulation))
+                    total, weight = jnp.sum(losses), jnp.sum(weights)
+                return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+
+            return renewal.run(loss, frozen, trainable, opt_state, step=step, key=key)
+
+        return jax.jit(renew, donate_argnums=(0, 1))
+
+    return tuple((renewal.due, jitted(renewal)) for renewal in method.renewals)
+
+
 def make_write(method: Transform) -> Write:
     """The line that follows a step of an in-place method, jitted; `frozen` is donated."""
     return jax.jit(method.write, donate_argnums=0)
+
+
+def _parts(batch: Batch, accumulation: int) -> dict[str, Array]:
+    return jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), dict(batch))
 
 
 def _times(gradients: PyTree[Array], factor: Array) -> PyTree[Array]:

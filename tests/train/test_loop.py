@@ -13,11 +13,11 @@ import pytest
 import tiny
 
 import peftjax
+from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.select.plain import train
 from peftjax.train.identity import run_identity
-from peftjax.transform import chain
 
 TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes", "peak_device_bytes")
 
