@@ -1,9 +1,9 @@
 """Orthonormal bases of the leading singular subspace of gradient matrices, whole or known by products only.
 
 A gradient `G [*stack, in, out]` is a stack of matrices. A basis of rank r on its input side has orthonormal
-rows `P [*stack, r, in]`, the first r left singular vectors of each matrix; on its output side `[*stack, r, out]`,
-the right ones; both in order of falling singular value. No basis of rank r keeps more of G: ‖G - Pᵀ P G‖² is
-the sum of the squared singular values that are left out.
+rows `P [*stack, r, in]`, the first r left singular vectors of each matrix; on its output side
+`[*stack, r, out]`, the right ones; both in order of falling singular value. No basis of rank r keeps more of
+G: ‖G - Pᵀ P G‖² is the sum of the squared singular values that are left out.
 
 - `svd_basis`: the thin singular value decomposition. Exact; slow on accelerators.
 - `gram_basis`: the eigenvectors of G Gᵀ (or Gᵀ G). One product and one symmetric problem; squaring loses the
