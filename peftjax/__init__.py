@@ -31,6 +31,7 @@ from peftjax.methods.lowrank.rslora import rslora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.multi.convert import to_lora
 from peftjax.methods.multi.sparse import fuse, overlap, patches, switch
+from peftjax.methods.projected.galore import galore
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
 from peftjax.methods.sparse.mean_gradient import mean_gradient
@@ -71,6 +72,7 @@ __all__ = [
     "freeze",
     "full",
     "fuse",
+    "galore",
     "generate",
     "houlsby",
     "import_peft",

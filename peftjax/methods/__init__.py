@@ -8,6 +8,7 @@ from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a, sherl, unipt, vqt
 from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
+from peftjax.methods.projected import galore
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
 from peftjax.transform import MethodInfo, Transform
@@ -28,6 +29,7 @@ METHODS: dict[str, MethodInfo] = {
         paca.METHOD,
         shira.METHOD,
         sara.METHOD,
+        galore.METHOD,
         rows.METHOD,
         *plain.METHODS,
         *adapters.METHODS,
