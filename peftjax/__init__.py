@@ -1,7 +1,7 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
 import peftjax.train  # noqa: F401  (loaded first, so that the name stays the function's below)
-from peftjax import losses
+from peftjax import losses, optim
 from peftjax.adapt import adapt, layouts_of
 from peftjax.chain import chain
 from peftjax.errors import PeftError
@@ -90,6 +90,7 @@ __all__ = [
     "meft_check",
     "mix",
     "olora",
+    "optim",
     "overlap",
     "paca",
     "parallel_adapter",

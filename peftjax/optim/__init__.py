@@ -1,6 +1,15 @@
-"""Rewrites of gradients and optimizer states, as optax gradient transformations."""
+"""Optimizers and rewrites of optimizers, as optax gradient transformations."""
 
-from peftjax.optim.bases import captured_energy as captured_energy
-from peftjax.optim.bases import gram_basis as gram_basis
-from peftjax.optim.bases import subspace_iteration as subspace_iteration
-from peftjax.optim.bases import svd_basis as svd_basis
+from peftjax.optim.bases import captured_energy, gram_basis, subspace_iteration, svd_basis
+from peftjax.optim.blockwise import Codes
+from peftjax.optim.eight_bit import eight_bit, EightBitState
+
+__all__ = [
+    "Codes",
+    "EightBitState",
+    "captured_energy",
+    "eight_bit",
+    "gram_basis",
+    "subspace_iteration",
+    "svd_basis",
+]
