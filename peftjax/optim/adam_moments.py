@@ -12,6 +12,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from peftjax.optim.updates import widened
+
 
 def zero_moments(params: Any, dtype: DTypeLike | None) -> optax.ScaleByAdamState:
     """The state before the first step; without a dtype, the averages have that of their parameter."""
@@ -25,9 +27,7 @@ def next_moments(
     """`(m, v, state)` after a gradient; m and v as computed, not as stored."""
 
     def average(decay: ArrayLike, power: int, old: Any) -> Any:
-        return jax.tree.map(
-            lambda g, a: decay * a.astype(wide(g)) + (1 - decay) * g.astype(wide(g)) ** power, grads, old
-        )
+        return jax.tree.map(lambda g, a: decay * widened(a) + (1 - decay) * widened(g) ** power, grads, old)
 
     def stored(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
@@ -41,8 +41,3 @@ def correction(decay: ArrayLike, count: Array) -> Array:
     """`1 - decayᵗ`; from the logarithm, as float32 rounds 1 - 0.999 by 1e-5 of it."""
     exact = isinstance(decay, float) and decay > 0
     return -jnp.expm1(count * (math.log(decay) if exact else jnp.log(decay)))
-
-
-def wide(x: Array) -> DTypeLike:
-    """The dtype to compute in: that of the array, and at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -6,8 +6,8 @@ Heo et al., ICLR 2021, arXiv 2006.08217, as released. For every parameter W with
     D = m / (1 - b1ᵗ) / (√v / √(1 - b2ᵗ) + eps)              nesterov: b1 m + (1 - b1) G in the place of m
     W ← W - lr (projected D + ratio wd W)
 
-With `delta=0` it is AdamW. Defaults are those of the release. It pays where norms follow weights (convolutions
-with their norms); few weights of a pre-norm transformer are scale-invariant.
+With `delta=0` it is AdamW. Defaults are those of the release. It pays where norms follow weights, as in
+networks of convolutions; few weights of a pre-norm transformer are scale-invariant.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from peftjax.optim.adam_moments import correction, next_moments, wide, zero_moments
+from peftjax.optim.adam_moments import correction, next_moments, zero_moments
 from peftjax.optim.radial import remove_radial
+from peftjax.optim.updates import widened
 
 
 def adamp(
@@ -79,7 +80,7 @@ def _adam(
         of_mu, of_nu = correction(b1, state.count), jnp.sqrt(correction(b2, state.count))
 
         def direction(g: Array, m: Array, v: Array) -> Array:
-            ahead = b1 * m + (1 - b1) * g.astype(wide(g)) if nesterov else m
+            ahead = b1 * m + (1 - b1) * widened(g) if nesterov else m
             return (ahead / of_mu / (jnp.sqrt(v) / of_nu + eps)).astype(g.dtype)
 
         return jax.tree.map(direction, grads, mu, nu), state

@@ -22,8 +22,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.errors import PeftError
-from peftjax.optim.adam_moments import correction, next_moments, wide, zero_moments
-from peftjax.optim.matrices import require_params
+from peftjax.optim.adam_moments import correction, next_moments, zero_moments
+from peftjax.optim.updates import require_params, widened
 
 
 def adamw(
@@ -123,8 +123,8 @@ def decay_updated_weights(
         decay = rate * weight_decay
 
         def decayed(u: Array, w: Array) -> Array:
-            step = u.astype(wide(u))
-            return (step - decay * (w.astype(wide(w)) + step)).astype(u.dtype)
+            step = widened(u)
+            return (step - decay * (widened(w) + step)).astype(u.dtype)
 
         return jax.tree.map(decayed, updates, params), DecayState(optax.safe_increment(state.count))
 

@@ -15,8 +15,8 @@ from peftjax.weights.layout import Layout, guess_layout
 def is_matrix(path: str, leaf: Any) -> bool:
     """Whether the parameter is a weight: `tree.is_weight`, and no factor of one.
 
-    What lies below a weight's name ('.../kernel/a') is a part of an adapter. A factor has no scale of its own:
-    that of `b·a` is the same with `c·b` and `a/c`.
+    What lies below a weight's name ('.../kernel/a') is a part of an adapter. A factor has no scale of its
+    own: the product of `c·b` and `a/c` is that of b and a.
     """
     *modules, name = path.split("/")
     factor = bool(modules) and modules[-1] in tree.WEIGHT_NAMES and name not in tree.WEIGHT_NAMES
@@ -48,12 +48,6 @@ def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) 
             continue
         found[path] = Layout.parse(letters, leaf.shape, path)
     return found
-
-
-def require_params(params: Any, who: str) -> None:
-    """Raise a PeftError where an update was asked for without the parameters."""
-    if params is None:
-        raise PeftError(f"{who}: give the parameters too, update(gradients, state, params)")
 
 
 def _guess(path: str, leaves: Mapping[str, Any]) -> str:

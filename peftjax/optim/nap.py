@@ -3,7 +3,7 @@
 "Normalization and Effective Learning Rates in Reinforcement Learning", Lyle et al., NeurIPS 2024, arXiv
 2407.01800 (no released code). In a network with a normalisation after every linear layer the outputs do not
 depend on the norms of the weights, but the effective learning rate does: it falls with ‖W‖² (SGD) or ‖W‖
-(Adam), and training makes ‖W‖ grow. For every matrix W `[in, out]` of a stack, and the step u of an optimizer,
+(Adam), and training makes ‖W‖ grow. For every matrix W `[in, out]` of a stack and an optimizer's step u,
 
     ρ = ‖W‖_F before the first step                W ← ρ (W + u) / ‖W + u‖_F
 
@@ -13,16 +13,19 @@ follow, it is a trust region: the size of the weight is kept, the function is no
 - Weight decay of a projected matrix only shortens it before it is stretched again, a change of the effective
   learning rate and no more: leave it out (`optax.adamw(mask=...)`).
 - The implicit fall of the learning rate is gone: give a schedule.
-- The readout has no norm behind it and is free, as are embeddings, convolutions unless named, and vectors.
-- A norm's scale g and offset b are not scale-invariant, but before an activation that is homogeneous (ReLU) and
-  another norm, the pair is: `norms` names those for which ‖(g, b)‖ is kept, which starts at √n for (1, 0).
+- The readout has no norm behind it and is free, as are embeddings and convolutions unless named, vectors, and
+  factors of adapters.
+- A norm's scale g and offset b are not scale-invariant, but before an activation that is homogeneous (ReLU)
+  and another norm the pair is: `norms` names those for which ‖(g, b)‖ is kept, which is √n for (1, 0).
 - A matrix that begins as zero has no sphere and is free; a step that would make a matrix zero is not taken.
 
-State: ρ, one float32 per matrix. It is never measured again, so rounding does not add up: `W + u` is computed in
-float32 or wider, the projected step is returned in that dtype, and a bfloat16 weight is rounded once, when it is
-applied. Measured over 10,000 steps of Adam on 64 x 64, |‖W‖/ρ - 1| stays below 1.2e-7 in float32 and 1.0e-4 in
-bfloat16, without a trend; with the norm measured anew at every step it drifts to 1.2e-4 and 2.2e-2. Optimizers
-that change the step afterwards leave the sphere: this comes last.
+State: ρ, one float32 per matrix. It is never measured again, so rounding does not add up: `W + u` is computed
+in float32 or wider, the projected step is returned in that dtype, and a bfloat16 weight is rounded once, when
+it is applied, which changes no number and so no norm by more than 2⁻⁸ of it. Over 10,000 steps of Adam on
+matrices of 32 to 256 a side, |‖W‖/ρ - 1| was below 1.3e-7 in float32 (64 x 64) and at most 1e-4 to 8e-4 in
+bfloat16, the most where steps are too small for most numbers to change, and level after the first 4,000. With
+the norm measured anew at every step it drifted to 1.2e-4 and 2.2e-2. What changes the step afterwards leaves
+the sphere: this comes last.
 """
 
 from collections.abc import Mapping
@@ -33,8 +36,8 @@ import optax
 from jax import Array
 
 from peftjax import tree
-from peftjax.optim.adam_moments import wide
-from peftjax.optim.matrices import is_matrix, matrix_layouts, require_params
+from peftjax.optim.matrices import is_matrix, matrix_layouts
+from peftjax.optim.updates import require_params, widened
 from peftjax.tree import Targets
 
 _WHO = "normalize_and_project"
@@ -63,14 +66,15 @@ def normalize_and_project(
 
     Args:
         tx: the whole optimizer, learning rate included.
-        targets: which matrices, as in `lora`; 'all-linear' leaves the readout, convolutions and embeddings free.
+        targets: which matrices, as in `lora`; 'all-linear' leaves the readout, convolutions and embeddings
+            free.
         exclude: the same forms; wins.
-        norms: normalisation modules, by name as `targets`, whose scale (with the bias where there is one) is
-            kept on a sphere too.
+        norms: normalisation modules, by name as `targets`, whose scale (with the bias where there is one)
+            is kept on a sphere too.
         layouts: axes by the end of a name, where it does not tell them.
 
     Raises:
-        PeftError: names or layouts match nothing, a target has no matrix, or an update without the parameters.
+        PeftError: names or layouts match nothing, or an update without the parameters.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -99,17 +103,17 @@ def _project(
     weights: Mapping[str, Array], steps: Mapping[str, Array], sphere: _Sphere, rho: Array
 ) -> dict[str, Array]:
     """The steps that end on the sphere of radius rho, in float32 or wider."""
-    moved = {path: _wide(weights[path]) + _wide(steps[path]) for path in sphere}
+    moved = {path: widened(weights[path]) + widened(steps[path]) for path in sphere}
     norm = _norm(moved, sphere)
     factor = jnp.where((rho > 0) & (norm > 0), rho / norm, 1.0)
     lost = (rho > 0) & (norm == 0)
-    return {path: jnp.where(lost, 0.0, factor * moved[path] - _wide(weights[path])) for path in sphere}
+    return {path: jnp.where(lost, 0.0, factor * moved[path] - widened(weights[path])) for path in sphere}
 
 
 def _norm(leaves: Mapping[str, Array], sphere: _Sphere) -> Array:
     total = 0.0
     for path, sums in sphere.items():
-        squares = jnp.square(_wide(leaves[path]))
+        squares = jnp.square(widened(leaves[path]))
         for axes in sums:
             squares = jnp.sum(squares, axes, keepdims=True)
         total = total + squares
@@ -141,7 +145,3 @@ def _is_scale(path: str, leaf: Any) -> bool:
 
 def _names_of_norm(path: str) -> tuple[str, ...]:
     return path, tree.module_of(path)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(wide(x))

@@ -30,8 +30,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from peftjax import tree
-from peftjax.optim.adam_moments import wide
-from peftjax.optim.matrices import matrix_layouts, require_params
+from peftjax.optim.matrices import matrix_layouts
+from peftjax.optim.updates import require_params, widened
 from peftjax.weights.layout import Layout
 
 
@@ -72,7 +72,7 @@ def remove_radial(
         directions, state = inner.update(grads, state, params, **extra)
 
         def one(keys: Any, direction: Array, gradient: Array, weight: Array) -> Array:
-            d, g, w = (x.astype(wide(x)) for x in (direction, gradient, weight))
+            d, g, w = (widened(x) for x in (direction, gradient, weight))
             layout, ratio = found.get(tree.path_name(keys)), 1.0
             if layout is not None:
                 d, projected = tangent(w, g, d, layout, delta=delta, eps=eps)

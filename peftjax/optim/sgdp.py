@@ -19,8 +19,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from peftjax.optim.adam_moments import wide
 from peftjax.optim.radial import remove_radial
+from peftjax.optim.updates import widened
 
 
 def sgdp(
@@ -73,7 +73,7 @@ def _momentum(
 
     def update(grads: Any, state: optax.TraceState, params: Any = None) -> tuple[Any, optax.TraceState]:
         def moved(g: Array, b: Array) -> Array:
-            return momentum * b.astype(wide(g)) + (1 - dampening) * g.astype(wide(g))
+            return momentum * widened(b) + (1 - dampening) * widened(g)
 
         trace = jax.tree.map(moved, grads, state.trace)
         ahead = jax.tree.map(lambda g, b: g + momentum * b if nesterov else b, grads, trace)

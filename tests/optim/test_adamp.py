@@ -118,11 +118,10 @@ def test_without_the_projection_adamp_is_adamw_and_sgdp_is_sgd():
 def test_where_it_always_projects_no_channel_moves_along_itself(make):
     tx = make(1.0, delta=jnp.inf)
     _, state = train(tx, PARAMS, range(3))
-    updates, _ = tx.update(random_like(PARAMS, 103), state, PARAMS)
+    updates, _ = jax.jit(tx.update)(random_like(PARAMS, 103), state, PARAMS)
     for path in ("query", "down"):
         w, u = PARAMS["blocks"][path]["kernel"], updates["blocks"][path]["kernel"]
         along = jnp.abs(jnp.sum(w * u, 1))
-        assert float(jnp.abs(jnp.sum(w * w, 1) ** 0.5).min()) > 0.1
         assert float((along / jnp.linalg.norm(w, axis=1) / jnp.linalg.norm(u, axis=1)).max()) < 1e-6
 
 
@@ -134,8 +133,9 @@ def test_a_scale_invariant_weight_grows_by_its_steps_only(make):
     def growth(delta):
         tx, params = make(0.05, delta=delta, weight_decay=0.0), {"kernel": random_like((6, 8), 2)}
         state, expected = tx.init(params), jnp.sum(params["kernel"] ** 2)
+        update = jax.jit(lambda params, state: tx.update(jax.grad(loss)(params), state, params))
         for _ in range(10):
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            updates, state = update(params, state)
             expected = expected + jnp.sum(updates["kernel"] ** 2)
             params = optax.apply_updates(params, updates)
         return float(jnp.sum(params["kernel"] ** 2) / expected)
@@ -157,9 +157,9 @@ def test_vectors_decay_in_full_and_projected_matrices_by_the_ratio(make):
 def test_channels_in_another_order_move_alike(make):
     order = np.random.default_rng(3).permutation(16)
     tx = make(0.1, delta=2.0, weight_decay=0.1)
-    w, g = ({"kernel": PARAMS["blocks"]["query"]["kernel"][0] * s} for s in (1.0, 0.5))
-    g["kernel"] = random_like(g, 4)["kernel"]
-    move = lambda w, g: tx.update(g, tx.init(w), w)[0]["kernel"]
+    w = {"kernel": PARAMS["blocks"]["query"]["kernel"][0]}
+    g = random_like(w, 4)
+    move = jax.jit(lambda w, g: tx.update(g, tx.init(w), w)[0]["kernel"])
     mixed = move({"kernel": w["kernel"][:, order]}, {"kernel": g["kernel"][:, order]})
     np.testing.assert_allclose(mixed, move(w, g)[:, order], rtol=0, atol=1e-6)
 
@@ -170,7 +170,8 @@ def test_channels_in_another_order_move_alike(make):
 def decays(params, **options):
     """The share of the decay that each parameter has when its gradient is zero: 1 if never projected."""
     tx = pj.optim.adamp(1.0, weight_decay=1.0, wd_ratio=0.5, **options)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     return jax.tree.map(lambda u, w: float(jnp.max(-u / w)), updates, params)
 
 
