@@ -48,8 +48,9 @@ def train(tx: optax.GradientTransformation, params: Any, steps: range, state: An
     run = jax.jit(step, donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, params)
     state = tx.init(params) if state is None else jax.tree.map(jnp.copy, state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
     for t in steps:
-        params, state = run(params, state, random_like(params, 100 + t))
+        params, state = run(params, state, jax.device_put(random_like(params, 100 + t), places))
     return params, state
 
 
@@ -58,16 +59,19 @@ def assert_moves_as(tx: optax.GradientTransformation, other: optax.GradientTrans
     assert_close(train(tx, PARAMS, range(3))[0], train(other, PARAMS, range(3))[0], **options)
 
 
-def assert_sharded_equals_one_device(tx: optax.GradientTransformation) -> None:
+def assert_sharded_equals_one_device(
+    tx: optax.GradientTransformation, kind: AxisType = AxisType.Auto
+) -> None:
     """Three steps of parameters spread over ('data', 'tensor') make those of one device, and stay spread."""
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
         spec = _SPECS.get(path[-2].key, P()) if path[-1].key == "kernel" else P()
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     spread = jax.tree_util.tree_map_with_path(place, PARAMS)
-    got, _ = train(tx, spread, range(3))
+    with jax.set_mesh(mesh):
+        got, _ = train(tx, spread, range(3))
     assert_close(got, train(tx, PARAMS, range(3))[0], 1e-6)
     kernel = got["blocks"]["query"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 4)

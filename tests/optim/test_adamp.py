@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from optimizer_checks import (
     PARAMS,
     assert_keeps_dtypes,
@@ -217,6 +218,10 @@ def test_works_inside_optax_sharded_and_resumed(make, tmp_path):
     assert_works_inside_optax(full)
     assert_sharded_equals_one_device(full())
     assert_resumes(full(), tmp_path)
+
+
+def test_works_on_meshes_with_explicit_axes():
+    assert_sharded_equals_one_device(pj.optim.adamp(1e-2, delta=1.7, weight_decay=0.1), AxisType.Explicit)
 
 
 @both

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from optimizer_checks import (
     PARAMS,
     assert_keeps_dtypes,
@@ -192,6 +193,10 @@ def test_works_inside_optax_sharded_and_resumed(tmp_path):
     assert_works_inside_optax(make)
     assert_sharded_equals_one_device(make())
     assert_resumes(make(), tmp_path)
+
+
+def test_works_on_meshes_with_explicit_axes():
+    assert_sharded_equals_one_device(make(), AxisType.Explicit)
 
 
 def test_keeps_dtypes():
