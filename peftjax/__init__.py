@@ -25,9 +25,12 @@ from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
 from peftjax.methods.lowrank.lora_plus import lora_plus
+from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts
 from peftjax.methods.lowrank.olora import olora
 from peftjax.methods.lowrank.pissa import pissa
+from peftjax.methods.lowrank.rebalance import rebalance
 from peftjax.methods.lowrank.rslora import rslora
+from peftjax.methods.lowrank.switchlora import switchlora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.multi.convert import to_lora
 from peftjax.methods.multi.sparse import fuse, overlap, patches, switch
@@ -82,6 +85,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "losses",
+    "lowrank_restarts",
     "lst",
     "mam",
     "matmul",
@@ -100,6 +104,7 @@ __all__ = [
     "plan",
     "prefix",
     "prefix_of",
+    "rebalance",
     "rows",
     "rslora",
     "s2a",
@@ -111,6 +116,7 @@ __all__ = [
     "snell",
     "snella",
     "switch",
+    "switchlora",
     "to_lora",
     "train",
     "unipt",

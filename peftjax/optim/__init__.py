@@ -7,6 +7,7 @@ from peftjax.optim.blockwise import Codes
 from peftjax.optim.eight_bit import eight_bit, EightBitState
 from peftjax.optim.nap import normalize_and_project
 from peftjax.optim.radial import remove_radial
+from peftjax.optim.row_adam import row_adamw, scale_by_row_adam
 from peftjax.optim.sgdp import sgdp
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "gram_basis",
     "normalize_and_project",
     "remove_radial",
+    "row_adamw",
     "scale_by_released_adam",
+    "scale_by_row_adam",
     "sgdp",
     "subspace_iteration",
     "svd_basis",
