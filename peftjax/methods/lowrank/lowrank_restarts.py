@@ -22,17 +22,23 @@ Start: of the dense W that `init` is given,
 
 and the entries of S as those that make W's own there.
 
-START_NOTE
+Truncating a matrix of independent entries loses the rest of its spectrum: at a quarter of the smaller side
+62% of the squares of a square one are left (the standard deviation falls to 0.79) and 47% of a 64 x 172 one
+(0.69), measured on a fresh Llama block. In training that block's model of 3 layers for 400 steps on letters
+of a Markov chain the two starts did not differ beyond their seeds (held-out loss 3.13 and 3.18 over three
+seeds, each from 2.96 to 3.22, at the best of four rates); "random" is the default because it keeps the scale
+that the model's initialisation chose.
 
-After a restart an optimizer with one global step count t (optax's) takes first steps of (1 - β1) of their
-usual size, for t no longer corrects a first moment that starts again from zero: a warm-up over some
-1 / (1 - β1) steps. With `pj.optim.row_adamw`, whose counts belong to the arrays, `reset="m,v,count"` makes
-the first step after a restart that of a fresh Adam, the sign of the gradient.
+After a restart an optimizer with one global step count (optax's) takes the new moments for old ones: with
+"m" its first update is (1 - β1) of the usual size and grows over some 1 / (1 - β1) steps, a warm-up; with
+"m,v" it is (1 - β1) / √(1 - β2) of it, 3.2 with the usual betas. With `pj.optim.row_adamw`, whose counts
+belong to the arrays, "m,v,count" makes it that of a fresh Adam.
 
-Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there). It resets "the
-momentum"; whether the second moment and the step count were reset too is not stated in what we read, and
-there is no released code, so `reset="m"` is the default. In bfloat16 factors every restart rounds W anew,
-by DRIFT of its norm each time: keep factors in float32 (they are, whatever W's dtype).
+Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there). The paper resets the
+momentum; its abstract and the published summaries, all that this was written from, do not say whether second
+moments and step counts go too, and there is no released code: `reset="m"` is the literal reading. Factors are
+float32 whatever the dtype of W; a restart then moves W by 1e-6 of its norm (measured, r = 128), and by 2e-3
+where a user casts them to bfloat16.
 """
 
 import dataclasses
