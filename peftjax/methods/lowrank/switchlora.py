@@ -48,7 +48,7 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import ScaledTarget, find_targets, plain_matrices, residual
 from peftjax.methods.lowrank.rest import with_targets, without_targets
-from peftjax.methods.lowrank.switching import Schedule, Slots, number, steered, switch, thawed
+from peftjax.methods.lowrank.switching import STEERED, Schedule, Slots, number, steered, switch, thawed
 from peftjax.methods.targets import key_for, keys_of_matrices
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
@@ -208,7 +208,7 @@ METHOD = MethodInfo(
     keeps="the input x (shared) and x·aᵀ",
     quantized_base=False,
     replaces_base=True,
-    steered=("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched"),
+    steered=STEERED,
     of_steps=lambda steps: {"total_steps": steps},
     example={"rank": 2, "total_steps": 20},
 )
