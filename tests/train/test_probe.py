@@ -34,7 +34,7 @@ def test_probe_on_noise_chooses_a_large_penalty():
 def test_fit_is_at_the_minimum():
     features, labels = examples(60, noise=3.0)
     features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
-    counts = jnp.arange(60) % 3.0
+    counts = jnp.arange(60.0) % 3  # not weakly typed, as in `linear_probe`
     weights = fit_probe(features, labels, counts, 0.1, 3)
 
     def loss(weights):
