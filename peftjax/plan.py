@@ -30,10 +30,11 @@ from jax.sharding import SingleDeviceSharding
 
 from peftjax import compat, losses, tree
 from peftjax.adapt import adapt
-from peftjax.errors import PeftError
 from peftjax.flops import Flops, count_flops
 from peftjax.kept import kept_arrays, nbytes
+from peftjax.machines.compiling import compile_for
 from peftjax.machines.machine import Machine, find_machine
+from peftjax.plan_between import peaks_between
 from peftjax.transform import Forward, Params, Transform
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -91,7 +92,9 @@ class Plan:
         flops: of the products of one step, what is made again included; see `peftjax.flops`.
         uncounted: operations that `flops` leaves out.
         trainable_parameters: how many numbers are trained.
-        compile_seconds: what the compiler took.
+        compile_seconds: what the compiler took for the step.
+        between: the peaks of the programs that the method runs between steps (its renewals), each counted as
+            that of the step.
     """
 
     method: str
@@ -103,6 +106,7 @@ class Plan:
     uncounted: tuple[str, ...]
     trainable_parameters: int
     compile_seconds: float
+    between: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         sizes = self.bytes
@@ -116,6 +120,7 @@ class Plan:
             ("  kept for backward", self.kept),
             ("outputs not aliased", sizes.outputs - sizes.aliased),
             ("peak", sizes.peak),
+            *((("peak between steps", max(self.between)),) if self.between else ()),
             ("code, on top", sizes.code),
             ("on the host", sizes.host),
         ]
@@ -169,7 +174,7 @@ def plan(
     The step is the loop of the README: `value_and_grad` over the trainable, `tx.update`, `apply_updates`,
     with the trainable and the optimizer's state donated. Nothing random happens in it (no dropout). The
     weights of a method in place hold the trained values, as after its first `write`; the writes themselves
-    are programs of their own and not in the plan.
+    are programs of their own and not in the plan. What a method does between steps is compiled too.
 
     Args:
         method: the method.
@@ -193,15 +198,11 @@ def plan(
     flops = count_flops(traced.jaxpr, machine.platform)
     trainable, _, *others = inputs
     kept = nbytes(kept_arrays(training_loss(method, model, loss), trainable, *others))
-    lowered = traced.lower(lowering_platforms=(machine.platform,))
     start = time.perf_counter()
-    try:
-        compiled = lowered.compile(compiler_options=dict(machine.options))
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise PeftError(f"{method.name} on {target}: the compiler refuses the step: {reason}") from error
+    compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
-    return _read(method, machine, inputs, compiled, kept, flops, seconds)
+    between = peaks_between(method, model, loss, inputs, machine)
+    return _read(method, machine, inputs, compiled, kept, flops, seconds, between)
 
 
 def _input_shapes(
@@ -227,6 +228,7 @@ def _read(
     kept: int,
     flops: Flops,
     seconds: float,
+    between: tuple[int, ...],
 ) -> Plan:
     found = compiled.memory_analysis()
     trainable, state, frozen, batch = zip(inputs, compiled.input_formats[0])
@@ -253,6 +255,7 @@ def _read(
         uncounted=flops.uncounted,
         trainable_parameters=tree.count(inputs[0]),
         compile_seconds=seconds,
+        between=between,
     )
 
 

@@ -161,6 +161,14 @@ def test_a_device_fills_up_the_tiles_of_its_layout(shape, order, tiling, held):
     assert compat.padded_shape(shape, layout) == held
 
 
+def test_what_is_done_between_steps_is_compiled_too():
+    found = plan(pj.galore(rank=4, together=1))
+    assert len(found.between) == 2
+    assert all(peak > found.bytes.arguments for peak in found.between)
+    assert "peak between steps" in str(found)
+    assert plan().between == ()
+
+
 def test_the_text_names_target_peak_and_flops():
     found = plan()
     text = str(found)
