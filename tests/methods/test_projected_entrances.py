@@ -49,9 +49,11 @@ def test_natural_galore_is_the_same_method_by_both(variant):
     options = {**SAME, "variant": variant, "history": 3, "damping": 0.1}
     got, _ = trained(pj.natural_galore(**options), optax.adam(RATE))
     want = plainly(pj.optim.natural_galore(RATE, order="optax", **options))
-    assert close(got[-1], want, 3e-4)
+    # Of one side the history hardly matters here; with both it does, and so does the rounding of its inverse.
+    tolerance = {"paper": 3e-4, "released": 1e-3}[variant]
+    assert close(got[-1], want, tolerance)
     galore, _ = trained(pj.galore(**SAME), optax.adam(RATE))
-    assert not close(got[-1], galore[-1], 1e-3)
+    assert not close(got[-1], galore[-1], 3 * tolerance)
 
 
 def test_moments_in_eight_bits_inside_and_reset_with_the_bases():
