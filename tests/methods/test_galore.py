@@ -122,7 +122,11 @@ def test_it_follows_the_definition_through_refreshes(basis):
         assert_close(got, want, 2e-4)
 
 
-OTHERS = {"momentum": optax.sgd(RATE, momentum=0.9), "lion": optax.lion(RATE / 10, weight_decay=0.0)}
+OTHERS = {
+    "momentum": optax.sgd(RATE, momentum=0.9),
+    "lion": optax.lion(RATE / 10, weight_decay=0.0),
+    "adafactor": optax.adafactor(RATE, min_dim_size_to_factor=2, multiply_by_parameter_scale=False),
+}
 
 
 @pytest.mark.parametrize("inner", OTHERS.values(), ids=OTHERS)

@@ -14,7 +14,8 @@ Between two refreshes this trains `W + scale · PᵀZ` in Z alone, from Z = 0 (`
 P G by products with r rows, and no step makes an array `[in, out]`. Backward keeps x·Pᵀ, r numbers a token,
 and not the input x (on an output side it keeps x). The optimizer is any of optax, `pj.optim.eight_bit` around
 it included, and it sees P G: `optax.clip_by_global_norm` clips the norm of the projected gradients (the full
-norm is never known), accumulation adds them up, decoupled weight decay is that of W.
+norm is never known), accumulation adds them up, decoupled weight decay is that of W. What else an optimizer
+reads of a parameter it reads of Z, which begins as zero: give Adafactor `multiply_by_parameter_scale=False`.
 
 State for W: P and Z, r·in + r·out numbers, and the optimizer's for r·out. Z holds what has been learned since
 the refresh in its own dtype, so that in bfloat16 no step is lost to the rounding of W, as it is in the
