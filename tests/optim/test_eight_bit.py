@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import KEY, assert_close
+from support import KEY, all_but_slow, assert_close
 
 import peftjax as pj
 from peftjax.io import checkpoint
@@ -86,7 +86,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", all_but_slow(OPTIMIZERS, ("adamw", "sgd", "adafactor")))
 def test_every_optimizer_moves_as_without(name):
     tx, kinds = OPTIMIZERS[name]
     params = params_of()
@@ -98,7 +98,7 @@ def test_every_optimizer_moves_as_without(name):
     assert np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", all_but_slow(INSIDE, ("masked", "inject")))
 def test_inside_other_transformations(name):
     params, wrap = params_of(), INSIDE[name]
     new, state = run(wrap(eight_bit(optax.adamw(1e-2))), params)
@@ -116,7 +116,7 @@ def test_inside_injected_hyperparameters():
     assert_close(new, params_of(), 0.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "inject"])
+@pytest.mark.parametrize("name", all_but_slow(("adamw", "lion", "sgd", "adafactor", "inject"), ("adamw",)))
 def test_without_a_large_array_all_is_as_without(name):
     tx = OPTIMIZERS[name][0]
     new, state = run(eight_bit(tx, min_size=10**6), params_of())
@@ -125,8 +125,13 @@ def test_without_a_large_array_all_is_as_without(name):
     assert_close(state.inner, inner, 0.0)
 
 
-@pytest.mark.parametrize("size", [2048, 1])
-@pytest.mark.parametrize("name", ["adamw", "lion", "amsgrad", "schedule", "inject", "partition", "masked"])
+@pytest.mark.parametrize("size", all_but_slow((2048, 1), (2048,)))
+@pytest.mark.parametrize(
+    "name",
+    all_but_slow(
+        ("adamw", "lion", "amsgrad", "schedule", "inject", "partition", "masked"), ("adamw", "masked")
+    ),
+)
 def test_slices_make_the_same_numbers(name, size):
     wrap = INSIDE.get(name, lambda tx: tx)
     tx = OPTIMIZERS[name][0] if name in OPTIMIZERS else wrap(optax.adam(1e-2))
@@ -199,7 +204,7 @@ def test_stochastic_rounding_is_of_the_key_the_step_and_the_moment():
     assert (coded(later).popitem()[1].codes != codes[1]).mean() > 0.2
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, pytest.param(KEY, marks=pytest.mark.slow)])
 def test_sharded_is_as_on_one_device(key):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
     specs = {
@@ -222,7 +227,7 @@ def test_sharded_is_as_on_one_device(key):
     assert max(different) < 1e-3
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [pytest.param(None, marks=pytest.mark.slow), KEY])
 def test_resuming_is_exact(tmp_path, key):
     tx = eight_bit(optax.adamw(1e-2), key=key, slice_size=2048)
     params, state = run(tx, params_of(), steps=3)
@@ -239,7 +244,7 @@ def test_resuming_is_exact(tmp_path, key):
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw, optax.lion])
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, pytest.param(KEY, marks=pytest.mark.slow)])
 def test_training_ends_where_float32_does(optimizer, key):
     x = jax.random.normal(KEY, (256, 64))
     labels = jnp.argmax(
@@ -273,7 +278,11 @@ def test_training_ends_where_float32_does(optimizer, key):
 
 
 @pytest.mark.parametrize(
-    "method", [pj.lora(rank=8, targets=["w"]), pj.snell(rank=8, sparsity=0.4, targets=["w"])]
+    "method",
+    [
+        pj.lora(rank=8, targets=["w"]),
+        pytest.param(pj.snell(rank=8, sparsity=0.4, targets=["w"]), marks=pytest.mark.slow),
+    ],
 )
 def test_with_methods(method):
     params = {"w": {"kernel": jax.random.normal(KEY, (4, 48, 64))}}
