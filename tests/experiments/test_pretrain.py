@@ -9,15 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.pretrain import run
+from experiments.pretrain import memory, run
 from experiments.pretrain.data import first_batches, make_batch, read_text, rows_of, training_batches
 from experiments.pretrain.entrants import ENTRANTS
 from experiments.pretrain.loop import schedule
+from experiments.pretrain.memory_report import claims
 from experiments.pretrain.per_matrix import per_matrix
 from experiments.pretrain.report import read_lines
+from experiments.pretrain.sizes import SIZES, Size
+from peftjax import tree
 from peftjax.errors import PeftError
 
-SIZES = {"width": 32, "layers": 2, "length": 16, "batch": 2, "steps": 4, "rank": 4, "every": 2, "seeds": 2}
+TINY = {"width": 32, "layers": 2, "length": 16, "batch": 2, "steps": 4, "rank": 4, "every": 2, "seeds": 2}
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def folder(tmp_path):
 
 
 def options(folder, **changes):
-    sizes = {**SIZES, "watch": 2, "watched": 1, "tested": 2, "rates": (1e-3, 1e-2), **changes}
+    sizes = {**TINY, "watch": 2, "watched": 1, "tested": 2, "rates": (1e-3, 1e-2), **changes}
     return run.Options(folder, folder.parent / "out", **sizes)
 
 
@@ -134,3 +137,42 @@ def test_a_method_with_a_missing_or_diverged_seed_has_no_line():
     (line,) = read_lines(runs, ["a", "b", "c"], seeds=2)
     assert (line.label, line.rate, line.losses) == ("a", 1.0, [2.0, 2.5])
     assert line.tried == {1.0: 2.0, 3.0: None}
+
+
+def test_the_sizes_have_the_parameters_of_their_names():
+    millions = {}
+    for size in SIZES:
+        subject = size.subject
+        millions[size.name] = tree.count(subject.params(subject.model())) / 1e6
+    assert millions["60M"] == pytest.approx(58, rel=0.01)
+    assert millions["130M"] == pytest.approx(134, rel=0.01)
+    assert millions["350M"] == pytest.approx(368, rel=0.01)
+    assert millions["1B"] == pytest.approx(1339, rel=0.01)
+    assert millions["7B"] == pytest.approx(6738, rel=0.01)
+
+
+def test_memory_counts_all_that_lies_beside_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "SIZES", (Size("60M", 32, 48, 2, 2, 4, (0.36, 0.24)),))
+    options = {"output": tmp_path, "target": "cpu", "sizes": ("60M",)}
+    memory.main(memory.Options(**options, rows=("AdamW",)))
+    memory.main(memory.Options(**options, rows=("LoRA",)))
+    rows = json.loads((tmp_path / "memory.json").read_text())["60M"]
+    assert rows["AdamW"]["beside"] == 2 * rows["AdamW"]["model"] + 4  # and a step count
+    factors = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))  # of two layers, rank 4
+    rest = rows["AdamW"]["model"] - 2 * 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert rows["LoRA"]["beside"] == 3 * 4 * factors + 2 * rest + 4  # factors are float32
+    assert "60M, AdamW, weights and state: the paper 0.36 G" in (tmp_path / "memory.md").read_text()
+    assert (tmp_path / "memory.png").stat().st_size > 0
+
+
+def test_a_share_of_the_paper_that_is_not_reached_is_said_not_to():
+    plain = {"peak": 100, "beside": 100, "between": []}
+    rows = {"AdamW": plain, "8-bit GaLore": {"peak": 40, "beside": 17, "between": [41]}}
+    found = claims({"60M": rows, "7B": {**rows, "AdamW": {**plain, "peak": 200}}})
+    assert "82.5% less optimizer state than AdamW: reached by 60M, 7B (60M 83.0%, 7B 83.0%)" in found[0]
+    assert "63.3% less in all than AdamW: reached by 7B (60M 60.0%, 7B 80.0%)" in found[1]
+    assert found[2].startswith("7B with 8-bit GaLore within 24 GB: confirmed")
+    rows["8-bit GaLore"] = {"peak": 10, "beside": 19, "between": [25e9]}
+    found = claims({"7B": rows})
+    assert "reached by none" in found[0]
+    assert found[2].startswith("7B with 8-bit GaLore within 24 GB: not confirmed")
