@@ -1,7 +1,7 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
 import peftjax.train  # noqa: F401  (loaded first, so that the name stays the function's below)
-from peftjax import losses
+from peftjax import losses, optim
 from peftjax.adapt import adapt, layouts_of
 from peftjax.chain import chain
 from peftjax.errors import PeftError
@@ -25,12 +25,16 @@ from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.lowrank.lora_fa import lora_fa
 from peftjax.methods.lowrank.lora_plus import lora_plus
+from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts
 from peftjax.methods.lowrank.olora import olora
 from peftjax.methods.lowrank.pissa import pissa
+from peftjax.methods.lowrank.rebalance import rebalance
 from peftjax.methods.lowrank.rslora import rslora
+from peftjax.methods.lowrank.switchlora import switchlora
 from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.multi.convert import to_lora
 from peftjax.methods.multi.sparse import fuse, overlap, patches, switch
+from peftjax.methods.projected.galore import galore
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
 from peftjax.methods.sparse.mean_gradient import mean_gradient
@@ -71,6 +75,7 @@ __all__ = [
     "freeze",
     "full",
     "fuse",
+    "galore",
     "generate",
     "houlsby",
     "import_peft",
@@ -80,6 +85,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "losses",
+    "lowrank_restarts",
     "lst",
     "mam",
     "matmul",
@@ -88,6 +94,7 @@ __all__ = [
     "meft_check",
     "mix",
     "olora",
+    "optim",
     "overlap",
     "paca",
     "parallel_adapter",
@@ -97,6 +104,7 @@ __all__ = [
     "plan",
     "prefix",
     "prefix_of",
+    "rebalance",
     "rows",
     "rslora",
     "s2a",
@@ -108,6 +116,7 @@ __all__ = [
     "snell",
     "snella",
     "switch",
+    "switchlora",
     "to_lora",
     "train",
     "unipt",

@@ -7,7 +7,18 @@ from typing import Any
 from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a, sherl, unipt, vqt
-from peftjax.methods.lowrank import dora, lora, lora_fa, lora_plus, olora, pissa, rslora
+from peftjax.methods.lowrank import (
+    dora,
+    lora,
+    lora_fa,
+    lora_plus,
+    lowrank_restarts,
+    olora,
+    pissa,
+    rslora,
+    switchlora,
+)
+from peftjax.methods.projected import galore
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
 from peftjax.transform import MethodInfo, Transform
@@ -23,11 +34,14 @@ METHODS: dict[str, MethodInfo] = {
         dora.METHOD,
         pissa.METHOD,
         olora.METHOD,
+        lowrank_restarts.METHOD,
+        switchlora.METHOD,
         snell.METHOD,
         snella.METHOD,
         paca.METHOD,
         shira.METHOD,
         sara.METHOD,
+        galore.METHOD,
         rows.METHOD,
         *plain.METHODS,
         *adapters.METHODS,

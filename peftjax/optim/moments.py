@@ -55,11 +55,15 @@ def reset_moments(opt_state: Any, paths: list[tuple[str, ...]], *, first_only: b
     return change_moments(opt_state, dict.fromkeys(paths, zero))
 
 
-def rotated(turn: Array) -> Change:
-    """Moments of `Z [*stack, r, n]` after its basis turned by `turn [*stack, new r, r]`.
+def rotated(turn: Array, other: Array | None = None) -> Change:
+    """Moments of `Z [*stack, r, n]` after the basis of its rows turned by `turn [*stack, new r, r]`.
 
-    First moments become `turn · m`; of second ones each number is that of a sum of independent numbers,
-    `turn² · v` with the squares of the entries (exact when the basis vectors only change places).
+    First moments become `turn · m · otherᵀ`. Second ones become what they are for independent numbers,
+    `turn² · v · (other²)ᵀ` with the squares of the entries: exact when basis vectors only change places.
+
+    Args:
+        turn: of the rows.
+        other: of the columns, where they have a basis as well.
 
     Raises:
         PeftError: when called on a field that is neither.
@@ -67,18 +71,21 @@ def rotated(turn: Array) -> Change:
 
     def turned(field: str, values: Array) -> Array:
         if field in FIRST_MOMENTS:
-            by = turn
+            by = turns
         elif field in SECOND_MOMENTS:
-            by = jnp.square(turn)
+            by = [jnp.square(one) for one in turns]
         else:
             raise PeftError(
                 f"moments='rotate': the optimizer's state {field!r} cannot be turned to another basis; "
                 "use moments='keep' or 'reset', or an optimizer whose moments are called "
                 f"{', '.join((*FIRST_MOMENTS, *SECOND_MOMENTS))}"
             )
-        product = jnp.einsum("...qr,...rn->...qn", by, values.astype(turn.dtype))
+        product = jnp.einsum("...qr,...rn->...qn", by[0], values.astype(jnp.float32))
+        for own in by[1:]:
+            product = jnp.einsum("...qr,...nr->...nq", own, product)
         return product.astype(values.dtype)
 
+    turns = [turn.astype(jnp.float32)] + ([] if other is None else [other.astype(jnp.float32)])
     return turned
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from peftjax.errors import PeftError
 
-Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
+Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "adamw8bit", "lion8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["accuracy", "loss"]
@@ -44,9 +44,9 @@ class TrainConfig:
     warmup_ratio: float = 0.06
     """Part of all steps in which the learning rate rises to its peak."""
     optimizer: Optimizer = "adamw"
-    """The optax optimizer."""
+    """The optax optimizer; adamw8bit and lion8bit keep their moments in eight bits."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of everything trainable; adamw and lion have it."""
+    """Decoupled weight decay of everything trainable; adamw and lion have it, and their forms of eight bits."""
     clip_norm: float | None = 1.0
     """Largest global norm of a gradient; None does not clip."""
     dtype: Dtype = "float32"
@@ -181,7 +181,7 @@ def validate(config: TrainConfig) -> None:
             f"batch_size {config.batch_size} cannot be computed in grad_accumulation "
             f"{config.grad_accumulation} equal parts: choose a divisor of the batch size"
         )
-    if config.weight_decay and config.optimizer not in ("adamw", "lion"):
+    if config.weight_decay and config.optimizer.removesuffix("8bit") not in ("adamw", "lion"):
         raise PeftError(
             f"the optimizer {config.optimizer} has no weight_decay ({config.weight_decay} given): "
             "choose adamw or lion, or 0"

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from peftjax.optim.eight_bit import eight_bit
 from peftjax.train.config import TrainConfig
 
 _Make = Callable[[optax.Schedule, TrainConfig], optax.GradientTransformation]
@@ -15,6 +16,8 @@ _OPTIMIZERS: dict[str, _Make] = {
     "adam": lambda rate, _: optax.adam(rate),
     "sgd": lambda rate, _: optax.sgd(rate, momentum=0.9),
     "lion": lambda rate, config: optax.lion(rate, weight_decay=config.weight_decay),
+    "adamw8bit": lambda rate, config: eight_bit(optax.adamw(rate, weight_decay=config.weight_decay)),
+    "lion8bit": lambda rate, config: eight_bit(optax.lion(rate, weight_decay=config.weight_decay)),
     # Adapters start at zero: a rate relative to the size of a parameter would never leave it.
     "adafactor": lambda rate, _: optax.adafactor(rate, multiply_by_parameter_scale=False),
 }

@@ -14,6 +14,8 @@ from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 Product = Callable[[Array, Array], Array]
+Enter = Callable[[Product, Array, Array], Array]
+"""`(product, x, first factor) -> product(x, first factor)`, with what is done to x on the way."""
 
 
 @structured
@@ -51,7 +53,7 @@ class LowRank(Weight):
         assert side is not None
 
         def delta(x: Array, first: Array, second: Array) -> Array:
-            return _thin_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
+            return low_rank_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
 
         return self._add(contract(x, self.base, rule), delta, x, side)
 
@@ -59,19 +61,9 @@ class LowRank(Weight):
         """Rows of the base plus `scale · aᵀ[rows]·b`."""
         side = side_of(self.layout, (rule.axis,))
         assert side is not None
-        left = self.layout.positions("o" if side == "i" else "i")
-
-        def delta(indices: Array, first: Array, second: Array) -> Array:
-            thin = Gather(axis=0, options=rule.options)(indices, first.T)
-            batch = thin.ndim - 1
-            wide = self.scale * (thin @ second)
-            wide = wide.reshape(*thin.shape[:-1], *(self.shape[p] for p in left))
-            order = [batch + left.index(p) for p in sorted(left)]
-            return lax.transpose(wide, (*range(batch), *order))
-
         rows = contract(indices, self.base, rule)
-        first, second = self._sides(side)
-        return rows + delta(indices, first, second).reshape(rows.shape).astype(rows.dtype)
+        delta = low_rank_gather(indices, *self._sides(side), self.scale, rule, self.layout, side)
+        return rows + delta.astype(rows.dtype)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """The base's convolution plus one of the same geometry to r channels and a 1x1 one to all.
@@ -81,7 +73,7 @@ class LowRank(Weight):
         """
 
         def delta(x: Array, a: Array, b: Array) -> Array:
-            return _thin_conv(x, a, b, self.scale, rule, self.layout, self._enter)
+            return low_rank_conv(x, a, b, self.scale, rule, self.layout, self._enter)
 
         return self._add(contract(x, self.base, rule), delta, x, "i")
 
@@ -89,8 +81,7 @@ class LowRank(Weight):
         """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
 
         def delta(x: Array, a: Array, b: Array) -> Array:
-            z = self._enter(rule, x, a.swapaxes(-1, -2).astype(x.dtype))
-            return rule((self.scale * z).astype(x.dtype), b.astype(x.dtype))
+            return low_rank_ragged_dot(x, a, b, self.scale, rule, self._enter)
 
         return self._add(contract(x, self.base, rule), delta, x, "i")
 
@@ -126,7 +117,11 @@ def low_rank_supports(layout: Layout, rule: Rule) -> bool:
     return layout.letters == "sio"
 
 
-def _thin_dot(
+def _plainly(product: Product, x: Array, first: Array) -> Array:
+    return product(x, first)
+
+
+def low_rank_dot(
     x: Array,
     first: Array,
     second: Array,
@@ -134,7 +129,7 @@ def _thin_dot(
     rule: Dot,
     layout: Layout,
     side: Side,
-    enter: Callable[[Product, Array, Array], Array],
+    enter: Enter = _plainly,
 ) -> Array:
     """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
     stack, entered = layout.positions("s"), layout.positions(side)
@@ -200,15 +195,32 @@ def widened(
     return result_of_dot(y, rule, layout, side)
 
 
-def _thin_conv(
-    x: Array,
-    a: Array,
-    b: Array,
-    scale: float,
-    rule: Conv,
-    layout: Layout,
-    enter: Callable[[Product, Array, Array], Array],
+def low_rank_gather(
+    indices: Array, first: Array, second: Array, scale: float, rule: Gather, layout: Layout, side: Side
 ) -> Array:
+    """`scale · firstᵀ[indices]·second`, the axes of a row in their logical order."""
+    left = layout.positions("o" if side == "i" else "i")
+    thin = Gather(axis=0, options=rule.options)(indices, first.T)
+    batch = thin.ndim - 1
+    wide = scale * (thin @ second)
+    wide = wide.reshape(*thin.shape[:-1], *(layout.shape[p] for p in left))
+    wide = lax.transpose(wide, (*range(batch), *(batch + left.index(p) for p in sorted(left))))
+    row = tuple(size for position, size in enumerate(layout.shape) if position != rule.axis)
+    return wide.reshape(*thin.shape[:-1], *row)
+
+
+def low_rank_ragged_dot(
+    x: Array, a: Array, b: Array, scale: float, rule: RaggedDot, enter: Enter = _plainly
+) -> Array:
+    """`scale · ragged(ragged(x, aᵀ), b)`."""
+    z = enter(rule, x, a.swapaxes(-1, -2).astype(x.dtype))
+    return rule((scale * z).astype(x.dtype), b.astype(x.dtype))
+
+
+def low_rank_conv(
+    x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: Layout, enter: Enter = _plainly
+) -> Array:
+    """`scale` times a convolution of the rule's geometry to r channels and a 1x1 one to all outputs."""
     numbers, groups, options = rule.dimension_numbers, rule.feature_group_count, dict(rule.options)
     out_axis, in_axis, *window = numbers.rhs_spec
     inputs = layout.positions("i")

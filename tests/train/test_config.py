@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import optax
 import pytest
 
 from peftjax.errors import PeftError
-from peftjax.train.config import TrainConfig, plan_steps, validate
+from peftjax.train.config import Optimizer, TrainConfig, plan_steps, validate
 from peftjax.train.optimizer import learning_rate, make_optimizer
 
 
@@ -61,7 +62,7 @@ def test_no_warmup_starts_at_the_peak():
     assert learning_rate(TrainConfig(learning_rate=2.0, warmup_ratio=0.0), 10)(0) == 2.0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_every_optimizer_leaves_zero(optimizer):
     config = TrainConfig(optimizer=optimizer, learning_rate=0.1, warmup_ratio=0.0)
     tx = make_optimizer(config, steps=30)
@@ -79,6 +80,17 @@ def test_every_optimizer_leaves_zero(optimizer):
     for _ in range(30):
         params, state = step(params, state)
     assert loss(params) < 0.1 * loss({"w": jnp.zeros((3, 2))})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_eight_bits_change_large_moments_and_keep_weight_decay(name):
+    configs = [TrainConfig(optimizer=o, learning_rate=0.1, weight_decay=0.1) for o in (name, f"{name}8bit")]
+    whole, coded = (make_optimizer(config, steps=9) for config in configs)
+    small, large = {"w": jnp.ones((3, 2))}, {"w": jnp.ones((64, 64))}
+    wanted = whole.update(small, whole.init(small), small)[0]["w"]
+    np.testing.assert_array_equal(coded.update(small, coded.init(small), small)[0]["w"], wanted)
+    assert any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(coded.init(large)))
+    validate(configs[1])
 
 
 def test_clip_norm():

@@ -1,0 +1,193 @@
+"""Low-rank restarts: pre-training with factored weights that are rebalanced every few hundred steps.
+
+Paper: Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic
+Advances and Benchmarking", 2025, arXiv 2505.22922.
+
+    W = aᵀb      y = (x·aᵀ)·b                        a [r, in], b [r, out]
+    every T steps:  a, b = rebalance(a, b)           W unchanged, aaᵀ = bbᵀ = diag(singular values)
+                    first moments of a and b = 0
+
+Trained: a and b, r·(in + out) numbers a weight; there is no dense W anywhere, neither frozen nor in a step.
+All that is not factored (embeddings, norms, biases, head) is trained as it is, unless `train_rest=False`.
+Backward keeps, per weight, the layer's input x (shared) and the thin x·aᵀ. `merge` forms the dense weights.
+
+Start: of the dense W that `init` is given,
+
+    "random"    entries of a and b ~ N(0, std(W) / √r): aᵀb has the variance of W (then balanced)
+    "spectral"  the singular values and vectors of W up to r, balanced: for a trained W
+
+START_NOTE
+
+After a restart an optimizer with one global step count t (optax's) takes first steps of (1 - β1) of their
+usual size, for t no longer corrects a first moment that starts again from zero: a warm-up over some
+1 / (1 - β1) steps. With `pj.optim.row_adamw`, whose counts belong to the arrays, `reset="m,v,count"` makes
+the first step after a restart that of a fresh Adam, the sign of the gradient.
+
+Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there). It resets "the
+momentum"; whether the second moment and the step count were reset too is not stated in what we read, and
+there is no released code, so `reset="m"` is the default. In bfloat16 factors every restart rounds W anew,
+by DRIFT of its norm each time: keep factors in float32 (they are, whatever W's dtype).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank.factors import plain_matrices
+from peftjax.methods.lowrank.rebalance import rebalance
+from peftjax.methods.lowrank.rest import with_targets, without_targets
+from peftjax.methods.targets import Target, find_targets, key_for
+from peftjax.optim.moments import FIRST_MOMENTS, change_moments
+from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
+from peftjax.tree import Targets, named_leaves, pattern_value
+from peftjax.weights.factored import Factored
+
+COUNT = "count"
+RESETS: dict[str, Callable[[str], bool]] = {
+    "m": lambda field: field in FIRST_MOMENTS,
+    "m,v": lambda field: field != COUNT,
+    "m,v,count": lambda field: True,
+}
+STARTS = ("random", "spectral")
+
+
+def lowrank_restarts(
+    *,
+    rank: int | None = None,
+    every: int = 200,
+    start: Literal["random", "spectral"] = "random",
+    reset: Literal["m", "m,v", "m,v,count"] = "m",
+    train_rest: bool = True,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> Transform:
+    """Factored weights with restarts (arXiv 2505.22922).
+
+    Args:
+        rank: r; None is a quarter of the smaller side of each weight.
+        every: T, steps between two restarts; the first is before step T, counted from 0.
+        start: how the factors start from the weights given.
+        reset: what of the optimizer's state of a factor a restart zeroes: first moments, all moments, or
+            those and the step counts, which then must belong to the arrays (`pj.optim.row_adamw`).
+        train_rest: train all other floating-point parameters as they are.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        rank_pattern: as in `lora`.
+        layouts: as in `lora`.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
+            parameters, or a base that is not a plain array; in a restart for `reset="m,v,count"` with an
+            optimizer without counts of its arrays' own.
+    """
+    options = dict(locals())
+    if every < 1:
+        raise PeftError(f"lowrank_restarts: every must be positive, got {every}")
+    for name, known in (("start", STARTS), ("reset", RESETS)):
+        if options[name] not in known:
+            listed = ", ".join(map(repr, known))
+            raise PeftError(f"lowrank_restarts: {name} must be one of {listed}, got {options[name]!r}")
+
+    def plan_of(params: Params) -> list[Target]:
+        found = find_targets(
+            params, who="lowrank_restarts", rank=1 if rank is None else rank, targets=targets,
+            exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern, layouts=layouts,
+        )  # fmt: skip
+        if rank is not None:
+            return found
+        quarter = {target.path: max(1, min(target.layout.matrix) // 4) for target in found}
+        return [
+            dataclasses.replace(t, rank=pattern_value(t.path, rank_pattern, quarter[t.path])) for t in found
+        ]
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        found, leaves = plan_of(params), named_leaves(params)
+        trainable, plan = {}, []
+        for target in found:
+            w = plain_matrices("lowrank_restarts", target, leaves[target.path])
+            own = key_for(key, target.path)
+            a, b = _random(own, w, target.rank) if start == "random" else _spectral(w, target.rank)
+            trainable[target.path] = {"a": a, "b": b}
+            plan.append((target.path, target.layout, str(leaves[target.path].dtype)))
+        rest, left = without_targets(params, trainable, train_rest=train_rest)
+        return Frozen(left, {}, tuple(plan)), trainable | rest
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        weights = {
+            path: Factored(trainable[path]["a"], trainable[path]["b"], layout, dtype)
+            for path, layout, dtype in frozen.plan
+        }
+        return with_targets(frozen, trainable, weights)
+
+    def restart(
+        loss: Callable[[Params], Array],
+        frozen: Frozen,
+        trainable: Trainable,
+        opt_state: Any,
+        *,
+        step: Array,
+        key: Array,
+        prefix: tuple[str, ...] = (),
+    ) -> tuple[Trainable, Any]:
+        factored = {path for path, _, _ in frozen.plan}
+        new = {
+            path: dict(zip("ab", rebalance(slots["a"], slots["b"]))) if path in factored else slots
+            for path, slots in trainable.items()
+        }
+        names = [(*prefix, path, name) for path in sorted(factored) for name in "ab"]
+        return new, _reset(opt_state, names, reset)
+
+    renewal = Renewal(lambda step: step > 0 and step % every == 0, restart)
+    return Transform("lowrank_restarts", options, init, apply, renewals=(renewal,))
+
+
+def _spectral(w: Array, rank: int) -> tuple[Array, Array]:
+    """Balanced factors of the best approximation of that rank."""
+    u, sizes, vt = jnp.linalg.svd(w, full_matrices=False)
+    root = jnp.sqrt(sizes[..., :rank])[..., None]
+    return root * u[..., :rank].swapaxes(-1, -2), root * vt[..., :rank, :]
+
+
+def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
+    """Balanced factors of a random product with the variance of each matrix."""
+    *stack, n, m = w.shape
+    std = jnp.sqrt(jnp.std(w, axis=(-1, -2), keepdims=True) / jnp.sqrt(rank))
+    keys = jax.random.split(key)
+    a, b = (jax.random.normal(k, (*stack, rank, size)) for k, size in zip(keys, (n, m)))
+    return rebalance(std * a, std * b)
+
+
+def _reset(opt_state: Any, names: list[tuple[str, ...]], reset: str) -> Any:
+    """The optimizer state with what `reset` says of those arrays zero."""
+    fields = set()
+
+    def zero(field: str, values: Array) -> Array:
+        fields.add(field)
+        return jnp.zeros_like(values) if RESETS[reset](field) else values
+
+    changed = change_moments(opt_state, dict.fromkeys(names, zero))
+    if reset == "m,v,count" and COUNT not in fields:
+        raise PeftError(
+            "lowrank_restarts: reset='m,v,count' needs an optimizer whose step counts belong to the arrays; "
+            "use pj.optim.row_adamw, or reset='m' or 'm,v'"
+        )
+    return changed
+
+
+METHOD = MethodInfo(
+    name="lowrank_restarts",
+    factory=lowrank_restarts,
+    paper="low-rank restarts, Glentis et al. 2025, arXiv 2505.22922",
+    trains="r·(in + out), and all that is not factored",
+    keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    starts_as_base=False,
+    example={"rank": 2, "every": 3},
+)

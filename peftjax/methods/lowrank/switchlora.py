@@ -1,0 +1,213 @@
+"""SwitchLoRA: pre-training by a LoRA whose vectors are exchanged, a few in a step, with those of two pools.
+
+Paper: Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", 2024,
+arXiv 2406.06564.
+
+    y = x·W + s · (x·aᵀ)·b                  a [r, in], b [r, out], s = alpha / r, alpha = 1
+    exchange of row i of `a` with c:        W ← W + s (a_i - c)ᵀ b_i,   pool ← a_i,   a_i ← c
+
+and the same for `b`: the function does not change, and over time W takes up changes of any rank. The
+counterpart of a new vector (b_i for a_i) is not trained for `freeze_steps` steps, its moments are set to zero
+and, where the optimizer counts steps for each row (`pj.optim.row_adamw`, the released optimizer), its count
+too. The new vector keeps the moments of the row. How many are exchanged, and which: `switching.py`.
+
+Trained: a and b, and all that is not targeted (embeddings, norms, biases, head) unless `train_rest=False`.
+W, the pools (min(in, out) - r vectors each), for how many steps each row is frozen and the number of
+exchanges are part of the trainable too, for a checkpoint must have them: they have no gradient, and the
+optimizer does not see them. Backward keeps, per weight, the layer's input x (shared) and the thin x·aᵀ.
+
+An exchange is a renewal before a step's gradient. In the released code it lies between the gradient and the
+optimizer's step; the function being the same, so is the gradient of every row that is trained in that step:
+that of a_i is s G b_i, of the same b_i, and that of its counterpart, which would differ, is not used.
+
+Start, as released: with g = √(1/3), entries of a and its pool ~ U(±√3 σ_a), of b and its pool ~ U(±√3 σ_b),
+σ_a = (√out r / in^1.5)^¼ √g, σ_b = (r / √(in out))^¼ √g, so that s aᵀb has the entries of a usual start,
+g / √in. W becomes W - s aᵀb: the model starts as it was given. `init="lora"`: U(±1/√in) and b = 0,
+the released `origin_lora`.
+
+Differences from the released code:
+- A frozen row is held: neither does weight decay move it. There only its gradient is zero.
+- Gradients of frozen rows are zero before the given optimizer, clipping by the global norm included; there
+  clipping comes first, and counts them.
+- At most min(in, out) - r vectors are exchanged at once; there, in one of almost full rank, the stale copy
+  of a live vector can be taken.
+- The pools lie in the memory of the device, there in the host's; they hold no copies of the live vectors.
+- The README's 3 in "interval three times as long" is 1 / 0.3, as in the code.
+W keeps its dtype. In bfloat16 each exchange rounds it anew: give float32 parameters (BF16_NOTE).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank.factors import ScaledTarget, find_targets, plain_matrices, residual
+from peftjax.methods.lowrank.rest import with_targets, without_targets
+from peftjax.methods.lowrank.switching import Schedule, Slots, number, steered, switch, thawed
+from peftjax.methods.targets import key_for, keys_of_matrices
+from peftjax.optim.moments import change_moments
+from peftjax.optim.row_adam import zero_rows
+from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
+from peftjax.tree import Targets
+from peftjax.weights.arrange import to_logical
+from peftjax.weights.low_rank import LowRank
+
+GAIN = (1.0 / 3.0) ** 0.5
+
+
+def switchlora(
+    *,
+    total_steps: int,
+    rank: int = 128,
+    alpha: float = 1.0,
+    interval: float = 40.0,
+    decay: float = 0.1,
+    freeze_steps: int = 5,
+    init: Literal["switchlora", "lora"] = "switchlora",
+    train_rest: bool = True,
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> Transform:
+    """Switched low-rank pre-training (arXiv 2406.06564).
+
+    Args:
+        total_steps: optimizer steps of the training.
+        rank: r, at least 2 and less than the smaller side of each weight.
+        alpha: numerator of the scale.
+        interval: steps between two exchanges of one vector, at first.
+        decay: the share of the training after which exchanges have become 0.3 times as many.
+        freeze_steps: for how many steps the counterpart of a new vector is not trained.
+        init: how the factors start; 'lora' is the usual start, b = 0.
+        train_rest: train all other floating-point parameters as they are.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        rank_pattern: as in `lora`.
+        layouts: as in `lora`.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
+            parameters, or a base that is not a plain array.
+    """
+    options = dict(locals())
+    schedule = Schedule(interval, decay, total_steps, freeze_steps)
+    if init not in ("switchlora", "lora"):
+        raise PeftError(f"switchlora: init must be 'switchlora' or 'lora', got {init!r}")
+
+    def start(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        plan = find_targets(
+            params, who="switchlora", rank=rank, alpha=alpha, rslora=False, alpha_pattern=None,
+            targets=targets, exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern,
+            layouts=layouts,
+        )  # fmt: skip
+        leaves = tree.named_leaves(params)
+        trainable = {
+            target.path: _slots(key_for(key, target.path), target, leaves[target.path], init)
+            for target in plan
+        }
+        rest, left = without_targets(params, trainable, train_rest=train_rest)
+        return Frozen(left, {}, tuple(plan)), trainable | rest
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        weights = {}
+        for target in frozen.plan:
+            slots = trainable[target.path]
+            base = lax.stop_gradient(slots["weight"])
+            weights[target.path] = LowRank(base, slots["a"], slots["b"], target.layout, target.scale)
+        return with_targets(frozen, trainable, weights)
+
+    def renew(
+        loss: Callable[[Params], Array],
+        frozen: Frozen,
+        trainable: Trainable,
+        opt_state: Any,
+        *,
+        step: Array,
+        key: Array,
+        prefix: tuple[str, ...] = (),
+    ) -> tuple[Trainable, Any]:
+        new, resets = dict(trainable), {}
+        for target in frozen.plan:
+            slots = thawed(trainable[target.path])
+            new[target.path], rows = _switched(schedule, target, slots, step, key)
+            for name in "ab":
+                resets[*prefix, target.path, name] = zero_rows(rows[name], who="switchlora")
+        return new, change_moments(opt_state, resets)
+
+    renewal = Renewal(lambda step: True, renew)
+    return Transform("switchlora", options, start, apply, optimizer=steered, renewals=(renewal,))
+
+
+def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:
+    """All that one weight has at the start.
+
+    Raises:
+        PeftError: the base is not a plain array, or the rank leaves nothing to exchange.
+    """
+    plain_matrices("switchlora", target, leaf)
+    (n, m), r, stack = target.layout.matrix, target.rank, target.stack
+    spare = min(n, m) - r
+    if r < 2 or spare < 1:
+        raise PeftError(
+            f"switchlora: rank {r} of {target.path!r}, {n} x {m}, leaves no vectors to exchange; "
+            f"it must lie in [2, {min(n, m) - 1}], or exclude the weight"
+        )
+    std_a = (m**0.5 * r / n**1.5) ** 0.25 * GAIN**0.5 if init == "switchlora" else GAIN / n**0.5
+    std_b = (r / (n * m) ** 0.5) ** 0.25 * GAIN**0.5 if init == "switchlora" else 0.0
+
+    def drawn(key: Array, std: float, size: int) -> tuple[Array, Array]:
+        bound = 3.0**0.5 * std
+        both = bound * jax.random.uniform(key, (*stack, spare + r, size), minval=-1.0, maxval=1.0)
+        return both[..., :spare, :], both[..., spare:, :]
+
+    key_a, key_b = jax.random.split(key)
+    (pool_a, a), (pool_b, b) = drawn(key_a, std_a, n), drawn(key_b, std_b, m)
+    zeros = {"frozen_a": (*stack, r), "frozen_b": (*stack, r), "switched": stack}
+    counters = {name: jnp.zeros(shape, jnp.float32) for name, shape in zeros.items()}
+    weight = residual(leaf, a, b, target)
+    return {"a": a, "b": b, "weight": weight, "pool_a": pool_a, "pool_b": pool_b, **counters}
+
+
+def _switched(
+    schedule: Schedule, target: ScaledTarget, slots: Slots, step: Array, key: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The slots of a weight after the exchanges of all its matrices, and the rows `[*stack, r]` to reset."""
+    weight = slots["weight"]
+    others = {name: value for name, value in slots.items() if name != "weight"}
+    count, exchange = (lambda k, own: number(schedule, k, step, own)), lambda own, n: switch(schedule, own, n)
+    for _ in target.stack:
+        count, exchange = jax.vmap(count), jax.vmap(exchange)
+    counts = count(keys_of_matrices(key, target), others)
+
+    def some() -> tuple[dict[str, Array], dict[str, Array]]:
+        done = exchange(others, counts)
+        change = target.scale * jnp.einsum(
+            "...kn,...km->...nm", done.left, done.right, precision=lax.Precision.HIGHEST
+        )
+        moved = weight.astype(jnp.float32) + to_logical(change, target.layout)
+        return {**done.slots, "weight": moved.astype(weight.dtype)}, {"a": done.reset_a, "b": done.reset_b}
+
+    def none() -> tuple[dict[str, Array], dict[str, Array]]:
+        nothing = jnp.zeros_like(slots["frozen_a"], bool)
+        return dict(slots), {"a": nothing, "b": nothing}
+
+    return lax.cond(jnp.any(counts > 0), some, none)
+
+
+METHOD = MethodInfo(
+    name="switchlora",
+    factory=switchlora,
+    paper="SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564",
+    trains="r·(in + out), and all that is not targeted",
+    keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    steered=("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched"),
+    of_steps=lambda steps: {"total_steps": steps},
+    example={"rank": 2, "total_steps": 20},
+)

@@ -1,0 +1,90 @@
+"""GaLore: all weights trained, the optimizer's state kept for a rank-r projection of each gradient.
+
+Paper: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv
+2403.03507.
+
+    G = dL/dW [in, out],   P [r, in] the leading left singular vectors of G at every T-th step
+    W ← W − lr · scale · Pᵀ N,        N the inner optimizer's update for P G [r, out]
+
+(the input side compressed; the output side likewise, with Q [r, out] and G Qᵀ). The smaller side is the one
+that is compressed, of a square matrix the input side. Everything else (embeddings, norms, output layer) is
+trained as it is, by the same optimizer.
+
+Between two refreshes this trains `W + scale · PᵀZ` in Z alone, from Z = 0 (`projected.py`): its gradient is
+P G by products with r rows, and no step makes an array `[in, out]`. Backward keeps x·Pᵀ, r numbers a token,
+and not the input x (on an output side it keeps x). The optimizer is any of optax, `pj.optim.eight_bit` around
+it included, and it sees P G: `optax.clip_by_global_norm` clips the norm of the projected gradients (the full
+norm is never known), accumulation adds them up, decoupled weight decay is that of W.
+
+State for W: P and Z, r·in + r·out numbers, and the optimizer's for r·out. Z holds what has been learned since
+the refresh in its own dtype, so that in bfloat16 no step is lost to the rounding of W, as it is in the
+authors' code; it is r·out numbers that their code does not have. At the cost of one to five gradient passes
+every T steps a refresh forms no gradient of more than one parameter, or of none (`refresh.py`).
+
+Defaults: T = 200 and scale 0.25 are the authors' for pre-training (scale 4, r = 4 or 8, T = 500 for tuning a
+classifier); r = 128 is that of their 60M model. Their Adam has eps 1e-6 outside of the bias correction and
+decays the updated weight: `pj.optim.adamw` is that one, `optax.adamw` the usual one. Moments are kept as they
+are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' begins anew.
+"""
+
+from collections.abc import Mapping
+
+from peftjax.methods.projected.matrices import STEERED, Sides
+from peftjax.methods.projected.projected import Moments, checked, projected
+from peftjax.methods.projected.refresh import Basis
+from peftjax.transform import MethodInfo, Transform
+from peftjax.tree import Targets
+
+
+def galore(
+    *,
+    rank: int = 128,
+    every: int = 200,
+    scale: float = 0.25,
+    side: Sides = "smaller",
+    basis: Basis = "auto",
+    iterations: int = 2,
+    moments: Moments = "keep",
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+    train_rest: bool = True,
+    dtype: str = "float32",
+) -> Transform:
+    """Training in projected gradients (arXiv 2403.03507).
+
+    Args:
+        rank: r; at most the smaller side of each weight.
+        every: T, steps between two projectors.
+        scale: of the projected update; the learning rate of these weights is scale · lr.
+        side: which side of each matrix is compressed: 'smaller', 'larger', 'input', 'output' or 'both'
+            (then the projected gradient is `[r, r]`).
+        basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
+            products with it; 'auto' takes 'svd' for compressed sides up to 512, else 'subspace'.
+        iterations: of 'subspace', 2 gradient passes each.
+        moments: what a refresh does to the optimizer's moments: 'keep', 'rotate' or 'reset'.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        rank_pattern: rank by pattern.
+        layouts: axes by pattern.
+        train_rest: train all other floating-point parameters as they are; else they are frozen.
+        dtype: of projectors and Z, and so of the optimizer's state: 'float32' or 'bfloat16'.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets or ranks that do not fit, and
+            for a target that is a structured weight.
+    """
+    return projected("galore", checked("galore", dict(locals())))
+
+
+METHOD = MethodInfo(
+    name="galore",
+    factory=galore,
+    paper="GaLore, Zhao et al. 2024, arXiv 2403.03507",
+    trains="everything, in r·max(in, out) numbers at a time",
+    keeps="x·Pᵀ where the input side is compressed, else x",
+    example={"rank": 2, "scale": 1.0},
+    quantized_base=False,
+    steered=STEERED,
+)

@@ -1,0 +1,167 @@
+"""What the projected methods share: training in a subspace of each gradient that is renewed every T steps.
+
+    W_t = c·W + scale · PᵀZ        W, P fixed between two renewals, Z trained from 0, c from 1
+
+The gradient of Z is scale · P G, and the optimizer is given P G. No array of the size of W is made or changed
+by a step. Weight decay acts on Z and on c alike, so that an optimizer's decoupled decay is that of W
+itself. A renewal, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and takes the P of the next batch's
+gradient (`peftjax.methods.projected.refresh`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.methods.projected.matrices import (
+    SHRINK,
+    SIDES,
+    WEIGHT,
+    Projected,
+    Z,
+    find_matrices,
+    settled,
+    start_slots,
+    weight_of,
+)
+from peftjax.methods.projected.refresh import BASES, Loss, new_projectors
+from peftjax.optim.moments import Change, change_moments, reset_moments, rotated
+from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
+
+Moments = Literal["keep", "rotate", "reset"]
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+VALUE = "value"
+"""The slot of a parameter that is trained as it is."""
+
+
+def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, when each is in its range.
+
+    Raises:
+        PeftError: one is not.
+    """
+    for option in ("rank", "every"):
+        if options[option] < 1:
+            raise PeftError(f"{name}: {option} must be positive, got {options[option]}")
+    if options["iterations"] < 0:
+        raise PeftError(f"{name}: iterations must not be negative, got {options['iterations']}")
+    if options["scale"] <= 0:
+        raise PeftError(f"{name}: scale must be positive, got {options['scale']}")
+    choices = {
+        "side": SIDES,
+        "basis": BASES,
+        "moments": ("keep", "rotate", "reset"),
+        "dtype": ("float32", "bfloat16"),
+    }
+    for option, known in choices.items():
+        if options[option] not in known:
+            raise PeftError(f"{name}: {option} must be one of {', '.join(known)}, got {options[option]!r}")
+    return dict(options)
+
+
+def projected(name: str, options: Mapping[str, Any], wrap: Wrap = lambda tx: tx) -> Transform:
+    """A method that trains in projected gradients, as a `Transform`.
+
+    Args:
+        name: the method's name.
+        options: all of them, checked.
+        wrap: what the optimizer of the projected gradients is put into.
+    """
+    where = {key: options[key] for key in ("rank", "targets", "exclude", "rank_pattern", "layouts")}
+    scale, side = float(options["scale"]), options["side"]
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        plan = find_matrices(params, who=name, side=side, scale=scale, **where)
+        paths = [target.path for target in plan]
+        others = _others(params, paths) if options["train_rest"] else []
+        leaves, rest = tree.partition(params, [*paths, *others])
+        trainable = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
+        return Frozen(rest, {}, tuple(plan)), trainable | {path: {VALUE: leaves[path]} for path in others}
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        weights = {target.path: weight_of(target, trainable[target.path]) for target in frozen.plan}
+        return tree.join(frozen.params, _values(trainable) | weights)
+
+    def optimizer(
+        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
+    ) -> optax.GradientTransformation:
+        def unscaled(own: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                path: {s: g / scale if s == Z else g for s, g in g_of.items()} for path, g_of in own.items()
+            }
+
+        def moved(params: Any) -> Any:
+            everything = jax.tree.map(lambda _: True, params)
+            return at_prefix(everything, prefix, lambda own: {p: _moved(slots) for p, slots in own.items()})
+
+        gradient = optax.stateless(lambda updates, _: at_prefix(updates, prefix, unscaled))
+        return optax.chain(gradient, optax.masked(wrap(tx), moved))
+
+    def run(
+        loss: Loss,
+        frozen: Frozen,
+        trainable: Trainable,
+        opt_state: Any,
+        *,
+        step: Array,
+        key: Array,
+        prefix: tuple[str, ...] = (),
+    ) -> tuple[Trainable, Any]:
+        slots = {t.path: settled(t, trainable[t.path]) for t in frozen.plan}
+        weights = {path: own[WEIGHT] for path, own in slots.items()}
+        params = tree.join(frozen.params, _values(trainable) | weights)
+        how = {"basis": options["basis"], "iterations": options["iterations"], "key": key}
+        found = new_projectors(loss, params, frozen.plan, slots, **how)
+        opt_state = _follow(options["moments"], opt_state, frozen.plan, slots, found, prefix)
+        renewed = {path: {**own, **found[path]} for path, own in slots.items()}
+        return {**trainable, **renewed}, opt_state
+
+    renewal = Renewal(lambda step: step % options["every"] == 0, run)
+    return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,))
+
+
+def _others(params: Params, paths: list[str]) -> list[str]:
+    """The floating-point parameters that are trained as they are."""
+    return [
+        path
+        for path, leaf in tree.named_leaves(params).items()
+        if path not in paths and isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+
+
+def _values(trainable: Trainable) -> dict[str, Array]:
+    return {path: slots[VALUE] for path, slots in trainable.items() if VALUE in slots}
+
+
+def _moved(slots: Mapping[str, Any]) -> dict[str, bool]:
+    """Which slots the optimizer is shown: z, and the factor of the weight for its decay."""
+    return {name: name in (Z, SHRINK, VALUE) for name in slots}
+
+
+def _follow(
+    moments: Moments,
+    opt_state: Any,
+    plan: tuple[Projected, ...],
+    old: Mapping[str, Mapping[str, Array]],
+    new: Mapping[str, Mapping[str, Array]],
+    prefix: tuple[str, ...],
+) -> Any:
+    """The optimizer's state of every z after its projectors changed."""
+    places = {target.path: (*prefix, target.path, Z) for target in plan}
+    if moments == "keep":
+        return opt_state
+    if moments == "reset":
+        return reset_moments(opt_state, list(places.values()))
+    changes: dict[tuple[str, ...], Change] = {}
+    for target in plan:
+        turns = {
+            name: jnp.einsum("...qn,...rn->...qr", rows, old[target.path][name])
+            for name, rows in new[target.path].items()
+        }
+        changes[places[target.path]] = rotated(*turns.values())
+    return change_moments(opt_state, changes)

@@ -1,0 +1,68 @@
+"""Which parameters are matrices, and along which axes: what optimizers that act per matrix ask.
+
+A parameter of any rank is read as a stack of matrices, so that every layer and every expert is a matrix of
+its own, and heads or windows of convolutions belong to the inputs or the outputs (`weights/layout.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.weights.layout import Layout, guess_layout
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+    """Whether the parameter is a weight: `tree.is_weight`, and no factor of one.
+
+    What lies below a weight's name ('.../kernel/a') is a part of an adapter. A factor has no scale of its
+    own: the product of `c·b` and `a/c` is that of b and a.
+    """
+    *modules, name = path.split("/")
+    factor = bool(modules) and modules[-1] in tree.WEIGHT_NAMES and name not in tree.WEIGHT_NAMES
+    return tree.is_weight(path, leaf) and not factor
+
+
+def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) -> dict[str, Layout]:
+    """The layout of every parameter that holds matrices, by path.
+
+    A channel is an output, and of an embedding `[entries, width]` an entry ('oi').
+
+    Args:
+        params: the parameters.
+        layouts: axes by the end of a name, as in `lora`; letters without 'i' or without 'o' ('so': stacked
+            vectors) say that the parameter holds no matrix.
+        who: the optimizer that asks, for the errors.
+
+    Raises:
+        PeftError: letters do not fit a shape, or a pattern matches no parameter.
+    """
+    leaves = tree.named_leaves(params)
+    tree.require_patterns_used(who, layouts, list(leaves))
+    found = {}
+    for path, leaf in leaves.items():
+        letters = tree.pattern_value(path, layouts, None)
+        if letters is None and is_matrix(path, leaf):
+            letters = _guess(path, leaves)
+        if letters is None or _names_vectors(letters, path, leaf):
+            continue
+        found[path] = Layout.parse(letters, leaf.shape, path)
+    return found
+
+
+def _guess(path: str, leaves: Mapping[str, Any]) -> str:
+    shape = leaves[path].shape
+    if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
+        return "s" * (len(shape) - 2) + "oi"
+    bias = leaves.get(f"{tree.module_of(path)}/bias")
+    return guess_layout(path, shape, getattr(bias, "shape", None))
+
+
+def _names_vectors(letters: str, path: str, leaf: Any) -> bool:
+    vectors = not {"i", "o"} <= set(letters)
+    if vectors and (len(letters) != leaf.ndim or set(letters) - set("sio")):
+        raise PeftError(
+            f"{path}: layout {letters!r} does not fit shape {tuple(leaf.shape)}; "
+            "give one letter of 's' (stack), 'i' (input), 'o' (output) per axis"
+        )
+    return vectors

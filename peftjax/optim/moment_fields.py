@@ -1,0 +1,59 @@
+"""Which arrays of an optimizer's state are moments, and of which sign, by the names of the state's fields."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+Kind = Literal["signed", "unsigned", "keep"]
+Kinds = Callable[[str], Kind]
+"""`'ScaleByAdamState.nu' -> kind`."""
+
+_SIGNED = frozenset({"mu", "trace", "m", "m1", "m2", "ema", "exp_avg"})
+_UNSIGNED = frozenset(
+    {"nu", "nu_max", "n", "v", "v_row", "v_col", "sum_of_squares", "e_g", "e_x", "exp_avg_sq", "grad_sum_sq"}
+)
+# Here `v` averages differences of gradients, and `n` the squares.
+_EXCEPTIONS: Mapping[str, Kind] = {"ScaleByAdanState.v": "signed"}
+
+
+def kind_of(field: str) -> Kind:
+    """The kind of a field of a state, 'Class.field'.
+
+    - signed: mu, trace, m, m1, m2, ema, exp_avg, and `v` of Adan;
+    - unsigned, never negative: nu, nu_max, n, v, v_row, v_col, sum_of_squares, e_g, e_x, exp_avg_sq,
+      grad_sum_sq;
+    - keep: every other, such as copies of parameters and accumulated gradients.
+    """
+    if field in _EXCEPTIONS:
+        return _EXCEPTIONS[field]
+    name = field.rpartition(".")[2]
+    return "signed" if name in _SIGNED else "unsigned" if name in _UNSIGNED else "keep"
+
+
+def parameter_of(path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]) -> tuple[Any, ...] | None:
+    """The path of the parameter that a leaf of the state mirrors: the longest that ends the leaf's path."""
+    ends = (tuple(path[start:]) for start in range(len(path) + 1))
+    return next((end for end in ends if end in params), None)
+
+
+def field_of(state: Any, path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]) -> str | None:
+    """'Class.field' of the innermost named field around the tree of parameters that a leaf lies in.
+
+    None where the leaf mirrors no parameter, or no node above it has named fields.
+    """
+    parameter = parameter_of(path, params)
+    if parameter is None:
+        return None
+    found, node = None, state
+    for key in path[: len(path) - len(parameter)]:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            found = f"{type(node).__name__}.{key.name}"
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+        else:
+            return found
+    return found

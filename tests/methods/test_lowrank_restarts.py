@@ -1,0 +1,236 @@
+"""Balanced factors, and the method that trains nothing but factors and rebalances them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from pretraining import PARAMS, M, N, X, forward, renewer, resumed, sharded, trainer
+from support import KEY, assert_close, assert_no_dense_gradient, noisy
+
+import peftjax as pj
+from peftjax.errors import PeftError
+
+R = 3
+K = jax.random.split(KEY, 2)
+A, B = jax.random.normal(K[0], (2, R, N)), jax.random.normal(K[1], (2, R, M))
+
+
+def product(a, b):
+    return jnp.einsum("...rn,...rm->...nm", a, b)
+
+
+def make(**options):
+    return pj.lowrank_restarts(**{"rank": R, "every": 4, **options})
+
+
+def restart(method, frozen, trainable, state):
+    return renewer(method, frozen)(trainable, state, 4)
+
+
+def after_steps(method, tx, count=3, params=PARAMS):
+    frozen, trainable = method.init(KEY, params)
+    step, state = trainer(method, frozen, tx), tx.init(trainable)
+    for _ in range(count):
+        trainable, state, _ = step(trainable, state)
+    return frozen, trainable, state
+
+
+# rebalance
+
+
+def test_the_product_stays_and_both_factors_share_its_singular_values():
+    a, b = pj.rebalance(A, B)
+    assert_close(product(a, b), product(A, B))
+    sizes = np.linalg.svd(product(A, B), compute_uv=False)[:, :R]
+    wanted = jnp.asarray(sizes[:, :, None] * np.eye(R))
+    assert_close(jnp.einsum("srn,sqn->srq", a, a), wanted)
+    assert_close(jnp.einsum("srm,sqm->srq", b, b), wanted)
+    assert float(jnp.abs(a - A).max()) > 0.1
+
+
+def test_it_is_the_singular_value_decomposition_of_the_dense_product():
+    a, b = pj.rebalance(A[0], B[0])
+    u, sizes, vt = np.linalg.svd(np.asarray(product(A[0], B[0])), full_matrices=False)
+    for row in range(R):
+        sign = np.sign(np.vdot(u[:, row], a[row]))
+        assert_close(sign * a[row], np.sqrt(sizes[row]) * u[:, row])
+        assert_close(sign * b[row], np.sqrt(sizes[row]) * vt[row])
+
+
+def test_twice_is_once_up_to_signs():
+    once = pj.rebalance(A, B)
+    twice = pj.rebalance(*once)
+    assert_close(jnp.abs(twice[0]), jnp.abs(once[0]))
+    assert_close(jnp.abs(twice[1]), jnp.abs(once[1]))
+
+
+def test_a_matrix_without_full_rank_keeps_its_factors_and_the_others_do_not():
+    lost = B.at[1].set(0.0)
+    a, b = pj.rebalance(A, lost)
+    np.testing.assert_array_equal(a[1], A[1])
+    np.testing.assert_array_equal(b[1], 0.0)
+    assert float(jnp.abs(a[0] - A[0]).max()) > 0.1
+    same = A.at[0, 1].set(A[0, 0])
+    np.testing.assert_array_equal(pj.rebalance(same, B)[0][0], same[0])
+
+
+def test_bfloat16_factors_drift_by_their_rounding():
+    a, b = A.astype(jnp.bfloat16), B.astype(jnp.bfloat16)
+    new = pj.rebalance(a, b)
+    assert new[0].dtype == new[1].dtype == jnp.bfloat16
+    exact, drifted = (product(*(f.astype(jnp.float32) for f in pair)) for pair in ((a, b), new))
+    assert 1e-4 < float(jnp.linalg.norm(drifted - exact) / jnp.linalg.norm(exact)) < 4e-3
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 9), (3, 8)), ((3, 9), (2, 8)), ((5, 4), (5, 8)), ((3,), (3,))])
+def test_factors_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(PeftError, match="rebalance: a "):
+        pj.rebalance(*map(jnp.ones, shapes))
+
+
+def test_a_trained_lora_is_rebalanced_to_the_same_model():
+    method = pj.lora(rank=2, targets=["up"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable)
+    balanced = {path: dict(zip("ab", pj.rebalance(s["a"], s["b"]))) for path, s in trainable.items()}
+    assert_close(method.merge(frozen, balanced), method.merge(frozen, trainable))
+
+
+# The method.
+
+
+def test_only_factors_and_the_rest_are_held_anywhere():
+    frozen, trainable = make().init(KEY, PARAMS)
+    assert set(trainable) == {"up/kernel", "blocks/down/weight", "norm/scale"}
+    assert {name: s.shape for name, s in trainable["blocks/down/weight"].items()} == {
+        "a": (2, R, M),
+        "b": (2, R, N),
+    }
+    assert not jax.tree.leaves(frozen)
+    frozen, trainable = make(train_rest=False).init(KEY, PARAMS)
+    assert "norm/scale" not in trainable
+    assert len(jax.tree.leaves(frozen)) == 1
+
+
+def test_no_dense_weight_and_no_dense_gradient_is_formed():
+    assert_no_dense_gradient(forward, PARAMS, make(), X)
+
+
+def test_the_rank_is_a_quarter_of_the_smaller_side_if_not_given():
+    _, trainable = make(rank=None, rank_pattern={"down": 5}).init(KEY, PARAMS)
+    assert trainable["up/kernel"]["a"].shape == (2, N)
+    assert trainable["blocks/down/weight"]["a"].shape == (2, 5, M)
+
+
+def test_a_spectral_start_is_the_best_approximation_and_a_random_one_has_the_variance():
+    params = {"up": {"kernel": jax.random.normal(KEY, (2, 400, 300)) * jnp.array([1.0, 5.0])[:, None, None]}}
+    merged = {}
+    for start in ("spectral", "random"):
+        method = make(rank=75, start=start)
+        merged[start] = np.asarray(method.merge(*method.init(KEY, params))["up"]["kernel"])
+    w = np.asarray(params["up"]["kernel"])
+    u, sizes, vt = np.linalg.svd(w, full_matrices=False)
+    sizes[:, 75:] = 0
+    np.testing.assert_allclose(merged["spectral"], (u * sizes[:, None]) @ vt, atol=1e-3)
+    np.testing.assert_allclose(merged["random"].std((1, 2)), w.std((1, 2)), rtol=0.05)
+    assert (merged["spectral"].std((1, 2)) < 0.85 * w.std((1, 2))).all()
+
+
+def test_a_restart_changes_no_output_and_the_factors_only():
+    method, tx = make(), optax.adam(0.01)
+    frozen, trainable, state = after_steps(method, tx)
+    new, _ = restart(method, frozen, trainable, state)
+    assert_close(method.merge(frozen, new), method.merge(frozen, trainable), 1e-5)
+    assert float(jnp.abs(new["up/kernel"]["a"] - trainable["up/kernel"]["a"]).max()) > 1e-3
+    np.testing.assert_array_equal(new["norm/scale"]["value"], trainable["norm/scale"]["value"])
+
+
+@pytest.mark.parametrize(("reset", "zero"), [("m", {"mu"}), ("m,v", {"mu", "nu"})])
+def test_a_restart_zeroes_the_moments_of_factors(reset, zero):
+    method, tx = make(reset=reset), optax.adam(0.01)
+    frozen, trainable, state = after_steps(method, tx)
+    _, after = restart(method, frozen, trainable, state)
+    for field in ("mu", "nu"):
+        for path in ("up/kernel", "blocks/down/weight"):
+            for name in "ab":
+                assert (not getattr(after[0], field)[path][name].any()) == (field in zero)
+        assert getattr(after[0], field)["norm/scale"]["value"].all()
+    assert int(after[0].count) == 3
+
+
+def test_the_first_update_after_a_reset_of_counts_too_is_that_of_a_fresh_adam():
+    method, tx = make(reset="m,v,count"), pj.optim.row_adamw(0.01, weight_decay=0.0)
+    frozen, trainable, state = after_steps(method, tx)
+    trainable, state = restart(method, frozen, trainable, state)
+    before = jax.tree.map(jnp.copy, trainable)
+    new, *_ = trainer(method, frozen, tx)(trainable, state)
+    step = jnp.abs(new["up/kernel"]["a"] - before["up/kernel"]["a"])
+    np.testing.assert_allclose(step, 0.01, rtol=1e-3)
+
+
+def test_the_first_update_after_a_reset_of_the_first_moment_is_a_tenth():
+    """(1 - b1) / (1 - b1ᵗ) of the gradient, over the root of the old second moment."""
+    method, tx = make(reset="m"), optax.adam(0.01)
+    frozen, trainable, state = after_steps(method, tx)
+    trainable, state = restart(method, frozen, trainable, state)
+    old, nu = jnp.copy(trainable["up/kernel"]["b"]), jnp.copy(state[0].nu["up/kernel"]["b"])
+    new, after, _ = trainer(method, frozen, tx)(trainable, state)
+    grad = after[0].mu["up/kernel"]["b"] / 0.1
+    second = (0.999 * nu + 0.001 * grad**2) / (1 - 0.999**4)
+    wanted = -0.01 * 0.1 / (1 - 0.9**4) * grad / (jnp.sqrt(second) + 1e-8)
+    np.testing.assert_allclose(new["up/kernel"]["b"] - old, wanted, atol=1e-6)
+
+
+def test_counts_of_an_optimizer_that_has_one_for_all_are_refused():
+    method, tx = make(reset="m,v,count"), optax.adam(0.01)
+    frozen, trainable, state = after_steps(method, tx, 0)
+    with pytest.raises(PeftError, match=r"use pj\.optim.row_adamw"):
+        restart(method, frozen, trainable, state)
+
+
+def test_restarts_are_due_every_t_steps_but_not_at_the_first():
+    due = make(every=3).renewals[0].due
+    assert [step for step in range(10) if due(step)] == [3, 6, 9]
+
+
+def test_in_a_chain_only_its_own_moments_are_reset():
+    method = pj.chain(make(targets=["up"], train_rest=False), pj.lora(rank=2, targets=["down"]))
+    frozen, trainable, state = after_steps(method, optax.adam(0.01))
+    new, after = restart(method, frozen, trainable, state)
+    assert_close(method.merge(frozen, new), method.merge(frozen, trainable))
+    assert not after[0].mu["lowrank_restarts"]["up/kernel"]["a"].any()
+    assert after[0].mu["lora"]["blocks/down/weight"]["b"].any()
+
+
+@pytest.mark.slow
+def test_sharded_over_eight_devices_it_is_that_of_one():
+    method, tx = make(), optax.adam(0.01)
+    frozen, trainable = method.init(KEY, PARAMS)
+    step, found = trainer(method, frozen, tx), []
+    for start in (trainable, sharded(trainable)):
+        new, state, _ = step(start, tx.init(start))
+        new, state = restart(method, frozen, new, state)
+        found.append((method.merge(frozen, new), step(new, state)[0]))
+    assert not found[1][1]["up/kernel"]["a"].sharding.is_fully_replicated
+    assert_close(found[1][0], found[0][0])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_exactly(tmp_path):
+    continued, whole = resumed(pj.lowrank_restarts(rank=3, every=3, targets=["layer"]), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert continued.step == whole.step == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"every": 0}, "lowrank_restarts: every must be positive, got 0"),
+        ({"start": "svd"}, "lowrank_restarts: start must be one of 'random', 'spectral', got 'svd'"),
+        ({"reset": "v"}, "lowrank_restarts: reset must be one of 'm', 'm,v', 'm,v,count', got 'v'"),
+    ],
+)
+def test_wrong_options_are_refused(options, text):
+    with pytest.raises(PeftError, match=text):
+        make(**options)

@@ -1,0 +1,352 @@
+"""SwitchLoRA against the released algorithm, written again in NumPy, and against what it promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from pretraining import PARAMS, M, N, X, forward, loss_of, renewer, resumed, sharded, trainer
+from support import KEY, assert_close, assert_no_dense_gradient
+
+import peftjax as pj
+from peftjax.errors import PeftError
+from peftjax.methods.lowrank.switching import STEERED, Schedule, number
+
+UP, DOWN = "up/kernel", "blocks/down/weight"
+R = 4
+
+
+def make(**options):
+    # Often enough for some to switch at every step: 4 / 3 vectors of a matrix at first.
+    given = {"rank": R, "total_steps": 1000, "interval": 3.0, "freeze_steps": 1}
+    return pj.switchlora(**{**given, **options})
+
+
+def started(method, tx=None, params=PARAMS):
+    frozen, trainable = method.init(KEY, params)
+    tx = method.optimizer(optax.sgd(0.1) if tx is None else tx)
+    return frozen, trainable, tx, tx.init(trainable)
+
+
+def count(trainable, path=UP):
+    return np.asarray(trainable[path]["switched"])
+
+
+# The start.
+
+
+@pytest.mark.parametrize("init", ["switchlora", "lora"])
+def test_the_model_starts_as_it_was_given(init):
+    method = make(init=init)
+    frozen, trainable, *_ = started(method)
+    assert_close(method.merge(frozen, trainable), PARAMS, 1e-6)
+    changed = float(jnp.abs(trainable[UP]["weight"] - PARAMS["up"]["kernel"]).max())
+    assert (changed > 1e-2) == (init == "switchlora")
+    assert bool(trainable[UP]["b"].any()) == (init == "switchlora")
+
+
+def test_vectors_have_the_released_sizes_and_their_product_that_of_a_usual_start():
+    n, m, r = 600, 300, 64
+    _, trainable = pj.switchlora(rank=r, total_steps=1).init(KEY, {"up": {"kernel": jnp.zeros((n, m))}})
+    slots, gain = trainable[UP], 3**-0.5
+    std_a, std_b = (m**0.5 * r / n**1.5) ** 0.25 * gain**0.5, (r / (m * n) ** 0.5) ** 0.25 * gain**0.5
+    for name, std in (("a", std_a), ("pool_a", std_a), ("b", std_b), ("pool_b", std_b)):
+        np.testing.assert_allclose(slots[name].std(), std, rtol=0.02)
+        np.testing.assert_allclose(jnp.abs(slots[name]).max(), 3**0.5 * std, rtol=0.01)
+    np.testing.assert_allclose(slots["weight"].std(), gain / n**0.5, rtol=0.02)
+    assert slots["pool_a"].shape == (m - r, n)
+    assert slots["pool_b"].shape == (m - r, m)
+
+
+def test_without_a_switch_it_is_lora_with_alpha_one():
+    frozen, trainable, *_ = started(make(train_rest=False))
+    own = jax.grad(lambda t: loss_of(make(train_rest=False), frozen, t))(trainable)
+    lora = pj.lora(rank=R, alpha=1.0)
+    params = {
+        "up": {"kernel": trainable[UP]["weight"]},
+        "blocks": {"down": {"weight": trainable[DOWN]["weight"]}},
+        "norm": PARAMS["norm"],
+    }
+    base, _ = lora.init(KEY, params)
+    factors = {path: {name: slots[name] for name in "ab"} for path, slots in trainable.items()}
+    wanted = jax.grad(lambda t: loss_of(lora, base, t))(factors)
+    assert_close({p: {name: own[p][name] for name in "ab"} for p in wanted}, wanted, 1e-6)
+    assert not any(own[path][name].any() for path in wanted for name in STEERED)
+
+
+def test_no_dense_gradient_is_formed():
+    assert_no_dense_gradient(forward, PARAMS, make(), X)
+
+
+# The switch.
+
+
+def released(slots, scale, numbers, warm=1):
+    """One matrix [in, out] switched by those numbers as the released code does, pools whole."""
+    a, b, w = (np.asarray(slots[name], np.float64) for name in ("a", "b", "weight"))
+    r, spare = len(a), len(slots["pool_a"])
+    size = r + spare
+    chosen_a = list(range(size - r, size))
+    chosen_b = [chosen_a[i - r // 2] for i in range(r)]
+    pools = []
+    for pool, live, chosen in ((slots["pool_a"], a, chosen_a), (slots["pool_b"], b, chosen_b)):
+        whole = np.zeros((size, live.shape[1]))
+        whole[:spare] = pool
+        whole[chosen] = live
+        pools.append(whole)
+    at_a, at_b, frozen_a, frozen_b = 0, r // 2, np.zeros(r), np.zeros(r)
+    for k in numbers:
+        frozen_a, frozen_b = np.maximum(frozen_a - 1, 0), np.maximum(frozen_b - 1, 0)
+        rows_a, rows_b = [(at_a + j) % r for j in range(k)], [(at_b + j) % r for j in range(k)]
+        at_a, at_b = (at_a + k) % r, (at_b + k) % r
+        turns = ((rows_a, a, b, chosen_a, pools[0], frozen_b), (rows_b, b, a, chosen_b, pools[1], frozen_a))
+        for rows, live, other, chosen, pool, frozen in turns:
+            first = chosen[rows[0] - 1] + 1 if rows else 0
+            for j, row in enumerate(rows):
+                new = (first + j) % size
+                change = scale * np.outer(live[row] - pool[new], other[row])
+                w += change if live is a else change.T
+                pool[chosen[row]], live[row] = live[row], pool[new]
+                chosen[row], frozen[row] = new, warm
+    return a, b, w, frozen_a, frozen_b
+
+
+def test_many_switches_are_those_of_the_released_code():
+    method = make(total_steps=300)
+    frozen, trainable, _, state = started(method)
+    renew, first = renewer(method, frozen), jax.tree.map(np.asarray, trainable[UP])
+    numbers = []
+    for step in range(30):
+        before = count(trainable)
+        trainable, state = renew(trainable, state, step)
+        numbers.append(int(count(trainable) - before))
+    assert set(numbers) >= {0, 1, 2}
+    assert sum(numbers) > 2 * (M - R)  # every vector was out and in again
+    wanted = released(first, 1 / R, numbers)
+    for name, want in zip(("a", "b", "weight", "frozen_a", "frozen_b"), wanted):
+        np.testing.assert_allclose(trainable[UP][name], want, atol=1e-5, err_msg=name)
+
+
+def test_a_switch_changes_no_output_and_loses_no_vector():
+    method = make()
+    frozen, trainable, _, state = started(method)
+    renew, before = renewer(method, frozen), trainable
+    for step in range(6):
+        trainable, state = renew(trainable, state, step)
+        assert_close(method.merge(frozen, trainable), PARAMS, 1e-5)
+    assert (count(trainable, DOWN) > 0).all()
+    for path, factor in ((UP, "a"), (UP, "b"), (DOWN, "a"), (DOWN, "b")):
+        both = [
+            np.sort(np.concatenate([t[path][factor], t[path][f"pool_{factor}"]], -2), axis=-2)
+            for t in (before, trainable)
+        ]
+        np.testing.assert_array_equal(*both)
+        assert not np.array_equal(before[path][factor], trainable[path][factor])
+
+
+def test_gradients_of_all_that_is_trained_are_those_before_the_switch():
+    method = make()
+    frozen, trainable, _, state = started(method)
+    grad = jax.jit(jax.grad(lambda t: loss_of(method, frozen, t)))
+    before = grad(trainable)
+    switched, _ = renewer(method, frozen)(trainable, state, 0)
+    after = grad(switched)
+    assert count(switched) > 0
+    for path in (UP, DOWN):
+        for name in "ab":
+            live = np.asarray(switched[path][f"frozen_{name}"])[..., None] == 0
+            assert_close(after[path][name] * live, before[path][name] * live)
+            assert not live.all()
+
+
+def at_first_only(**options):
+    """A method that switches before step 0, and later so rarely that it never does here."""
+    return make(**{"total_steps": 1, "decay": 1.0, "interval": 10.0, "rank": 7, "freeze_steps": 5, **options})
+
+
+@pytest.mark.parametrize("tx", [optax.adamw(0.01, weight_decay=0.5), pj.optim.row_adamw(0.01)])
+def test_a_counterpart_stays_for_exactly_five_steps(tx):
+    method = at_first_only()
+    frozen, trainable, tx, state = started(method, tx)
+    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
+    for _ in range(3):
+        trainable, state, _ = step(trainable, state)
+    keys = (jax.random.key(seed) for seed in range(50))
+    tries = (renew(trainable, state, 0, key=key) for key in keys)
+    trainable, state = next(found for found in tries if count(found[0]) > 0)
+    row = int(jnp.argmax(trainable[UP]["frozen_b"]))
+    moments = state.inner_state[0]
+    assert not moments.mu[UP]["b"][row].any()
+    assert not moments.nu[UP]["b"][row].any()
+    assert moments.mu[UP]["a"][row].any()
+    assert moments.mu[UP]["b"].any()
+    if moments.count is not None and isinstance(moments.count, dict):
+        assert (np.ravel(moments.count[UP]["b"]) == [0 if i == row else 3 for i in range(7)]).all()
+    held, new = trainable[UP]["b"][row], trainable[UP]["a"][row]
+    for number_of in range(1, 8):
+        trainable, state, _ = step(trainable, state)
+        trainable, state = renew(trainable, state, 1000)
+        assert np.array_equal(trainable[UP]["b"][row], held) == (number_of <= 5)
+    assert not np.array_equal(trainable[UP]["a"][row], new)
+
+
+def test_as_many_are_switched_as_expected_and_fewer_later():
+    schedule = Schedule(40.0, 0.1, 40_000, 5)
+    slots = {"a": jnp.zeros((128, 1)), "pool_a": jnp.zeros((256, 1)), "frozen_a": jnp.zeros(128)}
+    draw = jax.jit(jax.vmap(lambda key, step: number(schedule, key, step, slots), (0, None)))
+    for step, wanted in ((0, 3.2), (4_000, 0.96), (8_000, 0.288), (20_000, 0.0078)):
+        found = np.asarray(draw(jax.random.split(KEY, 20_000), step))
+        expected = 128 / 40 * 0.3 ** ((step + 1) / 4000)
+        np.testing.assert_allclose(expected, wanted, rtol=0.01)
+        assert set(found) <= {int(expected), int(expected) + 1}
+        assert found.max() <= schedule.most(128)
+        assert abs(found.mean() - expected) < 4 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize(("busy", "places", "wanted"), [(0, 9, 4), (3, 9, 1), (4, 9, 0), (0, 2, 2)])
+def test_no_more_are_switched_than_may_be(busy, places, wanted):
+    schedule = Schedule(1.0, 1e6, 1, 0)  # all of the 8, if it could
+    slots = {
+        "a": jnp.zeros((8, 1)),
+        "pool_a": jnp.zeros((places, 1)),
+        "frozen_a": jnp.arange(8.0) < busy,
+    }
+    assert int(number(schedule, KEY, jnp.asarray(0), slots)) == wanted
+
+
+def test_changes_grow_beyond_the_rank():
+    method = make(train_rest=False, rank=2, freeze_steps=0, interval=1.0)
+    frozen, trainable, tx, state = started(method, optax.adam(0.05))
+    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
+    for at in range(20):
+        trainable, state = renew(trainable, state, at)
+        trainable, state, _ = step(trainable, state)
+    change = np.asarray(method.merge(frozen, trainable)["up"]["kernel"] - PARAMS["up"]["kernel"])
+    sizes = np.linalg.svd(change, compute_uv=False)
+    assert (sizes > 1e-3 * sizes[0]).sum() > 4
+
+
+# With optimizers, chains, devices and runs.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tx",
+    [optax.lion(1e-3), optax.sgd(0.1, momentum=0.9), optax.adafactor(1e-3, min_dim_size_to_factor=2)],
+    ids=["lion", "sgd", "adafactor"],
+)
+def test_rows_of_other_optimizers_are_reset(tx):
+    method = make()
+    frozen, trainable, tx, state = started(method, tx)
+    trainable, state, _ = trainer(method, frozen, tx)(trainable, state)
+    new, after = renewer(method, frozen)(trainable, state, 0)
+    rows = np.asarray(new[UP]["frozen_b"]) > 0
+    assert rows.any()
+    seen = 0
+    for (path, was), now in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(after)):
+        if [getattr(key, "key", None) for key in path[-2:]] == [UP, "b"] and was.shape[:1] == (R,):
+            seen += 1
+            assert was.reshape(R, -1).any(1).all()
+            np.testing.assert_array_equal(now.reshape(R, -1).any(1), ~rows)
+    assert seen == 1
+
+
+def test_moments_without_rows_of_numbers_are_refused():
+    codes = {UP: {"b": jnp.zeros((R, M), jnp.uint8)}}
+    method = make()
+    frozen, trainable, *_ = started(method)
+    with pytest.raises(PeftError, match=r"switchlora: the optimizer keeps .* as uint8"):
+        renewer(method, frozen)(trainable, codes, 0)
+
+
+def test_in_a_chain_the_other_method_is_trained_and_left_alone():
+    method = pj.chain(make(targets=["up"], train_rest=False), pj.train(["norm"]))
+    frozen, trainable, tx, state = started(method, optax.adam(0.01))
+    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
+    trainable, state, _ = step(trainable, state)
+    new, after = renew(trainable, state, 0)
+    rows = np.asarray(new["switchlora"][UP]["frozen_b"]) > 0
+    moments = after.inner_state[0].mu
+    np.testing.assert_array_equal(moments["switchlora"][UP]["b"].any(1), ~rows)
+    assert moments["train"]["norm/scale"].any()
+    assert_close(method.merge(frozen, new), method.merge(frozen, trainable))
+    moved, *_ = step(new, after)
+    kept = np.asarray((moved["switchlora"][UP]["b"] == new["switchlora"][UP]["b"]).all(1))
+    np.testing.assert_array_equal(kept, rows)
+    assert (moved["train"]["norm/scale"] != new["train"]["norm/scale"]).all()
+
+
+@pytest.mark.slow
+def test_sharded_over_eight_devices_it_is_that_of_one():
+    method = make()
+    frozen, trainable, tx, _ = started(method, optax.adam(0.01))
+    renew, step, found = renewer(method, frozen), trainer(method, frozen, tx), []
+    for here in (trainable, sharded(trainable)):
+        state = tx.init(here)
+        for at in range(4):
+            here, state = renew(here, state, at)
+            here, state, _ = step(here, state)
+        found.append(here)
+    assert count(found[0]) > 0
+    assert not found[1][UP]["weight"].sharding.is_fully_replicated
+    assert_close(found[1], found[0], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_exactly(tmp_path):
+    method = make(targets=["layer"])
+    continued, whole = resumed(method, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert count(whole.trainable, "layer/kernel") > 5
+
+
+def test_a_bfloat16_weight_is_rounded_by_every_switch():
+    method, drift = make(), {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = {"up": {"kernel": PARAMS["up"]["kernel"].astype(dtype)}}
+        frozen, trainable, _, state = started(method, params=params)
+        renew, start = renewer(method, frozen), jnp.copy(trainable[UP]["weight"])
+        first = method.merge(frozen, jax.tree.map(lambda x: x.astype(jnp.float32), trainable))["up"]["kernel"]
+        for step in range(20):
+            trainable, state = renew(trainable, state, step)
+        last = method.merge(frozen, jax.tree.map(lambda x: x.astype(jnp.float32), trainable))["up"]["kernel"]
+        assert trainable[UP]["weight"].dtype == start.dtype == dtype
+        drift[dtype] = float(jnp.linalg.norm(last - first) / jnp.linalg.norm(first))
+    assert drift[jnp.float32] < 1e-6
+    assert 1e-3 < drift[jnp.bfloat16] < 3e-2
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"total_steps": 0}, "switchlora: total_steps must be positive, got 0"),
+        ({"decay": 0.0}, "switchlora: decay must be positive, got 0.0"),
+        ({"freeze_steps": -1}, "switchlora: freeze_steps must not be negative, got -1"),
+        ({"freeze_steps": 2}, "switchlora: interval must be at least 4, twice freeze_steps, got 3.0"),
+        ({"init": "zero"}, "switchlora: init must be 'switchlora' or 'lora', got 'zero'"),
+    ],
+)
+def test_wrong_options_are_refused(options, text):
+    with pytest.raises(PeftError, match=text):
+        make(**options)
+
+
+@pytest.mark.parametrize("rank", [1, M])
+def test_a_rank_that_leaves_nothing_to_switch_is_refused(rank):
+    with pytest.raises(PeftError, match=rf"switchlora: rank {rank} of 'up/kernel', {N} x {M}, leaves no"):
+        make(rank=rank).init(KEY, {"up": PARAMS["up"]})
+
+
+def test_a_base_that_is_no_array_is_refused():
+    method = pj.chain(pj.lora(rank=2), make())
+    with pytest.raises(PeftError, match=r"switchlora: '.*' is a LowRank"):
+        method.init(KEY, PARAMS)
+
+
+def test_the_update_needs_the_parameters():
+    _, trainable, tx, state = started(make())
+    with pytest.raises(PeftError, match="switchlora: the update needs the parameters"):
+        tx.update(trainable, state)
