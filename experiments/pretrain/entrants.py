@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import optax
 
@@ -62,13 +64,50 @@ def with_rest(method: pj.Transform) -> pj.Transform:
     return pj.chain(method, pj.train(BESIDE_LORA))
 
 
+def lora(sizes: Projection) -> pj.Transform:
+    """LoRA of scale 1."""
+    return with_rest(pj.lora(rank=sizes.rank, alpha=sizes.rank))
+
+
+def galore(sizes: Projection, **options: Any) -> pj.Transform:
+    """GaLore with the sizes and other options."""
+    return pj.galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **options)
+
+
+def restarts(sizes: Projection) -> pj.Transform:
+    """Low-rank restarts."""
+    return pj.lowrank_restarts(rank=sizes.rank, every=sizes.every)
+
+
+def switchlora(sizes: Projection) -> pj.Transform:
+    """SwitchLoRA, whose exchanges have a rhythm of their own."""
+    return pj.switchlora(total_steps=sizes.steps, rank=sizes.rank)
+
+
 def optax_galore(sizes: Projection) -> Optimizer:
     """`optax.contrib.galore`, each matrix by itself."""
     return lambda rate: per_matrix(rate, rank=sizes.rank, every=sizes.every, scale=sizes.scale)
 
 
+def adamw8bit(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW with moments of eight bits."""
+    return pj.optim.eight_bit(adamw(rate))
+
+
+def row_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW with a step count for each row, as SwitchLoRA's authors use it."""
+    return pj.optim.row_adamw(rate, weight_decay=0.0)
+
+
 ENTRANTS = (
     Entrant("AdamW", full),
+    Entrant("8-bit AdamW", full, lambda sizes: adamw8bit),
+    Entrant("GaLore", galore),
+    Entrant("8-bit GaLore", galore, lambda sizes: adamw8bit),
+    Entrant("GaLore, moments rotated", partial(galore, moments="rotate")),
+    Entrant("GaLore, moments reset", partial(galore, moments="reset")),
     Entrant("optax.contrib.galore", full, optax_galore),
-    Entrant("LoRA", lambda sizes: with_rest(pj.lora(rank=sizes.rank, alpha=sizes.rank))),
+    Entrant("LoRA", lora),
+    Entrant("low-rank restarts", restarts),
+    Entrant("SwitchLoRA", switchlora, lambda sizes: row_adamw),
 )

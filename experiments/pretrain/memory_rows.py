@@ -8,7 +8,18 @@ from collections.abc import Callable
 import optax
 
 import peftjax as pj
-from experiments.pretrain.entrants import Projection, adamw, full, optax_galore, with_rest
+from experiments.pretrain.entrants import (
+    Projection,
+    adamw,
+    adamw8bit,
+    full,
+    galore,
+    lora,
+    optax_galore,
+    restarts,
+    row_adamw,
+    switchlora,
+)
 
 RATE = 1e-3
 
@@ -33,9 +44,19 @@ def optax_as_it_is(sizes: Projection) -> optax.GradientTransformation:
     return optax.contrib.galore(RATE, rank=sizes.rank, update_proj_gap=sizes.every, scale=sizes.scale)
 
 
+def bfloat16_galore(sizes: Projection) -> pj.Transform:
+    """GaLore with projectors and displacements in bfloat16."""
+    return galore(sizes, dtype="bfloat16")
+
+
 ROWS = (
     MemoryRow("AdamW", full),
+    MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("GaLore", bfloat16_galore),
+    MemoryRow("8-bit GaLore", bfloat16_galore, lambda sizes: adamw8bit(RATE)),
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
-    MemoryRow("LoRA", lambda sizes: with_rest(pj.lora(rank=sizes.rank, alpha=sizes.rank))),
+    MemoryRow("LoRA", lora),
+    MemoryRow("low-rank restarts", restarts),
+    MemoryRow("SwitchLoRA", switchlora, lambda sizes: row_adamw(RATE)),
 )
