@@ -35,6 +35,7 @@ from peftjax.methods.multi.adapters import add, combine, mix
 from peftjax.methods.multi.convert import to_lora
 from peftjax.methods.multi.sparse import fuse, overlap, patches, switch
 from peftjax.methods.projected.galore import galore
+from peftjax.methods.projected.natural_galore import natural_galore
 from peftjax.methods.select.plain import bitfit, freeze, full, train
 from peftjax.methods.select.rows import rows
 from peftjax.methods.sparse.mean_gradient import mean_gradient
@@ -93,6 +94,7 @@ __all__ = [
     "meft",
     "meft_check",
     "mix",
+    "natural_galore",
     "olora",
     "optim",
     "overlap",

@@ -1,5 +1,6 @@
 """What every optimizer of `peftjax.optim` must do, on a stacked tree named as the library's backbones."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,14 +39,18 @@ def random_like(tree: Any, seed: int, scale: float = 1.0) -> Any:
 PARAMS = random_like(_SHAPES, 0)
 
 
-def train(tx: optax.GradientTransformation, params: Any, steps: range, state: Any = None) -> tuple[Any, Any]:
-    """Parameters and state after the steps, in a jitted and donating loop; step t has gradients of seed t."""
-
+@functools.lru_cache(maxsize=8)
+def _step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    run = jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def train(tx: optax.GradientTransformation, params: Any, steps: range, state: Any = None) -> tuple[Any, Any]:
+    """Parameters and state after the steps, in a jitted and donating loop; step t has gradients of seed t."""
+    run = _step(tx)
     params = jax.tree.map(jnp.copy, params)
     state = tx.init(params) if state is None else jax.tree.map(jnp.copy, state)
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -91,20 +96,20 @@ def assert_resumes(tx: optax.GradientTransformation, folder: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, resumed, train(tx, PARAMS, range(4)))
 
 
-def assert_works_inside_optax(make: Callable[[], optax.GradientTransformation]) -> None:
+def assert_works_inside_optax(tx: optax.GradientTransformation) -> None:
     """In a chain, for a part of the tree, and with accumulated gradients it makes the step it makes alone."""
-    want, _ = train(make(), PARAMS, range(1))
-    chained = optax.chain(optax.clip_by_global_norm(1e9), make())
+    want, _ = train(tx, PARAMS, range(1))
+    chained = optax.chain(optax.clip_by_global_norm(1e9), tx)
     assert_close(train(chained, PARAMS, range(1))[0], want, 1e-6)
     labels = {"blocks": "own", "head": "other"}
-    parts = optax.partition({"own": make(), "other": optax.set_to_zero()}, labels)
+    parts = optax.partition({"own": tx, "other": optax.set_to_zero()}, labels)
     got, _ = train(parts, PARAMS, range(1))
     assert_close(got, {**want, "head": PARAMS["head"]}, 1e-6)
-    _assert_accumulates(make, want)
+    _assert_accumulates(tx, want)
 
 
-def _assert_accumulates(make: Callable[[], optax.GradientTransformation], want: Any) -> None:
-    several = optax.MultiSteps(make(), every_k_schedule=2)
+def _assert_accumulates(tx: optax.GradientTransformation, want: Any) -> None:
+    several = optax.MultiSteps(tx, every_k_schedule=2)
     grads, state = random_like(PARAMS, 100), several.init(PARAMS)
     update = jax.jit(several.update)
     updates, state = update(grads, state, PARAMS)
@@ -122,5 +127,5 @@ def assert_keeps_dtypes(tx: optax.GradientTransformation) -> None:
     assert dtypes(state) == dtypes(tx.init(half))
     full = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), random_like(half, 100))
-    updates, _ = tx.update(grads, tx.init(full), full)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(full), full)
     assert_close(got, optax.apply_updates(full, updates), 2**-8)

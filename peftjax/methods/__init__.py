@@ -18,7 +18,7 @@ from peftjax.methods.lowrank import (
     rslora,
     switchlora,
 )
-from peftjax.methods.projected import galore
+from peftjax.methods.projected import galore, natural_galore
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
 from peftjax.transform import MethodInfo, Transform
@@ -42,6 +42,7 @@ METHODS: dict[str, MethodInfo] = {
         shira.METHOD,
         sara.METHOD,
         galore.METHOD,
+        natural_galore.METHOD,
         rows.METHOD,
         *plain.METHODS,
         *adapters.METHODS,

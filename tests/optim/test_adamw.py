@@ -108,10 +108,10 @@ def test_averages_may_be_wider_than_the_parameters():
 
 
 def test_works_inside_optax_sharded_and_resumed(tmp_path):
-    make = lambda: pj.optim.adamw(SCHEDULE, weight_decay=0.1)
-    assert_works_inside_optax(make)
-    assert_sharded_equals_one_device(make())
-    assert_resumes(make(), tmp_path)
+    tx = pj.optim.adamw(SCHEDULE, weight_decay=0.1)
+    assert_works_inside_optax(tx)
+    assert_sharded_equals_one_device(tx)
+    assert_resumes(tx, tmp_path)
 
 
 def test_errors_name_the_remedy():

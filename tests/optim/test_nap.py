@@ -184,19 +184,18 @@ def test_wrong_names_are_errors():
 # Inside optax, on meshes, from checkpoints.
 
 
-def make():
-    inner = optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-1, 1e-2, 4))
-    return nap(inner, norms=["norm"])
+INJECTED = optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-1, 1e-2, 4))
+SCHEDULED = nap(INJECTED, norms=["norm"])
 
 
 def test_works_inside_optax_sharded_and_resumed(tmp_path):
-    assert_works_inside_optax(make)
-    assert_sharded_equals_one_device(make())
-    assert_resumes(make(), tmp_path)
+    assert_works_inside_optax(SCHEDULED)
+    assert_sharded_equals_one_device(SCHEDULED)
+    assert_resumes(SCHEDULED, tmp_path)
 
 
 def test_works_on_meshes_with_explicit_axes():
-    assert_sharded_equals_one_device(make(), AxisType.Explicit)
+    assert_sharded_equals_one_device(SCHEDULED, AxisType.Explicit)
 
 
 def test_keeps_dtypes():

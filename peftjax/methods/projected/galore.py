@@ -75,7 +75,8 @@ def galore(
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit, and
             for a target that is a structured weight.
     """
-    return projected("galore", checked("galore", dict(locals())))
+    options = checked("galore", dict(locals()))
+    return projected("galore", options, side=side)
 
 
 METHOD = MethodInfo(

@@ -8,7 +8,7 @@ itself. A renewal, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and 
 gradient (`peftjax.methods.projected.refresh`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from peftjax.methods.projected.matrices import (
     SIDES,
     WEIGHT,
     Projected,
+    Sides,
     Z,
     find_matrices,
     settled,
@@ -34,7 +35,6 @@ from peftjax.optim.moments import Change, change_moments, reset_moments, rotated
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
 
 Moments = Literal["keep", "rotate", "reset"]
-Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 VALUE = "value"
 """The slot of a parameter that is trained as it is."""
 
@@ -64,16 +64,23 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def projected(name: str, options: Mapping[str, Any], wrap: Wrap = lambda tx: tx) -> Transform:
+def projected(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    side: Sides,
+    precondition: optax.GradientTransformation | None = None,
+) -> Transform:
     """A method that trains in projected gradients, as a `Transform`.
 
     Args:
         name: the method's name.
         options: all of them, checked.
-        wrap: what the optimizer of the projected gradients is put into.
+        side: what is compressed.
+        precondition: what is done to the projected gradients, and to no other, before the optimizer.
     """
     where = {key: options[key] for key in ("rank", "targets", "exclude", "rank_pattern", "layouts")}
-    scale, side = float(options["scale"]), options["side"]
+    scale = float(options["scale"])
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_matrices(params, who=name, side=side, scale=scale, **where)
@@ -95,12 +102,16 @@ def projected(name: str, options: Mapping[str, Any], wrap: Wrap = lambda tx: tx)
                 path: {s: g / scale if s == Z else g for s, g in g_of.items()} for path, g_of in own.items()
             }
 
-        def moved(params: Any) -> Any:
-            everything = jax.tree.map(lambda _: True, params)
-            return at_prefix(everything, prefix, lambda own: {p: _moved(slots) for p, slots in own.items()})
+        def only(*names: str) -> Callable[[Any], Any]:
+            def mask(params: Any) -> Any:
+                nothing = jax.tree.map(lambda _: VALUE in names, params)
+                return at_prefix(nothing, prefix, lambda own: _are_in(names, own))
+
+            return mask
 
         gradient = optax.stateless(lambda updates, _: at_prefix(updates, prefix, unscaled))
-        return optax.chain(gradient, optax.masked(wrap(tx), moved))
+        before = () if precondition is None else (optax.masked(precondition, only(Z)),)
+        return optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, VALUE)))
 
     def run(
         loss: Loss,
@@ -138,9 +149,8 @@ def _values(trainable: Trainable) -> dict[str, Array]:
     return {path: slots[VALUE] for path, slots in trainable.items() if VALUE in slots}
 
 
-def _moved(slots: Mapping[str, Any]) -> dict[str, bool]:
-    """Which slots the optimizer is shown: z, and the factor of the weight for its decay."""
-    return {name: name in (Z, SHRINK, VALUE) for name in slots}
+def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
+    return {path: {slot: slot in names for slot in slots} for path, slots in trainable.items()}
 
 
 def _follow(

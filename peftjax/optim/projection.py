@@ -1,0 +1,185 @@
+"""Any optimizer on low-rank projections of the gradients: GaLore's projection as an optax transformation.
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv
+2403.03507. Of every targeted matrix with gradient G [in, out], at steps 0, T, 2T, ...
+
+    P = the first r singular vectors of G's smaller side
+
+and at every step, with a transformation `inner` (of Adam, say) that sees R and has states of its size,
+
+    R = P G     N = inner(R)     update = scale · Pᵀ N          (or R = P Gᵀ, see `refresh`)
+
+All other parameters go through `inner` as they are, without the scale. States: P, r · min(in, out) numbers a
+matrix, and what `inner` keeps of r · max(in, out). The gradient that comes in is a whole one.
+
+The refresh costs a decomposition, and `jax.lax.cond` on the step count keeps its workspace in every step's
+program (under `vmap` it decomposes at every step). Two programs have neither:
+
+    step = jax.jit(train_step, static_argnames="refresh")  # which calls tx.update(..., refresh=refresh)
+    for n in range(steps):
+        state = step(state, batch, refresh=n % every == 0)
+
+Under `optax.inject_hyperparams` name rank and every as `static_args`. `optax.MultiSteps` around it projects
+the accumulated gradient.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from peftjax import tree
+from peftjax.errors import PeftError
+from peftjax.optim import refresh as of
+from peftjax.optim.rotation import Moments, require_rotatable, reset_moments, rotate_moments
+from peftjax.tree import Targets
+from peftjax.weights.arrange import to_canonical, to_logical
+
+
+class ProjectionState(NamedTuple):
+    """The state of `project`."""
+
+    count: Array
+    """Steps done, int32 `[]`."""
+    bases: dict[str, of.Bases]
+    """By path and side, `[*stack, r, in]` or `[*stack, r, out]`; zero before the first refresh."""
+    inner: optax.OptState
+    """Of the parameters' structure, with `[*stack, r, ...]` in the place of projected ones."""
+
+
+def project(
+    inner: optax.GradientTransformation,
+    *,
+    rank: int,
+    every: int = 200,
+    scale: ArrayLike = 0.25,
+    side: of.Compressed = "smaller",
+    basis: of.Method = "auto",
+    moments: Moments = "keep",
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    layouts: Mapping[str, str] | None = None,
+    dtype: DTypeLike = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` on low-rank projections of the targeted gradients (equations above).
+
+    Its update takes `refresh`: True or False, known when the program is made, for a program with a refresh
+    or without one (the first step needs one); None (the default) refreshes by the step count.
+
+    Args:
+        inner: what makes updates of gradients. Of projected parameters it knows the shape R has, and no
+            values: chain weight decay after `project`.
+        rank: r; of smaller matrices, their smaller side.
+        every: T, steps between two refreshes.
+        scale: of the updates of projected matrices.
+        side: which side is compressed: the 'smaller' (of a square matrix 'input'), the 'larger',
+            'input', 'output', or 'both' (R is r x r).
+        basis: how it is found: 'svd', 'gram', 'subspace', or 'auto' by size, see `refresh`.
+        moments: what becomes of inner's on a refresh: 'keep' (as released), 'reset' or 'rotate'.
+        targets: as in `lora`; matrices only, every matrix of a stack has a basis of its own.
+        exclude: the same forms; wins.
+        layouts: axes by pattern.
+        dtype: of the bases, and of the projected gradients that `inner` sees.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets that match nothing or states that
+            cannot rotate; in `update` for a traced `refresh` or an `inner` that reads projected parameters.
+    """
+    of.require_options(rank, every, side, basis)
+    if moments not in get_args(Moments):
+        raise PeftError(f"project: moments must be one of {', '.join(get_args(Moments))}, got {moments!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def find(params: Any) -> dict[str, of.Projected]:
+        return of.find_projected(params, rank, side, targets, exclude, layouts)
+
+    def init(params: Any) -> ProjectionState:
+        found = find(params)
+        small = _small(params, found, dtype)
+        state = inner.init(small)
+        if moments == "rotate":
+            require_rotatable(state, small, found)
+        bases = {path: of.zero_bases(leaf, dtype) for path, leaf in found.items()}
+        return ProjectionState(jnp.zeros([], jnp.int32), bases, state)
+
+    def update(
+        grads: Any, state: ProjectionState, params: Any = None, *, refresh: bool | None = None, **extra: Any
+    ) -> tuple[Any, ProjectionState]:
+        _require_static(refresh)
+        found, leaves = find(grads), tree.named_leaves(grads)
+        matrices = {path: to_canonical(leaves[path], leaf.layout) for path, leaf in found.items()}
+
+        def renewed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
+            new = {
+                path: of.renew(matrices[path], leaf, old[path], basis, state.count)
+                for path, leaf in found.items()
+            }
+            small = _small(grads, found, dtype)
+            if moments == "reset":
+                inner_state = reset_moments(inner_state, inner.init(small), small, found)
+            if moments == "rotate":
+                inner_state = rotate_moments(inner_state, small, old, new)
+            return new, inner_state
+
+        bases, inner_state = state.bases, state.inner
+        if refresh is None:
+            due = state.count % every == 0
+            bases, inner_state = lax.cond(due, renewed, lambda *kept: kept, bases, inner_state)
+        elif refresh:
+            bases, inner_state = renewed(bases, inner_state)
+        projected = {path: of.project(matrices[path], bases[path]).astype(dtype) for path in found}
+        known = _known(grads if params is None else params, found, dtype)
+        updates, inner_state = _inner_update(inner, tree.replace(grads, projected), inner_state, known, extra)
+
+        def full(path: str, leaf: Array) -> Array:
+            if path not in found:
+                return leaf
+            whole = to_logical(scale * of.back(leaf, bases[path]), found[path].layout)
+            return whole.astype(leaves[path].dtype)
+
+        count = optax.safe_increment(state.count)
+        return tree.map_named(full, updates), ProjectionState(count, bases, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _small(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
+    """The parameters with zeros of the projected shape in the place of projected ones."""
+    return tree.replace(params, {path: jnp.zeros(leaf.shape, dtype) for path, leaf in found.items()})
+
+
+def _require_static(refresh: Any) -> None:
+    if refresh is not None and not isinstance(refresh, bool):
+        raise PeftError(
+            "project: refresh must be True, False or None, known when the program is made; "
+            "name it in static_argnames of jax.jit"
+        )
+
+
+def _known(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
+    """What inner is told of the parameters: of projected ones the shapes, since they have no values."""
+    return tree.replace(
+        params, {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in found.items()}
+    )
+
+
+def _inner_update(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: Any,
+    params: Any,
+    extra: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    try:
+        return inner.update(grads, state, params, **extra)
+    except (TypeError, AttributeError, ValueError) as error:
+        if "ShapeDtypeStruct" not in str(error):
+            raise
+        raise PeftError(
+            "project: the inner transformation reads the values of projected parameters, and has only their "
+            "shapes; chain weight decay and the like after project"
+        ) from error
