@@ -18,6 +18,10 @@ from peftjax.models.backbone import Backbone, Params
 from peftjax.train.step import Evaluate, Renew, Step, make_evaluate, make_renewals, make_step
 
 Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
+CLIP = 1.0
+"""Norm to which the gradients that the optimizer is given are clipped: of the projected ones, of the factors'."""
+Visit = Callable[[int, Any, Any], None]
+"""`(step, frozen, trainable)`."""
 WARMUP = 0.1
 LAST = 0.1
 """Shares: of the steps, for the learning rate to rise; of the peak, that is left after the last step."""
@@ -75,7 +79,7 @@ def compile_programs(model: Backbone, method: pj.Transform, optimizer: Optimizer
     """The programs of a method; its peak learning rate is an array, so that another one compiles nothing."""
 
     def with_peak(peak: jax.Array) -> optax.GradientTransformation:
-        return optimizer(schedule(peak, steps))
+        return optax.chain(optax.clip_by_global_norm(CLIP), optimizer(schedule(peak, steps)))
 
     forward = method.model(model)
     tx = method.optimizer(optax.inject_hyperparams(with_peak)(peak=1.0))
@@ -98,6 +102,7 @@ def train(
     seed: int,
     steps: int,
     every: int,
+    visit: Visit = lambda step, frozen, trainable: None,
 ) -> Trained:
     """One run from given parameters.
 
@@ -110,6 +115,7 @@ def train(
         seed: of what the method draws.
         steps: as the programs were compiled for.
         every: steps between evaluations.
+        visit: called with what there is at each of them.
     """
     key = jax.random.key(seed)
     frozen, trainable = programs.method.init(key, params)
@@ -120,6 +126,7 @@ def train(
     curve: list[tuple[int, float]] = []
 
     def look(step: int) -> bool:
+        visit(step, frozen, trainable)
         curve.append((step, programs.evaluate(trainable, frozen, watched)["loss"]))
         return math.isfinite(curve[-1][1])
 

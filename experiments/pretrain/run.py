@@ -8,8 +8,9 @@ rates by and half to test on. The recorded runs are on the validation and test f
 no training file), and on Tiny Shakespeare.
 
 All methods train from the same parameters (those of the seed) on the same batches (those of the seed) for the
-same number of steps: Adam without weight decay or clipping, a learning rate that rises over a tenth of the
-steps and falls along a cosine to a tenth of its peak. The peak of a method is the best one on the held-out
+same number of steps: Adam without weight decay, gradients (as the optimizer is given them: projected ones, or
+those of factors) clipped to norm 1, a learning rate that rises over a tenth of the steps and falls along a
+cosine to a tenth of its peak. The peak of a method is the best one on the held-out
 part with seed 0: of three, and of more where the best of them is the first or last, a factor apart. The other
 seeds run at that one. The same command again goes on with a comparison that was stopped: every finished run
 is in runs.json.
@@ -58,11 +59,11 @@ class Options:
     """Bytes of a row."""
     batch: int = 8
     """Rows a step."""
-    steps: int = 300
+    steps: int = 240
     """Optimizer steps."""
     rank: int = 40
     """Of factors and projections: a quarter of the width, as in GaLore's runs."""
-    every: int = 50
+    every: int = 40
     """Steps between projections or restarts."""
     scale: float = 0.25
     """Of a projected step."""
@@ -70,7 +71,7 @@ class Options:
     """Peak learning rates."""
     seeds: int = 3
     """Runs of each method at its best rate."""
-    watch: int = 25
+    watch: int = 20
     """Steps between evaluations for the curves."""
     watched: int = 4
     """Batches of 16 rows for the curves, of the held-out part; at the end it is `tested`."""

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.pretrain import memory, run
+from experiments.pretrain import memory, refresh, run
 from experiments.pretrain.data import first_batches, make_batch, read_text, rows_of, training_batches
 from experiments.pretrain.entrants import ENTRANTS
 from experiments.pretrain.loop import schedule
@@ -17,8 +17,10 @@ from experiments.pretrain.memory_report import claims
 from experiments.pretrain.per_matrix import per_matrix
 from experiments.pretrain.report import read_lines
 from experiments.pretrain.sizes import SIZES, Size
+from experiments.pretrain.ways import WAYS, Way, compressed_side
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.optim.bases import captured_energy
 
 TINY = {"width": 32, "layers": 2, "length": 16, "batch": 2, "steps": 4, "rank": 4, "every": 2, "seeds": 2}
 
@@ -176,3 +178,38 @@ def test_a_share_of_the_paper_that_is_not_reached_is_said_not_to():
     found = claims({"7B": rows})
     assert "reached by none" in found[0]
     assert found[2].startswith("7B with 8-bit GaLore within 24 GB: not confirmed")
+
+
+def test_every_way_finds_a_basis_of_the_smaller_side():
+    key = jax.random.key(0)
+    for shape in ((2, 24, 16), (2, 16, 24), (16, 16)):
+        g = jax.random.normal(key, shape)
+        side = compressed_side(g)
+        best = captured_energy(g, WAYS[0].find(g, 4, side, key), side)
+        for way in WAYS[1:]:
+            share = captured_energy(g, way.find(g, 4, side, key), side)
+            assert (share <= best + 1e-5).all()
+            assert (share > (0.3, 0.85, 0.95)[way.iterations] * best).all() or way.basis == "gram"
+            assert way.basis != "gram" or jnp.allclose(share, best, atol=1e-5)
+        warm = Way("", "subspace", 0).find(g, 4, side, key, WAYS[0].find(g, 4, side, key))
+        assert jnp.allclose(captured_energy(g, warm, side), best, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_refreshes_are_timed_and_compared(folder, monkeypatch):
+    training = options(folder, width=64, layers=1, rank=8)
+    chosen = refresh.Options(training, rate=1e-2, shapes=((16, 24),), rounds=1)
+    refresh.main(chosen)
+    found = json.loads((folder.parent / "out" / "refresh.json").read_text())
+    assert set(found["refreshes"]) == {"a step", *(way.label for way in WAYS)}
+    energy = found["energy"]
+    assert energy["SVD"]["steps"] == [0, 2, 4]
+    assert energy["subspace, 1, start before"]["steps"] == [2, 4]
+    for label, entry in energy.items():
+        bound = energy["SVD"]["same"][-len(entry["same"]) :]
+        assert all(own <= best + 1e-5 for own, best in zip(entry["same"], bound)), label
+    assert all(len(losses) == 2 for losses in found["losses"].values())
+    assert (folder.parent / "out" / "refresh.png").stat().st_size > 0
+    monkeypatch.setattr(run, "train", None)  # a call of it fails
+    refresh.main(chosen)
+    assert "| subspace, 2 |" in (folder.parent / "out" / "refresh.md").read_text()
