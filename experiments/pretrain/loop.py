@@ -19,7 +19,7 @@ from peftjax.train.step import Evaluate, Renew, Step, make_evaluate, make_renewa
 
 Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 CLIP = 1.0
-"""Norm to which the gradients that the optimizer is given are clipped: of the projected ones, of the factors'."""
+"""Norm to which gradients are clipped as the optimizer is given them: projected ones, or those of factors."""
 Visit = Callable[[int, Any, Any], None]
 """`(step, frozen, trainable)`."""
 WARMUP = 0.1
