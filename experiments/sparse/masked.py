@@ -17,8 +17,8 @@ from jax import Array
 
 import peftjax as pj
 from peftjax import tree
-from peftjax.methods.targets import layout_of
 from peftjax.weights.base import logical, static, structured
+from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 
 

@@ -12,8 +12,8 @@ from jax import Array
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.tree import Targets
-from peftjax.weights.base import Weight
-from peftjax.weights.layout import Layout, guess_layout
+from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,6 @@ def find_targets(
         stacked = picked[path] if tree.layer_index(path, layers_pattern) is None else None
         found.append(Target(path, layout, own_rank, stacked))
     return found
-
-
-def layout_of(path: str, leaves: Mapping[str, Any], layouts: Mapping[str, str] | None) -> Layout:
-    """The layout of a weight: its own, the one given, or the one its name tells."""
-    leaf = leaves[path]
-    if isinstance(leaf, Weight):
-        return leaf.layout
-    bias = leaves.get(f"{tree.module_of(path)}/bias")
-    guess = guess_layout(path, leaf.shape, getattr(bias, "shape", None))
-    return Layout.parse(tree.pattern_value(path, layouts, guess), leaf.shape, path)
 
 
 def _layers_of(

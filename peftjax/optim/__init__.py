@@ -4,7 +4,7 @@ from peftjax.optim.adamp import adamp
 from peftjax.optim.adamw import adamw, decay_updated_weights, scale_by_released_adam
 from peftjax.optim.bases import captured_energy, gram_basis, subspace_iteration, svd_basis
 from peftjax.optim.blockwise import Codes
-from peftjax.optim.eight_bit import eight_bit, EightBitState
+from peftjax.optim.eight_bit import EightBitState, eight_bit
 from peftjax.optim.galore import galore
 from peftjax.optim.nap import normalize_and_project
 from peftjax.optim.natural import natural_galore, scale_by_natural_gradient

@@ -91,7 +91,8 @@ def subspace_iteration(
     For a basis of the output side, give `left` and `right` in each other's place, starts `[*stack, k, out]`.
 
     Returns:
-        A pytree like `start` of `[*stack, min(rank, k), in]`, float32.
+        A pytree like `start` of `[*stack, min(rank, k), in]` in the start's dtype; rows that `left` and
+        `right` give are made orthonormal in float32 and kept in their own dtype.
 
     Raises:
         PeftError: a negative number of iterations.
@@ -109,9 +110,14 @@ def subspace_iteration(
 
 def _rotated(q: Array, b: Array, rank: int) -> Array:
     """The rows of q turned to the singular vectors of b = q G, the leading ones only."""
-    b = b.astype(jnp.float32)
-    turn = _leading(jnp.matmul(b, jnp.matrix_transpose(b), precision=_EXACT), min(rank, q.shape[-2]))
-    return jnp.matmul(turn, q, precision=_EXACT)
+
+    def one(pair: tuple[Array, Array]) -> Array:
+        rows, products = (a.astype(jnp.float32) for a in pair)
+        gram = jnp.matmul(products, products.T, precision=_EXACT)
+        turned = jnp.matmul(_leading(gram, min(rank, rows.shape[0])), rows, precision=_EXACT)
+        return turned.astype(q.dtype)
+
+    return _one_by_one(one, (q, b))
 
 
 def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -> Array:
@@ -137,7 +143,7 @@ def orthonormal_rows(rows: Array) -> Array:
     """Orthonormal rows that span the given ones `[*stack, k, n]`, k <= n; where those are dependent, more.
 
     Returns:
-        float32 of the same shape.
+        The same shape and dtype; computed in float32.
 
     Raises:
         PeftError: more rows than they have entries.
@@ -145,8 +151,11 @@ def orthonormal_rows(rows: Array) -> Array:
     k, n = rows.shape[-2:]
     if k > n:
         raise PeftError(f"orthonormal_rows: {k} rows of {n} entries cannot be orthonormal; lower the rank")
-    columns = jnp.matrix_transpose(rows.astype(jnp.float32))
-    return jnp.matrix_transpose(jnp.linalg.qr(columns, mode="reduced")[0])
+
+    def one(rows: Array) -> Array:
+        return jnp.linalg.qr(rows.astype(jnp.float32).T, mode="reduced")[0].T.astype(rows.dtype)
+
+    return _one_by_one(one, rows)
 
 
 def captured_energy(g: Array, basis: Array, side: Side) -> Array:

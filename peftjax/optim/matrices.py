@@ -9,7 +9,8 @@ from typing import Any
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.weights.layout import Layout, guess_layout
+from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import Layout
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -54,8 +55,7 @@ def _guess(path: str, leaves: Mapping[str, Any]) -> str:
     shape = leaves[path].shape
     if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
         return "s" * (len(shape) - 2) + "oi"
-    bias = leaves.get(f"{tree.module_of(path)}/bias")
-    return guess_layout(path, shape, getattr(bias, "shape", None))
+    return layout_of(path, leaves, None).letters
 
 
 def _names_vectors(letters: str, path: str, leaf: Any) -> bool:

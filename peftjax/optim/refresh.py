@@ -29,7 +29,6 @@ from jax.typing import DTypeLike
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.targets import layout_of
 from peftjax.optim.bases import (
     Side,
     gram_basis,
@@ -39,6 +38,7 @@ from peftjax.optim.bases import (
     svd_basis,
 )
 from peftjax.tree import Targets
+from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 
 Compressed = Literal["smaller", "larger", "input", "output", "both"]
@@ -94,12 +94,12 @@ def find_projected(
     found = {}
     for path in paths:
         layout = layout_of(path, leaves, layouts)
-        sides = _sides(compress, *layout.matrix)
+        sides = sides_of(compress, *layout.matrix)
         found[path] = Projected(path, layout, min(rank, *layout.matrix), sides)
     return found
 
 
-def _sides(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
+def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
     """By role, not by the order of the axes; of a square matrix the input side, as released."""
     if compress == "both":
         return ("input", "output")

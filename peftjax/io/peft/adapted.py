@@ -15,8 +15,8 @@ from peftjax.io.peft.config import TIED_EMBEDDING, LoraConfig
 from peftjax.io.peft.factors import MAGNITUDE, factor_names, from_file, magnitude_shape
 from peftjax.io.peft.names import Names, require_one_stack
 from peftjax.io.peft.tensors import PREFIX, Tensors
-from peftjax.methods.targets import layout_of
 from peftjax.models.weight_map import Slot
+from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 
 

@@ -16,10 +16,10 @@ from peftjax.chain import chain
 from peftjax.errors import PeftError
 from peftjax.methods.multi.adapters import as_lora
 from peftjax.methods.select.plain import train
-from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, Params, Trainable, Transform
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.base import dense
+from peftjax.weights.known_layout import layout_of
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' b
 
 from collections.abc import Mapping
 
-from peftjax.methods.projected.matrices import STEERED, Sides
-from peftjax.methods.projected.projected import Moments, checked, projected
-from peftjax.methods.projected.refresh import Basis
+from peftjax.methods.projected.matrices import STEERED
+from peftjax.methods.projected.projected import checked, projected
+from peftjax.optim.refresh import Compressed, Method
+from peftjax.optim.rotation import Moments
 from peftjax.transform import MethodInfo, Transform
 from peftjax.tree import Targets
 
@@ -41,8 +42,8 @@ def galore(
     rank: int = 128,
     every: int = 200,
     scale: float = 0.25,
-    side: Sides = "smaller",
-    basis: Basis = "auto",
+    side: Compressed = "smaller",
+    basis: Method = "auto",
     iterations: int = 2,
     moments: Moments = "keep",
     targets: Targets = "all-linear",

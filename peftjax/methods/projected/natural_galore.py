@@ -24,8 +24,8 @@ from typing import Literal
 from peftjax.errors import PeftError
 from peftjax.methods.projected.matrices import STEERED
 from peftjax.methods.projected.projected import checked, projected
-from peftjax.methods.projected.refresh import Basis
 from peftjax.optim.natural import scale_by_natural_gradient
+from peftjax.optim.refresh import Method
 from peftjax.transform import MethodInfo, Transform
 from peftjax.tree import Targets
 
@@ -38,7 +38,7 @@ def natural_galore(
     history: int = 20,
     damping: float = 1e-3,
     variant: Literal["paper", "released"] = "paper",
-    basis: Basis = "auto",
+    basis: Method = "auto",
     iterations: int = 2,
     moments: Literal["keep", "reset"] = "keep",
     targets: Targets = "all-linear",

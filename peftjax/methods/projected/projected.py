@@ -9,7 +9,7 @@ gradient (`peftjax.methods.projected.refresh`).
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,19 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.projected.matrices import (
     SHRINK,
-    SIDES,
     WEIGHT,
-    Projected,
-    Sides,
     Z,
     find_matrices,
     settled,
     start_slots,
     weight_of,
 )
-from peftjax.methods.projected.refresh import BASES, Loss, new_projectors
+from peftjax.methods.projected.refresh import Loss, new_projectors
 from peftjax.optim.moments import Change, change_moments, reset_moments, rotated
+from peftjax.optim.refresh import Compressed, Method, Projected
+from peftjax.optim.rotation import Moments
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
 
-Moments = Literal["keep", "rotate", "reset"]
 VALUE = "value"
 """The slot of a parameter that is trained as it is."""
 
@@ -53,9 +51,9 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if options["scale"] <= 0:
         raise PeftError(f"{name}: scale must be positive, got {options['scale']}")
     choices = {
-        "side": SIDES,
-        "basis": BASES,
-        "moments": ("keep", "rotate", "reset"),
+        "side": get_args(Compressed),
+        "basis": get_args(Method),
+        "moments": get_args(Moments),
         "dtype": ("float32", "bfloat16"),
     }
     for option, known in choices.items():
@@ -68,7 +66,7 @@ def projected(
     name: str,
     options: Mapping[str, Any],
     *,
-    side: Sides,
+    side: Compressed,
     precondition: optax.GradientTransformation | None = None,
 ) -> Transform:
     """A method that trains in projected gradients, as a `Transform`.
@@ -83,7 +81,7 @@ def projected(
     scale = float(options["scale"])
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
-        plan = find_matrices(params, who=name, side=side, scale=scale, **where)
+        plan = find_matrices(params, who=name, side=side, **where)
         paths = [target.path for target in plan]
         others = _others(params, paths) if options["train_rest"] else []
         leaves, rest = tree.partition(params, [*paths, *others])
@@ -91,7 +89,7 @@ def projected(
         return Frozen(rest, {}, tuple(plan)), trainable | {path: {VALUE: leaves[path]} for path in others}
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
-        weights = {target.path: weight_of(target, trainable[target.path]) for target in frozen.plan}
+        weights = {target.path: weight_of(target, trainable[target.path], scale) for target in frozen.plan}
         return tree.join(frozen.params, _values(trainable) | weights)
 
     def optimizer(
@@ -123,7 +121,7 @@ def projected(
         key: Array,
         prefix: tuple[str, ...] = (),
     ) -> tuple[Trainable, Any]:
-        slots = {t.path: settled(t, trainable[t.path]) for t in frozen.plan}
+        slots = {t.path: settled(t, trainable[t.path], scale) for t in frozen.plan}
         weights = {path: own[WEIGHT] for path, own in slots.items()}
         params = tree.join(frozen.params, _values(trainable) | weights)
         how = {"basis": options["basis"], "iterations": options["iterations"], "key": key}

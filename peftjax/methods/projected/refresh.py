@@ -9,21 +9,21 @@ The leading singular subspace of a gradient G is found by one of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax import tree
-from peftjax.methods.projected.matrices import P, Projected, Q
+from peftjax.methods.projected.matrices import BASIS
 from peftjax.methods.targets import key_for
 from peftjax.optim import bases
+from peftjax.optim.bases import Side
+from peftjax.optim.refresh import Method, Projected
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.low_rank import LowRank
 
-Basis = Literal["auto", "subspace", "gram", "svd"]
-BASES: tuple[Basis, ...] = ("auto", "subspace", "gram", "svd")
 Loss = Callable[[Any], Array]
 Slots = Mapping[str, Mapping[str, Array]]
 OVERSAMPLING = 8
@@ -32,11 +32,11 @@ SMALL = 512
 """The largest compressed side for which 'auto' decomposes the gradient itself."""
 
 
-def method_for(target: Projected, basis: Basis) -> Basis:
+def method_for(target: Projected, basis: Method) -> Method:
     """How a target's basis is found: 'auto' decomposes small matrices exactly and iterates on large ones."""
     if basis != "auto":
         return basis
-    return "svd" if _compressed(target) <= SMALL else "subspace"
+    return "svd" if target.width(target.first) <= SMALL else "subspace"
 
 
 def new_projectors(
@@ -45,11 +45,11 @@ def new_projectors(
     plan: Sequence[Projected],
     slots: Slots,
     *,
-    basis: Basis,
+    basis: Method,
     iterations: int,
     key: Array,
 ) -> dict[str, dict[str, Array]]:
-    """The projectors `{path: {"p": ..., "q": ...}}` of the gradients at the weights in `slots`.
+    """The bases `{path: {"p": ..., "q": ...}}` of the gradients at the weights in `slots`.
 
     The largest entry of every row is positive: kept moments belong to directions, and must not depend on the
     signs that a decomposition, or a machine, happens to give.
@@ -72,34 +72,29 @@ def new_projectors(
         # One after the other: this pass begins when the basis of the one before is there.
         params, found = lax.optimization_barrier((params, found))
         g = _whole_gradient(loss, params, target)
-        first = decompose(g, target.rank, _side(target))
-        found[target.path] = first
+        found[target.path] = decompose(g, target.rank, target.first)
     iterated = [target for target in plan if target.path not in found]
     if iterated:
         found |= _iterated(loss, params, iterated, slots, iterations, key)
-    projectors = {t.path: {P if _side(t) == "input" else Q: found[t.path]} for t in plan}
-    both = [target for target in plan if target.side == "both"]
+    new = {target.path: {target.first: found[target.path]} for target in plan}
+    both = [target for target in plan if len(target.sides) == 2]
     if both:
-        rows = _products(loss, params, {t.path: (t, "input", found[t.path]) for t in both})
-        for path, b in rows.items():
-            projectors[path][Q] = bases.orthonormal_rows(b)
+        rows = _products(loss, params, {t.path: (t, t.first, found[t.path]) for t in both})
+        for target in both:
+            other = next(side for side in target.sides if side != target.first)
+            new[target.path][other] = bases.orthonormal_rows(rows[target.path])
     return {
-        path: {name: _pointed(rows).astype(slots[path][name].dtype) for name, rows in own.items()}
-        for path, own in projectors.items()
+        target.path: {
+            BASIS[side]: _pointed(new[target.path][side]).astype(slots[target.path][BASIS[side]].dtype)
+            for side in target.sides
+        }
+        for target in plan
     }
 
 
 def _pointed(rows: Array) -> Array:
     largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=-1, keepdims=True), axis=-1)
     return jnp.where(largest < 0, -rows, rows)
-
-
-def _side(target: Projected) -> Literal["input", "output"]:
-    return "output" if target.side == "output" else "input"
-
-
-def _compressed(target: Projected) -> int:
-    return target.layout.matrix[_side(target) == "output"]
 
 
 def _whole_gradient(loss: Loss, params: Any, target: Projected) -> Array:
@@ -115,14 +110,16 @@ def _iterated(
     of = {target.path: target for target in plan}
 
     def start(target: Projected) -> Array:
-        known = slots[target.path][P if _side(target) == "input" else Q]
-        rows = min(target.rank + OVERSAMPLING, min(target.layout.matrix))
-        shape = (*target.stack, rows, known.shape[-1])
-        return bases.start_rows(key_for(key, target.path), shape, known)
+        known = slots[target.path][BASIS[target.first]]
+        rows = min(target.rank + OVERSAMPLING, *target.layout.matrix)
+        shape = (*target.layout.stack, rows, known.shape[-1])
+        return bases.start_rows(key_for(key, target.path), shape, known).astype(known.dtype)
 
     def entering(other: bool) -> Callable[[dict[str, Array]], dict[str, Array]]:
         def products(rows: dict[str, Array]) -> dict[str, Array]:
-            sides = {path: ("input", "output")[(_side(of[path]) == "output") != other] for path in rows}
+            sides: dict[str, Side] = {
+                path: ("input", "output")[(of[path].first == "output") != other] for path in rows
+            }
             return _products(loss, params, {path: (of[path], sides[path], rows[path]) for path in rows})
 
         return products
@@ -132,11 +129,11 @@ def _iterated(
     return bases.subspace_iteration(entering(False), entering(True), starts, iterations, ranks)
 
 
-def _products(loss: Loss, params: Any, rows: Mapping[str, tuple[Projected, str, Array]]) -> dict[str, Array]:
+def _products(loss: Loss, params: Any, rows: Mapping[str, tuple[Projected, Side, Array]]) -> dict[str, Array]:
     """`q G` for rows q of the input side, `w Gᵀ` for rows w of the output side, by one gradient pass."""
     leaves = tree.named_leaves(params)
 
-    def shape(target: Projected, side: str, given: Array) -> tuple[int, ...]:
+    def shape(target: Projected, side: Side, given: Array) -> tuple[int, ...]:
         return (*given.shape[:-1], target.layout.matrix[side == "input"])
 
     def through(offsets: dict[str, Array]) -> Array:
@@ -146,4 +143,4 @@ def _products(loss: Loss, params: Any, rows: Mapping[str, tuple[Projected, str, 
             weights[path] = LowRank(leaves[path], a, b, target.layout)
         return loss(tree.replace(params, weights))
 
-    return jax.grad(through)({path: jnp.zeros(shape(*one), jnp.float32) for path, one in rows.items()})
+    return jax.grad(through)({path: jnp.zeros(shape(*one), one[2].dtype) for path, one in rows.items()})

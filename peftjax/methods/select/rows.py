@@ -14,9 +14,9 @@ from jax import Array
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
+from peftjax.weights.known_layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 

@@ -12,10 +12,10 @@ from jax import Array
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.methods.targets import layout_of
 from peftjax.transform import Frozen, Trainable
 from peftjax.tree import Targets
 from peftjax.weights.base import Weight
+from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 
 Slots = Mapping[str, Array]
