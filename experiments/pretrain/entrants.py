@@ -74,6 +74,11 @@ def galore(sizes: Projection, **options: Any) -> pj.Transform:
     return pj.galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **options)
 
 
+def natural_galore(sizes: Projection, **options: Any) -> pj.Transform:
+    """Natural GaLore with the sizes and other options."""
+    return pj.natural_galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **options)
+
+
 def restarts(sizes: Projection) -> pj.Transform:
     """Low-rank restarts."""
     return pj.lowrank_restarts(rank=sizes.rank, every=sizes.every)
@@ -106,6 +111,7 @@ ENTRANTS = (
     Entrant("8-bit GaLore", galore, lambda sizes: adamw8bit),
     Entrant("GaLore, moments rotated", partial(galore, moments="rotate")),
     Entrant("GaLore, moments reset", partial(galore, moments="reset")),
+    Entrant("Natural GaLore", natural_galore),
     Entrant("optax.contrib.galore", full, optax_galore),
     Entrant("LoRA", lora),
     Entrant("low-rank restarts", restarts),

@@ -15,6 +15,7 @@ from experiments.pretrain.entrants import (
     full,
     galore,
     lora,
+    natural_galore,
     optax_galore,
     restarts,
     row_adamw,
@@ -49,11 +50,17 @@ def bfloat16_galore(sizes: Projection) -> pj.Transform:
     return galore(sizes, dtype="bfloat16")
 
 
+def bfloat16_natural(sizes: Projection) -> pj.Transform:
+    """Natural GaLore with projectors, displacements and history in bfloat16."""
+    return natural_galore(sizes, dtype="bfloat16")
+
+
 ROWS = (
     MemoryRow("AdamW", full),
     MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
     MemoryRow("GaLore", bfloat16_galore),
     MemoryRow("8-bit GaLore", bfloat16_galore, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("Natural GaLore", bfloat16_natural),
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
     MemoryRow("LoRA", lora),

@@ -37,8 +37,8 @@ from experiments.tuning.pace import measure_pace
 from experiments.tuning.record import open_record
 from peftjax import tree
 from peftjax.losses import cross_entropy
-from peftjax.methods.projected.refresh import OVERSAMPLING
 from peftjax.optim.bases import captured_energy
+from peftjax.methods.projected.refresh import OVERSAMPLING
 
 Energy = dict[str, dict[str, list[float]]]
 """By way and start: the steps, and the mean over all matrices for the same and for the next batch."""

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.projected.refresh import OVERSAMPLING
 from peftjax.optim.bases import Side, gram_basis, start_rows, subspace_iteration, svd_basis
+from peftjax.optim.refresh import sides_of
+from peftjax.methods.projected.refresh import OVERSAMPLING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,4 +55,5 @@ WAYS = (
 
 def compressed_side(g: Array | jax.ShapeDtypeStruct) -> Side:
     """The smaller side, of a square matrix the input side."""
-    return "input" if g.shape[-2] <= g.shape[-1] else "output"
+    (side,) = sides_of("smaller", *g.shape[-2:])
+    return side
