@@ -37,8 +37,8 @@ from experiments.tuning.pace import measure_pace
 from experiments.tuning.record import open_record
 from peftjax import tree
 from peftjax.losses import cross_entropy
-from peftjax.optim.bases import captured_energy
 from peftjax.methods.projected.refresh import OVERSAMPLING
+from peftjax.optim.bases import captured_energy
 
 Energy = dict[str, dict[str, list[float]]]
 """By way and start: the steps, and the mean over all matrices for the same and for the next batch."""
@@ -168,7 +168,7 @@ def measure_losses(options: run.Options, rate: float) -> dict[str, list[float | 
     """The test loss of GaLore with each way, by seed."""
     text = read_text(options.data)
     settings = dataclasses.asdict(options) | {"data": options.data.name, "rate": rate}
-    for name in ("output", "only", "rates"):
+    for name in ("output", "only", "rates", "rates_of"):
         del settings[name]
     record = open_record(options.output / "runs.json", settings)
     found: dict[str, list[float | None]] = {}

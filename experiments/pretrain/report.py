@@ -88,6 +88,8 @@ def make_table(lines: Sequence[Line]) -> str:
 def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
     """What was compared, for above the table."""
     measured = sorted({f"jax {run['jax']}, optax {run['optax']}, commit {run['commit']}" for run in runs})
+    rates_of = settings["rates_of"]
+    chosen = f"; the learning rates are those of {rates_of}" if rates_of else ", by which the rate was chosen"
     return (
         f"A Llama of {settings['layers']} layers, {settings['width']} wide, over the bytes of "
         f"{settings['data']}: {settings['steps']} steps of {settings['batch']} x {settings['length']} bytes, "
@@ -95,8 +97,7 @@ def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
         f"{settings['scale']:g}, {settings['seeds']} seeds. Loss in nats per byte of the test part, mean and "
         "standard deviation; differences seed by seed, mean and standard error. Beside the weights: all that "
         "a step is given but the batch and the model's own parameters, float32. Rates tried: loss of the "
-        "held-out part with seed 0, by which the learning rate was chosen. Measured on a CPU with "
-        f"{'; '.join(measured)}."
+        f"held-out part with seed 0{chosen}. Measured on a CPU with {'; '.join(measured)}."
     )
 
 

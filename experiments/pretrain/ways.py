@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from peftjax.methods.projected.refresh import OVERSAMPLING
 from peftjax.optim.bases import Side, gram_basis, start_rows, subspace_iteration, svd_basis
 from peftjax.optim.refresh import sides_of
-from peftjax.methods.projected.refresh import OVERSAMPLING
 
 
 @dataclasses.dataclass(frozen=True)
