@@ -115,4 +115,6 @@ def _abstract(leaf: Any) -> Any:
     base = leaf.base
     while isinstance(base, Weight):
         base = base.base
+    if base is None:  # factors and nothing else
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return type_of(base, leaf.shape, leaf.dtype)

@@ -59,8 +59,8 @@ def eight_bit(
 
     Of an elementwise `tx` (Adam, Lion, momentum and most others; found out from its jaxpr), parameters of
     more than `slice_size` numbers are updated slice by slice in a loop, so that no more than one slice's
-    moments are decoded at once. Others (Adafactor, LAMB, clipping by the global norm) run on the whole tree: XLA then
-    holds a decoded array at a time or more. So put what is not elementwise outside:
+    moments are decoded at once. Others (Adafactor, LAMB, clipping by the global norm) run on the whole tree:
+    XLA then holds a decoded array at a time or more. So put what is not elementwise outside:
     `optax.chain(optax.clip_by_global_norm(1.0), eight_bit(optax.adamw(1e-4)))`. The leading axis of a stack
     `[L, in, out]` that is cut should not be sharded: its slices would move between devices.
 

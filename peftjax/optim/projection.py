@@ -99,6 +99,8 @@ def project(
 
     def init(params: Any) -> ProjectionState:
         found = find(params)
+        if moments != "keep" and "" in found:
+            raise PeftError(f"project: moments={moments!r} needs the parameters in a tree, such as a dict")
         small = _small(params, found, dtype)
         state = inner.init(small)
         if moments == "rotate":

@@ -6,12 +6,13 @@ With T = P' Pᵀ [r, r], the new basis in terms of the old one, for moments `[*s
     'reset'     m' = 0, v' = 0               step counts, and so the bias correction, go on
     'rotate'    m' = T m, v' = (T ∘ T) v     what m and a diagonal v are in the new basis
 
-With two bases the same happens on the other axis. Moments are found in any optax state by the path of their
-parameter; 'rotate' knows them by their field: first moments (mu, trace, ema), second moments (nu,
+With two bases the same happens on the other axis. Moments are found in any optax state as trees of the
+parameters' structure; 'rotate' knows them by their field: first moments (mu, trace, ema), second moments (nu,
 sum_of_squares).
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -78,16 +79,28 @@ def require_rotatable(state: Any, params: Any, projected: Mapping[str, Any]) -> 
 def _map_owned(
     fn: Callable[..., Any], state: Any, params: Any, projected: Mapping[str, Any], *rest: Any
 ) -> Any:
-    """`state` with `fn(path, field, leaf, *rest)` for each leaf that belongs to a projected parameter."""
-    owners = {keys: path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    """`state` with `fn(path, field, leaf, *rest)` for each leaf that belongs to a projected parameter.
 
-    def one(keys: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
-        for start in range(len(keys)):  # the earliest: 'kernel' may also be the end of a longer path
-            for stop in range(len(keys), start, -1):
-                if keys[start:stop] in owners:
-                    path = owners[keys[start:stop]]
-                    field = path_name(keys[start - 1 : start])
-                    return fn(path, field, leaf, *others) if path in projected else leaf
-        return leaf
+    What a state holds of every parameter is a subtree of the parameters' own structure.
+    """
+    structure = jax.tree.structure(params)
+    paths = [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
 
-    return jax.tree_util.tree_map_with_path(one, state, *rest)
+    def like_params(node: Any) -> bool:
+        try:
+            structure.flatten_up_to(node)
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def one(keys: tuple[Any, ...], *nodes: Any) -> Any:
+        if not like_params(nodes[0]):
+            return nodes[0]
+        parts = zip(paths, *(structure.flatten_up_to(node) for node in nodes))
+        field = path_name(keys[-1:])
+        return structure.unflatten(
+            jax.tree.map(partial(fn, path, field), *group) if path in projected else group[0]
+            for path, *group in parts
+        )
+
+    return jax.tree_util.tree_map_with_path(one, state, *rest, is_leaf=like_params)

@@ -1,9 +1,9 @@
 """Uniform numbers for stochastic rounding, a hash of a key and each number's place in its array.
 
 `jax.random` makes its bits in a kernel of its own on a GPU: they would take as much memory as the float32
-moments that are to be avoided. This is elementwise on an iota, so it fuses with the rounding, and a shard makes
-its own part: the same numbers on any mesh. Each number is two rounds of MurmurHash3's 32-bit finalizer, one per
-word of the key; good for rounding, not for anything that needs a cryptographic or statistically perfect source.
+moments that are to be avoided. This is elementwise on an iota, so it fuses with the rounding, and a shard
+makes its own part: the same numbers on any mesh. Each number is two rounds of MurmurHash3's 32-bit finalizer,
+one per word of the key: good for rounding, and for nothing that needs a better source.
 """
 
 import math

@@ -24,7 +24,7 @@ _Part = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """How the leading axis `[n, ...]` is cut: as `[groups, parts, n / groups / parts, ...]`, by its second axis.
+    """How the axis of `[n, ...]` is cut: as `[groups, parts, n / groups / parts, ...]`, by its second axis.
 
     So where n lies on as many devices as divide `groups`, each has a piece of every slice.
     """

@@ -46,7 +46,7 @@ class TrainConfig:
     optimizer: Optimizer = "adamw"
     """The optax optimizer; adamw8bit and lion8bit keep their moments in eight bits."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of everything trainable; adamw and lion have it, and their forms of eight bits."""
+    """Decoupled weight decay of everything trainable; adamw, lion and their 8-bit forms have it."""
     clip_norm: float | None = 1.0
     """Largest global norm of a gradient; None does not clip."""
     dtype: Dtype = "float32"

@@ -1,7 +1,7 @@
 """`scale · aᵀb` and nothing beside it: a weight that has no dense base at all."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -26,6 +26,7 @@ class Factored(Weight):
     The backward pass keeps x, where an input of a layer is kept anyway, and the thin `x·aᵀ`.
     """
 
+    base: ClassVar[None] = None
     a: Array = canonical("i")
     b: Array = canonical("o")
     layout: Layout = static()

@@ -189,6 +189,25 @@ def test_counts_of_an_optimizer_that_has_one_for_all_are_refused():
         restart(method, frozen, trainable, state)
 
 
+def test_sparse_entries_beside_the_factors_start_as_the_weights_own_and_stay_through_a_restart():
+    method, tx = make(density=0.2), optax.adam(0.01)
+    frozen, trainable = method.init(KEY, PARAMS)
+    rows, columns = (np.asarray(frozen.state["up/kernel"][name]) for name in ("rows", "columns"))
+    assert len(rows) == round(0.2 * N * M)
+    own, given = np.asarray(method.merge(frozen, trainable)["up"]["kernel"]), PARAMS["up"]["kernel"]
+    np.testing.assert_allclose(own[rows, columns], given[rows, columns], atol=1e-6)
+    assert np.isclose(own, given, atol=1e-6).sum() == len(rows)
+    frozen, trainable, state = after_steps(method, tx)
+    assert (state[0].mu["up/kernel"]["values"] != 0).all()
+    new, after = restart(method, frozen, trainable, state)
+    merged = method.merge(frozen, trainable)
+    assert_close(pj.adapt(forward)(method.apply(frozen, trainable), X), forward(merged, X))
+    assert_close(method.merge(frozen, new), merged)
+    np.testing.assert_array_equal(new["up/kernel"]["values"], trainable["up/kernel"]["values"])
+    np.testing.assert_array_equal(after[0].mu["up/kernel"]["values"], state[0].mu["up/kernel"]["values"])
+    assert not after[0].mu["up/kernel"]["a"].any()
+
+
 def test_restarts_are_due_every_t_steps_but_not_at_the_first():
     due = make(every=3).renewals[0].due
     assert [step for step in range(10) if due(step)] == [3, 6, 9]
@@ -227,6 +246,7 @@ def test_a_run_goes_on_bit_exactly(tmp_path):
     ("options", "text"),
     [
         ({"every": 0}, "lowrank_restarts: every must be positive, got 0"),
+        ({"density": 1.5}, r"lowrank_restarts: density must lie in \[0, 1\], got 1.5"),
         ({"start": "svd"}, "lowrank_restarts: start must be one of 'random', 'spectral', got 'svd'"),
         ({"reset": "v"}, "lowrank_restarts: reset must be one of 'm', 'm,v', 'm,v,count', got 'v'"),
     ],

@@ -91,6 +91,8 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("rslora", [X_KEPT, THIN]),
         ("lora_plus", [X_KEPT, THIN]),
         ("pissa", [X_KEPT, THIN]),
+        ("lowrank_restarts", [X_KEPT, THIN]),
+        ("switchlora", [X_KEPT, THIN]),
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),

@@ -131,7 +131,7 @@ def test_a_switch_changes_no_output_and_loses_no_vector():
     method = make()
     frozen, trainable, _, state = started(method)
     renew, before = renewer(method, frozen), trainable
-    for step in range(6):
+    for step in range(3):  # at most 6 exchanges; after 8 every vector would be back in its place
         trainable, state = renew(trainable, state, step)
         assert_close(method.merge(frozen, trainable), PARAMS, 1e-5)
     assert (count(trainable, DOWN) > 0).all()

@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizing
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 
 from peftjax.errors import PeftError
-from peftjax.io import checkpoint
 from peftjax.optim.galore import galore
 
 SHAPES = {"up": (6, 10), "down": (10, 6), "square": (6, 6)}
@@ -27,19 +25,8 @@ def tree_of(step):
 PARAMS, GRADS = tree_of(99), [tree_of(step) for step in range(8)]
 
 
-def train(tx, steps=7, params=PARAMS, state=None, first=0, grads=GRADS):
-    """Parameters, last state, and the state after every step."""
-    state, states = tx.init(params) if state is None else state, []
-
-    @jax.jit
-    def step(grads, state, params):
-        made, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, made), state
-
-    for n in range(first, first + steps):
-        params, state = step(grads[n], state, params)
-        states.append(state)
-    return params, state, states
+def train(tx, steps=7):
+    return optimizing.train(tx, PARAMS, GRADS[:steps])[:2]
 
 
 def released(w, grads, signs, *, rank, every, scale, rate, weight_decay, side="std", eps=1e-6):
@@ -65,10 +52,14 @@ def released(w, grads, signs, *, rank, every, scale, rate, weight_decay, side="s
 @pytest.mark.parametrize("basis", ["svd", "gram"])
 def test_the_released_algorithm_through_two_refreshes(name, basis):
     options = {"rank": 3, "every": 3, "scale": 0.5, "weight_decay": 0.1}
-    params, _, states = train(galore(RATES, basis=basis, **options))
+    tx = galore(RATES, basis=basis, **options)
+    update, params, states = jax.jit(tx.update), PARAMS, [tx.init(PARAMS)]
+    for grads in GRADS[:7]:
+        made, state = update(grads, states[-1], params)
+        params, states = optax.apply_updates(params, made), [*states, state]
 
     def signs(step, vectors):
-        (mine,) = states[step][0].bases[f"{name}/kernel"].values()
+        (mine,) = states[step + 1][0].bases[f"{name}/kernel"].values()
         return np.sign(np.sum(np.asarray(mine) * vectors, -1, keepdims=True)) * vectors
 
     torch = [np.asarray(g[name]["kernel"]).T for g in GRADS[:7]]
@@ -144,29 +135,13 @@ def test_refresh_reaches_the_projection_through_the_chain():
 
 @pytest.mark.parametrize("order", ["released", "optax"])
 def test_sharded(order):
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
-    )
     tx = galore(0.01, rank=3, every=2, weight_decay=0.1, order=order)
-
-    def spread(tree):
-        spec = lambda a: P(*[None] * (a.ndim - 2), "data", "tensor")
-        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec(a))), tree)
-
-    sharded = train(tx, 4, spread(PARAMS), grads=[spread(g) for g in GRADS])[0]
-    assert_close(sharded, train(tx, 4)[0], 1e-5)
+    optimizing.assert_same_when_sharded(tx, PARAMS, GRADS[:4], 2e-5)
 
 
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
     tx = galore(RATES, rank=3, every=2, weight_decay=0.1)
-    params, state, _ = train(tx, 3)
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        checkpoint.save(checkpoints, checkpoint.RunState(params, state, KEY, 3, {}, {}))
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        blank = checkpoint.RunState(PARAMS, tx.init(PARAMS), KEY, 0, {}, {})
-        found = checkpoint.restore_latest(checkpoints, blank)
-    again = train(tx, 3, found.trainable, found.opt_state, first=3)
-    jax.tree.map(np.testing.assert_array_equal, again[:2], train(tx, 6)[:2])
+    optimizing.assert_resumes(tx, PARAMS, GRADS[:6], tmp_path)
 
 
 def test_errors():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizing
 import pytest
 from support import KEY, assert_close
 
@@ -24,16 +25,7 @@ SAME = {"targets": ALL, "side": "larger", "basis": "svd", "order": "optax"}
 
 
 def train(tx, params=PARAMS, grads=GRADS):
-    state = tx.init(params)
-
-    @jax.jit
-    def step(grads, state, params):
-        made, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, made), state
-
-    for gradient in grads:
-        params, state = step(gradient, state, params)
-    return params, state
+    return optimizing.train(tx, params, grads)[:2]
 
 
 def beside(ours, **theirs):

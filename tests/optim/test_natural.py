@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizing
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 
 from peftjax.errors import PeftError
-from peftjax.io import checkpoint
 from peftjax.optim.galore import galore
 from peftjax.optim.natural import natural_galore, scale_by_natural_gradient
 
@@ -152,20 +150,12 @@ def tree_of(step):
     return {**kernels, "head": {"kernel": jax.random.normal(keys[2], (6, 4))}}
 
 
+RATES = optax.linear_schedule(0.1, 0.0, 9)
 PARAMS, GRADS = tree_of(99), [tree_of(step) for step in range(8)]
 
 
-def train(tx, steps=5, params=PARAMS, state=None, first=0, grads=GRADS):
-    state = tx.init(params) if state is None else state
-
-    @jax.jit
-    def step(grads, state, params):
-        made, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, made), state
-
-    for n in range(first, first + steps):
-        params, state = step(grads[n], state, params)
-    return params, state
+def train(tx, steps=5):
+    return optimizing.train(tx, PARAMS, GRADS[:steps])[:2]
 
 
 def natural_state(state):
@@ -218,31 +208,13 @@ def test_a_reset_clears_the_history_and_a_rotation_is_refused():
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_sharded(variant):
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
-    )
     tx = natural_galore(0.01, rank=3, variant=variant, every=2)
-
-    def spread(tree):
-        put = lambda a: jax.device_put(
-            a, NamedSharding(mesh, P(None, "data", "tensor") if a.ndim == 3 else P())
-        )
-        return jax.tree.map(put, tree)
-
-    sharded = train(tx, 4, spread(PARAMS), grads=[spread(g) for g in GRADS])[0]
-    assert_close(sharded, train(tx, 4)[0], 2e-5)
+    optimizing.assert_same_when_sharded(tx, PARAMS, GRADS[:4], 2e-5)
 
 
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
-    tx = natural_galore(optax.linear_schedule(0.1, 0.0, 9), rank=3, every=2, history=2, weight_decay=0.1)
-    params, state = train(tx, 3)
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        checkpoint.save(checkpoints, checkpoint.RunState(params, state, KEY, 3, {}, {}))
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        blank = checkpoint.RunState(PARAMS, tx.init(PARAMS), KEY, 0, {}, {})
-        found = checkpoint.restore_latest(checkpoints, blank)
-    again = train(tx, 3, found.trainable, found.opt_state, first=3)
-    jax.tree.map(np.testing.assert_array_equal, again, train(tx, 6))
+    tx = natural_galore(RATES, rank=3, every=2, history=2, weight_decay=0.1)
+    optimizing.assert_resumes(tx, PARAMS, GRADS[:6], tmp_path)
 
 
 def test_options_out_of_range():

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizing
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.io import checkpoint
 from peftjax.optim.bases import gram_basis
 from peftjax.optim.projection import project
 
@@ -36,21 +34,11 @@ def random_tree(step, dtype=jnp.float32):
 
 PARAMS = random_tree(1000)
 GRADS = [random_tree(step) for step in range(8)]
+SMALL, *SMALL_GRADS = [{"up": t["blocks"]["up"], "head": t["head"]} for t in (PARAMS, *GRADS)]
 
 
-def train(tx, steps=5, params=PARAMS, state=None, first=0, grads=GRADS):
-    """Parameters and state after some steps of one compiled program, and every update."""
-    state, updates = tx.init(params) if state is None else state, []
-
-    @jax.jit
-    def step(grads, state, params):
-        made, state = tx.update(grads, state, params)
-        return made, state, optax.apply_updates(params, made)
-
-    for n in range(first, first + steps):
-        made, state, params = step(grads[n], state, params)
-        updates.append(made)
-    return params, state, updates
+def train(tx, steps=5, params=PARAMS, grads=GRADS):
+    return optimizing.train(tx, params, grads[:steps])
 
 
 def gap(left, right):
@@ -70,21 +58,15 @@ def test_at_full_rank_what_is_linear_is_unprojected(inner, side):
 
 
 def test_adam_at_full_rank_is_another_optimizer_and_with_the_identity_the_same():
+    """5.3e-2 apart after five steps of 0.01; with P = I in the state from the start, bit by bit the same."""
     tx = project(optax.adam(0.01), rank=99, every=100, scale=1.0)
     plain = train(optax.adam(0.01))[0]
-    assert gap(train(tx)[0], plain) > 1e-2
+    assert gap(train(tx)[0], plain) > 2e-2
     state = tx.init(PARAMS)
     eyes = jax.tree.map(lambda b: jnp.broadcast_to(jnp.eye(b.shape[-1]), b.shape), state.bases)
-    state, params = state._replace(bases=eyes), PARAMS
-    for grads in GRADS[:5]:
-        updates, state = tx.update(grads, state, params, refresh=False)
-        params = optax.apply_updates(params, updates)
-    inner, other = optax.adam(0.01), PARAMS
-    kept = inner.init(PARAMS)
-    for grads in GRADS[:5]:
-        updates, kept = inner.update(grads, kept)
-        other = optax.apply_updates(other, updates)
-    jax.tree.map(np.testing.assert_array_equal, params, other)
+    started = state._replace(bases=eyes, count=jnp.ones([], jnp.int32))
+    params, *_ = optimizing.train(tx, PARAMS, GRADS[:5], started)
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
 
 
 def test_signs_of_the_basis_do_not_matter_to_adam_and_rotations_do():
@@ -237,11 +219,11 @@ def test_it_refreshes_at_the_first_step_and_every_so_many_after():
 def test_two_programs_make_the_same_steps_as_one(moments):
     tx = project(optax.adam(0.1), rank=2, every=2, moments=moments, basis="subspace")
     step = jax.jit(tx.update, static_argnames="refresh")
-    state, params = tx.init(PARAMS), PARAMS
-    for n, grads in enumerate(GRADS[:5]):
+    state, params = tx.init(SMALL), SMALL
+    for n, grads in enumerate(SMALL_GRADS[:5]):
         updates, state = step(grads, state, params, refresh=n % 2 == 0)
         params = optax.apply_updates(params, updates)
-    assert_close((params, state), train(tx)[:2], 1e-5)
+    assert_close((params, state), train(tx, params=SMALL, grads=SMALL_GRADS)[:2], 1e-5)
 
 
 def test_a_program_without_refresh_decomposes_nothing():
@@ -257,138 +239,6 @@ def test_a_program_without_refresh_decomposes_nothing():
         False: (False, False),
         None: (True, True),
     }
-
-
-# Moments on a refresh.
-
-
-def moments_around_a_refresh(moments, inner=None, side="smaller"):
-    tx = project(inner or optax.scale_by_adam(b1=1.0, b2=1.0), rank=3, moments=moments, side=side)
-    _, state = tx.update(GRADS[0], tx.init(PARAMS), refresh=True)
-    filled = jax.tree.map(lambda leaf: jnp.abs(leaf) + 1, random_like(state.inner))
-    state = state._replace(inner=filled)
-    return state, tx.update(GRADS[1], state, refresh=True)[1]
-
-
-def random_like(state):
-    def one(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.random.normal(KEY, leaf.shape) if floating else leaf
-
-    return jax.tree.map(one, state)
-
-
-def test_kept_moments_go_on():
-    before, after = moments_around_a_refresh("keep")
-    jax.tree.map(np.testing.assert_array_equal, after.inner.mu, before.inner.mu)
-
-
-def test_reset_moments_are_zero_for_projected_matrices_only():
-    before, after = moments_around_a_refresh("reset")
-    for name in ("mu", "nu"):
-        old, new = (tree.named_leaves(getattr(state.inner, name)) for state in (before, after))
-        for path in old:
-            np.testing.assert_array_equal(new[path], 0 * old[path] if path in PROJECTED else old[path])
-    assert after.inner.count == before.inner.count + 1
-
-
-@pytest.mark.parametrize("side", ["smaller", "larger", "both"])
-def test_rotated_moments_are_the_old_ones_in_the_new_basis(side):
-    before, after = moments_around_a_refresh("rotate", side=side)
-    for path in PROJECTED:
-        turns = [
-            np.asarray(new) @ np.swapaxes(before.bases[path][s], -1, -2)
-            for s, new in after.bases[path].items()
-        ]
-        for name, power in (("mu", 1), ("nu", 2)):
-            old, new = (tree.named_leaves(getattr(state.inner, name))[path] for state in (before, after))
-            wanted = turns[0] ** power @ np.asarray(old)
-            if side == "both":
-                wanted = wanted @ np.swapaxes(turns[1], -1, -2) ** power
-            np.testing.assert_allclose(new, wanted, atol=2e-5)
-
-
-def test_rotation_keeps_momentum_where_the_new_subspace_holds_the_old():
-    """At full rank the momentum in weight space does not feel a refresh; kept as it is, it does."""
-    plain = train(optax.sgd(0.1, momentum=0.9))[0]
-    inner = {"inner": optax.sgd(0.1, momentum=0.9), "rank": 99, "every": 2, "scale": 1.0}
-    assert gap(train(project(**inner, moments="rotate"))[0], plain) < 5e-6
-    assert gap(train(project(**inner, moments="keep"))[0], plain) > 0.1
-
-
-def test_states_that_cannot_rotate_are_named_and_can_be_reset():
-    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
-    with pytest.raises(PeftError, match=r"'v_row' of 'blocks/.*set moments to 'keep' or 'reset'"):
-        project(factored, rank=3, moments="rotate").init(PARAMS)
-    _, after = moments_around_a_refresh("reset", factored)
-    assert np.isfinite(after.inner.v_row["blocks"]["up"]["kernel"]).all()
-
-
-def test_a_short_name_is_not_taken_for_the_end_of_a_long_one():
-    params = {"kernel": jnp.ones((4, 4)), "a": {"kernel": jnp.ones((4, 4))}}
-    tx = project(optax.trace(0.9), rank=2, targets="kernel", moments="reset")
-    state = tx.init(params)
-    state = tx.update(params, state, refresh=True)[1]
-    _, state = tx.update(params, state, refresh=True)
-    np.testing.assert_allclose(state.inner.trace["a"]["kernel"], 1.9)
-    np.testing.assert_allclose(jnp.abs(state.inner.trace["kernel"]).max(), 2.0, rtol=1e-5)
-
-
-# Inside and around other transformations.
-
-INNERS = {
-    "adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-    "lion": optax.scale_by_lion(),
-    "momentum": optax.sgd(0.1, momentum=0.9),
-    "rmsprop": optax.rmsprop(0.1),
-    "labels": optax.partition(
-        {"a": optax.adam(0.1), "b": optax.sgd(0.1)},
-        lambda params: tree.map_named(lambda path, _: "a" if path in PROJECTED else "b", params),
-    ),
-}
-
-
-@pytest.mark.parametrize("moments", ["keep", "reset"])
-@pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
-def test_any_inner_transformation(inner, moments):
-    params, *_ = train(project(inner, rank=2, every=2, moments=moments))
-    moved = tree.named_leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), params, PARAMS))
-    assert all(0 < distance < 100 for distance in moved.values())
-
-
-def test_an_inner_transformation_that_asks_for_parameters_is_refused():
-    tx = project(optax.adamw(0.1), rank=2)
-    with pytest.raises(PeftError, match="chain weight decay and the like after project"):
-        tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
-
-
-def test_accumulated_gradients_are_projected_together():
-    tx = project(optax.adam(0.1), rank=2, every=2)
-    pairs = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[n : n + 2]) for n in (0, 2, 4, 6)]
-    params, *_ = train(optax.MultiSteps(tx, 2), steps=8)
-    assert_close(params, train(tx, steps=4, grads=pairs)[0], 1e-5)
-
-
-def test_masked_and_injected():
-    tx = optax.masked(
-        project(optax.trace(0.9), rank=2), lambda params: tree.map_named(lambda p, _: "up" in p, params)
-    )
-    masked = train(tx, 2)[2][0]
-    np.testing.assert_array_equal(masked["blocks"]["down"]["kernel"], GRADS[0]["blocks"]["down"]["kernel"])
-    assert np.linalg.matrix_rank(masked["blocks"]["up"]["kernel"][0]) == 2
-    injected = optax.inject_hyperparams(project, static_args=("rank", "every"))
-    tx = injected(inner=optax.trace(0.9), rank=2, every=2, scale=0.5)
-    assert_close(train(tx, 3)[0], train(project(optax.trace(0.9), rank=2, every=2, scale=0.5), 3)[0])
-
-
-def test_buffers_can_be_donated():
-    tx = project(optax.adam(0.1), rank=2, every=2)
-    params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
-    step = jax.jit(lambda g, s, p: (*tx.update(g, s, p), p), donate_argnums=(1, 2))
-    for grads in GRADS[:3]:
-        updates, state, params = step(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    assert_close(params, train(tx, 3)[0])
 
 
 # Dtypes, devices, checkpoints.
@@ -411,31 +261,13 @@ def test_bases_and_moments_of_a_given_dtype():
 
 @pytest.mark.parametrize("basis", ["svd", "gram", "subspace"])
 def test_sharded_parameters(basis):
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
-    )
     tx = project(optax.adam(0.01), rank=2, every=2, basis=basis, moments="rotate")
-    specs = {(2, 6, 10): P(None, "data", "tensor"), (2, 10, 6): P(None, "tensor", "data")}
-
-    def spread(tree):
-        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, specs.get(a.shape, P()))), tree)
-
-    sharded = train(tx, 4, spread(PARAMS), grads=[spread(g) for g in GRADS])[0]
-    assert_close(sharded, train(tx, 4)[0], 1e-5)
+    optimizing.assert_same_when_sharded(tx, SMALL, SMALL_GRADS[:4])
 
 
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
     tx = project(optax.adam(0.1), rank=2, every=2, basis="subspace", moments="rotate")
-    wanted = train(tx, 6)
-    params, state, _ = train(tx, 3)
-    run = checkpoint.RunState(params, state, KEY, 3, {}, {})
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        checkpoint.save(checkpoints, run)
-    with checkpoint.open_checkpoints(tmp_path, keep_last=1, keep_best=1) as checkpoints:
-        blank = checkpoint.RunState(PARAMS, tx.init(PARAMS), KEY, 0, {}, {})
-        found = checkpoint.restore_latest(checkpoints, blank)
-    again = train(tx, 3, found.trainable, found.opt_state, first=3)
-    jax.tree.map(np.testing.assert_array_equal, again[:2], wanted[:2])
+    optimizing.assert_resumes(tx, SMALL, SMALL_GRADS[:6], tmp_path)
 
 
 # Errors.

@@ -5,11 +5,12 @@
 rounded up or down at random, for each matrix of every stack. Counting the exchanges so far by c, the rows
 c, c+1, ... (mod r) of `a` and the rows c + r//2, ... of `b` are next; each is exchanged with the place
 c, c+1, ... (mod the pool's size) of its pool. That is the released order: there every pool has the live
-vectors too, in a window that moves along, and what leaves the window is the last to come back.
+vectors too, in a window that moves along, and what leaves the window is the last to come back. The count c is
+a float32, as all that is trained must be: exact for 16 million exchanges in a matrix.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -148,15 +149,13 @@ def steered(
         PeftError: in `update`, when it is not given the parameters.
     """
 
-    def on_slots(params: Any, fn: Callable[[str, Slots], Any]) -> Any:
-        def per_path(own: Mapping[str, Slots]) -> dict[str, Any]:
-            return {path: {name: fn(name, slots) for name in slots} for path, slots in own.items()}
-
-        return at_prefix(params, prefix, per_path)
-
     def trained(params: Any) -> Any:
         whole = jax.tree.map(lambda _: True, params)
-        return on_slots(whole, lambda name, slots: not ("switched" in slots and name in STEERED))
+
+        def of_path(own: Mapping[str, Slots]) -> dict[str, dict[str, bool]]:
+            return {p: {name: not _is_steered(name, slots) for name in slots} for p, slots in own.items()}
+
+        return at_prefix(whole, prefix, of_path)
 
     inner = optax.masked(tx, trained)
 
@@ -179,6 +178,10 @@ def steered(
         return held(updates, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_steered(name: str, slots: Slots) -> bool:
+    return "switched" in slots and name in STEERED
 
 
 def _held(values: Slots, now: Slots) -> dict[str, Array]:
