@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import optax
 
 import peftjax as pj
 from experiments.pretrain.loop import Optimizer
-from experiments.pretrain.per_matrix import per_matrix
+from experiments.pretrain.per_matrix import STACK_AXES, per_matrix
 
 BESIDE_LORA = r".*(embedding|norm/scale|head/output/kernel)"
 """What is trained as it is where the matrices of the blocks are not: embedding, norms, output layer."""
@@ -94,6 +95,19 @@ def optax_galore(sizes: Projection) -> Optimizer:
     return lambda rate: per_matrix(rate, rank=sizes.rank, every=sizes.every, scale=sizes.scale)
 
 
+def scaled_matrices(sizes: Projection) -> Optimizer:
+    """AdamW whose steps of the blocks' matrices are scaled as those of projected methods are.
+
+    The control for what is not the projection: GaLore's learning rate is another one for the matrices than
+    for embedding, norms and output layer.
+    """
+
+    def scaled(updates: dict[str, jax.Array], _: Any) -> dict[str, jax.Array]:
+        return {path: sizes.scale * u if u.ndim == STACK_AXES else u for path, u in updates.items()}
+
+    return lambda rate: optax.chain(adamw(rate), optax.stateless(scaled))
+
+
 def adamw8bit(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """AdamW with moments of eight bits."""
     return pj.optim.eight_bit(adamw(rate))
@@ -106,6 +120,7 @@ def row_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 ENTRANTS = (
     Entrant("AdamW", full),
+    Entrant("AdamW, matrices scaled", full, scaled_matrices),
     Entrant("8-bit AdamW", full, lambda sizes: adamw8bit),
     Entrant("GaLore", galore),
     Entrant("8-bit GaLore", galore, lambda sizes: adamw8bit),

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.pretrain import memory, refresh, run
 from experiments.pretrain.data import first_batches, make_batch, read_text, rows_of, training_batches
-from experiments.pretrain.entrants import ENTRANTS
+from experiments.pretrain.entrants import ENTRANTS, Projection, adamw, scaled_matrices
 from experiments.pretrain.loop import schedule
 from experiments.pretrain.memory_report import claims
 from experiments.pretrain.per_matrix import per_matrix
@@ -90,6 +90,25 @@ def test_optax_galore_sees_every_matrix_of_a_stack_by_itself():
     adam = optax.adam(1.0)
     plain, _ = adam.update(grads, adam.init(grads), grads)
     assert jnp.allclose(updates["embed/embedding"], plain["embed/embedding"], atol=1e-6)
+
+
+def test_the_control_scales_the_steps_of_the_matrices_alone():
+    grads = {"blocks/up/kernel": jnp.ones((2, 3, 4)), "blocks/norm/scale": jnp.ones((2, 3))}
+    sizes = Projection(rank=2, every=1, scale=0.25, steps=1)
+    own, plain = scaled_matrices(sizes)(0.1), adamw(0.1)
+    updates, _ = own.update(grads, own.init(grads), grads)
+    expected, _ = plain.update(grads, plain.init(grads), grads)
+    assert jnp.allclose(updates["blocks/up/kernel"], 0.25 * expected["blocks/up/kernel"])
+    assert jnp.allclose(updates["blocks/norm/scale"], expected["blocks/norm/scale"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entrant", ENTRANTS, ids=lambda entrant: entrant.label)
+def test_every_entrant_trains(entrant, folder):
+    text = read_text(folder)
+    found = run.make_runner(entrant, text, options(folder, steps=6))(1e-2, 0)
+    assert found["curve"][-1][1] < found["curve"][0][1]
+    assert found["beside_weights"] > 0
 
 
 def test_the_rate_is_looked_for_beyond_the_ends_of_the_grid():
