@@ -85,6 +85,15 @@ def encode(
         raise PeftError("encode: a scalar has no blocks; give an array with at least one axis")
     merged = merged_axes(x.shape, block_size)
     block = block_length(math.prod(x.shape[-merged:]), block_size)
+    return _encoded(x, signed, block, merged, noise)
+
+
+def coded_like(x: Float[Array, "*shape"], like: Codes) -> Codes:
+    """Code an array with the map and the blocks that another of its shape has, to the nearest."""
+    return _encoded(x, like.signed, like.block, like.merged, None)
+
+
+def _encoded(x: Array, signed: bool, block: int, merged: int, noise: Array | None) -> Codes:
     blocks = _in_blocks(x.astype(jnp.float32), merged, block)
     scales = _scales(blocks, signed)
     empty = scales[..., None] == 0

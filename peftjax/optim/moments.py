@@ -1,109 +1,79 @@
-"""The optimizer state of chosen trained arrays, found in the state of any optax transformation by name."""
+"""The optimizer state of chosen trained arrays, found by name in that of any optax transformation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.tree_util import DictKey, GetAttrKey, KeyPath, SequenceKey
+from jax import Array, lax
+from jax.tree_util import DictKey
 
 from peftjax.errors import PeftError
+from peftjax.optim.blockwise import Codes, coded_like, decode
+from peftjax.optim.moment_fields import field_of, kind_of, parameter_of
 
-FIRST_MOMENTS = ("mu", "trace", "m")
-"""Fields that are linear in the gradients."""
-SECOND_MOMENTS = ("nu",)
-"""Fields that are linear in their squares."""
+Path = tuple[Any, ...]
+"""The way to an array in the trainable: names of dictionaries, or keys of jax's."""
 Change = Callable[[str, Array], Array]
-"""`(field, values) -> values`, the field as its transformation calls it: 'mu', 'nu', 'trace', ..."""
+"""`(field, values) -> values`, the field as 'ScaleByAdamState.mu'."""
 
 
-def change_moments(opt_state: Any, changes: dict[tuple[str, ...], Change]) -> Any:
+def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
     """The optimizer state with what belongs to some trained arrays changed.
 
     Optax keeps such state in trees like the trainable's: an array at `...mu[path][slot]` belongs to the
-    trained array at `[path][slot]`, in whatever wrappers `mu` lies.
+    trained array at `[path][slot]`, in whatever wrappers `mu` lies. Moments in eight bits are decoded, changed
+    and coded again.
 
     Args:
-        opt_state: of any transformation over a trainable made of dictionaries.
-        changes: what is done, by the names that lead to the array in the trainable.
+        opt_state: of any transformation over the trainable.
+        changes: what is done, by the end of the way to the array in the trainable.
     """
+    wanted = {
+        tuple(DictKey(k) if isinstance(k, str) else k for k in path): fn for path, fn in changes.items()
+    }
 
-    def change(path: KeyPath, leaf: Any) -> Any:
-        names = _names(path)
-        for start in range(len(names)):
-            fn = changes.get(names[start:])
-            if fn is not None:
-                return fn(_field(path[: len(path) - len(names) + start]), leaf)
-        return leaf
+    def change(path: Path, leaf: Any) -> Any:
+        owner = parameter_of(path, wanted)
+        if not owner:
+            return leaf
+        field = field_of(opt_state, path, wanted) or ""
+        if isinstance(leaf, Codes):
+            return coded_like(wanted[owner](field, decode(leaf)), leaf)
+        return wanted[owner](field, leaf)
 
-    return jax.tree_util.tree_map_with_path(change, opt_state)
-
-
-def reset_moments(opt_state: Any, paths: list[tuple[str, ...]], *, first_only: bool = False) -> Any:
-    """The optimizer state with the moments of some trained arrays zero; step counts go on.
-
-    Args:
-        opt_state: of any transformation over a trainable made of dictionaries.
-        paths: the names that lead to each array in the trainable.
-        first_only: leave second moments as they are.
-    """
-
-    def zero(field: str, values: Array) -> Array:
-        return values if first_only and field not in FIRST_MOMENTS else jnp.zeros_like(values)
-
-    return change_moments(opt_state, dict.fromkeys(paths, zero))
+    return jax.tree_util.tree_map_with_path(change, opt_state, is_leaf=lambda node: isinstance(node, Codes))
 
 
-def rotated(turn: Array, other: Array | None = None) -> Change:
-    """Moments of `Z [*stack, r, n]` after the basis of its rows turned by `turn [*stack, new r, r]`.
+def zeroed(field: str, values: Array) -> Array:
+    """All zero: the change that resets."""
+    return jnp.zeros_like(values)
 
-    First moments become `turn · m · otherᵀ`. Second ones become what they are for independent numbers,
-    `turn² · v · (other²)ᵀ` with the squares of the entries: exact when basis vectors only change places.
+
+def rotated(turns: tuple[Array, ...], name: str) -> Change:
+    """Moments of `R [*stack, r, n]` in a new basis, one change of basis T for its rows, one for its columns.
+
+    First moments become `T m`, second ones `(T ∘ T) v`; with a second T' from the right, `T m T'ᵀ`.
 
     Args:
-        turn: of the rows.
-        other: of the columns, where they have a basis as well.
+        turns: T `[*stack, new r, r]`, and T' where the columns have a basis too.
+        name: of the array, for the error.
 
     Raises:
-        PeftError: when called on a field that is neither.
+        PeftError: when called on what is no moment of the array's shape.
     """
 
     def turned(field: str, values: Array) -> Array:
-        if field in FIRST_MOMENTS:
-            by = turns
-        elif field in SECOND_MOMENTS:
-            by = [jnp.square(one) for one in turns]
-        else:
+        kind = kind_of(field)
+        if kind == "keep" or values.ndim != turns[0].ndim or values.shape[-2] != turns[0].shape[-1]:
             raise PeftError(
-                f"moments='rotate': the optimizer's state {field!r} cannot be turned to another basis; "
-                "use moments='keep' or 'reset', or an optimizer whose moments are called "
-                f"{', '.join((*FIRST_MOMENTS, *SECOND_MOMENTS))}"
+                f"moments='rotate': how {field.rpartition('.')[2]!r} of {name!r} turns into another basis is not "
+                "known; set moments to 'keep' or 'reset'"
             )
-        product = jnp.einsum("...qr,...rn->...qn", by[0], values.astype(jnp.float32))
-        for own in by[1:]:
-            product = jnp.einsum("...qr,...nr->...nq", own, product)
-        return product.astype(values.dtype)
+        wide = [jnp.square(t) if kind == "unsigned" else t for t in (t.astype(jnp.float32) for t in turns)]
+        found = jnp.matmul(wide[0], values.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        for own in wide[1:]:
+            found = jnp.matmul(found, jnp.matrix_transpose(own), precision=lax.Precision.HIGHEST)
+        return found.astype(values.dtype)
 
-    turns = [turn.astype(jnp.float32)] + ([] if other is None else [other.astype(jnp.float32)])
     return turned
-
-
-def _names(path: KeyPath) -> tuple[str, ...]:
-    """The dictionary keys at the end of a path."""
-    names: list[str] = []
-    for key in reversed(path):
-        if not isinstance(key, DictKey):
-            break
-        names.append(key.key)
-    return tuple(reversed(names))
-
-
-def _field(path: KeyPath) -> str:
-    """The last attribute of a path to a tree like the trainable."""
-    for key in reversed(path):
-        if isinstance(key, GetAttrKey):
-            return key.name
-        if isinstance(key, SequenceKey):
-            break
-    return ""

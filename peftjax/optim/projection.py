@@ -35,7 +35,8 @@ from jax.typing import ArrayLike, DTypeLike
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.optim import refresh as of
-from peftjax.optim.rotation import Moments, require_rotatable, reset_moments, rotate_moments
+from peftjax.optim.moments import Path
+from peftjax.optim.rotation import Moments, follow_bases, require_rotatable
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_canonical, to_logical
 
@@ -104,7 +105,7 @@ def project(
         small = _small(params, found, dtype)
         state = inner.init(small)
         if moments == "rotate":
-            require_rotatable(state, small, found)
+            require_rotatable(state, _places(params, found), found, dtype)
         bases = {path: of.zero_bases(leaf, dtype) for path, leaf in found.items()}
         return ProjectionState(jnp.zeros([], jnp.int32), bases, state)
 
@@ -120,12 +121,7 @@ def project(
                 path: of.renew(matrices[path], leaf, old[path], basis, state.count)
                 for path, leaf in found.items()
             }
-            small = _small(grads, found, dtype)
-            if moments == "reset":
-                inner_state = reset_moments(inner_state, inner.init(small), small, found)
-            if moments == "rotate":
-                inner_state = rotate_moments(inner_state, small, old, new)
-            return new, inner_state
+            return new, follow_bases(inner_state, moments, _places(grads, found), old, new)
 
         bases, inner_state = state.bases, state.inner
         if refresh is None:
@@ -152,6 +148,12 @@ def project(
 def _small(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
     """The parameters with zeros of the projected shape in the place of projected ones."""
     return tree.replace(params, {path: jnp.zeros(leaf.shape, dtype) for path, leaf in found.items()})
+
+
+def _places(params: Any, found: Mapping[str, of.Projected]) -> dict[str, Path]:
+    """The way to each projected parameter."""
+    ways = {tree.path_name(keys): tuple(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    return {path: ways[path] for path in found}
 
 
 def _require_static(refresh: Any) -> None:

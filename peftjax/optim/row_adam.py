@@ -84,11 +84,11 @@ def zero_rows(rows: Array, *, who: str) -> Change:
         who: the method, for the error.
 
     Raises:
-        PeftError: when called on integers that are no count, such as quantised moments.
+        PeftError: when called on integers that are no count, such as quantised moments other than `eight_bit`'s.
     """
 
     def zero(field: str, values: Array) -> Array:
-        if field != "count" and not jnp.issubdtype(values.dtype, jnp.floating):
+        if not field.endswith(".count") and not jnp.issubdtype(values.dtype, jnp.floating):
             raise PeftError(
                 f"{who}: the optimizer keeps {field or 'its state'!r} as {values.dtype}, whose rows cannot "
                 "be reset; use an optimizer with floating-point moments"

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, all_but_slow, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
 from peftjax import tree
 
 X = jax.random.normal(KEY, (2, 6, 8))
 EVERY = {"rank": 2, "targets": ".*(kernel|embedding|weight)"}
-METHODS = [pj.lora(alpha=3.0, **EVERY), pj.dora(**EVERY)]
+LORA, DORA = pj.lora(alpha=3.0, **EVERY), pj.dora(**EVERY)
 
 
 class Block(nn.Module):
@@ -51,9 +51,21 @@ class Words(nn.Module):
         return embed.attend(nn.DenseGeneral(8, axis=(-2, -1), name="out")(x))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("module", [Stack(), Stack(remat=True), Convolutions(), Words()], ids=repr)
-def test_linen(module, method):
+LINEN = {
+    "stack-lora": (Stack(), LORA),
+    "words-lora": (Words(), LORA),
+    "words-dora": (Words(), DORA),
+    "convolutions-lora": (Convolutions(), LORA),
+    "stack-dora": (Stack(), DORA),
+    "remat-lora": (Stack(remat=True), LORA),
+    "remat-dora": (Stack(remat=True), DORA),
+    "convolutions-dora": (Convolutions(), DORA),
+}
+
+
+@pytest.mark.parametrize("name", all_but_slow(LINEN, list(LINEN)[:4]))
+def test_linen(name):
+    module, method = LINEN[name]
     params = module.init(KEY, X)["params"]
     assert_equals_merged(lambda p, x: module.apply({"params": p}, x), params, method, X)
     assert_no_dense_gradient(lambda p, x: module.apply({"params": p}, x), params, method, X)
@@ -83,11 +95,11 @@ class NnxStack(nnx.Module):
         return nnx.scan(call, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", all_but_slow((False, True), (False,)))
 def test_nnx_through_split_and_merge(remat):
     definition, state = nnx.split(NnxStack(nnx.Rngs(0), remat))
-    assert_equals_merged(lambda s, x: nnx.merge(definition, s)(x), state, METHODS[0], X)
-    assert_no_dense_gradient(lambda s, x: nnx.merge(definition, s)(x), state, METHODS[0], X)
+    assert_equals_merged(lambda s, x: nnx.merge(definition, s)(x), state, LORA, X)
+    assert_no_dense_gradient(lambda s, x: nnx.merge(definition, s)(x), state, LORA, X)
 
 
 class EqxBlock(eqx.Module):
@@ -108,7 +120,7 @@ class EqxBlock(eqx.Module):
         return x + jax.vmap(self.down)(jax.nn.relu(jax.vmap(self.up)(x)))
 
 
-@pytest.mark.parametrize("layers", [None, 2])
+@pytest.mark.parametrize("layers", all_but_slow((None, 2), (None,)))
 def test_equinox(layers):
     make = EqxBlock if layers is None else eqx.filter_vmap(EqxBlock)
     module = make(KEY if layers is None else jax.random.split(KEY, layers))

@@ -33,6 +33,7 @@ def base(images) -> Pretrained:
     return pretrain(images, SMALL.pretraining)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_end_to_end(images, tmp_path):
     entrants = (
         Entrant("full", lambda setting: pj.full(), matched=False),

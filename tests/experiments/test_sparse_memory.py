@@ -22,6 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(memory, "MODELS", {"tiny": TINY})
 
 
+@pytest.mark.slow
 def test_it_writes_what_it_measured_and_keeps_what_it_did_not(tiny, tmp_path):
     options = {"output": tmp_path, "target": "cpu", "batch": 2, "classes": 3}
     memory.main(memory.Options(**options, models=("tiny",), rows=("LoRA-8",)))

@@ -94,7 +94,7 @@ def test_slots_that_the_optimizer_sets_do_not_count(task):
 
 def test_the_sparse_methods_train_as_many_parameters_as_lora():
     model = build_model(Pretraining())
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     images = Images(np.zeros((5, 1, 8, 8), np.float32), np.arange(5, dtype=np.int32))
     chosen = entrants(RANK, DENSITY)
     methods = [method_for(entrant, model, params, 10, [images.batch()]) for entrant in chosen]

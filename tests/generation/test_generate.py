@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import noisy
+from support import all_but_slow, noisy
 from tiny_decoder import PROMPTS, VOCABULARY, make_decoder, padded, without_cache
 
 import peftjax as pj
@@ -68,7 +68,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", all_but_slow(VARIANTS, ("window",)))
 def test_other_blocks(name, tiny, wanted):
     model, params = make_decoder(**VARIANTS[name])
     tokens, lead = without_cache(model, params, PROMPTS, NEW)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import noisy
+from support import all_but_slow, noisy
 
 import peftjax as pj
 from peftjax import tree
@@ -73,6 +73,9 @@ CASES = {
     "shifted biases": ("none", {"target_modules": ["query"], "lora_bias": True}),
     "orthogonal": ("none", {"target_modules": ["query"], "init_lora_weights": "orthogonal"}),
 }
+# Marked as slow: other cases have the parts of each.
+LONG_CASES = {"all biases", "all-linear lm", "dora", "layers of a list", "orthogonal"}
+LONG_METHODS = {"dora of two layers", "pissa and more", "randomised pissa", "tied and adapted"}
 # Ours, and the head it is for: what the export must make PEFT compute.
 METHODS = {
     "lora": ("none", pj.lora(rank=4, targets=["query", "up"])),
@@ -172,7 +175,7 @@ def tensors_of(folder):
     return dict(read_tensors(find_tensors(folder / "adapter_model.safetensors")))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=all_but_slow(CASES, CASES.keys() - LONG_CASES))
 def from_peft(request, folders, batch, tmp_path_factory):
     """(head, adapter folder, PEFT's outputs) of an adapter that PEFT made."""
     head, options = CASES[request.param]
@@ -222,7 +225,7 @@ def test_an_imported_adapter_trains_and_stays_exact(from_peft, folders, batch):
             assert not np.asarray(names[name])[padded].any()  # filled-up ranks stay zero
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", all_but_slow(METHODS, METHODS.keys() - LONG_METHODS))
 def test_what_we_export_computes_the_same_there_and_again_here(case, folders, batch, tmp_path):
     head, method = METHODS[case]
     model, params = pj.load(folders[CLASSES[head][0]], head=head)
@@ -429,7 +432,12 @@ def jax_convolutions(groups):
 
 @pytest.mark.parametrize(
     ("dims", "groups", "dora"),
-    [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 1, True), (2, 1, True), (3, 1, True)],
+    [
+        (1, 1, False),
+        *(pytest.param(dims, 1, False, marks=pytest.mark.slow) for dims in (2, 3)),
+        (2, 2, False),
+        *((dims, 1, True) for dims in (1, 2, 3)),
+    ],
 )
 def test_convolutions(dims, groups, dora, tmp_path):
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def train(method, steps=4, params=PARAMS):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_it_trains_as_the_form_that_is_not_in_place(name, dtype):
     params = jax.tree.map(lambda w: w.astype(dtype), PARAMS)
     method, other = make(name, in_place=True), make(name)

@@ -32,12 +32,14 @@ def test_a_lookup_of_the_other_rows_is_bit_equal():
 
 
 def test_the_tied_output_follows_in_value_and_gradient():
-    def loss(values, merged):
-        make = METHOD.merge if merged else METHOD.apply
-        run = MODEL.forward if merged else pj.adapt(MODEL.forward)
-        return jnp.sum(jnp.sin(run(make(FROZEN, values), MODEL.batch)))
+    def adapted(values):
+        run = pj.adapt(MODEL.forward)
+        return jnp.sum(jnp.sin(run(METHOD.apply(FROZEN, values), MODEL.batch)))
 
-    got, want = (jax.value_and_grad(loss)(moved(FRESH), merged) for merged in (False, True))
+    def merged(values):
+        return jnp.sum(jnp.sin(MODEL.forward(METHOD.merge(FROZEN, values), MODEL.batch)))
+
+    got, want = (jax.jit(jax.value_and_grad(loss))(moved(FRESH)) for loss in (adapted, merged))
     assert_close(got, want)
 
 

@@ -159,6 +159,7 @@ def test_without_a_sparsifier_there_is_no_level_and_no_hook():
     assert method.apply(frozen, trainable)["down"]["kernel"].threshold is None
 
 
+@pytest.mark.slow
 def test_factors_and_scores_sharded_over_eight_devices_give_the_levels_of_one():
     method = make(rank=8, allocate_every=2)
     frozen, trainable = method.init(KEY, PARAMS)

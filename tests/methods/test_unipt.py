@@ -85,8 +85,14 @@ def written_out(variant, own, found, visible):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "causal"),
+    [
+        *((variant, False) for variant in VARIANTS),
+        ("vse", True),
+        *(pytest.param(variant, True, marks=pytest.mark.slow) for variant in VARIANTS[1:]),
+    ],
+)
 def test_it_is_its_equations(variant, causal):
     model, params = tiny("encoder").forward, tiny("encoder").params
     if causal:

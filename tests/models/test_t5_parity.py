@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import all_but_slow
 from tiny_t5 import token_batch, values
 
 from peftjax.models.load import load, save
@@ -56,7 +57,10 @@ def hf_load(case, folder):
     return hf_class(case).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = ("t5_untied", "flan_tied", "encoder", "classifier")
+
+
+@pytest.fixture(scope="module", params=all_but_slow(CASES, QUICK))
 def tiny(request, tmp_path_factory):
     """(case, folder) of a random model of transformers whose weights are far from trivial."""
     case = request.param
@@ -156,6 +160,7 @@ def test_outputs_and_gradients_agree(tiny):
         compare(case, folder, batch, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", ["flan"], indirect=True)
 def test_a_mask_of_the_decoder_and_ids_made_of_labels(tiny):
     case, folder = tiny

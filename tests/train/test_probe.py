@@ -7,32 +7,34 @@ from peftjax.errors import PeftError
 from peftjax.losses import cross_entropy
 from peftjax.train.probe import fit_probe, linear_probe, majority_accuracy
 
+SHAPE = (60, 40)  # of the training features of every test: the fit is compiled once
 
-def examples(count, noise=0.5):
+
+def examples(count, noise=0.5, size=SHAPE[1]):
     generator = np.random.default_rng(0)
-    centres = 2 * generator.normal(size=(3, 8))
+    centres = 2 * generator.normal(size=(3, size))
     labels = generator.integers(0, 3, size=count)
-    return centres[labels] + noise * generator.normal(size=(count, 8)), labels
+    return centres[labels] + noise * generator.normal(size=(count, size)), labels
 
 
 def test_probe_separates_clusters():
-    features, labels = examples(240)
-    result = linear_probe(features[:200], labels[:200], features[200:], labels[200:], classes=3)
+    features, labels = examples(100)
+    result = linear_probe(features[:60], labels[:60], features[60:], labels[60:], classes=3)
     assert result.accuracy > 0.95
     assert result.majority_accuracy < 0.5
 
 
 def test_probe_on_noise_chooses_a_large_penalty():
-    features, labels = examples(90)
-    noise = np.random.default_rng(1).normal(size=(90, 40))
-    result = linear_probe(noise[:60], labels[:60], features[60:] @ np.eye(8, 40), labels[60:], classes=3)
+    features, labels = examples(90, size=8)
+    noise = np.random.default_rng(1).normal(size=SHAPE)
+    result = linear_probe(noise, labels[:60], features[60:] @ np.eye(8, 40), labels[60:], classes=3)
     assert result.penalty >= 1e-2
 
 
 def test_fit_is_at_the_minimum():
     features, labels = examples(60, noise=3.0)
     features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
-    counts = jnp.arange(60) % 3.0
+    counts = jnp.arange(60.0) % 3  # not weakly typed, as in `linear_probe`
     weights = fit_probe(features, labels, counts, 0.1, 3)
 
     def loss(weights):

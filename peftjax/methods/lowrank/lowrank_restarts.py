@@ -55,7 +55,8 @@ from peftjax.methods.lowrank.rebalance import rebalance
 from peftjax.methods.lowrank.rest import with_targets, without_targets
 from peftjax.methods.sparse.select import entry_count, random_entries
 from peftjax.methods.targets import Target, find_targets, key_for
-from peftjax.optim.moments import FIRST_MOMENTS, change_moments
+from peftjax.optim.moment_fields import kind_of
+from peftjax.optim.moments import change_moments
 from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
 from peftjax.tree import Targets, named_leaves, pattern_value
 from peftjax.weights.arrange import to_logical
@@ -64,10 +65,10 @@ from peftjax.weights.factored import Factored
 from peftjax.weights.places import take_entries
 from peftjax.weights.sparse_entries import SparseEntries
 
-COUNT = "count"
+COUNT = ".count"
 RESETS: dict[str, Callable[[str], bool]] = {
-    "m": lambda field: field in FIRST_MOMENTS,
-    "m,v": lambda field: field != COUNT,
+    "m": lambda field: kind_of(field) == "signed",
+    "m,v": lambda field: not field.endswith(COUNT),
     "m,v,count": lambda field: True,
 }
 STARTS = ("random", "spectral")
@@ -204,7 +205,7 @@ def _reset(opt_state: Any, names: list[tuple[str, ...]], reset: str) -> Any:
         return jnp.zeros_like(values) if RESETS[reset](field) else values
 
     changed = change_moments(opt_state, dict.fromkeys(names, zero))
-    if reset == "m,v,count" and COUNT not in fields:
+    if reset == "m,v,count" and not any(field.endswith(COUNT) for field in fields):
         raise PeftError(
             "lowrank_restarts: reset='m,v,count' needs an optimizer whose step counts belong to the arrays; "
             "use pj.optim.row_adamw, or reset='m' or 'm,v'"

@@ -45,6 +45,7 @@ def galore(
     side: Compressed = "smaller",
     basis: Method = "auto",
     iterations: int = 2,
+    together: int | None = None,
     moments: Moments = "keep",
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
@@ -64,6 +65,8 @@ def galore(
         basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
             products with it; 'auto' takes 'svd' for compressed sides up to 512, else 'subspace'.
         iterations: of 'subspace', 2 gradient passes each.
+        together: how many parameters 'subspace' finds bases for in the same passes, None for all: fewer need
+            less memory and more passes.
         moments: what a refresh does to the optimizer's moments: 'keep', 'rotate' or 'reset'.
         targets: as in `lora`.
         exclude: as in `lora`.

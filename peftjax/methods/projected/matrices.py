@@ -71,6 +71,13 @@ def factors_of(target: Projected, slots: Slots) -> tuple[Array, Array]:
     return p, jnp.einsum("...rs,...so->...ro", slots[Z], q)
 
 
+def bases_in(slots: Mapping[str, Slots]) -> dict[str, dict[Side, Array]]:
+    """The bases among the slots of each weight, by side."""
+    return {
+        path: {side: own[name] for side, name in BASIS.items() if name in own} for path, own in slots.items()
+    }
+
+
 def settled(target: Projected, slots: Slots, scale: float) -> dict[str, Array]:
     """The slots with what z has gathered put into the weight, matrix after matrix, in place if donated."""
     a, b = factors_of(target, slots)

@@ -40,6 +40,7 @@ def natural_galore(
     variant: Literal["paper", "released"] = "paper",
     basis: Method = "auto",
     iterations: int = 2,
+    together: int | None = None,
     moments: Literal["keep", "reset"] = "keep",
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
@@ -59,6 +60,7 @@ def natural_galore(
         variant: 'paper' projects the smaller side, 'released' both.
         basis: how a projector is found.
         iterations: of 'subspace'.
+        together: of 'subspace'.
         moments: 'keep' or 'reset', which clears H too.
         targets: as in `lora`.
         exclude: as in `lora`.

@@ -22,15 +22,15 @@ from peftjax.methods.projected.matrices import (
     SHRINK,
     WEIGHT,
     Z,
+    bases_in,
     find_matrices,
     settled,
     start_slots,
     weight_of,
 )
 from peftjax.methods.projected.refresh import Loss, new_projectors
-from peftjax.optim.moments import Change, change_moments, reset_moments, rotated
-from peftjax.optim.refresh import Compressed, Method, Projected
-from peftjax.optim.rotation import Moments
+from peftjax.optim.refresh import Compressed, Method
+from peftjax.optim.rotation import Moments, follow_bases
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
 
 VALUE = "value"
@@ -46,6 +46,8 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for option in ("rank", "every"):
         if options[option] < 1:
             raise PeftError(f"{name}: {option} must be positive, got {options[option]}")
+    if options["together"] is not None and options["together"] < 1:
+        raise PeftError(f"{name}: together must be positive or None, got {options['together']}")
     if options["iterations"] < 0:
         raise PeftError(f"{name}: iterations must not be negative, got {options['iterations']}")
     if options["scale"] <= 0:
@@ -124,9 +126,10 @@ def projected(
         slots = {t.path: settled(t, trainable[t.path], scale) for t in frozen.plan}
         weights = {path: own[WEIGHT] for path, own in slots.items()}
         params = tree.join(frozen.params, _values(trainable) | weights)
-        how = {"basis": options["basis"], "iterations": options["iterations"], "key": key}
-        found = new_projectors(loss, params, frozen.plan, slots, **how)
-        opt_state = _follow(options["moments"], opt_state, frozen.plan, slots, found, prefix)
+        how = {name: options[name] for name in ("basis", "iterations", "together")}
+        found = new_projectors(loss, params, frozen.plan, slots, **how, key=key)
+        places = {path: (*prefix, path, Z) for path in slots}
+        opt_state = follow_bases(opt_state, options["moments"], places, bases_in(slots), bases_in(found))
         renewed = {path: {**own, **found[path]} for path, own in slots.items()}
         return {**trainable, **renewed}, opt_state
 
@@ -149,27 +152,3 @@ def _values(trainable: Trainable) -> dict[str, Array]:
 
 def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
     return {path: {slot: slot in names for slot in slots} for path, slots in trainable.items()}
-
-
-def _follow(
-    moments: Moments,
-    opt_state: Any,
-    plan: tuple[Projected, ...],
-    old: Mapping[str, Mapping[str, Array]],
-    new: Mapping[str, Mapping[str, Array]],
-    prefix: tuple[str, ...],
-) -> Any:
-    """The optimizer's state of every z after its projectors changed."""
-    places = {target.path: (*prefix, target.path, Z) for target in plan}
-    if moments == "keep":
-        return opt_state
-    if moments == "reset":
-        return reset_moments(opt_state, list(places.values()))
-    changes: dict[tuple[str, ...], Change] = {}
-    for target in plan:
-        turns = {
-            name: jnp.einsum("...qn,...rn->...qr", rows, old[target.path][name])
-            for name, rows in new[target.path].items()
-        }
-        changes[places[target.path]] = rotated(*turns.values())
-    return change_moments(opt_state, changes)

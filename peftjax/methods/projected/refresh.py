@@ -4,7 +4,8 @@ The leading singular subspace of a gradient G is found by one of
 
 - 'subspace': randomised subspace iteration from the projector before. What it needs of G are products with a
   few vectors, and they are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
-  `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. All matrices share the passes, 2·iterations + 1 of them.
+  `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. Parameters share the 2·iterations + 1 passes, all of them or
+  `together` at a time, whose rows exist at once.
 - 'svd', 'gram': exactly, a pass for each parameter, whose gradient exists alone and only then.
 """
 
@@ -47,6 +48,7 @@ def new_projectors(
     *,
     basis: Method,
     iterations: int,
+    together: int | None,
     key: Array,
 ) -> dict[str, dict[str, Array]]:
     """The bases `{path: {"p": ..., "q": ...}}` of the gradients at the weights in `slots`.
@@ -61,6 +63,7 @@ def new_projectors(
         slots: theirs, z settled.
         basis: how.
         iterations: of a subspace iteration.
+        together: how many parameters are iterated on at once; None is all.
         key: of its random rows.
     """
     found: dict[str, Array] = {}
@@ -74,8 +77,10 @@ def new_projectors(
         g = _whole_gradient(loss, params, target)
         found[target.path] = decompose(g, target.rank, target.first)
     iterated = [target for target in plan if target.path not in found]
-    if iterated:
-        found |= _iterated(loss, params, iterated, slots, iterations, key)
+    size = together or len(iterated)
+    for start in range(0, len(iterated), size):
+        params, found = lax.optimization_barrier((params, found))
+        found |= _iterated(loss, params, iterated[start : start + size], slots, iterations, key)
     new = {target.path: {target.first: found[target.path]} for target in plan}
     both = [target for target in plan if len(target.sides) == 2]
     if both:
