@@ -37,8 +37,9 @@ def report(results: Results) -> str:
         {plan["commit"] for rows in results.values() for plan in rows.values() if "peak" in plan}
     )
     lines = [
-        f"One training step on 256 tokens as compiled for {some['device']} by jax {some['jax']}, bfloat16 "
-        f"throughout; MiB; commit {', '.join(commits)}. Beside the weights: optimizer state, projections, "
+        f"One training step on 256 tokens as compiled for {some['device']} by jax {some['jax']}; MiB; "
+        f"commit {', '.join(commits)}. Parameters and optimizer state in bfloat16, factors in float32 as the "
+        "library keeps them. Beside the weights: optimizer state, projections, "
         "factors and displacements, all that stays between steps but the model's own parameters. Temporaries "
         "have the gradients. The peak of a step is arguments, temporaries and what is not written in place; "
         "what a method does between steps (a new projection, a restart) is a program of its own.",

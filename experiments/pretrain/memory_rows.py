@@ -45,14 +45,14 @@ def optax_as_it_is(sizes: Projection) -> optax.GradientTransformation:
     return optax.contrib.galore(RATE, rank=sizes.rank, update_proj_gap=sizes.every, scale=sizes.scale)
 
 
-def bfloat16_galore(sizes: Projection) -> pj.Transform:
-    """GaLore with projectors and displacements in bfloat16."""
-    return galore(sizes, dtype="bfloat16")
+def bfloat16_galore(sizes: Projection, together: int | None = 1) -> pj.Transform:
+    """GaLore with projectors and displacements in bfloat16, new ones for a parameter at a time or for all."""
+    return galore(sizes, dtype="bfloat16", together=together)
 
 
 def bfloat16_natural(sizes: Projection) -> pj.Transform:
     """Natural GaLore with projectors, displacements and history in bfloat16."""
-    return natural_galore(sizes, dtype="bfloat16")
+    return natural_galore(sizes, dtype="bfloat16", together=1)
 
 
 ROWS = (
@@ -60,6 +60,11 @@ ROWS = (
     MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
     MemoryRow("GaLore", bfloat16_galore),
     MemoryRow("8-bit GaLore", bfloat16_galore, lambda sizes: adamw8bit(RATE)),
+    MemoryRow(
+        "8-bit GaLore, bases all together",
+        lambda sizes: bfloat16_galore(sizes, together=None),
+        lambda sizes: adamw8bit(RATE),
+    ),
     MemoryRow("Natural GaLore", bfloat16_natural),
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
