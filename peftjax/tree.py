@@ -150,7 +150,7 @@ def _is_linear(path: str) -> bool:
     if name in ("embedding", "embeddings"):
         return False
     conv = bool(modules) and "conv" in modules[-1].lower()
-    return not conv and not any(module in OUTPUT_LAYERS for module in modules)
+    return not conv and not any(module in OUTPUT_LAYERS for module in (*modules, name))
 
 
 def _matches(path: str, names: tuple[str, ...], targets: Targets) -> bool:

@@ -20,15 +20,13 @@ that it is written in; momentum alone would be the same.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.errors import PeftError
+from peftjax.optim.adamw import decay_updated_weights, scale_by_released_adam
 from peftjax.optim.projection import project
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments
@@ -128,51 +126,3 @@ def step_and_decay(
         return optax.chain(tx, optax.add_decayed_weights(weight_decay, decay_mask), rate)
     decay = decay_updated_weights(learning_rate, weight_decay)
     return optax.chain(tx, rate, decay if decay_mask is None else optax.masked(decay, decay_mask))
-
-
-def scale_by_released_adam(
-    b1: ArrayLike = 0.9, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-6
-) -> optax.GradientTransformation:
-    """`√(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + eps)`."""
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
-
-    def update(
-        grads: Any, state: optax.ScaleByAdamState, params: Any = None
-    ) -> tuple[Any, optax.ScaleByAdamState]:
-        count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda g, m: (b1 * m + (1 - b1) * g).astype(m.dtype), grads, state.mu)
-        nu = jax.tree.map(lambda g, v: (b2 * v + (1 - b2) * g**2).astype(v.dtype), grads, state.nu)
-        factor = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        updates = jax.tree.map(lambda m, v: (factor * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init, update)
-
-
-class DecayState(NamedTuple):
-    """The state of `decay_updated_weights`."""
-
-    count: Array
-    """Steps done, int32 `[]`."""
-
-
-def decay_updated_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike
-) -> optax.GradientTransformation:
-    """`u ← u - lr wd (W + u)`, last in a chain: `W + u` becomes `(1 - lr wd)(W + u)`."""
-
-    def init(params: Any) -> DecayState:
-        return DecayState(jnp.zeros([], jnp.int32))
-
-    def update(updates: Any, state: DecayState, params: Any = None) -> tuple[Any, DecayState]:
-        if params is None:
-            raise PeftError("galore: the update needs the parameters; call update(grads, state, params)")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        decay = rate * weight_decay
-        updates = jax.tree.map(lambda u, w: (u - decay * (w + u)).astype(u.dtype), updates, params)
-        return updates, DecayState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init, update)

@@ -22,8 +22,8 @@ def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
     """The optimizer state with what belongs to some trained arrays changed.
 
     Optax keeps such state in trees like the trainable's: an array at `...mu[path][slot]` belongs to the
-    trained array at `[path][slot]`, in whatever wrappers `mu` lies. Moments in eight bits are decoded, changed
-    and coded again.
+    trained array at `[path][slot]`, in whatever wrappers `mu` lies. Moments in eight bits are decoded,
+    changed and coded again.
 
     Args:
         opt_state: of any transformation over the trainable.
@@ -67,8 +67,8 @@ def rotated(turns: tuple[Array, ...], name: str) -> Change:
         kind = kind_of(field)
         if kind == "keep" or values.ndim != turns[0].ndim or values.shape[-2] != turns[0].shape[-1]:
             raise PeftError(
-                f"moments='rotate': how {field.rpartition('.')[2]!r} of {name!r} turns into another basis is not "
-                "known; set moments to 'keep' or 'reset'"
+                f"moments='rotate': how {field.rpartition('.')[2]!r} of {name!r} turns into another basis "
+                "is not known; set moments to 'keep' or 'reset'"
             )
         wide = [jnp.square(t) if kind == "unsigned" else t for t in (t.astype(jnp.float32) for t in turns)]
         found = jnp.matmul(wide[0], values.astype(jnp.float32), precision=lax.Precision.HIGHEST)

@@ -84,7 +84,8 @@ def zero_rows(rows: Array, *, who: str) -> Change:
         who: the method, for the error.
 
     Raises:
-        PeftError: when called on integers that are no count, such as quantised moments other than `eight_bit`'s.
+        PeftError: when called on integers that are no count, such as quantised moments of others than
+            `eight_bit`.
     """
 
     def zero(field: str, values: Array) -> Array:

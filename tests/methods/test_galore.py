@@ -260,7 +260,7 @@ def test_what_a_refresh_does_to_the_moments():
 
 def test_rotation_refuses_a_state_it_does_not_know():
     method = galore(moments="rotate")
-    with pytest.raises(PeftError, match="moments='rotate': how 'v_row' of '.*kernel' turns"):
+    with pytest.raises(PeftError, match=r"moments='rotate': how 'v_row' of '.*kernel' turns"):
         trained(method, optax.adafactor(RATE, min_dim_size_to_factor=2), BATCHES[:1])
 
 

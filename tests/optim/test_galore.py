@@ -148,5 +148,5 @@ def test_errors():
     with pytest.raises(PeftError, match="order must be 'released' or 'optax', got 'torch'"):
         galore(0.1, rank=3, order="torch")
     tx = galore(0.1, rank=3)
-    with pytest.raises(PeftError, match="the update needs the parameters"):
+    with pytest.raises(PeftError, match="give the parameters"):
         tx.update(GRADS[0], tx.init(PARAMS))

@@ -52,7 +52,7 @@ from jax import Array
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import plain_matrices
 from peftjax.methods.lowrank.rebalance import rebalance
-from peftjax.methods.lowrank.rest import with_targets, without_targets
+from peftjax.methods.rest import with_targets, without_targets
 from peftjax.methods.sparse.select import entry_count, random_entries
 from peftjax.methods.targets import Target, find_targets, key_for
 from peftjax.optim.moment_fields import kind_of

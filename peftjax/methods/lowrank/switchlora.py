@@ -47,8 +47,8 @@ from jax import Array, lax
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import ScaledTarget, find_targets, plain_matrices, residual
-from peftjax.methods.lowrank.rest import with_targets, without_targets
 from peftjax.methods.lowrank.switching import STEERED, Schedule, Slots, number, steered, switch, thawed
+from peftjax.methods.rest import with_targets, without_targets
 from peftjax.methods.targets import key_for, keys_of_matrices
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows

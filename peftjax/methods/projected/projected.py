@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -29,12 +28,10 @@ from peftjax.methods.projected.matrices import (
     weight_of,
 )
 from peftjax.methods.projected.refresh import Loss, new_projectors
+from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments, follow_bases
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
-
-VALUE = "value"
-"""The slot of a parameter that is trained as it is."""
 
 
 def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,15 +81,14 @@ def projected(
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_matrices(params, who=name, side=side, **where)
-        paths = [target.path for target in plan]
-        others = _others(params, paths) if options["train_rest"] else []
-        leaves, rest = tree.partition(params, [*paths, *others])
+        leaves = tree.named_leaves(params)
         trainable = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
-        return Frozen(rest, {}, tuple(plan)), trainable | {path: {VALUE: leaves[path]} for path in others}
+        rest, left = without_targets(params, trainable, train_rest=options["train_rest"])
+        return Frozen(left, {}, tuple(plan)), trainable | rest
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         weights = {target.path: weight_of(target, trainable[target.path], scale) for target in frozen.plan}
-        return tree.join(frozen.params, _values(trainable) | weights)
+        return with_targets(frozen, trainable, weights)
 
     def optimizer(
         tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
@@ -104,14 +100,14 @@ def projected(
 
         def only(*names: str) -> Callable[[Any], Any]:
             def mask(params: Any) -> Any:
-                nothing = jax.tree.map(lambda _: VALUE in names, params)
+                nothing = jax.tree.map(lambda _: REST in names, params)
                 return at_prefix(nothing, prefix, lambda own: _are_in(names, own))
 
             return mask
 
         gradient = optax.stateless(lambda updates, _: at_prefix(updates, prefix, unscaled))
         before = () if precondition is None else (optax.masked(precondition, only(Z)),)
-        return optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, VALUE)))
+        return optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, REST)))
 
     def run(
         loss: Loss,
@@ -125,7 +121,7 @@ def projected(
     ) -> tuple[Trainable, Any]:
         slots = {t.path: settled(t, trainable[t.path], scale) for t in frozen.plan}
         weights = {path: own[WEIGHT] for path, own in slots.items()}
-        params = tree.join(frozen.params, _values(trainable) | weights)
+        params = with_targets(frozen, trainable, weights)
         how = {name: options[name] for name in ("basis", "iterations", "together")}
         found = new_projectors(loss, params, frozen.plan, slots, **how, key=key)
         places = {path: (*prefix, path, Z) for path in slots}
@@ -135,19 +131,6 @@ def projected(
 
     renewal = Renewal(lambda step: step % options["every"] == 0, run)
     return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,))
-
-
-def _others(params: Params, paths: list[str]) -> list[str]:
-    """The floating-point parameters that are trained as they are."""
-    return [
-        path
-        for path, leaf in tree.named_leaves(params).items()
-        if path not in paths and isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-
-
-def _values(trainable: Trainable) -> dict[str, Array]:
-    return {path: slots[VALUE] for path, slots in trainable.items() if VALUE in slots}
 
 
 def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:

@@ -77,7 +77,7 @@ def new_projectors(
         g = _whole_gradient(loss, params, target)
         found[target.path] = decompose(g, target.rank, target.first)
     iterated = [target for target in plan if target.path not in found]
-    size = together or len(iterated)
+    size = together or max(len(iterated), 1)
     for start in range(0, len(iterated), size):
         params, found = lax.optimization_barrier((params, found))
         found |= _iterated(loss, params, iterated[start : start + size], slots, iterations, key)
