@@ -87,7 +87,9 @@ def make_table(lines: Sequence[Line]) -> str:
 
 def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
     """What was compared, for above the table."""
-    measured = sorted({f"jax {run['jax']}, optax {run['optax']}, commit {run['commit']}" for run in runs})
+    measured = [
+        f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in ("jax", "optax", "commit")
+    ]
     rates_of = settings["rates_of"]
     chosen = f"; the learning rates are those of {rates_of}" if rates_of else ", by which the rate was chosen"
     return (
@@ -96,8 +98,9 @@ def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
         f"rank {settings['rank']}, a new projection every {settings['every']} steps, scale "
         f"{settings['scale']:g}, {settings['seeds']} seeds. Loss in nats per byte of the test part, mean and "
         "standard deviation; differences seed by seed, mean and standard error. Beside the weights: all that "
-        "a step is given but the batch and the model's own parameters, float32. Rates tried: loss of the "
-        f"held-out part with seed 0{chosen}. Measured on a CPU with {'; '.join(measured)}."
+        "a step is given less the batch and the model's own parameters, float32 (low-rank restarts hold "
+        "factors in the place of weights). Rates tried: loss of the held-out part with "
+        f"seed 0{chosen}. Measured on one CPU core with {'; '.join(measured)}."
     )
 
 
@@ -126,7 +129,7 @@ def draw_curves(lines: Sequence[Line], file: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
-    for place, line in enumerate(lines):
+    for place, line in enumerate(sorted(lines, key=lambda line: statistics.mean(line.losses))):
         steps = [step for step, _ in line.runs[0]["curve"]]
         losses = list(zip(*([loss for _, loss in run["curve"]] for run in line.runs), strict=True))
         means = [statistics.mean(column) for column in losses]
