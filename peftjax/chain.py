@@ -83,7 +83,9 @@ def chain(*methods: Transform) -> Transform:
             )
             return {**trainable, name: own}, opt_state
 
-        return Renewal(renewal.due, run)
+        return Renewal(
+            renewal.due, run, lambda frozen: renewal.parts(own_frozen(frozen, name, frozen.params))
+        )
 
     def model(forward: Forward) -> Forward:
         for method in methods:

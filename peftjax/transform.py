@@ -25,13 +25,17 @@ class Renewal:
 
     Attributes:
         due: `step -> bool`, asked before the step with that number, counted from 0.
-        run: `(loss, frozen, trainable, opt_state, *, step, key, prefix=()) -> (trainable, opt_state)`, to
-            be jitted with the last two donated; `loss: params -> scalar` is that of the step's batch,
-            `step` an integer array, `prefix` the path of this method's trainable inside a chain's.
+        run: `(loss, frozen, trainable, opt_state, *, step, key, part=0, prefix=()) -> (trainable,
+            opt_state)`, to be jitted with the last two donated; `loss: params -> scalar` is that of the
+            step's batch, `step` an integer array, `part` static, `prefix` the path of this method's
+            trainable inside a chain's.
+        parts: `frozen -> how many parts` it has, each a program of its own to be run in turn, so that the
+            memory of one is free for the next.
     """
 
     due: Callable[[int], bool]
     run: Callable[..., tuple[Trainable, Any]]
+    parts: Callable[[Any], int] = lambda frozen: 1
 
 
 @jax.tree_util.register_dataclass

@@ -21,11 +21,11 @@ follow, it is a trust region: the size of the weight is kept, the function is no
 
 State: ρ, one float32 per matrix. It is never measured again, so rounding does not add up: `W + u` is computed
 in float32 or wider, the projected step is returned in that dtype, and a bfloat16 weight is rounded once, when
-it is applied, which changes no number and so no norm by more than 2⁻⁸ of it. Over 10,000 steps of Adam on
-matrices of 32 and 64 a side, and 2,000 of 256, |‖W‖/ρ - 1| was below 1.3e-7 in float32 (64 x 64) and at most 1e-4 to 8e-4 in
-bfloat16, the most where steps are too small for most numbers to change, and level after the first 4,000. With
-the norm measured anew at every step it drifted to 1.2e-4 and 2.2e-2. What changes the step afterwards leaves
-the sphere: this comes last.
+it is applied, which changes no number and so no norm by more than 2⁻⁸ of it. In Adam's
+steps, 10,000 on matrices of 32 and 64 a side and 2,000 on one of 256, |‖W‖/ρ - 1| was below 1.3e-7 in float32
+(64 x 64) and at most 1e-4 to 8e-4 in bfloat16, the most where steps are too small for most numbers to change,
+and level after the first two fifths. With the norm measured anew at every step it drifted to 1.2e-4 and
+2.2e-2. What changes the step afterwards leaves the sphere: this comes last.
 """
 
 from collections.abc import Mapping

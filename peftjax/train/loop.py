@@ -131,9 +131,9 @@ def fit(
         while state.step < steps.total and not is_over(best, config.early_stopping_patience):
             batch = next(batches)
             throughput.before(batch)
-            for due, renew in renewals:
-                if due(state.step):
-                    state = _renewed(renew, state, frozen, batch)
+            for renewal in renewals:
+                if renewal.due(state.step):
+                    state = _renewed(renewal, state, frozen, batch)
             state, metrics = _advance(step_fn, state, frozen, batch)
             frozen = written(frozen, state.trainable)
             throughput.after(batch, metrics)
@@ -181,12 +181,12 @@ def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch
     )
 
 
-def _renewed(renew: Renew, state: RunState, frozen: PyTree[Array], batch: Batch) -> RunState:
+def _renewed(renewal: Renew, state: RunState, frozen: PyTree[Array], batch: Batch) -> RunState:
     """What the method does before the next step; the arrays of `state` are donated."""
     # Not the key of the step itself.
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), 1)
     count = jnp.asarray(state.step, jnp.int32)
-    trainable, opt_state = renew(state.trainable, state.opt_state, frozen, batch, count, key)
+    trainable, opt_state = renewal.run(state.trainable, state.opt_state, frozen, batch, count, key)
     return dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
 
 

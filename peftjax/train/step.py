@@ -1,6 +1,8 @@
 """One training step and one evaluation, as jitted functions of `trainable` and `frozen`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +21,23 @@ Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Ar
 """`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
 Write = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
 """`(frozen, trainable) -> frozen`, the base with what has been trained."""
-Renew = Callable[
-    [PyTree, PyTree, PyTree, Batch, Int[Array, ""], Key[Array, ""]], tuple[PyTree[Array], PyTree[Array]]
-]
-"""`(trainable, opt_state, frozen, batch, step, key) -> (trainable, opt_state)`."""
+
+
+@dataclass(frozen=True)
+class Renew:
+    """What is done between two steps.
+
+    Attributes:
+        due: `step -> bool`, for the step that follows, counted from 0.
+        run: `(trainable, opt_state, frozen, batch, step, key) -> (trainable, opt_state)`, all its parts.
+        program: the jitted part, `part` its last argument.
+    """
+
+    due: Callable[[int], bool]
+    run: Callable[..., tuple[PyTree[Array], PyTree[Array]]]
+    program: Callable[..., tuple[PyTree[Array], PyTree[Array]]]
+
+
 Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
 """`(trainable, frozen, batches) -> means over all examples`."""
 
@@ -93,8 +108,8 @@ def make_step(
 
 def make_renewals(
     forward: Forward, method: Transform, objective: Objective, *, accumulation: int = 1
-) -> tuple[tuple[Callable[[int], bool], Renew], ...]:
-    """What the method does between steps: for each renewal, when it is due and the jitted function.
+) -> tuple[Renew, ...]:
+    """What the method does between steps, jitted.
 
     It is given the batch of the step that follows, whose mean loss it may differentiate; with
     `accumulation` its parts are computed one after the other, and again in the backward pass. Neither the
@@ -102,6 +117,19 @@ def make_renewals(
     """
 
     def jitted(renewal: Renewal) -> Renew:
+        @partial(jax.jit, static_argnames="part", donate_argnums=(0, 1))
+        def run(
+            trainable: PyTree,
+            opt_state: PyTree,
+            frozen: PyTree,
+            batch: Batch,
+            step: Int[Array, ""],
+            key: Key[Array, ""],
+            part: int,
+        ) -> tuple[PyTree, PyTree]:
+            loss = _loss_of(forward, objective, batch, accumulation)
+            return renewal.run(loss, frozen, trainable, opt_state, step=step, key=key, part=part)
+
         def renew(
             trainable: PyTree,
             opt_state: PyTree,
@@ -110,24 +138,34 @@ def make_renewals(
             step: Int[Array, ""],
             key: Key[Array, ""],
         ) -> tuple[PyTree, PyTree]:
-            def sums(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-                sums, weight = objective(adapt(forward)(params, batch), batch)
-                return sums["loss"], weight
+            for part in range(renewal.parts(frozen)):
+                trainable, opt_state = run(trainable, opt_state, frozen, batch, step, key, part)
+            return trainable, opt_state
 
-            def loss(params: PyTree) -> Array:
-                if accumulation == 1:
-                    total, weight = sums(params, batch)
-                else:
-                    of_part = jax.checkpoint(lambda part: sums(params, part))
-                    losses, weights = jax.lax.map(of_part, _parts(batch, accumulation))
-                    total, weight = jnp.sum(losses), jnp.sum(weights)
-                return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        return Renew(renewal.due, renew, run)
 
-            return renewal.run(loss, frozen, trainable, opt_state, step=step, key=key)
+    return tuple(jitted(renewal) for renewal in method.renewals)
 
-        return jax.jit(renew, donate_argnums=(0, 1))
 
-    return tuple((renewal.due, jitted(renewal)) for renewal in method.renewals)
+def _loss_of(
+    forward: Forward, objective: Objective, batch: Batch, accumulation: int
+) -> Callable[[PyTree], Float[Array, ""]]:
+    """`params -> mean loss of the batch`, computed in as many parts as a step's."""
+
+    def sums(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        sums, weight = objective(adapt(forward)(params, batch), batch)
+        return sums["loss"], weight
+
+    def loss(params: PyTree) -> Array:
+        if accumulation == 1:
+            total, weight = sums(params, batch)
+        else:
+            of_part = jax.checkpoint(lambda part: sums(params, part))
+            losses, weights = jax.lax.map(of_part, _parts(batch, accumulation))
+            total, weight = jnp.sum(losses), jnp.sum(weights)
+        return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+
+    return loss
 
 
 def make_write(method: Transform) -> Write:

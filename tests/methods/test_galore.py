@@ -1,5 +1,7 @@
 """GaLore against its definition: dense gradients, their SVD, an optimizer on the projection."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +42,20 @@ def programs(method, tx):
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
-    def renew(number):
-        @jax.jit
+    def renew(renewal):
+        @partial(jax.jit, static_argnums=0)
+        def program(part, trainable, opt_state, frozen, batch, step):
+            options = {"step": step, "key": jax.random.fold_in(KEY, step), "part": part}
+            return renewal.run(lambda p: loss_of(p, batch), frozen, trainable, opt_state, **options)
+
         def run(trainable, opt_state, frozen, batch, step):
-            options = {"step": step, "key": jax.random.fold_in(KEY, step)}
-            loss = lambda params: loss_of(params, batch)
-            return method.renewals[number].run(loss, frozen, trainable, opt_state, **options)
+            for part in range(renewal.parts(frozen)):
+                trainable, opt_state = program(part, trainable, opt_state, frozen, batch, step)
+            return trainable, opt_state
 
         return run
 
-    return tx, step, [(r.due, renew(n)) for n, r in enumerate(method.renewals)]
+    return tx, step, [(renewal.due, renew(renewal)) for renewal in method.renewals]
 
 
 def trained(method, tx, batches=BATCHES, params=PARAMS):

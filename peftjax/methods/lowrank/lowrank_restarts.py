@@ -164,6 +164,7 @@ def lowrank_restarts(
         *,
         step: Array,
         key: Array,
+        part: int = 0,
         prefix: tuple[str, ...] = (),
     ) -> tuple[Trainable, Any]:
         factored = {path for path, _, _ in frozen.plan}

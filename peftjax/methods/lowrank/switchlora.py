@@ -130,6 +130,7 @@ def switchlora(
         *,
         step: Array,
         key: Array,
+        part: int = 0,
         prefix: tuple[str, ...] = (),
     ) -> tuple[Trainable, Any]:
         new, resets = dict(trainable), {}

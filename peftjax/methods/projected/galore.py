@@ -18,8 +18,8 @@ norm is never known), accumulation adds them up, decoupled weight decay is that 
 
 State for W: P and Z, r·in + r·out numbers, and the optimizer's for r·out. Z holds what has been learned since
 the refresh in its own dtype, so that in bfloat16 no step is lost to the rounding of W, as it is in the
-authors' code; it is r·out numbers that their code does not have. At the cost of one to five gradient passes
-every T steps a refresh forms no gradient of more than one parameter, or of none (`refresh.py`).
+authors' code; it is r·out numbers that their code does not have. A refresh costs
+one to five gradient passes; those of 'subspace' form no gradient of a weight either (`refresh.py`).
 
 Defaults: T = 200 and scale 0.25 are the authors' for pre-training (scale 4, r = 4 or 8, T = 500 for tuning a
 classifier); r = 128 is that of their 60M model. Their Adam has eps 1e-6 outside of the bias correction and
@@ -65,8 +65,8 @@ def galore(
         basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
             products with it; 'auto' takes 'svd' for compressed sides up to 512, else 'subspace'.
         iterations: of 'subspace', 2 gradient passes each.
-        together: how many parameters 'subspace' finds bases for in the same passes, None for all: fewer need
-            less memory and more passes.
+        together: how many parameters get their bases in one program, None for all: fewer need less memory,
+            that of their gradients ('svd', 'gram') or of a few rows for each ('subspace'), and more passes.
         moments: what a refresh does to the optimizer's moments: 'keep', 'rotate' or 'reset'.
         targets: as in `lora`.
         exclude: as in `lora`.

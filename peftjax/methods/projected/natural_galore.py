@@ -60,7 +60,7 @@ def natural_galore(
         variant: 'paper' projects the smaller side, 'released' both.
         basis: how a projector is found.
         iterations: of 'subspace'.
-        together: of 'subspace'.
+        together: how many parameters get their bases in one program.
         moments: 'keep' or 'reset', which clears H too.
         targets: as in `lora`.
         exclude: as in `lora`.

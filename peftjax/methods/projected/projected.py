@@ -27,7 +27,7 @@ from peftjax.methods.projected.matrices import (
     start_slots,
     weight_of,
 )
-from peftjax.methods.projected.refresh import Loss, new_projectors
+from peftjax.methods.projected.refresh import Loss, new_bases
 from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments, follow_bases
@@ -117,19 +117,28 @@ def projected(
         *,
         step: Array,
         key: Array,
+        part: int = 0,
         prefix: tuple[str, ...] = (),
     ) -> tuple[Trainable, Any]:
-        slots = {t.path: settled(t, trainable[t.path], scale) for t in frozen.plan}
-        weights = {path: own[WEIGHT] for path, own in slots.items()}
-        params = with_targets(frozen, trainable, weights)
-        how = {name: options[name] for name in ("basis", "iterations", "together")}
-        found = new_projectors(loss, params, frozen.plan, slots, **how, key=key)
+        size = in_one(frozen)
+        some = frozen.plan[part * size : (part + 1) * size]
+        slots = {target.path: settled(target, trainable[target.path], scale) for target in some}
+        trainable = {**trainable, **slots}
+        arrays = {path: own[WEIGHT] for path, own in slots.items()}
+        params = tree.replace(apply(frozen, trainable), arrays)
+        how = {name: options[name] for name in ("basis", "iterations")}
+        found = new_bases(loss, params, some, slots, **how, key=key)
         places = {path: (*prefix, path, Z) for path in slots}
         opt_state = follow_bases(opt_state, options["moments"], places, bases_in(slots), bases_in(found))
-        renewed = {path: {**own, **found[path]} for path, own in slots.items()}
-        return {**trainable, **renewed}, opt_state
+        return {**trainable, **{path: {**own, **found[path]} for path, own in slots.items()}}, opt_state
 
-    renewal = Renewal(lambda step: step % options["every"] == 0, run)
+    def in_one(frozen: Frozen) -> int:
+        return options["together"] or len(frozen.plan)
+
+    def parts(frozen: Frozen) -> int:
+        return -(-len(frozen.plan) // in_one(frozen))
+
+    renewal = Renewal(lambda step: step % options["every"] == 0, run, parts)
     return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,))
 
 

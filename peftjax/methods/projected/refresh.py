@@ -1,12 +1,11 @@
-"""New projectors from the gradient of one batch, which is whole for one parameter at a time or not at all.
+"""New bases from the gradient of one batch, which is whole for some parameters at a time or not at all.
 
 The leading singular subspace of a gradient G is found by one of
 
-- 'subspace': randomised subspace iteration from the projector before. What it needs of G are products with a
-  few vectors, and they are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
-  `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. Parameters share the 2·iterations + 1 passes, all of them or
-  `together` at a time, whose rows exist at once.
-- 'svd', 'gram': exactly, a pass for each parameter, whose gradient exists alone and only then.
+- 'subspace': randomised subspace iteration from the basis before. What it needs of G are products with a few
+  vectors, and they are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
+  `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. That is 2·iterations + 1 gradient passes.
+- 'svd', 'gram': exactly, one gradient pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from peftjax import tree
 from peftjax.methods.projected.matrices import BASIS
@@ -40,49 +39,37 @@ def method_for(target: Projected, basis: Method) -> Method:
     return "svd" if target.width(target.first) <= SMALL else "subspace"
 
 
-def new_projectors(
+def new_bases(
     loss: Loss,
     params: Any,
-    plan: Sequence[Projected],
+    targets: Sequence[Projected],
     slots: Slots,
     *,
     basis: Method,
     iterations: int,
-    together: int | None,
     key: Array,
 ) -> dict[str, dict[str, Array]]:
-    """The bases `{path: {"p": ..., "q": ...}}` of the gradients at the weights in `slots`.
+    """The bases `{path: {"p": ..., "q": ...}}` of the gradients at the weights in `params`.
 
     The largest entry of every row is positive: kept moments belong to directions, and must not depend on the
     signs that a decomposition, or a machine, happens to give.
 
     Args:
         loss: `params -> scalar`.
-        params: all parameters, with the weights of `slots` in their place.
-        plan: the targets.
-        slots: theirs, z settled.
+        params: all parameters; those of the targets are arrays.
+        targets: whose bases are wanted.
+        slots: theirs, with the bases before.
         basis: how.
         iterations: of a subspace iteration.
-        together: how many parameters are iterated on at once; None is all.
         key: of its random rows.
     """
-    found: dict[str, Array] = {}
-    for target in plan:
-        how = method_for(target, basis)
-        if how == "subspace":
-            continue
-        decompose = bases.svd_basis if how == "svd" else bases.gram_basis
-        # One after the other: this pass begins when the basis of the one before is there.
-        params, found = lax.optimization_barrier((params, found))
-        g = _whole_gradient(loss, params, target)
-        found[target.path] = decompose(g, target.rank, target.first)
-    iterated = [target for target in plan if target.path not in found]
-    size = together or max(len(iterated), 1)
-    for start in range(0, len(iterated), size):
-        params, found = lax.optimization_barrier((params, found))
-        found |= _iterated(loss, params, iterated[start : start + size], slots, iterations, key)
-    new = {target.path: {target.first: found[target.path]} for target in plan}
-    both = [target for target in plan if len(target.sides) == 2]
+    iterated = [target for target in targets if method_for(target, basis) == "subspace"]
+    exact = [target for target in targets if target not in iterated]
+    found = _decomposed(loss, params, exact, basis) if exact else {}
+    if iterated:
+        found |= _iterated(loss, params, iterated, slots, iterations, key)
+    new = {target.path: {target.first: found[target.path]} for target in targets}
+    both = [target for target in targets if len(target.sides) == 2]
     if both:
         rows = _products(loss, params, {t.path: (t, t.first, found[t.path]) for t in both})
         for target in both:
@@ -93,7 +80,7 @@ def new_projectors(
             BASIS[side]: _pointed(new[target.path][side]).astype(slots[target.path][BASIS[side]].dtype)
             for side in target.sides
         }
-        for target in plan
+        for target in targets
     }
 
 
@@ -102,17 +89,23 @@ def _pointed(rows: Array) -> Array:
     return jnp.where(largest < 0, -rows, rows)
 
 
-def _whole_gradient(loss: Loss, params: Any, target: Projected) -> Array:
-    """`dL/dW [*stack, in, out]` of one parameter."""
-    weight = tree.named_leaves(params)[target.path]
-    gradient = jax.grad(lambda w: loss(tree.replace(params, {target.path: w})))(weight)
-    return to_canonical(gradient, target.layout)
+def _decomposed(loss: Loss, params: Any, targets: Sequence[Projected], basis: Method) -> dict[str, Array]:
+    """The first basis of each target from its whole gradient."""
+    leaves = tree.named_leaves(params)
+    weights = {target.path: leaves[target.path] for target in targets}
+    gradients = jax.grad(lambda weights: loss(tree.replace(params, weights)))(weights)
+    found = {}
+    for target in targets:
+        decompose = bases.gram_basis if basis == "gram" else bases.svd_basis
+        g = to_canonical(gradients[target.path], target.layout)
+        found[target.path] = decompose(g, target.rank, target.first)
+    return found
 
 
 def _iterated(
-    loss: Loss, params: Any, plan: Sequence[Projected], slots: Slots, iterations: int, key: Array
+    loss: Loss, params: Any, targets: Sequence[Projected], slots: Slots, iterations: int, key: Array
 ) -> dict[str, Array]:
-    of = {target.path: target for target in plan}
+    of = {target.path: target for target in targets}
 
     def start(target: Projected) -> Array:
         known = slots[target.path][BASIS[target.first]]
@@ -129,8 +122,8 @@ def _iterated(
 
         return products
 
-    starts = {target.path: start(target) for target in plan}
-    ranks = {target.path: target.rank for target in plan}
+    starts = {target.path: start(target) for target in targets}
+    ranks = {target.path: target.rank for target in targets}
     return bases.subspace_iteration(entering(False), entering(True), starts, iterations, ranks)
 
 
