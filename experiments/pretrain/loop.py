@@ -35,14 +35,14 @@ class Programs:
         method: the method.
         tx: the optimizer with the method's hook, its peak learning rate in the state.
         step: one training step.
-        renewals: what the method does between steps, and when.
+        renewals: what the method does between steps.
         evaluate: `(trainable, frozen, batches) -> means`.
     """
 
     method: pj.Transform
     tx: optax.GradientTransformation
     step: Step
-    renewals: tuple[tuple[Callable[[int], bool], Renew], ...]
+    renewals: tuple[Renew, ...]
     evaluate: Evaluate
 
 
@@ -134,10 +134,10 @@ def train(
     look(0)
     for number in range(steps):
         batch, own = next(batches), jax.random.fold_in(key, number)
-        for due, renew in programs.renewals:
-            if due(number):
-                count = jnp.asarray(number, jnp.int32)
-                trainable, state = renew(trainable, state, frozen, batch, count, jax.random.fold_in(own, 1))
+        for renewal in programs.renewals:
+            if renewal.due(number):
+                between = jnp.asarray(number, jnp.int32), jax.random.fold_in(own, 1)
+                trainable, state = renewal.run(trainable, state, frozen, batch, *between)
         trainable, state, _ = programs.step(trainable, state, frozen, batch, own)
         if ((number + 1) % every == 0 or number + 1 == steps) and not look(number + 1):
             break

@@ -4,9 +4,9 @@
 
 See `experiments.memory.run` for what must be installed. The Llamas of 60 million to 7 billion parameters of
 GaLore's paper, one row of 256 tokens, parameters and optimizer state in bfloat16, each block made again in
-the backward pass, the loss over 512 tokens at a time. A method that does something between steps, such as a
-new projection, has a program of its own for it, with its own peak. Results of an earlier run stay where this
-one does not replace them.
+the backward pass, the loss over 512 tokens at a time. What a method does between steps, such as a new
+projection, is one or more programs of its own, of which the table has the largest. Results of an earlier run
+stay where this one does not replace them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def renewal_peaks(
     optimizer: optax.GradientTransformation,
     target: str,
 ) -> list[int]:
-    """The bytes that each of the method's programs between steps needs, as `Plan.bytes.peak` of the step."""
+    """The bytes of each of the method's programs between steps, as `Plan.bytes.peak` counts those of the step."""
     machine = find_machine(target)
     batch = subject.inputs(model)
     batch = {**batch, "weights": jax.ShapeDtypeStruct(batch["labels"].shape, jnp.float32)}
@@ -93,11 +93,13 @@ def renewal_peaks(
         (trainable, state, frozen, batch, count, key),
     )
     peaks = []
-    for _, renew in make_renewals(method.model(model), method, classification):
-        lowered = renew.trace(*inputs).lower(lowering_platforms=(machine.platform,))
-        found = lowered.compile(compiler_options=dict(machine.options)).memory_analysis()
-        arguments, new = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
-        peaks.append(arguments + found.temp_size_in_bytes + new)
+    programs = make_renewals(method.model(model), method, classification)
+    for renewal, program in zip(method.renewals, programs):
+        for part in range(renewal.parts(frozen)):
+            lowered = program.program.trace(*inputs, part).lower(lowering_platforms=(machine.platform,))
+            found = lowered.compile(compiler_options=dict(machine.options)).memory_analysis()
+            new = found.output_size_in_bytes - found.alias_size_in_bytes
+            peaks.append(found.argument_size_in_bytes + found.temp_size_in_bytes + new)
     return peaks
 
 

@@ -42,7 +42,8 @@ def report(results: Results) -> str:
         "library keeps them. Beside the weights: optimizer state, projections, "
         "factors and displacements, all that stays between steps but the model's own parameters. Temporaries "
         "have the gradients. The peak of a step is arguments, temporaries and what is not written in place; "
-        "what a method does between steps (a new projection, a restart) is a program of its own.",
+        "what a method does between steps (new projections, a restart) are programs of their own, of which "
+        "the table has the largest.",
         "",
     ]
     for size in SIZES:
@@ -74,7 +75,7 @@ def _cells(name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         mib(plan["bytes"]["temporaries"]),
         mib(plan["peak"]),
         share("peak"),
-        ", ".join(mib(peak) for peak in plan["between"]),
+        mib(max(plan["between"])) if plan["between"] else "",
     ]
 
 

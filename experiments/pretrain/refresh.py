@@ -86,10 +86,10 @@ def time_refreshes(options: run.Options, rounds: int) -> dict[str, list[float]]:
         programs = compile_programs(model, method, adamw, options.steps)
         frozen, trainable = method.init(key, params)
         state = trainable, programs.tx.init(trainable)
-        ((_, renew),) = programs.renewals
+        (renewal,) = programs.renewals
         return (
             _repeated(lambda *own: programs.step(*own, frozen, batch, key)[:2], state),
-            _repeated(lambda *own: renew(*own, frozen, batch, first, key), state),
+            _repeated(lambda *own: renewal.run(*own, frozen, batch, first, key), state),
         )
 
     found = {way.label: calls(way) for way in WAYS}
