@@ -79,7 +79,7 @@ def renewal_peaks(
     optimizer: optax.GradientTransformation,
     target: str,
 ) -> list[int]:
-    """The bytes of each of the method's programs between steps, as `Plan.bytes.peak` counts those of the step."""
+    """The bytes of each program between steps, as `Plan.bytes.peak` counts those of the step."""
     machine = find_machine(target)
     batch = subject.inputs(model)
     batch = {**batch, "weights": jax.ShapeDtypeStruct(batch["labels"].shape, jnp.float32)}
