@@ -54,10 +54,15 @@ class Options:
     """Which models."""
     rows: tuple[str, ...] = tuple(row.name for row in ROWS)
     """Which methods."""
+    renewals: bool = True
+    """Whether to compile what is done between steps, too: minutes for the largest model."""
 
 
-def measure_row(size: Size, row: MemoryRow, target: str) -> dict[str, Any]:
-    """The plan of a step, what lies beside the weights, and the peaks of what is done between steps."""
+def measure_row(size: Size, row: MemoryRow, target: str, renewals: bool = True) -> dict[str, Any]:
+    """The plan of a step, what lies beside the weights, and the peaks of what is done between steps.
+
+    These are None where a method does something and it is not asked for.
+    """
     projection = Projection(size.rank, EVERY, SCALE, STEPS)
     subject, optimizer = size.subject, row.optimizer(projection)
     method = row.method(projection)
@@ -68,7 +73,9 @@ def measure_row(size: Size, row: MemoryRow, target: str) -> dict[str, Any]:
     weights = nbytes(jax.tree.leaves(subject.params(model)))
     sizes = found["bytes"]
     resident = sum(sizes[kind] for kind in ("weights", "method_state", "trainable", "optimizer"))
-    between = renewal_peaks(subject, model, method, optimizer, target)
+    between = [] if renewals or not method.renewals else None
+    if renewals:
+        between = renewal_peaks(subject, model, method, optimizer, target)
     return {**found, "model": weights, "beside": resident - weights, "between": between, **versions()}
 
 
@@ -112,10 +119,10 @@ def main(options: Options) -> None:
         for row in ROWS:
             if size.name not in options.sizes or row.name not in options.rows:
                 continue
-            found = measure_row(size, row, options.target)
+            found = measure_row(size, row, options.target, options.renewals)
             results.setdefault(size.name, {})[row.name] = found
             write_json(file, results)
-            peaks = [found["peak"], *found["between"]] if "peak" in found else []
+            peaks = [found["peak"], *(found["between"] or ())] if "peak" in found else []
             said = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in peaks) or found["reason"]
             print(f"{size.name}, {row.name}: {said}", flush=True)
     (options.output / "memory.md").write_text(report(results))

@@ -75,7 +75,7 @@ def _cells(name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         mib(plan["bytes"]["temporaries"]),
         mib(plan["peak"]),
         share("peak"),
-        mib(max(plan["between"])) if plan["between"] else "",
+        "not measured" if plan["between"] is None else ", ".join(map(mib, sorted(plan["between"])[-1:])),
     ]
 
 
@@ -109,9 +109,9 @@ def claims(results: Results) -> list[str]:
             measured = ", ".join(f"{name} {share:.1%}" for name, share in less.items())
             verdict = f"reached by {', '.join(held)}" if held else "reached by none"
             found.append(f"8-bit GaLore, {stated:.1%} less {what} than AdamW: {verdict} ({measured}).")
-    if "peak" in largest.get(EIGHT_BIT, {}):
+    if largest.get(EIGHT_BIT, {}).get("between"):
         plan = largest[EIGHT_BIT]
-        most = max(plan["peak"], *plan["between"], 0)
+        most = max(plan["peak"], *plan["between"])
         holds = "confirmed" if most <= CARD else "not confirmed"
         found.append(
             f"{SIZES[-1].name} with 8-bit GaLore within 24 GB: {holds} "
