@@ -73,9 +73,8 @@ def measure_row(size: Size, row: MemoryRow, target: str, renewals: bool = True) 
     weights = nbytes(jax.tree.leaves(subject.params(model)))
     sizes = found["bytes"]
     resident = sum(sizes[kind] for kind in ("weights", "method_state", "trainable", "optimizer"))
-    between = [] if renewals or not method.renewals else None
-    if renewals:
-        between = renewal_peaks(subject, model, method, optimizer, target)
+    asked = renewals or not method.renewals
+    between = renewal_peaks(subject, model, method, optimizer, target) if asked else None
     return {**found, "model": weights, "beside": resident - weights, "between": between, **versions()}
 
 
