@@ -26,8 +26,8 @@ HEADER = (
 )
 LESS = {"beside": ("optimizer state", 0.825), "peak": ("in all", 0.633)}
 """What the paper says 8-bit GaLore needs less than AdamW in bfloat16."""
-CARD = 24e9
-"""Bytes of the card that holds the training of 7B with 8-bit GaLore, says the paper."""
+CARD = 24 * GIB
+"""The card that holds the training of 7B with 8-bit GaLore, says the paper."""
 
 
 def report(results: Results) -> str:
@@ -114,8 +114,8 @@ def claims(results: Results) -> list[str]:
         most = max(plan["peak"], *plan["between"])
         holds = "confirmed" if most <= CARD else "not confirmed"
         found.append(
-            f"{SIZES[-1].name} with 8-bit GaLore within 24 GB: {holds} "
-            f"(a step {plan['peak'] / 1e9:.1f} GB, the most that is needed {most / 1e9:.1f} GB; "
+            f"{SIZES[-1].name} with 8-bit GaLore within a card of 24 GiB: {holds} "
+            f"(a step {plan['peak'] / GIB:.1f} GiB, the most that is needed {most / GIB:.1f} GiB; "
             "the paper 22.7 to 22.8 GB)."
         )
     return found

@@ -216,11 +216,11 @@ def test_a_share_of_the_paper_that_is_not_reached_is_said_not_to():
     found = claims({"60M": rows, "7B": {**rows, "AdamW": {**plain, "peak": 200}}})
     assert "82.5% less optimizer state than AdamW: reached by 60M, 7B (60M 83.0%, 7B 83.0%)" in found[0]
     assert "63.3% less in all than AdamW: reached by 7B (60M 60.0%, 7B 80.0%)" in found[1]
-    assert found[2].startswith("7B with 8-bit GaLore within 24 GB: confirmed")
-    rows["8-bit GaLore"] = {"peak": 10, "beside": 19, "between": [25e9]}
+    assert found[2].startswith("7B with 8-bit GaLore within a card of 24 GiB: confirmed")
+    rows["8-bit GaLore"] = {"peak": 10, "beside": 19, "between": [26e9]}
     found = claims({"7B": rows})
     assert "reached by none" in found[0]
-    assert found[2].startswith("7B with 8-bit GaLore within 24 GB: not confirmed")
+    assert found[2].startswith("7B with 8-bit GaLore within a card of 24 GiB: not confirmed")
 
 
 def test_every_way_finds_a_basis_of_the_smaller_side():
