@@ -111,11 +111,14 @@ def chain(*methods: Transform) -> Transform:
         for method in methods:
             method.review(trained)
 
+    def moving(trainable: Mapping[str, Trainable]) -> dict[str, Any]:
+        return {name: method.moving(trainable[name]) for name, method in named.items()}
+
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
     checks = tuple(check for method in methods for check in method.checks)
     renewals = tuple(renewal_of(name, r) for name, method in named.items() for r in method.renewals)
-    hooks = {"review": review, "checks": checks, "renewals": renewals, **in_place}
+    hooks = {"review": review, "checks": checks, "renewals": renewals, "moving": moving, **in_place}
     return Transform("chain", config, init, apply, model, optimizer, **hooks)
 
 

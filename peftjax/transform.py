@@ -1,6 +1,6 @@
 """What a fine-tuning method is: a rewrite of the parameters, the model and the optimizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,10 @@ def _take_all(trained: Mapping[str, str]) -> None:
     pass
 
 
+def _all_move(trainable: Trainable) -> Any:
+    return jax.tree.map(lambda _: True, trainable)
+
+
 @dataclass(frozen=True)
 class Transform:
     """One method, as pure functions; nothing it is given is ever changed.
@@ -93,6 +97,8 @@ class Transform:
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
         renewals: what is done between steps (a new projection, a restart), each when it is due.
+        moving: `trainable -> truth values`, False at what has no gradient, because only the method's own
+            hooks change it; a loop need not differentiate it.
     """
 
     name: str
@@ -105,6 +111,7 @@ class Transform:
     review: Callable[[Mapping[str, str]], None] = _take_all
     checks: tuple[Check, ...] = ()
     renewals: tuple[Renewal, ...] = ()
+    moving: Callable[[Trainable], Any] = _all_move
 
     @property
     def in_place(self) -> bool:
@@ -142,6 +149,11 @@ class Transform:
                 if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
                     raise PeftError(f"merge: parameter {path!r} has values that are not finite")
         return merged
+
+
+def all_slots_but(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
+    """True at every slot `{path: {slot: ...}}` but those."""
+    return {path: {slot: slot not in names for slot in slots} for path, slots in trainable.items()}
 
 
 def at_prefix(updates: Any, prefix: tuple[str, ...], fn: Callable[[Any], Any]) -> Any:

@@ -74,13 +74,18 @@ def make_step(
 
     def gradient(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[PyTree, Metrics, Array]:
-        gradients, (sums, weight) = jax.grad(mean_loss, has_aux=True)(trainable, frozen, batch, key)
+    ) -> tuple[list[Array], Metrics, Array]:
+        moving, whole = _moving(method, trainable)
+
+        def of_moving(moving: list[Array]) -> tuple[Array, tuple[Metrics, Array]]:
+            return mean_loss(whole(moving, lambda leaf: leaf), frozen, batch, key)
+
+        gradients, (sums, weight) = jax.grad(of_moving, has_aux=True)(moving)
         return gradients, sums, weight
 
     def accumulated(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[PyTree, Metrics, Array]:
+    ) -> tuple[list[Array], Metrics, Array]:
         parts = _parts(batch, accumulation)
         first = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
@@ -100,10 +105,28 @@ def make_step(
         gradients, sums, weight = compute(trainable, frozen, batch, key)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
+        gradients = _moving(method, trainable)[1](gradients, jnp.zeros_like)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _moving(
+    method: Transform, trainable: PyTree
+) -> tuple[list[Array], Callable[[list[Array], Callable[[Array], Array]], PyTree]]:
+    """The leaves that have a gradient; and what puts such leaves beside `other(leaf)` of all others.
+
+    So what the method's own hooks set (a whole base, pools) is neither differentiated nor accumulated.
+    """
+    leaves, structure = jax.tree.flatten(trainable)
+    moves = structure.flatten_up_to(method.moving(trainable))
+
+    def whole(moving: list[Array], other: Callable[[Array], Array]) -> PyTree:
+        given = iter(moving)
+        return structure.unflatten(next(given) if m else other(leaf) for m, leaf in zip(moves, leaves))
+
+    return [leaf for m, leaf in zip(moves, leaves) if m], whole
 
 
 def make_renewals(

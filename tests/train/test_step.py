@@ -7,6 +7,7 @@ import optax
 import pytest
 import tiny
 
+import peftjax as pj
 from peftjax.losses import accuracy, classification, cross_entropy
 from peftjax.train.data.batches import make_batch
 from peftjax.train.step import make_evaluate, make_step
@@ -100,3 +101,21 @@ def test_a_penalty_in_the_gradient_is_not_divided_by_the_batch(parts):
         copy = jax.tree.map(jnp.copy, trainable)
         ends.append(step(copy, optax.sgd(1.0).init(copy), frozen, batch, key)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a - 1.0, b, rtol=1e-5, atol=1e-6), *ends)
+
+
+def test_what_has_no_gradient_is_not_accumulated():
+    params = {"up": {"kernel": jnp.ones((6, 10))}}
+    method = pj.galore(rank=2)
+    frozen, trainable = method.init(jax.random.key(0), params)
+
+    def forward(params, batch, *, key=None):
+        return batch["x"] @ params["up"]["kernel"]
+
+    step = make_step(forward, method, method.optimizer(optax.sgd(0.1)), classification, accumulation=2)
+    batch = {"x": jnp.ones((4, 6)), "labels": jnp.zeros(4, jnp.int32), "weights": jnp.ones(4)}
+    state = method.optimizer(optax.sgd(0.1)).init(trainable)
+    jaxpr = jax.make_jaxpr(step)(trainable, state, frozen, batch, jax.random.key(0)).jaxpr
+    scan = next(e for e in jaxpr.eqns[0].params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
+    carried = [v.aval.shape for v in scan.outvars]
+    assert (2, 10) in carried
+    assert (6, 10) not in carried

@@ -38,6 +38,7 @@ model's weight had moved by 5% of its norm, in float32 by 1e-6. Give float32 par
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -52,7 +53,7 @@ from peftjax.methods.rest import with_targets, without_targets
 from peftjax.methods.targets import key_for, keys_of_matrices
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
-from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
+from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform, all_slots_but
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_logical
 from peftjax.weights.low_rank import LowRank
@@ -142,7 +143,10 @@ def switchlora(
         return new, change_moments(opt_state, resets)
 
     renewal = Renewal(lambda step: True, renew)
-    return Transform("switchlora", options, start, apply, optimizer=steered, renewals=(renewal,))
+    moving = partial(all_slots_but, STEERED)
+    return Transform(
+        "switchlora", options, start, apply, optimizer=steered, renewals=(renewal,), moving=moving
+    )
 
 
 def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:

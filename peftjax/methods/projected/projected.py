@@ -9,6 +9,7 @@ gradient (`peftjax.methods.projected.refresh`).
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -19,6 +20,7 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.projected.matrices import (
     SHRINK,
+    STEERED,
     WEIGHT,
     Z,
     bases_in,
@@ -31,7 +33,7 @@ from peftjax.methods.projected.refresh import Loss, new_bases
 from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments, follow_bases
-from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, at_prefix
+from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, all_slots_but, at_prefix
 
 
 def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def projected(
         return -(-len(frozen.plan) // in_one(frozen))
 
     renewal = Renewal(lambda step: step % options["every"] == 0, run, parts)
-    return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,))
+    moving = partial(all_slots_but, STEERED)
+    return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,), moving=moving)
 
 
 def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
