@@ -1,7 +1,7 @@
 r"""What a new projection costs, how much of the gradient it keeps, and what it does to the loss.
 
-    python -m experiments.pretrain.refresh --training.data wikitext2 \
-        --training.output experiments/pretrain/results/refresh --rate 0.01
+    python -m experiments.pretrain.refresh --training.data wikitext2 --training.seeds 1 --rounds 3 \
+        --training.output experiments/pretrain/results/refresh --rate 0.03 --plain-rate 9e-4
 
 Singular value decomposition, eigenvectors of the Gram matrix and subspace iteration (0, 1 and 2 iterations,
 from a random start or from the projection before), by
@@ -49,7 +49,8 @@ class Options:
     """What to measure on."""
 
     training: run.Options
-    """The runs; `rates` and `only` are not used, and new projections are looked at every `every` steps."""
+    """The runs, of more seeds another time; `rates`, `rates_of` and `only` are not used. The gradients are
+    looked at every `every` steps."""
     rate: float = 0.01
     """GaLore's peak learning rate."""
     plain_rate: float = 1e-3
@@ -168,7 +169,7 @@ def measure_losses(options: run.Options, rate: float) -> dict[str, list[float | 
     """The test loss of GaLore with each way, by seed."""
     text = read_text(options.data)
     settings = dataclasses.asdict(options) | {"data": options.data.name, "rate": rate}
-    for name in ("output", "only", "rates", "rates_of"):
+    for name in ("output", "only", "rates", "rates_of", "seeds"):
         del settings[name]
     record = open_record(options.output / "runs.json", settings)
     found: dict[str, list[float | None]] = {}

@@ -79,10 +79,13 @@ def _loss_table(losses: dict[str, Sequence[float | None]]) -> list[str]:
             rows.append([label, "diverged", ""])
             continue
         pairs = [a - b for a, b in zip(own, losses[first], strict=True)]
-        against = f"{statistics.mean(pairs):+.4f} ± {deviation(pairs) / len(pairs) ** 0.5:.4f}"
-        mean = f"{statistics.mean(own):.4f} ± {deviation(own):.4f}"
-        rows.append([label, mean, "" if label == first else against])
-    return table(["", "nats per byte", f"minus {first}"], rows)
+        against = "" if label == first else f"{statistics.mean(pairs):+.4f}"
+        mean = f"{statistics.mean(own):.4f}"
+        if len(own) > 1:
+            mean += f" ± {deviation(own):.4f}"
+            against += f" ± {deviation(pairs) / len(pairs) ** 0.5:.4f}" if against else ""
+        rows.append([label, mean, against])
+    return table(["", f"nats per byte, {len(losses[first])} seeds", f"minus {first}"], rows)
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> str:
