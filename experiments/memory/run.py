@@ -43,11 +43,20 @@ class Options:
     """Which methods."""
 
 
-def measure(subject: Subject, row: Row, target: str, layers: int | None = None) -> dict[str, Any]:
-    """What one step needs, as JSON values; of a method that a model does not have, the reason."""
+def measure(
+    subject: Subject,
+    row: Row,
+    target: str,
+    layers: int | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> dict[str, Any]:
+    """What one step needs, as JSON values; of a method that a model does not have, the reason.
+
+    The optimizer is AdamW where none is given.
+    """
     model = row.model(subject.model(layers))
     params = subject.params(model)
-    optimizer = optax.adamw(1e-3, weight_decay=0.0)
+    optimizer = optimizer or optax.adamw(1e-3, weight_decay=0.0)
     try:
         plan = pj.plan(
             row.method(model, params),

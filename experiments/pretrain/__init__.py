@@ -1,0 +1,1 @@
+"""Pre-training with projected optimizers: memory, loss, and what a new projection costs."""

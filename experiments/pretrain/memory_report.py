@@ -1,0 +1,144 @@
+"""The measured memory of pre-training as tables and a plot, beside what GaLore's paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments.bars import stacked_bars
+from experiments.markdown import table
+from experiments.pretrain.memory_rows import ROWS
+from experiments.pretrain.sizes import SIZES
+
+Results = dict[str, dict[str, dict[str, Any]]]
+"""A plan, or the reason why there is none, by model and row."""
+MIB, GIB = 2**20, 2**30
+BASE, EIGHT_BIT, GALORE = "AdamW", "8-bit GaLore", "GaLore"
+HEADER = (
+    "",
+    "beside the weights",
+    "/ AdamW",
+    "weights and that",
+    "temporaries",
+    "peak of a step",
+    "/ AdamW",
+    "peak between steps",
+)
+LESS = {"beside": ("optimizer state", 0.825), "peak": ("in all", 0.633)}
+"""What the paper says 8-bit GaLore needs less than AdamW in bfloat16."""
+CARD = 24 * GIB
+"""The card that holds the training of 7B with 8-bit GaLore, says the paper."""
+
+
+def report(results: Results) -> str:
+    """The results in Markdown, models and rows in their order."""
+    some = next(plan for rows in results.values() for plan in rows.values() if "peak" in plan)
+    commits = sorted(
+        {plan["commit"] for rows in results.values() for plan in rows.values() if "peak" in plan}
+    )
+    lines = [
+        f"One training step on 256 tokens as compiled for {some['device']} by jax {some['jax']}; MiB; "
+        f"commit {', '.join(commits)}. Parameters and optimizer state in bfloat16, factors in float32 as the "
+        "library keeps them. Beside the weights: optimizer state, projections, "
+        "factors and displacements, all that stays between steps but the model's own parameters. Temporaries "
+        "have the gradients. The peak of a step is arguments, temporaries and what is not written in place; "
+        "what a method does between steps (new projections, a restart) are programs of their own, of which "
+        "the table has the largest.",
+        "",
+    ]
+    for size in SIZES:
+        if (rows := results.get(size.name)) is None:
+            continue
+        ordered = [row.name for row in ROWS if row.name in rows]
+        cells = [_cells(name, rows) for name in ordered if "peak" in rows[name]]
+        reasons = [f"- {name}: {rows[name]['reason']}" for name in ordered if "reason" in rows[name]]
+        title = f"## {size.name}, rank {size.rank}"
+        lines += [title, "", *table(HEADER, cells), "", *reasons, *([""] if reasons else [])]
+    found = [*stated_tables(results), *claims(results)]
+    return "\n".join([*lines, "## What the paper says", "", *(f"- {line}" for line in found), ""])
+
+
+def _cells(name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    plan, base = rows[name], rows.get(BASE)
+
+    def mib(size: int) -> str:
+        return f"{size / MIB:,.0f}"
+
+    def share(part: str) -> str:
+        return f"{plan[part] / base[part]:.3f}" if base else ""
+
+    return [
+        name,
+        mib(plan["beside"]),
+        share("beside"),
+        mib(plan["model"] + plan["beside"]),
+        mib(plan["bytes"]["temporaries"]),
+        mib(plan["peak"]),
+        share("peak"),
+        "not measured" if plan["between"] is None else ", ".join(map(mib, sorted(plan["between"])[-1:])),
+    ]
+
+
+def stated_tables(results: Results) -> list[str]:
+    """Weights and optimizer state beside the paper's table, whose unit is not said."""
+    found = []
+    for size in SIZES:
+        for name, stated in zip((BASE, GALORE), size.paper or ()):
+            plan = results.get(size.name, {}).get(name)
+            if plan and "peak" in plan:
+                own = plan["model"] + plan["beside"]
+                found.append(
+                    f"{size.name}, {name}, weights and state: the paper {stated:.2f} G, "
+                    f"here {own / GIB:.2f} GiB ({own / 1e9:.2f} GB)."
+                )
+    return found
+
+
+def claims(results: Results) -> list[str]:
+    """The paper's shares, and the card that holds 7B."""
+    found = []
+    largest: dict[str, dict[str, Any]] = results.get(SIZES[-1].name, {})
+    for part, (what, stated) in LESS.items():
+        less = {
+            name: 1 - rows[EIGHT_BIT][part] / rows[BASE][part]
+            for name, rows in results.items()
+            if all("peak" in rows.get(row, {}) for row in (EIGHT_BIT, BASE))
+        }
+        if less:
+            held = [name for name, share in less.items() if share >= stated]
+            measured = ", ".join(f"{name} {share:.1%}" for name, share in less.items())
+            verdict = f"reached by {', '.join(held)}" if held else "reached by none"
+            found.append(f"8-bit GaLore, {stated:.1%} less {what} than AdamW: {verdict} ({measured}).")
+    if largest.get(EIGHT_BIT, {}).get("between"):
+        plan = largest[EIGHT_BIT]
+        most = max(plan["peak"], *plan["between"])
+        holds = "confirmed" if most <= CARD else "not confirmed"
+        found.append(
+            f"{SIZES[-1].name} with 8-bit GaLore within a card of 24 GiB: {holds} "
+            f"(a step {plan['peak'] / GIB:.1f} GiB, the most that is needed {most / GIB:.1f} GiB; "
+            "the paper 22.7 to 22.8 GB)."
+        )
+    return found
+
+
+def plot(results: Results, file: Path) -> None:
+    """The peak of a step of every row, by kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [size.name for size in SIZES if size.name in results]
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], names):
+        rows = results[name]
+        stacked_bars(
+            axis, {row.name: rows[row.name] for row in ROWS if "peak" in rows.get(row.name, {})}, GIB
+        )
+        axis.set_title(name)
+        axis.set_xlabel("peak of a step, GiB")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

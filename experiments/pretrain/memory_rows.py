@@ -1,0 +1,74 @@
+"""The rows of the memory table: a method and its optimizer, for the sizes of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import optax
+
+import peftjax as pj
+from experiments.pretrain.entrants import (
+    Projection,
+    adamw,
+    adamw8bit,
+    full,
+    galore,
+    lora,
+    natural_galore,
+    optax_galore,
+    restarts,
+    row_adamw,
+    switchlora,
+)
+
+RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """One line of a table.
+
+    Attributes:
+        name: in the table.
+        method: for the sizes of a model.
+        optimizer: what the method's hook is given.
+    """
+
+    name: str
+    method: Callable[[Projection], pj.Transform]
+    optimizer: Callable[[Projection], optax.GradientTransformation] = lambda sizes: adamw(RATE)
+
+
+def optax_as_it_is(sizes: Projection) -> optax.GradientTransformation:
+    """`optax.contrib.galore` on the stacked parameters."""
+    return optax.contrib.galore(RATE, rank=sizes.rank, update_proj_gap=sizes.every, scale=sizes.scale)
+
+
+def bfloat16_galore(sizes: Projection, together: int | None = 1) -> pj.Transform:
+    """GaLore with projectors and displacements in bfloat16, new ones for a parameter at a time or for all."""
+    return galore(sizes, dtype="bfloat16", together=together)
+
+
+def bfloat16_natural(sizes: Projection) -> pj.Transform:
+    """Natural GaLore with projectors, displacements and history in bfloat16."""
+    return natural_galore(sizes, dtype="bfloat16", together=1)
+
+
+ROWS = (
+    MemoryRow("AdamW", full),
+    MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("GaLore", bfloat16_galore),
+    MemoryRow("8-bit GaLore", bfloat16_galore, lambda sizes: adamw8bit(RATE)),
+    MemoryRow(
+        "8-bit GaLore, bases all together",
+        lambda sizes: bfloat16_galore(sizes, together=None),
+        lambda sizes: adamw8bit(RATE),
+    ),
+    MemoryRow("Natural GaLore", bfloat16_natural),
+    MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
+    MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
+    MemoryRow("LoRA", lora),
+    MemoryRow("low-rank restarts", restarts),
+    MemoryRow("SwitchLoRA", switchlora, lambda sizes: row_adamw(RATE)),
+)
