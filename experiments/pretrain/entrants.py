@@ -113,6 +113,11 @@ def adamw8bit(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return pj.optim.eight_bit(adamw(rate))
 
 
+def lion8bit(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Lion with momentum of eight bits."""
+    return pj.optim.eight_bit(optax.lion(rate, weight_decay=0.0))
+
+
 def row_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """AdamW with a step count for each row, as SwitchLoRA's authors use it."""
     return pj.optim.row_adamw(rate, weight_decay=0.0)

@@ -118,6 +118,13 @@ def claims(results: Results) -> list[str]:
             f"(a step {plan['peak'] / GIB:.1f} GiB, the most that is needed {most / GIB:.1f} GiB; "
             "the paper 22.7 to 22.8 GB)."
         )
+    fits = [
+        name
+        for name, plan in largest.items()
+        if "peak" in plan and plan["between"] is not None and max(plan["peak"], *plan["between"], 0) <= CARD
+    ]
+    if fits:
+        found.append(f"{SIZES[-1].name} within a card of 24 GiB: {', '.join(fits)}.")
     return found
 
 

@@ -14,6 +14,7 @@ from experiments.pretrain.entrants import (
     adamw8bit,
     full,
     galore,
+    lion8bit,
     lora,
     natural_galore,
     optax_galore,
@@ -21,6 +22,7 @@ from experiments.pretrain.entrants import (
     row_adamw,
     switchlora,
 )
+from peftjax.optim.refresh import Method
 
 RATE = 1e-3
 
@@ -45,9 +47,14 @@ def optax_as_it_is(sizes: Projection) -> optax.GradientTransformation:
     return optax.contrib.galore(RATE, rank=sizes.rank, update_proj_gap=sizes.every, scale=sizes.scale)
 
 
-def bfloat16_galore(sizes: Projection, together: int | None = 1) -> pj.Transform:
+def bfloat16_galore(sizes: Projection, together: int | None = 1, basis: Method = "auto") -> pj.Transform:
     """GaLore with projectors and displacements in bfloat16, new ones for a parameter at a time or for all."""
-    return galore(sizes, dtype="bfloat16", together=together)
+    return galore(sizes, dtype="bfloat16", together=together, basis=basis)
+
+
+def by_gram_matrices(sizes: Projection) -> pj.Transform:
+    """The same with bases from whole gradients, a parameter at a time."""
+    return bfloat16_galore(sizes, basis="gram")
 
 
 def bfloat16_natural(sizes: Projection) -> pj.Transform:
@@ -65,6 +72,8 @@ ROWS = (
         lambda sizes: bfloat16_galore(sizes, together=None),
         lambda sizes: adamw8bit(RATE),
     ),
+    MemoryRow("8-bit GaLore, bases by Gram matrices", by_gram_matrices, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("8-bit Lion GaLore, bases by Gram matrices", by_gram_matrices, lambda sizes: lion8bit(RATE)),
     MemoryRow("Natural GaLore", bfloat16_natural),
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
