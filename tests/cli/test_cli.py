@@ -80,6 +80,7 @@ def test_merge_refuses_the_folder_of_the_base(trained, model_folder, capsys):
     assert "choose another" in refused(capsys, "merge", "--adapter", adapter, "--output", model_folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_peft_and_back(trained, model_folder, data_folder, tmp_path, capsys):
     adapter, back = trained[0] / "adapter", tmp_path / "back"
     run(capsys, "export", "--adapter", adapter, "--output", tmp_path / "peft", "--base", "someone/model")
@@ -126,6 +127,7 @@ def test_import_and_export_name_what_is_wrong(trained, model_folder, tmp_path, c
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.slow
 def test_options_come_from_yaml_and_the_command_line_wins(model_folder, data_folder, tmp_path, capsys):
     options = tmp_path / "run.yaml"
     options.write_text(
@@ -156,6 +158,7 @@ def test_inspect_shows_an_adapter(trained, capsys):
     assert "lora" in run(capsys, "inspect", "--adapter", trained[0] / "adapter")
 
 
+@pytest.mark.slow
 def test_a_method_of_blocks_is_trained_and_evaluated_and_says_that_it_cannot_leave(
     model_folder, data_folder, tmp_path, capsys
 ):
@@ -170,6 +173,7 @@ def test_a_method_of_blocks_is_trained_and_evaluated_and_says_that_it_cannot_lea
         assert "'blocks/pfeiffer/" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_tells_a_method_how_many_steps_there_are(model_folder, data_folder, tmp_path):
     command = ["train", "--model", model_folder, "--data", data_folder / "train.csv", "--output", tmp_path]
     main(

@@ -165,6 +165,7 @@ def test_merge_writes_a_folder_that_stands_alone(trained, decoder, tmp_path, cap
     assert_close(model(params, batch).dense(), adapted)
 
 
+@pytest.mark.slow
 def test_packed_chats_from_yaml(decoder, data, tmp_path, capsys):
     """What is packed, cut and left out stands in the summary and in the table."""
     options = tmp_path / "run.yaml"
@@ -182,6 +183,7 @@ def test_packed_chats_from_yaml(decoder, data, tmp_path, capsys):
     assert "before training" in printed
 
 
+@pytest.mark.slow
 def test_a_decoder_classifies_labelled_texts(decoder, data, tmp_path, capsys):
     """By the last token: with a padding token of the model that is not the tokenizer's."""
     folder = tmp_path / "model"

@@ -163,9 +163,12 @@ def smallest(request):
     return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
 
 
-@pytest.fixture(params=all_but_slow(pj.METHODS, [n for n, info in pj.METHODS.items() if not info.of_blocks]))
+ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows", "full")
+
+
+@pytest.fixture(params=all_but_slow(pj.METHODS, ANEW))
 def anew(request):
-    """`smallest`, for what needs a program of its own, which of a method of blocks takes long to compile."""
+    """`smallest`, for what needs a program of its own: by default of one method of each kind of weight."""
     return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
 
 

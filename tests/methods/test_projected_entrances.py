@@ -56,6 +56,7 @@ def test_natural_galore_is_the_same_method_by_both(variant):
     assert not close(got[-1], galore[-1], 3 * tolerance)
 
 
+@pytest.mark.slow
 def test_moments_in_eight_bits_inside_and_reset_with_the_bases():
     eight = pj.optim.eight_bit(optax.adam(RATE), min_size=8)
     got, (_, _, state) = trained(pj.galore(**SAME), eight)
