@@ -71,13 +71,15 @@ def lora(sizes: Projection) -> pj.Transform:
 
 
 def galore(sizes: Projection, **options: Any) -> pj.Transform:
-    """GaLore with the sizes and other options."""
-    return pj.galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **options)
+    """GaLore with the sizes and other options, bases by singular value decomposition if they name none."""
+    return pj.galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **{"basis": "svd", **options})
 
 
 def natural_galore(sizes: Projection, **options: Any) -> pj.Transform:
-    """Natural GaLore with the sizes and other options."""
-    return pj.natural_galore(rank=sizes.rank, every=sizes.every, scale=sizes.scale, **options)
+    """Natural GaLore with the sizes and other options; bases as in `galore`."""
+    return pj.natural_galore(
+        rank=sizes.rank, every=sizes.every, scale=sizes.scale, **{"basis": "svd", **options}
+    )
 
 
 def restarts(sizes: Projection) -> pj.Transform:

@@ -52,14 +52,14 @@ def bfloat16_galore(sizes: Projection, together: int | None = 1, basis: Method =
     return galore(sizes, dtype="bfloat16", together=together, basis=basis)
 
 
-def by_gram_matrices(sizes: Projection) -> pj.Transform:
-    """The same with bases from whole gradients, a parameter at a time."""
-    return bfloat16_galore(sizes, basis="gram")
+def iterated(sizes: Projection) -> pj.Transform:
+    """The same with bases by subspace iteration."""
+    return bfloat16_galore(sizes, basis="subspace")
 
 
 def bfloat16_natural(sizes: Projection) -> pj.Transform:
     """Natural GaLore with projectors, displacements and history in bfloat16."""
-    return natural_galore(sizes, dtype="bfloat16", together=1)
+    return natural_galore(sizes, dtype="bfloat16", together=1, basis="auto")
 
 
 ROWS = (
@@ -72,8 +72,8 @@ ROWS = (
         lambda sizes: bfloat16_galore(sizes, together=None),
         lambda sizes: adamw8bit(RATE),
     ),
-    MemoryRow("8-bit GaLore, bases by Gram matrices", by_gram_matrices, lambda sizes: adamw8bit(RATE)),
-    MemoryRow("8-bit Lion GaLore, bases by Gram matrices", by_gram_matrices, lambda sizes: lion8bit(RATE)),
+    MemoryRow("8-bit GaLore, bases by iteration", iterated, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("GaLore with 8-bit Lion", bfloat16_galore, lambda sizes: lion8bit(RATE)),
     MemoryRow("Natural GaLore", bfloat16_natural),
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),

@@ -157,7 +157,7 @@ def renew(g: Array, leaf: Projected, before: Bases, method: Method, count: Array
         count: steps done; with the path it gives the random rows.
     """
     side = leaf.first
-    kind = _method(leaf, side) if method == "auto" else method
+    kind = method_for(leaf, method)
     if kind == "subspace":
         found = {side: _iterated(g, leaf, before[side], count)}
     else:
@@ -168,8 +168,11 @@ def renew(g: Array, leaf: Projected, before: Bases, method: Method, count: Array
     return {side: found[side].astype(before[side].dtype) for side in leaf.sides}
 
 
-def _method(leaf: Projected, side: Side) -> str:
-    n = leaf.width(side)
+def method_for(leaf: Projected, method: Method) -> Method:
+    """How a basis is found: for 'auto' by the sizes, see the module."""
+    if method != "auto":
+        return method
+    n = leaf.width(leaf.first)
     if n >= 512 and leaf.rank <= n // 8:
         return "subspace"
     return "gram" if n == min(leaf.layout.matrix) else "svd"

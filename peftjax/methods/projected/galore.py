@@ -64,7 +64,7 @@ def galore(
         side: which side of each matrix is compressed: 'smaller', 'larger', 'input', 'output' or 'both'
             (then the projected gradient is `[r, r]`).
         basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
-            products with it; 'auto' takes 'svd' for compressed sides up to 512, else 'subspace'.
+            products with it; 'auto' chooses by size as `peftjax.optim.refresh` says.
         iterations: of 'subspace', 2 gradient passes each.
         together: how many parameters get their bases in one program, None for all: fewer need less memory,
             that of their gradients ('svd', 'gram') or of a few rows for each ('subspace'), and more passes.

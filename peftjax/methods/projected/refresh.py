@@ -5,7 +5,8 @@ The leading singular subspace of a gradient G is found by one of
 - 'subspace': randomised subspace iteration from the basis before. What it needs of G are products with a few
   vectors, and they are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
   `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. That is 2·iterations + 1 gradient passes.
-- 'svd', 'gram': exactly, one gradient pass.
+- 'svd', 'gram': exactly, one gradient pass. A whole gradient takes less memory than the rows of an iteration
+  where the rank is more than about an eighth of the side; 'auto' is 'gram' there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from peftjax.methods.projected.matrices import BASIS
 from peftjax.methods.targets import key_for
 from peftjax.optim import bases
 from peftjax.optim.bases import Side
-from peftjax.optim.refresh import Method, Projected
+from peftjax.optim.refresh import Method, Projected, method_for
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.low_rank import LowRank
 
@@ -28,15 +29,6 @@ Loss = Callable[[Any], Array]
 Slots = Mapping[str, Mapping[str, Array]]
 OVERSAMPLING = 8
 """Rows of a subspace iteration beyond the rank."""
-SMALL = 512
-"""The largest compressed side for which 'auto' decomposes the gradient itself."""
-
-
-def method_for(target: Projected, basis: Method) -> Method:
-    """How a target's basis is found: 'auto' decomposes small matrices exactly and iterates on large ones."""
-    if basis != "auto":
-        return basis
-    return "svd" if target.width(target.first) <= SMALL else "subspace"
 
 
 def new_bases(
@@ -96,7 +88,7 @@ def _decomposed(loss: Loss, params: Any, targets: Sequence[Projected], basis: Me
     gradients = jax.grad(lambda weights: loss(tree.replace(params, weights)))(weights)
     found = {}
     for target in targets:
-        decompose = bases.gram_basis if basis == "gram" else bases.svd_basis
+        decompose = bases.gram_basis if method_for(target, basis) == "gram" else bases.svd_basis
         g = to_canonical(gradients[target.path], target.layout)
         found[target.path] = decompose(g, target.rank, target.first)
     return found
