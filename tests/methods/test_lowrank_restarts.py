@@ -1,5 +1,8 @@
 """Balanced factors, and the method that trains nothing but factors and rebalances them."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,3 +257,21 @@ def test_a_run_goes_on_bit_exactly(tmp_path):
 def test_wrong_options_are_refused(options, text):
     with pytest.raises(PeftError, match=text):
         make(**options)
+
+
+MANY = """
+import jax
+import peftjax as pj
+
+keys = jax.random.split(jax.random.key(0), 7)
+pairs = [(jax.random.normal(key, (4, 40, 160)), jax.random.normal(key, (4, 40, 426))) for key in keys]
+balanced = jax.jit(lambda pairs: [pj.rebalance(a, b) for a, b in pairs])
+for _ in range(10):
+    jax.block_until_ready(balanced(pairs))
+"""
+
+
+@pytest.mark.slow
+def test_restarts_of_many_stacks_at_once_come_to_an_end():
+    """In batched decompositions XLA's CPU runtime stood still, on all cores that there are."""
+    subprocess.run([sys.executable, "-c", MANY], check=True, timeout=300)
