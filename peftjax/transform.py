@@ -179,7 +179,6 @@ class MethodInfo:
         example: options for the conformance tests, on tiny models.
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
         replaces_base: whether `init` puts another array in the place of an adapted one.
-        steered: names of trainable slots that the method's optimizer hook sets; their gradient is zero.
         of_blocks: whether it rewrites the blocks of a backbone, and so works on no other model.
         reads_classifier: whether it works on models with a classifier only.
         of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
@@ -195,7 +194,6 @@ class MethodInfo:
     example: Mapping[str, Any] = field(default_factory=dict)
     starts_as_base: bool = True
     replaces_base: bool = False
-    steered: tuple[str, ...] = ()
     of_blocks: bool = False
     reads_classifier: bool = False
     of_steps: Callable[[int], Mapping[str, Any]] | None = None

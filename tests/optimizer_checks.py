@@ -1,18 +1,14 @@
 """What every optimizer of `peftjax.optim` must do, on a stacked tree named as the library's backbones."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+import optimizing
+from jax.sharding import AxisType
 from support import assert_close
-
-from peftjax.io import checkpoint
 
 _SHAPES = {
     "blocks": {
@@ -22,7 +18,6 @@ _SHAPES = {
     },
     "head": {"kernel": (8, 4)},
 }
-_SPECS = {"query": P(None, "data", "tensor"), "down": P(None, "tensor", "data"), "head": P("data", "tensor")}
 
 
 def random_like(tree: Any, seed: int, scale: float = 1.0) -> Any:
@@ -39,24 +34,12 @@ def random_like(tree: Any, seed: int, scale: float = 1.0) -> Any:
 PARAMS = random_like(_SHAPES, 0)
 
 
-@functools.lru_cache(maxsize=8)
-def _step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1))
+GRADS = [random_like(PARAMS, 100 + t) for t in range(4)]
 
 
 def train(tx: optax.GradientTransformation, params: Any, steps: range, state: Any = None) -> tuple[Any, Any]:
-    """Parameters and state after the steps, in a jitted and donating loop; step t has gradients of seed t."""
-    run = _step(tx)
-    params = jax.tree.map(jnp.copy, params)
-    state = tx.init(params) if state is None else jax.tree.map(jnp.copy, state)
-    places = jax.tree.map(lambda leaf: leaf.sharding, params)
-    for t in steps:
-        params, state = run(params, state, jax.device_put(random_like(params, 100 + t), places))
-    return params, state
+    """Parameters and state after the steps; step t has gradients of seed 100 + t."""
+    return optimizing.train(tx, params, [random_like(params, 100 + t) for t in steps], state)[:2]
 
 
 def assert_moves_as(tx: optax.GradientTransformation, other: optax.GradientTransformation, **options: Any):
@@ -68,32 +51,12 @@ def assert_sharded_equals_one_device(
     tx: optax.GradientTransformation, kind: AxisType = AxisType.Auto
 ) -> None:
     """Three steps of parameters spread over ('data', 'tensor') make those of one device, and stay spread."""
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
-
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
-        spec = _SPECS.get(path[-2].key, P()) if path[-1].key == "kernel" else P()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-    spread = jax.tree_util.tree_map_with_path(place, PARAMS)
-    with jax.set_mesh(mesh):
-        got, _ = train(tx, spread, range(3))
-    assert_close(got, train(tx, PARAMS, range(3))[0], 1e-6)
-    kernel = got["blocks"]["query"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 4)
+    optimizing.assert_same_when_sharded(tx, PARAMS, GRADS[:3], 1e-6, kind)
 
 
 def assert_resumes(tx: optax.GradientTransformation, folder: Any) -> None:
     """A run that goes on from a checkpoint has the bits of one that was not stopped."""
-    params, state = train(tx, PARAMS, range(2))
-    saved = checkpoint.RunState(params, state, jax.random.key(0), 2, {}, {})
-    with checkpoint.open_checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
-        checkpoint.save(checkpoints, saved)
-    fresh = checkpoint.RunState(PARAMS, tx.init(PARAMS), jax.random.key(1), 0, {}, {})
-    with checkpoint.open_checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
-        found = checkpoint.restore_latest(checkpoints, fresh)
-    jax.tree.map(np.testing.assert_array_equal, found.opt_state, state)
-    resumed = train(tx, found.trainable, range(2, 4), found.opt_state)
-    jax.tree.map(np.testing.assert_array_equal, resumed, train(tx, PARAMS, range(4)))
+    optimizing.assert_resumes(tx, PARAMS, GRADS, folder)
 
 
 def assert_works_inside_optax(tx: optax.GradientTransformation) -> None:

@@ -13,7 +13,7 @@ trained beside every method. Results of an earlier run stay where this one does 
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import peftjax as pj
 from experiments.memory.report import plot, report
 from experiments.memory.rows import ROWS, Row
 from experiments.memory.subjects import SUBJECTS, Subject
-from experiments.tuning.report import write_json
+from experiments.memory.table import fill_table
 from peftjax.errors import PeftError
 
 
@@ -73,21 +73,13 @@ def measure(
 
 def main(options: Options) -> None:
     """Measure, and write what was measured after every row."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "memory.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    for subject in SUBJECTS:
-        for row in ROWS:
-            if subject.name not in options.subjects or row.name not in options.rows:
-                continue
-            found = measure(subject, row, options.target)
-            results.setdefault(subject.name, {})[row.name] = found
-            write_json(file, results)
-            peak = f"{found['peak'] / 2**20:,.0f} MiB" if "peak" in found else found["reason"]
-            print(f"{subject.name}, {row.name}: {peak}", flush=True)
-    (options.output / "memory.md").write_text(report(results))
-    plot(results, options.output / "memory.png")
-    print(report(results))
+    rows = [
+        (subject.name, row.name, partial(measure, subject, row, options.target))
+        for subject in SUBJECTS
+        for row in ROWS
+        if subject.name in options.subjects and row.name in options.rows
+    ]
+    fill_table(options.output, rows, report, plot)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ stay where this one does not replace them.
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import tyro
 
 from experiments.memory.rows import Row
 from experiments.memory.run import measure
+from experiments.memory.table import fill_table
 from experiments.pretrain.entrants import Projection
 from experiments.pretrain.memory_report import plot, report
 from experiments.pretrain.memory_rows import ROWS, MemoryRow
 from experiments.pretrain.sizes import SIZES, Size
 from experiments.pretrain.versions import versions
-from experiments.tuning.report import write_json
 from peftjax.kept import nbytes
 
 REMAT = "nothing_saveable"
@@ -64,22 +64,13 @@ def measure_row(size: Size, row: MemoryRow, target: str) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     """Measure, and write what was measured after every row."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "memory.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    for size in SIZES:
-        for row in ROWS:
-            if size.name not in options.sizes or row.name not in options.rows:
-                continue
-            found = measure_row(size, row, options.target)
-            results.setdefault(size.name, {})[row.name] = found
-            write_json(file, results)
-            peaks = [found["peak"], *found["between"]] if "peak" in found else []
-            said = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in peaks) or found["reason"]
-            print(f"{size.name}, {row.name}: {said}", flush=True)
-    (options.output / "memory.md").write_text(report(results))
-    plot(results, options.output / "memory.png")
-    print(report(results))
+    rows = [
+        (size.name, row.name, partial(measure_row, size, row, options.target))
+        for size in SIZES
+        for row in ROWS
+        if size.name in options.sizes and row.name in options.rows
+    ]
+    fill_table(options.output, rows, report, plot)
 
 
 if __name__ == "__main__":

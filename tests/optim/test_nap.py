@@ -57,7 +57,7 @@ def test_the_direction_is_that_of_the_step_inside():
     np.testing.assert_allclose(got / norm(got), want / norm(want), atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 3e-7), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-3)])
 def test_a_thousand_steps_do_not_move_the_norm(dtype, bound):
     params = {"up": random_like(jnp.zeros((32, 32), dtype), 0)}
     tx, pull = nap(optax.adam(3e-3)), random_like(jnp.zeros((32, 32)), 1)

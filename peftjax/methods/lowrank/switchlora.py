@@ -213,7 +213,6 @@ METHOD = MethodInfo(
     keeps="the input x (shared) and x·aᵀ",
     quantized_base=False,
     replaces_base=True,
-    steered=STEERED,
     of_steps=lambda steps: {"total_steps": steps},
     example={"rank": 2, "total_steps": 20},
 )

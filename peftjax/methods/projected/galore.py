@@ -30,7 +30,6 @@ are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' b
 
 from collections.abc import Mapping
 
-from peftjax.methods.projected.matrices import STEERED
 from peftjax.methods.projected.projected import checked, projected
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments
@@ -92,5 +91,4 @@ METHOD = MethodInfo(
     keeps="x·Pᵀ where the input side is compressed, else x",
     example={"rank": 2, "scale": 1.0},
     quantized_base=False,
-    steered=STEERED,
 )

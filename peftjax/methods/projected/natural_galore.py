@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from peftjax.errors import PeftError
-from peftjax.methods.projected.matrices import STEERED
 from peftjax.methods.projected.projected import checked, projected
 from peftjax.optim.natural import scale_by_natural_gradient
 from peftjax.optim.refresh import Method
@@ -91,5 +90,4 @@ METHOD = MethodInfo(
     keeps="x·Pᵀ where the input side is compressed, else x",
     example={"rank": 2, "history": 3},
     quantized_base=False,
-    steered=STEERED,
 )

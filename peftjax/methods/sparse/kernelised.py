@@ -16,7 +16,7 @@ from peftjax.errors import PeftError
 from peftjax.kernels.kernelised_merge import Map, threshold
 from peftjax.methods.targets import Target, all_layers, find_targets, key_for, keys_of_matrices
 from peftjax.optim.budget import LEVEL
-from peftjax.transform import Frozen, Trainable, Transform
+from peftjax.transform import Frozen, Trainable, Transform, all_slots_but
 from peftjax.weights.kernelised import Kernelised
 
 _WHERE = ("rank", "targets", "exclude", "layers", "layers_pattern", "rank_pattern", "layouts")
@@ -111,7 +111,8 @@ def kernelised(
         return tree.replace(frozen.params, rewritten)
 
     hook = {} if optimizer is None else {"optimizer": optimizer}
-    return Transform(name, options, init, apply, **hook)
+    moving = partial(all_slots_but, (LEVEL,))
+    return Transform(name, options, init, apply, moving=moving, **hook)
 
 
 def start_uniform(key: Array, target: Target, heads: int) -> dict[str, Array]:

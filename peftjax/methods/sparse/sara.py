@@ -24,6 +24,7 @@ at (re-)selection, and the step lost at re-selection.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, wr
 from peftjax.methods.sparse.nuclear import Polar, penalised
 from peftjax.methods.sparse.reselect import reselecting
 from peftjax.methods.sparse.select import Entries, entry_count, largest_entries
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform import Frozen, MethodInfo, Trainable, Transform, all_slots_but
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.base import dense
@@ -128,7 +129,8 @@ def sara(
         return reselecting(tx, prefix, reselect_at, threshold)
 
     write = {"write": writer(_put)} if in_place else {}
-    return Transform("sara", config, init, apply, optimizer=optimizer, **write)
+    moving = partial(all_slots_but, ("keep",))
+    return Transform("sara", config, init, apply, optimizer=optimizer, moving=moving, **write)
 
 
 def learning_rate(threshold: float) -> float:
@@ -183,6 +185,5 @@ METHOD = MethodInfo(
     trains="K of the entries",
     keeps="the input x",
     example={"density": 0.3},
-    steered=("keep",),
     of_steps=lambda steps: {"reselect_at": steps // 2},
 )

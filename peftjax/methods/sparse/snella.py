@@ -113,7 +113,6 @@ METHOD = MethodInfo(
     trains="r·(in + out) + 3",
     keeps="the input x (shared), a threshold and three scalars",
     starts_as_base=False,
-    steered=("sparsity",),
     of_steps=lambda steps: {"total_steps": steps},
     example={
         "rank": 2,
