@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 
@@ -12,7 +11,6 @@ import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
-from peftjax.methods import KNOWN
 from peftjax.models.backbone import Backbone, Params
 from peftjax.train.options import with_new_head
 
@@ -88,19 +86,9 @@ def adapter_size(method: pj.Transform, params: Params) -> int:
     Slots that the method's optimizer sets, such as a share of pruned entries, are not trained.
     """
     _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    steered = {slot for name in _names(pj.describe(method)) for slot in KNOWN[name].steered}
-    slots = tree.named_leaves(trainable)
-    trained = [leaf for path, leaf in slots.items() if path.rsplit("/", 1)[-1] not in steered]
+    moves = jax.tree.leaves(method.moving(trainable))
+    trained = [leaf for leaf, moves in zip(jax.tree.leaves(trainable), moves) if moves]
     return tree.count(trained) - tree.count(params["head"]["classifier"])
-
-
-def _names(config: Mapping[str, Any]) -> Iterator[str]:
-    """The methods of a chain, and of the chains in it."""
-    if config["name"] != "chain":
-        yield config["name"]
-        return
-    for part in config["methods"]:
-        yield from _names(part)
 
 
 def require_equal(sizes: Sequence[tuple[Entrant, int]], tolerance: float) -> None:
