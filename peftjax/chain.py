@@ -114,11 +114,19 @@ def chain(*methods: Transform) -> Transform:
     def moving(trainable: Mapping[str, Trainable]) -> dict[str, Any]:
         return {name: method.moving(trainable[name]) for name, method in named.items()}
 
+    def each(hook: str) -> Callable[[Frozen, Mapping[str, Trainable]], dict[str, Trainable]]:
+        def run(frozen: Frozen, trainable: Mapping[str, Trainable]) -> dict[str, Trainable]:
+            own = {name: own_frozen(frozen, name, frozen.params) for name in names}
+            return {name: getattr(m, hook)(own[name], trainable[name]) for name, m in named.items()}
+
+        return run
+
     config = {"methods": [{"name": m.name, **m.config} for m in methods]}
     in_place = {"write": write} if any(method.in_place for method in methods) else {}
     checks = tuple(check for method in methods for check in method.checks)
     renewals = tuple(renewal_of(name, r) for name, method in named.items() for r in method.renewals)
     hooks = {"review": review, "checks": checks, "renewals": renewals, "moving": moving, **in_place}
+    hooks |= {hook: each(hook) for hook in ("open", "close")}
     return Transform("chain", config, init, apply, model, optimizer, **hooks)
 
 

@@ -152,9 +152,10 @@ def training_step(
     loss_fn, tx = training_loss(method, model, loss), method.optimizer(optimizer)
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        trainable = method.open(frozen, trainable)
         value, gradients = jax.value_and_grad(loss_fn)(trainable, frozen, batch)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, value
+        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, value
 
     return step
 
@@ -197,7 +198,8 @@ def plan(
     traced = step.trace(*inputs)
     flops = count_flops(traced.jaxpr, machine.platform)
     trainable, _, *others = inputs
-    kept = nbytes(kept_arrays(training_loss(method, model, loss), trainable, *others))
+    opened = jax.eval_shape(method.open, others[0], trainable)
+    kept = nbytes(kept_arrays(training_loss(method, model, loss), opened, *others))
     start = time.perf_counter()
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start

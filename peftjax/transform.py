@@ -72,6 +72,10 @@ def _take_all(trained: Mapping[str, str]) -> None:
     pass
 
 
+def _keep_trainable(frozen: Frozen, trainable: Trainable) -> Trainable:
+    return trainable
+
+
 def _all_move(trainable: Trainable) -> Any:
     return jax.tree.map(lambda _: True, trainable)
 
@@ -99,6 +103,10 @@ class Transform:
         renewals: what is done between steps (a new projection, a restart), each when it is due.
         moving: `trainable -> truth values`, False at what has no gradient, because only the method's own
             hooks change it; a loop need not differentiate it.
+        open: `(frozen, trainable) -> trainable`, what a step's program begins with: the slots beside which
+            no memory is held between steps.
+        close: `(frozen, trainable) -> trainable`, what it ends with: they are put into the others, and gone.
+            Both are the identity for all but the projected methods made with `write="step"`.
     """
 
     name: str
@@ -112,6 +120,8 @@ class Transform:
     checks: tuple[Check, ...] = ()
     renewals: tuple[Renewal, ...] = ()
     moving: Callable[[Trainable], Any] = _all_move
+    open: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
+    close: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
 
     @property
     def in_place(self) -> bool:

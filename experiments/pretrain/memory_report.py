@@ -13,7 +13,8 @@ from experiments.pretrain.sizes import SIZES
 Results = dict[str, dict[str, dict[str, Any]]]
 """A plan, or the reason why there is none, by model and row."""
 MIB, GIB = 2**20, 2**30
-BASE, EIGHT_BIT, GALORE = "AdamW", "8-bit GaLore", "GaLore"
+BASE, GALORE, EIGHT_BIT = "AdamW", "GaLore", "8-bit GaLore"
+WRITTEN = ", written at each step"
 HEADER = (
     "",
     "beside the weights",
@@ -83,9 +84,10 @@ def stated_tables(results: Results) -> list[str]:
     """Weights and optimizer state beside the paper's table, whose unit is not said."""
     found = []
     for size in SIZES:
-        for name, stated in zip((BASE, GALORE), size.paper or ()):
+        full, galore = size.paper or (0.0, 0.0)
+        for name, stated in ((BASE, full), (GALORE, galore), (GALORE + WRITTEN, galore)):
             plan = results.get(size.name, {}).get(name)
-            if plan and "peak" in plan:
+            if stated and plan and "peak" in plan:
                 own = plan["model"] + plan["beside"]
                 found.append(
                     f"{size.name}, {name}, weights and state: the paper {stated:.2f} G, "
@@ -96,35 +98,50 @@ def stated_tables(results: Results) -> list[str]:
 
 def claims(results: Results) -> list[str]:
     """The paper's shares, and the card that holds 7B."""
-    found = []
-    largest: dict[str, dict[str, Any]] = results.get(SIZES[-1].name, {})
-    for part, (what, stated) in LESS.items():
-        less = {
-            name: 1 - rows[EIGHT_BIT][part] / rows[BASE][part]
-            for name, rows in results.items()
-            if all("peak" in rows.get(row, {}) for row in (EIGHT_BIT, BASE))
-        }
-        if less:
-            held = [name for name, share in less.items() if share >= stated]
-            measured = ", ".join(f"{name} {share:.1%}" for name, share in less.items())
-            verdict = f"reached by {', '.join(held)}" if held else "reached by none"
-            found.append(f"8-bit GaLore, {stated:.1%} less {what} than AdamW: {verdict} ({measured}).")
-    if largest.get(EIGHT_BIT, {}).get("between"):
-        plan = largest[EIGHT_BIT]
-        most = max(plan["peak"], *plan["between"])
-        holds = "confirmed" if most <= CARD else "not confirmed"
-        found.append(
-            f"{SIZES[-1].name} with 8-bit GaLore within a card of 24 GiB: {holds} "
-            f"(a step {plan['peak'] / GIB:.1f} GiB, the most that is needed {most / GIB:.1f} GiB; "
-            "the paper 22.7 to 22.8 GB)."
-        )
-    fits = [
-        name
-        for name, plan in largest.items()
-        if "peak" in plan and plan["between"] is not None and max(plan["peak"], *plan["between"], 0) <= CARD
+    return [
+        *(
+            line
+            for row in (EIGHT_BIT, EIGHT_BIT + WRITTEN)
+            for part in LESS
+            for line in _less(results, row, part)
+        ),
+        *_held(results.get(SIZES[-1].name, {})),
     ]
-    if fits:
-        found.append(f"{SIZES[-1].name} within a card of 24 GiB: {', '.join(fits)}.")
+
+
+def _less(results: Results, row: str, part: str) -> list[str]:
+    """A share of the paper's beside those of the sizes that are measured, if any is."""
+    what, stated = LESS[part]
+    less = {
+        name: 1 - rows[row][part] / rows[BASE][part]
+        for name, rows in results.items()
+        if all("peak" in rows.get(one, {}) for one in (row, BASE))
+    }
+    if not less:
+        return []
+    held = [name for name, share in less.items() if share >= stated]
+    measured = ", ".join(f"{name} {share:.1%}" for name, share in less.items())
+    verdict = f"reached by {', '.join(held)}" if held else "reached by none"
+    return [f"{row}, {stated:.1%} less {what} than AdamW: {verdict} ({measured})."]
+
+
+def _held(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What the largest model needs, beside a card's memory."""
+    most = {
+        name: max(plan["peak"], *plan["between"], 0)
+        for name, plan in rows.items()
+        if "peak" in plan and plan["between"] is not None
+    }
+    found = [
+        f"{SIZES[-1].name} with {name} within a card of 24 GiB: "
+        f"{'confirmed' if most[name] <= CARD else 'not confirmed'} (a step {rows[name]['peak'] / GIB:.1f} "
+        f"GiB, the most that is needed {most[name] / GIB:.1f} GiB or {most[name] / 1e9:.1f} GB; the paper "
+        "22.7 to 22.8 GB)."
+        for name in (EIGHT_BIT, EIGHT_BIT + WRITTEN)
+        if name in most
+    ]
+    if fits := [name for name, size in most.items() if size <= CARD]:
+        found.append(f"{SIZES[-1].name} within a card of 24 GiB: {'; '.join(fits)}.")
     return found
 
 

@@ -22,6 +22,7 @@ from experiments.pretrain.entrants import (
     row_adamw,
     switchlora,
 )
+from peftjax.methods.projected.projected import Write
 from peftjax.optim.refresh import Method
 
 RATE = 1e-3
@@ -47,9 +48,16 @@ def optax_as_it_is(sizes: Projection) -> optax.GradientTransformation:
     return optax.contrib.galore(RATE, rank=sizes.rank, update_proj_gap=sizes.every, scale=sizes.scale)
 
 
-def bfloat16_galore(sizes: Projection, together: int | None = 1, basis: Method = "auto") -> pj.Transform:
+def bfloat16_galore(
+    sizes: Projection, together: int | None = 1, basis: Method = "auto", write: Write = "refresh"
+) -> pj.Transform:
     """GaLore with projectors and displacements in bfloat16, new ones for a parameter at a time or for all."""
-    return galore(sizes, dtype="bfloat16", together=together, basis=basis)
+    return galore(sizes, dtype="bfloat16", together=together, basis=basis, write=write)
+
+
+def written(sizes: Projection) -> pj.Transform:
+    """The same, put into the weights at each step, as the authors' code does."""
+    return bfloat16_galore(sizes, write="step")
 
 
 def iterated(sizes: Projection) -> pj.Transform:
@@ -66,7 +74,9 @@ ROWS = (
     MemoryRow("AdamW", full),
     MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
     MemoryRow("GaLore", bfloat16_galore),
+    MemoryRow("GaLore, written at each step", written),
     MemoryRow("8-bit GaLore", bfloat16_galore, lambda sizes: adamw8bit(RATE)),
+    MemoryRow("8-bit GaLore, written at each step", written, lambda sizes: adamw8bit(RATE)),
     MemoryRow(
         "8-bit GaLore, bases all together",
         lambda sizes: bfloat16_galore(sizes, together=None),

@@ -101,13 +101,14 @@ def make_step(
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, PyTree, Metrics]:
+        trainable = method.open(frozen, trainable)
         compute = gradient if accumulation == 1 else accumulated
         gradients, sums, weight = compute(trainable, frozen, batch, key)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
         gradients = _moving(method, trainable)[1](gradients, jnp.zeros_like)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
 

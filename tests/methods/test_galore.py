@@ -38,9 +38,10 @@ def programs(method, tx):
 
     @jax.jit
     def step(trainable, opt_state, frozen, batch):
+        trainable = method.open(frozen, trainable)
         loss, grads = jax.value_and_grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
+        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, loss
 
     def renew(renewal):
         @partial(jax.jit, static_argnums=0)

@@ -19,8 +19,10 @@ reads of a parameter it reads of Z, which begins as zero: give Adafactor `multip
 
 State for W: P and Z, r·in + r·out numbers, and the optimizer's for r·out. Z holds what has been learned since
 the refresh in its own dtype, so that in bfloat16 no step is lost to the rounding of W, as it is in the
-authors' code; it is r·out numbers that their code does not have. A refresh costs
-one to five gradient passes; those of 'subspace' form no gradient of a weight either (`refresh.py`).
+authors' code; it is r·out numbers that their code does not have. With `write="step"` there is no Z either:
+every step puts `scale · PᵀZ` into W, matrix after matrix and in place, at 2·r·in·out FLOPs, and in bfloat16
+with that rounding. A refresh costs one to five gradient passes; those of 'subspace' form no gradient of a
+weight either (`refresh.py`).
 
 Defaults: T = 200 and scale 0.25 are the authors' for pre-training (scale 4, r = 4 or 8, T = 500 for tuning a
 classifier); r = 128 is that of their 60M model. Their Adam has eps 1e-6 outside of the bias correction and
@@ -30,7 +32,7 @@ are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' b
 
 from collections.abc import Mapping
 
-from peftjax.methods.projected.projected import checked, projected
+from peftjax.methods.projected.projected import Write, checked, projected
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments
 from peftjax.transform import MethodInfo, Transform
@@ -52,6 +54,7 @@ def galore(
     rank_pattern: Mapping[str, int] | None = None,
     layouts: Mapping[str, str] | None = None,
     train_rest: bool = True,
+    write: Write = "refresh",
     dtype: str = "float32",
 ) -> Transform:
     """Training in projected gradients (arXiv 2403.03507).
@@ -73,6 +76,8 @@ def galore(
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
         train_rest: train all other floating-point parameters as they are; else they are frozen.
+        write: when what is learned is put into the weights: at each 'refresh', or at each 'step', which holds
+            no Z between steps and needs `Transform.open` and `close` in the loop.
         dtype: of projectors and Z, and so of the optimizer's state: 'float32' or 'bfloat16'.
 
     Raises:

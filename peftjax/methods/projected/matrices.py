@@ -1,5 +1,6 @@
 """The weights whose gradients are projected: which sides, with which slots, as which structured weight."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def find_matrices(params: Any, *, who: str, side: Compressed, **where: Any) -> l
 
 
 def start_slots(who: str, key: Array, target: Projected, leaf: Any, dtype: Any) -> dict[str, Array]:
-    """The slots of a target before its first gradient is known: random orthonormal projectors.
+    """The weight of a target, and projectors before its first gradient is known: random orthonormal ones.
 
     Raises:
         PeftError: the leaf is a structured weight.
@@ -41,11 +42,7 @@ def start_slots(who: str, key: Array, target: Projected, leaf: Any, dtype: Any) 
             f"{who}: {target.path!r} is a {type(leaf).__name__}, and {who} trains the weight itself; exclude "
             "it here or from the method before"
         )
-    slots = {
-        WEIGHT: leaf,
-        SHRINK: jnp.ones(target.layout.stack, jnp.float32),
-        Z: jnp.zeros(target.shape, dtype),
-    }
+    slots = {WEIGHT: leaf}
     own = key_for(key, target.path)
     for side, subkey in zip(target.sides, jax.random.split(own)):
         random = jax.random.normal(subkey, (*target.layout.stack, target.rank, target.width(side)))
@@ -53,8 +50,26 @@ def start_slots(who: str, key: Array, target: Projected, leaf: Any, dtype: Any) 
     return slots
 
 
-def weight_of(target: Projected, slots: Slots, scale: float) -> LowRank:
-    """`shrink · W + scale · pᵀz` (`zᵀq`; `pᵀ z q`), of which z alone has a gradient."""
+def opened(slots: Slots) -> dict[str, Array]:
+    """The slots with a z of zero and a shrink of one, if they are those of a projected weight without."""
+    bases = [slots[name] for name in BASIS.values() if name in slots]
+    if Z in slots or not bases:
+        return dict(slots)
+    *stack, rank, width = bases[0].shape
+    other = rank if len(bases) == 2 else slots[WEIGHT].size // (math.prod(stack) * width)
+    z = jnp.zeros((*stack, rank, other), bases[0].dtype)
+    return {**slots, SHRINK: jnp.ones(stack, jnp.float32), Z: z}
+
+
+def closed(target: Projected, slots: Slots, scale: float) -> dict[str, Array]:
+    """The slots without z and shrink, which are put into the weight."""
+    return {name: slot for name, slot in settled(target, slots, scale).items() if name not in (Z, SHRINK)}
+
+
+def weight_of(target: Projected, slots: Slots, scale: float) -> LowRank | Array:
+    """`shrink · W + scale · pᵀz` (`zᵀq`; `pᵀ z q`), of which z alone has a gradient; W where it is closed."""
+    if Z not in slots:
+        return lax.stop_gradient(slots[WEIGHT])
     fixed = {name: lax.stop_gradient(slots[name]) for name in STEERED if name in slots}
     a, b = factors_of(target, {**fixed, Z: slots[Z]})
     base = Shrunk(fixed[WEIGHT], fixed[SHRINK], target.layout)

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from peftjax.errors import PeftError
-from peftjax.methods.projected.projected import checked, projected
+from peftjax.methods.projected.projected import Write, checked, projected
 from peftjax.optim.natural import scale_by_natural_gradient
 from peftjax.optim.refresh import Method
 from peftjax.transform import MethodInfo, Transform
@@ -46,6 +46,7 @@ def natural_galore(
     rank_pattern: Mapping[str, int] | None = None,
     layouts: Mapping[str, str] | None = None,
     train_rest: bool = True,
+    write: Write = "refresh",
     dtype: str = "float32",
 ) -> Transform:
     """GaLore with the natural gradient in its subspace (arXiv 2410.16029).
@@ -66,6 +67,7 @@ def natural_galore(
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
         train_rest: train all other parameters as they are.
+        write: at each 'refresh' or each 'step'.
         dtype: of projectors, Z, H and the optimizer's state.
 
     Raises:

@@ -5,12 +5,14 @@
 The gradient of Z is scale · P G, and the optimizer is given P G. No array of the size of W is made or changed
 by a step. Weight decay acts on Z and on c alike, so that an optimizer's decoupled decay is that of W
 itself. A renewal, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and takes the P of the next batch's
-gradient (`peftjax.methods.projected.refresh`).
+gradient (`peftjax.methods.projected.refresh`). With `write="step"` Z and c are no part of what lies between
+steps: `Transform.open` begins a step with Z = 0 and c = 1, `Transform.close` ends it with both in W, matrix
+after matrix, in place.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import optax
@@ -19,12 +21,15 @@ from jax import Array
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.methods.projected.matrices import (
+    BASIS,
     SHRINK,
     STEERED,
     WEIGHT,
     Z,
     bases_in,
+    closed,
     find_matrices,
+    opened,
     settled,
     start_slots,
     weight_of,
@@ -34,6 +39,9 @@ from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments, follow_bases
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, all_slots_but, at_prefix
+
+Write = Literal["refresh", "step"]
+"""When what is learned is put into the weights."""
 
 
 def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "side": get_args(Compressed),
         "basis": get_args(Method),
         "moments": get_args(Moments),
+        "write": get_args(Write),
         "dtype": ("float32", "bfloat16"),
     }
     for option, known in choices.items():
@@ -79,12 +88,14 @@ def projected(
         precondition: what is done to the projected gradients, and to no other, before the optimizer.
     """
     where = {key: options[key] for key in ("rank", "targets", "exclude", "rank_pattern", "layouts")}
-    scale = float(options["scale"])
+    scale, at_steps = float(options["scale"]), options["write"] == "step"
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_matrices(params, who=name, side=side, **where)
         leaves = tree.named_leaves(params)
         trainable = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
+        if not at_steps:
+            trainable = {path: opened(slots) for path, slots in trainable.items()}
         rest, left = without_targets(params, trainable, train_rest=options["train_rest"])
         return Frozen(left, {}, tuple(plan)), trainable | rest
 
@@ -96,6 +107,11 @@ def projected(
         tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
     ) -> optax.GradientTransformation:
         def unscaled(own: Mapping[str, Any]) -> dict[str, Any]:
+            if any(Z not in g_of and not g_of.keys().isdisjoint(BASIS.values()) for g_of in own.values()):
+                raise PeftError(
+                    f'{name}: with write="step" begin a step with trainable = method.open(frozen, trainable) '
+                    "and end it with trainable = method.close(frozen, trainable)"
+                )
             return {
                 path: {s: g / scale if s == Z else g for s, g in g_of.items()} for path, g_of in own.items()
             }
@@ -109,7 +125,21 @@ def projected(
 
         gradient = optax.stateless(lambda updates, _: at_prefix(updates, prefix, unscaled))
         before = () if precondition is None else (optax.masked(precondition, only(Z)),)
-        return optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, REST)))
+        whole = optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, REST)))
+
+        def init(params: Any) -> Any:
+            return whole.init(at_prefix(params, prefix, all_opened))
+
+        return optax.GradientTransformationExtraArgs(init, whole.update)
+
+    def all_opened(trainable: Trainable) -> Trainable:
+        return {path: opened(slots) for path, slots in trainable.items()}
+
+    def open_all(frozen: Frozen, trainable: Trainable) -> Trainable:
+        return all_opened(trainable)
+
+    def close_all(frozen: Frozen, trainable: Trainable) -> Trainable:
+        return {**trainable, **{t.path: closed(t, trainable[t.path], scale) for t in frozen.plan}}
 
     def run(
         loss: Loss,
@@ -124,7 +154,9 @@ def projected(
     ) -> tuple[Trainable, Any]:
         size = in_one(frozen)
         some = frozen.plan[part * size : (part + 1) * size]
-        slots = {target.path: settled(target, trainable[target.path], scale) for target in some}
+        slots = {target.path: trainable[target.path] for target in some}
+        if not at_steps:
+            slots = {target.path: settled(target, slots[target.path], scale) for target in some}
         trainable = {**trainable, **slots}
         arrays = {path: own[WEIGHT] for path, own in slots.items()}
         params = tree.replace(apply(frozen, trainable), arrays)
@@ -141,8 +173,10 @@ def projected(
         return -(-len(frozen.plan) // in_one(frozen))
 
     renewal = Renewal(lambda step: step % options["every"] == 0, run, parts)
-    moving = partial(all_slots_but, STEERED)
-    return Transform(name, options, init, apply, optimizer=optimizer, renewals=(renewal,), moving=moving)
+    hooks = {"optimizer": optimizer, "renewals": (renewal,), "moving": partial(all_slots_but, STEERED)}
+    if at_steps:
+        hooks |= {"open": open_all, "close": close_all}
+    return Transform(name, options, init, apply, **hooks)
 
 
 def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:

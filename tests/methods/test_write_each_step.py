@@ -1,0 +1,137 @@
+"""Projected methods whose steps are put into the weights one by one, so that no Z lies between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pretraining
+import pytest
+from support import KEY, all_but_slow, assert_close
+from test_galore import BATCHES, DECAY, EVERY, PARAMS, RANK, RATE, galore, loss_of, programs, trained
+
+import peftjax as pj
+from peftjax import tree
+from peftjax.errors import PeftError
+
+DECAYED = {
+    "optax": optax.adamw(RATE, weight_decay=DECAY),
+    "released": pj.optim.adamw(RATE, weight_decay=DECAY, eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("side", ["smaller", "output", "both"])
+@pytest.mark.parametrize("inner", DECAYED.values(), ids=DECAYED)
+def test_the_weights_are_those_of_steps_gathered_until_the_refresh(side, inner):
+    got, _ = trained(galore(side=side, write="step"), inner)
+    want, _ = trained(galore(side=side), inner)
+    for ours, theirs in zip(got, want):
+        assert_close(ours, theirs, 1e-5)
+
+
+def test_natural_galore_too():
+    options = {"rank": RANK, "every": EVERY, "basis": "svd", "history": 3, "damping": 0.1}
+    got, _ = trained(pj.natural_galore(**options, write="step"), optax.adam(RATE))
+    want, _ = trained(pj.natural_galore(**options), optax.adam(RATE))
+    assert_close(got[-1], want[-1], 1e-4)
+
+
+def test_between_steps_there_is_the_weight_and_its_projector_only():
+    frozen, trainable = galore(write="step").init(KEY, PARAMS)
+    _, (_, after, _) = trained(galore(write="step"), optax.adam(RATE))
+    assert jax.tree.structure(after) == jax.tree.structure(trainable)
+    assert set(after["up/kernel"]) == {"weight", "p"}
+    assert set(after["down/kernel"]) == {"weight", "q"}
+    method = galore(write="step")
+    opened = method.open(frozen, after)
+    gathered = galore().init(KEY, PARAMS)[1]
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(opened) == shapes(gathered)
+    jax.tree.map(np.testing.assert_array_equal, method.close(frozen, opened), after)
+
+
+def test_steps_of_accumulation_leave_the_weights_bit_by_bit():
+    tx = optax.MultiSteps(optax.adam(RATE), every_k_schedule=2)
+    weights, _ = trained(galore(write="step", every=100), tx, BATCHES[:4])
+    wanted, _ = trained(galore(every=100), tx, BATCHES[:4])
+    assert_close(weights[-1], wanted[-1], 1e-5)
+    jax.tree.map(np.testing.assert_array_equal, weights[0], PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, weights[2], weights[1])
+    assert float(jnp.abs(weights[1]["up"]["kernel"] - weights[0]["up"]["kernel"]).max()) > 1e-3
+
+
+def test_moments_in_eight_bits_and_bfloat16_weights():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    method = galore(write="step", dtype="bfloat16")
+    tx = pj.optim.eight_bit(optax.adam(RATE), min_size=8)
+    got, (_, trainable, _) = trained(method, tx, params=params)
+    want, _ = trained(galore(), tx)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(trainable))
+    change, wanted = (
+        jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, weights[-1], PARAMS)
+        for weights in (got, want)
+    )
+    gap = optax.tree.norm(jax.tree.map(jnp.subtract, change, wanted)) / optax.tree.norm(wanted)
+    assert float(gap) < 0.5
+
+
+def test_in_a_chain():
+    def both(write):
+        inside = galore(write=write, targets=["up"], train_rest=False)
+        return pj.chain(inside, pj.lora(rank=2, targets=["down"]))
+
+    tx = optax.adamw(RATE, weight_decay=DECAY)
+    got, (_, trainable, _) = trained(both("step"), tx)
+    want, _ = trained(both("refresh"), tx)
+    assert_close(got[-1], want[-1], 1e-5)
+    assert set(trainable["galore"]["up/kernel"]) == {"weight", "p"}
+
+
+@pytest.mark.parametrize("name", all_but_slow(("galore", "natural_galore"), ("galore",)))
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
+    made = getattr(pj, name)(rank=4, every=4, targets=["layer"], basis="subspace", write="step")
+    continued, whole = pretraining.resumed(made, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert set(whole.trainable["layer/kernel"]) == {"weight", "p"}
+
+
+def test_a_sharded_run_is_that_of_one_device():
+    auto = {"axis_types": (jax.sharding.AxisType.Auto,) * 2, "devices": jax.devices()[:4]}
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), **auto)
+
+    def put(leaf):
+        spec = [None] * (leaf.ndim - 2) + ["data", "tensor"] if leaf.ndim > 1 else []
+        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    spread = jax.tree.map(put, PARAMS)
+    got, (_, trainable, _) = trained(galore(write="step"), optax.adam(RATE), params=spread)
+    want, _ = trained(galore(write="step"), optax.adam(RATE))
+    assert_close(jax.device_get(got[-1]), want[-1], 1e-5)
+    assert not trainable["up/kernel"]["weight"].sharding.is_fully_replicated
+
+
+def test_a_loop_that_does_not_open_is_told_so():
+    method = galore(write="step")
+    frozen, trainable = method.init(KEY, PARAMS)
+    tx = method.optimizer(optax.adam(RATE))
+    grads = jax.grad(lambda t: loss_of(method.apply(frozen, t), BATCHES[0]))(trainable)
+    with pytest.raises(PeftError, match=r"begin a step with trainable = method.open\(frozen, trainable\)"):
+        tx.update(grads, tx.init(trainable), trainable)
+    with pytest.raises(PeftError, match="write must be one of refresh, step, got 'never'"):
+        galore(write="never")
+
+
+def test_a_step_is_given_less_by_what_z_has():
+    """Weights, gradients and moments are the same; the compiled step has no argument for Z and the factor."""
+
+    def arguments(method):
+        frozen, trainable = method.init(KEY, PARAMS)
+        tx, step, _ = programs(method, optax.adam(RATE))
+        compiled = step.lower(trainable, tx.init(trainable), frozen, BATCHES[0]).compile()
+        return compiled.memory_analysis().argument_size_in_bytes
+
+    gathered = galore().init(KEY, PARAMS)[1]
+    z = sum(
+        leaf.nbytes for path, leaf in tree.named_leaves(gathered).items() if path.endswith(("/z", "/shrink"))
+    )
+    assert z > 0
+    assert arguments(galore()) - arguments(galore(write="step")) == z
