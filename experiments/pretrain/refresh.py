@@ -49,8 +49,8 @@ class Options:
     """What to measure on."""
 
     training: run.Options
-    """The runs, of more seeds another time; `rates`, `rates_of` and `only` are not used. The gradients are
-    looked at every `every` steps."""
+    """The runs, of more seeds another time; `rates` and `only` are not used. The gradients are looked at
+    every `every` steps."""
     rate: float = 0.01
     """GaLore's peak learning rate."""
     plain_rate: float = 1e-3
@@ -169,7 +169,7 @@ def measure_losses(options: run.Options, rate: float) -> dict[str, list[float | 
     """The test loss of GaLore with each way, by seed."""
     text = read_text(options.data)
     settings = dataclasses.asdict(options) | {"data": options.data.name, "rate": rate}
-    for name in ("output", "only", "rates", "rates_of", "seeds"):
+    for name in ("output", "only", "rates", "seeds"):
         del settings[name]
     record = open_record(options.output / "runs.json", settings)
     found: dict[str, list[float | None]] = {}

@@ -90,8 +90,6 @@ def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
     measured = [
         f"{name} {', '.join(sorted({run[name] for run in runs}))}" for name in ("jax", "optax", "commit")
     ]
-    rates_of = settings["rates_of"]
-    chosen = f"; the learning rates are those of {rates_of}" if rates_of else ", by which the rate was chosen"
     return (
         f"A Llama of {settings['layers']} layers, {settings['width']} wide, over the bytes of "
         f"{settings['data']}: {settings['steps']} steps of {settings['batch']} x {settings['length']} bytes, "
@@ -100,7 +98,7 @@ def describe(settings: dict[str, Any], runs: Sequence[Run]) -> str:
         "standard deviation; differences seed by seed, mean and standard error. Beside the weights: all that "
         "a step is given less the batch and the model's own parameters, float32 (low-rank restarts hold "
         "factors in the place of weights). Rates tried: loss of the held-out part with "
-        f"seed 0{chosen}. Measured on one CPU core with {'; '.join(measured)}."
+        f"seed 0, by which the rate was chosen. Measured on one CPU core with {'; '.join(measured)}."
     )
 
 

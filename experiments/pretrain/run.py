@@ -12,9 +12,8 @@ the same number of steps: Adam without weight decay, gradients (as the optimizer
 ones, or those of factors) clipped to norm 1, a learning rate that rises over a tenth of the steps and falls
 along a cosine to a tenth of its peak. The peak of a method is the best one on the held-out part with seed
 0: of three, and of more where the best of them is the first or last, a factor apart. The other seeds run at
-that one. With `--rates-of` it is the best one of another recorded comparison, as Tiny Shakespeare's
-recorded runs take it from those of WikiText-2. The same command again goes on with a comparison that was
-stopped: every finished run is in runs.json.
+that one. The same command again goes on with a comparison that was stopped: every finished run is in
+runs.json.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ from experiments.pretrain.report import write_report
 from experiments.pretrain.versions import versions
 from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Record, Run, open_record
-from peftjax.errors import PeftError
-from peftjax.io.files import read_json
 from peftjax.kept import nbytes
 from peftjax.models.backbone import Params
 
@@ -72,8 +69,6 @@ class Options:
     """Of a projected step."""
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     """Peak learning rates."""
-    rates_of: Path | None = None
-    """The runs.json of another comparison, whose best learning rates are taken instead."""
     seeds: int = 3
     """Runs of each method at its best rate."""
     watch: int = 20
@@ -158,23 +153,9 @@ def best_rate(run: Callable[[float, int], Run], rates: Sequence[float]) -> float
     return tried[losses.index(min(losses))]
 
 
-def recorded_rate(file: Path, label: str) -> float:
-    """The rate that was best with seed 0 in a recorded comparison.
-
-    Raises:
-        PeftError: it has no such run of the method.
-    """
-    own = [run for run in read_json(file)["runs"] if (run["label"], run["seed"]) == (label, 0)]
-    best = min(own, key=held_out_loss, default=None)
-    if best is None or best["held_out"] is None:
-        raise PeftError(f"{file} has no run of {label!r} with seed 0 to take the learning rate of")
-    return best["rate"]
-
-
 def compare(entrants: Sequence[Entrant], text: Text, record: Record, options: Options) -> None:
     """Run what is missing."""
-    tried = 0 if options.rates_of else len(options.rates)
-    with progress_bar((tried + options.seeds) * len(entrants)) as advance:
+    with progress_bar((len(options.rates) + options.seeds) * len(entrants)) as advance:
         for entrant in entrants:
             fit = make_runner(entrant, text, options)
 
@@ -184,10 +165,7 @@ def compare(entrants: Sequence[Entrant], text: Text, record: Record, options: Op
                 advance(f"{label}, learning rate {rate:g}, seed {seed}: {held_out_loss(found):.4f}")
                 return found
 
-            if options.rates_of is None:
-                rate = best_rate(run, options.rates)
-            else:
-                rate = recorded_rate(options.rates_of, entrant.label)
+            rate = best_rate(run, options.rates)
             for seed in range(options.seeds):
                 run(rate, seed)
 
@@ -200,7 +178,6 @@ def main(options: Options, entrants: Sequence[Entrant] = ENTRANTS) -> None:
     """
     text = read_text(options.data)
     settings = dataclasses.asdict(options) | {"data": options.data.name}
-    settings["rates_of"] = options.rates_of and options.rates_of.parent.name
     del settings["output"], settings["only"]
     record = open_record(options.output / "runs.json", settings)
     chosen = [entrant for entrant in entrants if not options.only or entrant.label in options.only]

@@ -142,19 +142,6 @@ def test_finished_runs_are_not_run_again(folder, monkeypatch):
         run.main(options(folder, steps=5), chosen)
 
 
-def test_rates_can_be_those_of_another_comparison(tmp_path):
-    runs = [
-        {"label": "a", "seed": 0, "rate": 0.1, "held_out": 3.0},
-        {"label": "a", "seed": 0, "rate": 0.2, "held_out": 2.0},
-        {"label": "a", "seed": 1, "rate": 0.3, "held_out": 1.0},
-        {"label": "b", "seed": 0, "rate": 0.1, "held_out": None},
-    ]
-    (tmp_path / "runs.json").write_text(json.dumps({"settings": {}, "runs": runs}))
-    assert run.recorded_rate(tmp_path / "runs.json", "a") == 0.2
-    with pytest.raises(PeftError, match="no run of 'b' with seed 0"):
-        run.recorded_rate(tmp_path / "runs.json", "b")
-
-
 def test_a_method_with_a_missing_or_diverged_seed_has_no_line():
     def entry(label, seed, rate, loss):
         return {
