@@ -173,9 +173,10 @@ def plan(
     """Compile one training step of `method` for `target` and read what it needs.
 
     The step is the loop of the README: `value_and_grad` over the trainable, `tx.update`, `apply_updates`,
-    with the trainable and the optimizer's state donated. Nothing random happens in it (no dropout). The
-    weights of a method in place hold the trained values, as after its first `write`; the writes themselves
-    are programs of their own and not in the plan. What a method does between steps is compiled too.
+    between the method's `open` and `close`, with the trainable and the optimizer's state donated. Nothing
+    random happens in it (no dropout). The weights of a method in place hold the trained values, as after its
+    first `write`; the writes themselves are programs of their own and not in the plan. What a method does
+    between steps is compiled too.
 
     Args:
         method: the method.

@@ -103,8 +103,8 @@ class Transform:
         renewals: what is done between steps (a new projection, a restart), each when it is due.
         moving: `trainable -> truth values`, False at what has no gradient, because only the method's own
             hooks change it; a loop need not differentiate it.
-        open: `(frozen, trainable) -> trainable`, what a step's program begins with: the slots beside which
-            no memory is held between steps.
+        open: `(frozen, trainable) -> trainable`, what a step's program begins with: it adds the slots that a
+            step needs and that no memory holds between steps.
         close: `(frozen, trainable) -> trainable`, what it ends with: they are put into the others, and gone.
             Both are the identity for all but the projected methods made with `write="step"`.
     """

@@ -75,7 +75,8 @@ def make_step(
     def gradient(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[list[Array], Metrics, Array]:
-        moving, whole = _moving(method, trainable)
+        # Here and not before the parts of a batch: zeros that are carried through their loop take memory.
+        moving, whole = _moving(method, method.open(frozen, trainable))
 
         def of_moving(moving: list[Array]) -> tuple[Array, tuple[Metrics, Array]]:
             return mean_loss(whole(moving, lambda leaf: leaf), frozen, batch, key)
@@ -101,11 +102,11 @@ def make_step(
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, PyTree, Metrics]:
-        trainable = method.open(frozen, trainable)
         compute = gradient if accumulation == 1 else accumulated
         gradients, sums, weight = compute(trainable, frozen, batch, key)
         metrics = {name: total / weight for name, total in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
+        trainable = method.open(frozen, trainable)
         gradients = _moving(method, trainable)[1](gradients, jnp.zeros_like)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
         return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, metrics
