@@ -107,9 +107,10 @@ def _shares(results: Results, row: str) -> Iterator[str]:
     """What the paper says that a row saves, beside the sizes that are measured, if any is."""
     for part, (what, stated) in LESS.items():
         less = {
-            name: 1 - rows[row][part] / rows[BASE][part]
-            for name, rows in results.items()
-            if all("peak" in rows.get(one, {}) for one in (row, BASE))
+            size.name: 1 - rows[row][part] / rows[BASE][part]
+            for size in SIZES
+            if (rows := results.get(size.name, {}))
+            and all("peak" in rows.get(one, {}) for one in (row, BASE))
         }
         if less:
             held = [name for name, share in less.items() if share >= stated]
@@ -147,7 +148,7 @@ def plot(results: Results, file: Path) -> None:
 
     names = [size.name for size in SIZES if size.name in results]
     figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
+        1, len(names), figsize=(5 * len(names), 5), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], names):
         rows = results[name]
@@ -156,6 +157,6 @@ def plot(results: Results, file: Path) -> None:
         )
         axis.set_title(name)
         axis.set_xlabel("peak of a step, GiB")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
