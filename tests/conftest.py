@@ -1,4 +1,4 @@
-"""How every test compiles; set before JAX starts.
+"""How every test compiles; set before the first program is.
 
 Eight CPU devices, so that sharded programs run anywhere. LLVM optimises little and sees a program whole, and
 jax 0.10 generates a fusion's code the older and quicker way (newer ones have one way only), because a test
@@ -7,22 +7,18 @@ caller's wins.
 """
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 
-import pytest
-
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        *(["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []),
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-).strip()
-
 import jax
+import pytest
+from jaxlib import xla_client
 
+FLAGS = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {FLAGS}"
+if jax.__version__.startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ['XLA_FLAGS']}"
+xla_client.CompileOptions()  # reads the flags, once; libtpu, which reads them later, knows no such flag
+os.environ["XLA_FLAGS"] = FLAGS
 jax.config.update("jax_num_cpu_devices", 8)
 
 MAPS = Path("/proc/self/maps")

@@ -1,7 +1,7 @@
 r"""What a new projection costs, how much of the gradient it keeps, and what it does to the loss.
 
-    python -m experiments.pretrain.refresh --training.data wikitext2 --training.seeds 1 --rounds 3 \
-        --training.output experiments/pretrain/results/refresh --rate 0.03 --plain-rate 9e-4
+    python -m experiments.pretrain.refresh --training.data wikitext2 \
+        --training.output experiments/pretrain/results/refresh
 
 Singular value decomposition, eigenvectors of the Gram matrix and subspace iteration (0, 1 and 2 iterations,
 from a random start or from the projection before), by
@@ -51,9 +51,9 @@ class Options:
     training: run.Options
     """The runs, of more seeds another time; `rates` and `only` are not used. The gradients are looked at
     every `every` steps."""
-    rate: float = 0.01
+    rate: float = 0.03
     """GaLore's peak learning rate."""
-    plain_rate: float = 1e-3
+    plain_rate: float = 9e-4
     """AdamW's, of the run whose gradients are looked at."""
     shapes: tuple[tuple[int, int], ...] = ((256, 256), (512, 512), (512, 1376), (1024, 1024), (1024, 2736))
     """Of the matrices whose bases are timed, at a quarter of the smaller side."""

@@ -169,6 +169,18 @@ def test_what_is_done_between_steps_is_compiled_too():
     assert plan().between == ()
 
 
+@pytest.mark.parametrize(
+    "target", ["cpu", pytest.param("h200", marks=[pytest.mark.slow, needs("jax_plugins.xla_cuda13")])]
+)
+def test_what_is_written_at_each_step_is_not_held_between_steps(target):
+    rank = 16
+    gathered, written = (plan(pj.galore(rank=rank, write=w), target=target) for w in ("refresh", "step"))
+    z = 2 * L * rank * F * 4
+    assert gathered.bytes.trainable - written.bytes.trainable == z + 2 * L * 4
+    assert written.bytes.peak < gathered.bytes.peak - 0.8 * z
+    assert written.kept == gathered.kept
+
+
 def test_the_text_names_target_peak_and_flops():
     found = plan()
     text = str(found)
