@@ -41,7 +41,7 @@ def report(results: Results) -> str:
     lines = [
         f"One training step on 256 tokens as compiled for {some['device']} by jax {some['jax']}; MiB; "
         f"commit {', '.join(commits)}. Parameters and optimizer state in bfloat16, factors in float32 as the "
-        "library keeps them. Beside the weights: optimizer state, projections, "
+        "library keeps them where nothing else is said. Beside the weights: optimizer state, projections, "
         "factors and displacements, all that stays between steps but the model's own parameters. Temporaries "
         "have the gradients. The peak of a step is arguments, temporaries and what is not written in place; "
         "what a method does between steps (new projections, a restart) are programs of their own, of which "

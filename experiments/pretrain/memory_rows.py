@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import optax
 
 import peftjax as pj
@@ -21,9 +22,11 @@ from experiments.pretrain.entrants import (
     restarts,
     row_adamw,
     switchlora,
+    with_rest,
 )
 from peftjax.methods.projected.projected import Write
 from peftjax.optim.refresh import Method
+from peftjax.transform import Frozen, Params, Trainable
 
 RATE = 1e-3
 
@@ -70,6 +73,17 @@ def bfloat16_natural(sizes: Projection) -> pj.Transform:
     return natural_galore(sizes, dtype="bfloat16", together=1, basis="auto")
 
 
+def bfloat16_lora(sizes: Projection) -> pj.Transform:
+    """LoRA with factors in bfloat16, as the paper counts them."""
+    whole = pj.lora(rank=sizes.rank, alpha=sizes.rank)
+
+    def init(key: jax.Array, params: Params) -> tuple[Frozen, Trainable]:
+        frozen, trainable = whole.init(key, params)
+        return frozen, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), trainable)
+
+    return with_rest(dataclasses.replace(whole, init=init))
+
+
 ROWS = (
     MemoryRow("AdamW", full),
     MemoryRow("8-bit AdamW", full, lambda sizes: adamw8bit(RATE)),
@@ -88,6 +102,7 @@ ROWS = (
     MemoryRow("optax.contrib.galore, as it is", full, optax_as_it_is),
     MemoryRow("optax.contrib.galore, per matrix", full, lambda sizes: optax_galore(sizes)(RATE)),
     MemoryRow("LoRA", lora),
+    MemoryRow("LoRA, factors in bfloat16", bfloat16_lora),
     MemoryRow("low-rank restarts", restarts),
     MemoryRow("SwitchLoRA", switchlora, lambda sizes: row_adamw(RATE)),
 )
