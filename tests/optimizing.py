@@ -62,6 +62,7 @@ def assert_same_when_sharded(tx, params, grads, tolerance=1e-5, kind=AxisType.Au
     began = spread(params)
     with jax.set_mesh(mesh):
         sharded = train(tx, began, [spread(gradient) for gradient in grads])[0]
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(began))
     for leaf, first in zip(jax.tree.leaves(sharded), jax.tree.leaves(began)):
         assert leaf.sharding.is_equivalent_to(first.sharding, leaf.ndim)
     assert_close(sharded, train(tx, params, grads)[0], tolerance)
