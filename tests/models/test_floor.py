@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import peftjax as pj
+from peftjax import compat
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder
@@ -100,7 +101,7 @@ def test_the_scan_keeps_the_floor_in_the_compute_dtype(dtype):
         variable.aval
         for eqn in jaxpr.jaxpr.eqns
         if eqn.primitive.name == "scan" and eqn.params["length"] == layers and not eqn.params["reverse"]
-        for variable in eqn.outvars[eqn.params["num_carry"] :]
+        for variable in eqn.outvars[len(compat.split_scan(eqn.params, eqn.invars)[1]) :]
     ]
     numbers = layers * B * S * PER_TOKEN["llama"]
     activations = [aval for aval in kept if aval.size >= layers * B * S]
