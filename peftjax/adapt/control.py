@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import compat
+from peftjax.adapt.subfunction import call_once_traced
 from peftjax.reversible import reversible
 from peftjax.weights.base import Weight, dense
 
@@ -25,7 +26,7 @@ def _jit(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
         ]
 
     operands = constrained(operands, eqn.params["in_shardings"])
-    return constrained(run.call(eqn.params["jaxpr"])(*operands), eqn.params["out_shardings"])
+    return constrained(call_once_traced(run, eqn, operands, jax.jit), eqn.params["out_shardings"])
 
 
 def _call(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -33,12 +34,10 @@ def _call(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _remat(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
-    body = jax.checkpoint(
-        run.call(eqn.params["jaxpr"]),
-        policy=eqn.params["policy"],
-        prevent_cse=eqn.params["prevent_cse"],
+    policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    return call_once_traced(
+        run, eqn, operands, lambda body: jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
     )
-    return body(*operands)
 
 
 def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:

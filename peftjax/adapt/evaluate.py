@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ class Evaluator:
     """Runs jaxprs; `allow_dense` names the primitives and parameters that may be densified."""
 
     allow_dense: tuple[str, ...] = ()
+    functions: dict[Any, Any] = field(default_factory=dict, compare=False)  # of `call_once_traced`
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for its constants and arguments, in order."""
@@ -83,7 +84,7 @@ class Evaluator:
 
             closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
             jaxpr, consts = compat.open_jaxpr(closed)
-            outputs = iter(self.run(jaxpr, [*consts, *(leaves[n] for n in traced)]))
+            outputs = iter(replace(self, functions={}).run(jaxpr, [*consts, *(leaves[n] for n in traced)]))
             out_tree, fixed = result
             return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
 
