@@ -1,4 +1,4 @@
-"""How long `adapt` traces, beside the plain model and a LoRA written by hand: `python -m experiments.tracing`.
+"""How long `adapt` traces beside the plain model and a LoRA by hand: `python -m experiments.tracing`.
 
 Each row is a training step of 24 unrolled blocks that are wrapped as the row says; the times of the three are
 medians of `rounds` traces taken in turn, with JAX's caches cleared before each.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import peftjax as pj
 
 LAYERS, WIDTH, INNER, HEADS, RANK = 24, 64, 256, 4, 8
-SHAPES = {name: (WIDTH, WIDTH) for name in "qkvo"} | {
+SHAPES = dict.fromkeys("qkvo", (WIDTH, WIDTH)) | {
     "gate": (WIDTH, INNER),
     "up": (WIDTH, INNER),
     "down": (INNER, WIDTH),
