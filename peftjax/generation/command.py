@@ -19,8 +19,8 @@ from peftjax.models.load import CONFIG_FILE, FAMILIES, load
 from peftjax.models.tokenizer import Tokenizer, load_tokenizer
 from peftjax.train.data.columns import pick_column
 from peftjax.train.data.files import read_rows
-from peftjax.train.data.language.completions import PROMPT_GUESSES
 from peftjax.train.data.language.conversations import ASSISTANT, MESSAGE_COLUMNS, read_conversations
+from peftjax.train.data.language.prompts import PROMPT_GUESSES
 from peftjax.train.options import model_folder
 
 HEAD = "causal_lm"

@@ -26,6 +26,9 @@ class Head:
         bare: whether the class is the backbone alone: its names lack the family's prefix, and it has no
             tensor whose name has another.
         tied: further names of parameters under this class, where they have no tensor of their own.
+        uncalled: names in `weights` of modules that the class's forward never calls; what it calls instead
+            is in `tied`.
+        in_memory: as the family's, where this class's modules have names of their own.
     """
 
     architecture: str
@@ -34,6 +37,8 @@ class Head:
     task: str | None = None
     bare: bool = False
     tied: tuple[Weight, ...] = ()
+    uncalled: frozenset[str] = frozenset()
+    in_memory: Callable[[str], str] | None = None
 
 
 FEATURES: dict[str, Any] = {"task": "FEATURE_EXTRACTION", "bare": True}

@@ -20,7 +20,7 @@ from peftjax.models.backbone import TOKENS, Backbone, Batch, Params
 from peftjax.models.block import Block
 from peftjax.models.block_config import make_norm
 from peftjax.models.decoder import OutputKernel
-from peftjax.models.family import FEATURES, Family, Head, require_known
+from peftjax.models.family import FEATURES, Family, Head, require_known, with_prefix
 from peftjax.models.heads import mean_pool
 from peftjax.models.layers import Context, Dropout, dense
 from peftjax.models.t5_config import T5Config, match_output, read_config, write_config
@@ -197,15 +197,35 @@ def t5(
 
 
 def _heads(prefix: str) -> dict[str, Head]:
-    """The heads by the names of the Hugging Face classes, which begin with `prefix`."""
+    """The heads by the names of the Hugging Face classes, which begin with `prefix`.
+
+    Their files hold the table as `shared`, a module that no forward calls: each stack has its own, tied to
+    it, and so has the output layer.
+    """
+    word = "embed/word"
+    encoder, decoder = (embedding(word, f"{side}.embed_tokens") for side in ("encoder", "decoder"))
+    output = Weight(f"{word}/embedding", "lm_head.weight", kind="tied")
+    uncalled = frozenset({"shared.weight"})
+    alone = {"tied": (encoder,), "uncalled": uncalled}
+    both = {"tied": (encoder, decoder), "uncalled": uncalled}
     return {
-        "seq2seq_lm": Head(f"{prefix}ForConditionalGeneration", task="SEQ_2_SEQ_LM"),
-        "classifier": Head(
-            f"{prefix}ForSequenceClassification", "head/classifier/", labelled=True, task="SEQ_CLS"
+        "seq2seq_lm": Head(
+            f"{prefix}ForConditionalGeneration",
+            task="SEQ_2_SEQ_LM",
+            tied=(encoder, decoder, output),
+            uncalled=uncalled,
         ),
-        "none": Head(f"{prefix}Model", **FEATURES),
-        "encoder": Head(f"{prefix}EncoderModel", **FEATURES),
-        "mean": Head(f"{prefix}EncoderModel", **FEATURES),
+        "classifier": Head(
+            f"{prefix}ForSequenceClassification",
+            "head/classifier/",
+            labelled=True,
+            task="SEQ_CLS",
+            in_memory=with_prefix("transformer.", "classification_head"),
+            **both,
+        ),
+        "none": Head(f"{prefix}Model", **both, **FEATURES),
+        "encoder": Head(f"{prefix}EncoderModel", **alone, **FEATURES),
+        "mean": Head(f"{prefix}EncoderModel", **alone, **FEATURES),
     }
 
 

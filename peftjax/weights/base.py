@@ -288,7 +288,20 @@ def contract(x: Array, w: Any, rule: Rule) -> Array:
     if not isinstance(w, Weight):
         return rule(x, w)
     method = {Dot: w.dot, Gather: w.gather, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
-    return method(x, rule)
+    return method(x if isinstance(rule, Gather) else _promoted(x, w, rule), rule)
+
+
+def _promoted(x: Array, w: Weight, rule: Dot | Conv | RaggedDot) -> Array:
+    """X in a dtype that the parts of w can be cast to.
+
+    Integers, booleans and floats of one byte take the dtype that jnp gives the product: parts cast to
+    theirs would be truncated, and lose their gradient.
+    """
+    if jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1:
+        return x
+    asked = None if rule.preferred is None else jnp.dtype(rule.preferred)
+    wider = asked is not None and jnp.issubdtype(asked, jnp.inexact) and asked.itemsize > w.dtype.itemsize
+    return x.astype(asked if wider else w.dtype)
 
 
 def matmul(x: Array, w: Any) -> Array:

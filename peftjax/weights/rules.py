@@ -64,6 +64,11 @@ class Conv:
     options: tuple[tuple[str, Any], ...]
     feature_group_count: int = 1
 
+    @property
+    def preferred(self) -> Any:
+        """The dtype asked for the result, None where it follows from the operands."""
+        return dict(self.options).get("preferred_element_type")
+
     def __call__(self, x: Array, w: Array) -> Array:
         """The convolution when the kernel is an array."""
         return lax.conv_general_dilated(

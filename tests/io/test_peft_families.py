@@ -128,6 +128,81 @@ def test_what_we_export_computes_the_same_there(case, tmp_path):
     close(theirs(peft.PeftModel.from_pretrained(load_theirs(folder, name), str(tmp_path)), batch), want)
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def t5(request, tmp_path_factory):
+    """The folder of a T5, its output layer the table or not."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    if not request.param:
+        model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(50, 16))
+    folder = tmp_path_factory.mktemp("t5")
+    model.save_pretrained(folder)
+    return folder
+
+
+TOKENS = {
+    "input_ids": np.arange(6, dtype=np.int32).reshape(1, 6) + 3,
+    "decoder_input_ids": np.arange(4, dtype=np.int32).reshape(1, 4),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["adapted", "trained"])
+def test_the_table_of_t5_goes_where_its_forward_reads_it(trained, t5, tmp_path):
+    model, params = pj.load(t5)
+    method = pj.lora(rank=2, targets=["query", "embed/word"])
+    if trained:
+        method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.train(["embed/word"]))
+    frozen, initial = method.init(jax.random.key(0), params)
+    trainable = noisy(initial, scale=0.2)
+    pj.export_peft(tmp_path, model, method, frozen, trainable)
+    want = ours(model, method.apply(frozen, trainable), TOKENS)
+    close(
+        theirs(
+            peft.PeftModel.from_pretrained(load_theirs(t5, "T5ForConditionalGeneration"), str(tmp_path)),
+            TOKENS,
+        ),
+        want,
+    )
+    method, frozen, trainable = pj.import_peft(tmp_path, model, params)
+    close(ours(model, method.apply(frozen, trainable), TOKENS), want)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q", "shared"]}, {"modules_to_save": ["shared"]}])
+def test_a_table_of_t5_that_its_forward_never_calls_is_refused(options, t5, tmp_path):
+    options = {"target_modules": ["q"], **options}
+    model = peft.get_peft_model(
+        load_theirs(t5, "T5ForConditionalGeneration"), peft.LoraConfig(r=2, **options)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = pj.load(t5)
+    with pytest.raises(pj.PeftError, match=r"never calls.*encoder\.embed_tokens.*leave_out=\['shared'\]"):
+        pj.import_peft(tmp_path, *loaded)
+    method, frozen, trainable = pj.import_peft(tmp_path, *loaded, leave_out=["shared"])
+    close(ours(loaded[0], method.apply(frozen, trainable), TOKENS), theirs(model, TOKENS))
+
+
+def test_a_classifier_of_t5_has_the_names_of_its_class(tmp_path):
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.T5Config(**sizes, num_labels=2, eos_token_id=5, decoder_start_token_id=0)
+    transformers.T5ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    model, params = pj.load(tmp_path / "base")
+    method = pj.lora(rank=2, targets=["query"])
+    frozen, initial = method.init(jax.random.key(0), params)
+    trainable = noisy(initial, scale=0.3)
+    pj.export_peft(tmp_path / "ours", model, method, frozen, trainable)
+    base = load_theirs(tmp_path / "base", "T5ForSequenceClassification")
+    batch = {"input_ids": np.array([[7, 9, 11, 5]], np.int32)}
+    want = ours(model, method.apply(frozen, trainable), batch)
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")), batch), want)
+
+
 def test_what_peft_saved_computes_the_same_here(case, tmp_path):
     folder, name, options, _, batch = case
     adapted = peft.get_peft_model(load_theirs(folder, name), peft.LoraConfig(r=4, lora_alpha=8, **options))

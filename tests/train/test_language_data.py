@@ -21,7 +21,7 @@ from peftjax.train.data.language.conversations import (
 from peftjax.train.data.language.corpus import split_document, tokenise_corpus
 from peftjax.train.data.language.dataset import LanguageOptions
 from peftjax.train.data.language.example import Example, encode_pieces
-from peftjax.train.data.language.open import open_language_data
+from peftjax.train.data.language.open import find_source, open_language_data
 from peftjax.train.data.language.packing import best_fit_decreasing
 from peftjax.train.data.language.rows import corpus_rows, example_rows
 from peftjax.train.data.language.truncation import Cut, truncate
@@ -74,10 +74,36 @@ def chat(messages=tiny.CHAT):
         ({"input": "", "output": "b"}, Completion("", "b")),
         ({"instruction": "a", "input": "x", "output": "b"}, Completion("a\n\nx\n", "b")),
         ({"instruction": "a", "context": "", "response": "b"}, Completion("a\n", "b")),
+        ({"question": "a", "context": "x", "answer": "b"}, Completion("a\n\nx\n", "b")),
+        ({"prompt": "a", "input": "x", "completion": "b"}, Completion("a\n\nx\n", "b")),
+        (
+            {"instruction": "a", "output": "b", "system": "be kind", "history": [["q", "r"], ["s", "t"]]},
+            Completion("be kind\n\nq\nr\n\ns\nt\n\na\n", "b"),
+        ),
     ],
 )
 def test_columns_are_guessed(tmp_path, row, expected):
     assert read_completions(write_jsonl(tmp_path / "c.jsonl", [row])) == [expected]
+
+
+def test_the_order_of_rows_does_not_choose_the_columns(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "x", "output": "d"}]
+    expected = [Completion("a\n", "b"), Completion("c\n\nx\n", "d")]
+    assert read_completions(write_jsonl(tmp_path / "c.jsonl", rows)) == expected
+    assert read_completions(write_jsonl(tmp_path / "d.jsonl", rows[::-1])) == expected[::-1]
+
+
+def test_a_column_that_is_null_at_first_decides_on_the_source(tmp_path):
+    rows = [{"text": "a", "prompt": None}, {"text": "b", "prompt": "c", "completion": "d"}]
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    assert find_source(path, LanguageOptions()) == "completions"
+
+
+def test_columns_without_a_use_are_named_once(tmp_path, caplog):
+    rows = [{"prompt": "a", "completion": "b", "score": 1, "id": 2}] * 3
+    read_completions(write_jsonl(tmp_path / "c.jsonl", rows))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("c.jsonl: not used: the columns 'score', 'id'")
 
 
 def test_chosen_columns_in_csv_and_parquet(tmp_path):
@@ -101,6 +127,9 @@ def test_chosen_columns_in_csv_and_parquet(tmp_path):
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], r"line 2 lacks the column 'completion'"),
         ([{"prompt": 3, "completion": "b"}], "the prompt is 3, not a string"),
         ([{"prompt": "a", "completion": ["b"]}], r"the completion is \['b'\]"),
+        ([{"prompt": "a", "completion": "b", "history": [["c"]]}], r"line 1: the history has \['c'\], not a"),
+        ([{"prompt": "a", "completion": "b", "history": "{"}], "line 1: the history is not JSON"),
+        ([{"prompt": "a", "completion": "b", "system": 3}], "line 1: the system is 3, not a string"),
     ],
 )
 def test_bad_completions(tmp_path, rows, says):

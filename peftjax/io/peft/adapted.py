@@ -13,7 +13,7 @@ import numpy as np
 from peftjax.errors import PeftError
 from peftjax.io.peft.config import TIED_EMBEDDING, LoraConfig
 from peftjax.io.peft.factors import MAGNITUDE, factor_names, from_file, magnitude_shape
-from peftjax.io.peft.names import Names, require_one_stack
+from peftjax.io.peft.names import Names, module_of, require_one_stack
 from peftjax.io.peft.tensors import PREFIX, Tensors
 from peftjax.models.weight_map import Slot
 from peftjax.weights.known_layout import layout_of
@@ -80,7 +80,7 @@ def read_adapted(
             asks for has no adapter; an embedding and the output layer tied to it have different ones.
     """
     found: dict[str, dict[int | None, Layer]] = {}
-    tied: dict[str, Layer] = {}
+    tied: dict[str, dict[str, Layer]] = {}
     shapes: dict[str, Layout] = {}
     known = set()
     for module, tensors in file.factors.items():
@@ -93,13 +93,17 @@ def read_adapted(
         if name in names.slots:
             found.setdefault(slot.path, {})[slot.layer] = scaled
         else:
-            tied[slot.path] = scaled
+            tied.setdefault(slot.path, {})[name] = scaled
     for path in names.tied_weights() & (found.keys() | tied.keys()):
-        if not _same(found.get(path, {}).get(None), tied.get(path)):
+        own, others = found.get(path, {}).get(None), tied.get(path, {})
+        weights = [name for name in names.sharing(path) if name.endswith(".weight")]
+        if not all(_same(own, others.get(name)) for name in weights[1:]):
+            modules = ", ".join(repr(names.written(module_of(name))) for name in weights)
             raise PeftError(
-                f"{path!r} is the embedding and the output layer of this model, and the adapter changes them "
-                f"apart: leave it out, or train without it (PEFT keeps the two together where the embedding "
-                f"is called {TIED_EMBEDDING!r}, both are target_modules and ensure_weight_tying is True)"
+                f"{path!r} is the weight of several modules of this model ({modules}), and the adapter "
+                "changes them apart: leave it out, or train without it (PEFT keeps two together where the "
+                f"embedding is called {TIED_EMBEDDING!r}, both are target_modules and ensure_weight_tying is "
+                "True)"
             )
     _require_targets(config, file, names, leaves, known)
     _require_bases(file, names, leaves)

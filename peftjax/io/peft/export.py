@@ -139,7 +139,9 @@ def export_peft(
     written = {names.written(module): own for module, own in modules.items()}
     values |= _ranks(written) | {
         "base_model_name_or_path": base,
-        "ensure_weight_tying": bool(names.tied_weights() & (factors.keys() | trained)),
+        "ensure_weight_tying": any(
+            names.kept_together(path) for path in names.tied_weights() & (factors.keys() | trained)
+        ),
         "fan_in_fan_out": _fan_in_fan_out(names, factors, modules),
         "lora_dropout": max((part.get("dropout", 0.0) for part in method_parts(config)), default=0.0),
         "target_modules": sorted(written),

@@ -8,6 +8,7 @@ from typing import Any
 
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.io.peft.config import TIED_EMBEDDING
 from peftjax.models.backbone import Backbone
 from peftjax.models.load import FAMILIES
 from peftjax.models.weight_map import Slot, Weight, slots_of
@@ -24,6 +25,7 @@ class Names:
         slots: where each tensor lies in our parameters.
         tied: the same of further names of the same parameters.
         unnamed: paths for which the class has no tensor.
+        uncalled: names of modules' tensors in files that the class's forward never calls.
         architecture: the class.
         task: Hugging Face's name of its task.
         prefix: what the backbone's names begin with in the table.
@@ -35,6 +37,7 @@ class Names:
     slots: Mapping[str, Slot]
     tied: Mapping[str, Slot]
     unnamed: frozenset[str]
+    uncalled: frozenset[str] = frozenset()
     architecture: str = "the table"
     task: str | None = None
     prefix: str = ""
@@ -49,6 +52,16 @@ class Names:
     def tied_weights(self) -> set[str]:
         """The parameters that are the weights of several modules."""
         return {slot.path for name, slot in self.tied.items() if name.endswith(".weight")}
+
+    def sharing(self, path: str) -> list[str]:
+        """The names of all tensors that a parameter is, its own first."""
+        return [name for name, slot in (*self.slots.items(), *self.tied.items()) if slot.path == path]
+
+    def kept_together(self, path: str) -> bool:
+        """Whether PEFT heeds a parameter's tie: of an embedding by that name with an output layer alone."""
+        names = self.sharing(path)
+        tied = len(names) == 2 and self.tied[names[1]].weight.kind == "tied"
+        return tied and module_of(names[0]).endswith(TIED_EMBEDDING)
 
     def in_module(self, module: str) -> list[str]:
         """The tensors of a module and of the modules inside it."""
@@ -67,6 +80,12 @@ class Names:
         """
         known = self.canonical(name)
         slot = self.slots.get(known) or self.tied.get(known)
+        if known in self.uncalled:
+            raise PeftError(
+                f"{name!r} belongs to a module that {self.architecture} never calls, so that PEFT computes "
+                f"without it (it calls {', '.join(map(self.written, self._called(known)))}); leave it out: "
+                f"leave_out={[module_of(name)]}"
+            )
         if slot is None:
             near = tree.nearest(name, [self.written(other) for other in self.slots])
             raise PeftError(
@@ -74,6 +93,11 @@ class Names:
                 f"with the head it belongs to, or leave it out: leave_out={[module_of(name)]}"
             )
         return known, slot
+
+    def _called(self, name: str) -> list[str]:
+        """What a class calls in place of a module that it never calls."""
+        tied = {slot.path for slot in self.tied.values()}
+        return [module_of(other) for path in tied for other in self.sharing(path)] or [module_of(name)]
 
 
 def module_of(name: str) -> str:
@@ -116,22 +140,31 @@ def names_of(model: Model, params: Any) -> Names:
     if head.bare:
         slots = {name: slot for name, slot in slots.items() if name.startswith(family.prefix)}
     tied = {name: slot for name, slot in _of_known(shapes, head.tied).items() if name not in slots}
+    for uncalled in head.uncalled & slots.keys():
+        path = slots.pop(uncalled).path
+        # What is called first stands for the parameter.
+        called = next(name for name, slot in tied.items() if slot.path == path)
+        slots[called] = tied.pop(called)
     return Names(
         slots,
         tied,
         _without(shapes, slots),
+        head.uncalled,
         head.architecture,
         head.task,
         family.prefix,
         head.bare,
         family.canonical,
-        family.in_memory,
+        head.in_memory or family.in_memory,
     )
 
 
 def _of_known(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:
-    paths = {weight.path for weight in weights}
-    return slots_of({path: shape for path, shape in shapes.items() if path in paths}, weights)
+    slots: dict[str, Slot] = {}
+    for weight in weights:  # one by one, since a parameter may have several names
+        if weight.path in shapes:
+            slots |= slots_of({weight.path: shapes[weight.path]}, [weight])
+    return slots
 
 
 def _without(shapes: Mapping[str, tuple[int, ...]], slots: Mapping[str, Slot]) -> frozenset[str]:

@@ -95,17 +95,17 @@ def _expected(config: LoraConfig, file: Tensors, names: Names) -> Iterator[str]:
 
 def _require_ties(config: LoraConfig, file: Tensors, names: Names, known: Mapping[str, str]) -> None:
     """Raise a PeftError where a shared weight is exchanged in one of its modules alone."""
-    for tied, slot in names.tied.items():
-        owners = [name for name, own in names.slots.items() if own.path == slot.path]
-        given = [file.plain[known[name]] for name in (*owners, tied) if name in known]
-        if not given or not tied.endswith(".weight"):
+    for path in sorted(names.tied_weights()):
+        weights = [name for name in names.sharing(path) if name.endswith(".weight")]
+        given = [file.plain[known[name]] for name in weights if name in known]
+        equal = len(given) == len(weights) and all(np.array_equal(given[0], other) for other in given[1:])
+        together = config.tied and names.kept_together(path) and weights[0] in known and len(given) == 1
+        if not given or equal or together:
             continue
-        equal = len(given) == 2 and np.array_equal(*given)
-        together = config.tied and module_of(owners[0]).endswith(TIED_EMBEDDING) and owners[0] in known
-        if not equal and not (together and len(given) == 1):
-            raise PeftError(
-                f"{slot.path!r} is the weight of {module_of(owners[0])!r} and of {module_of(tied)!r} in this "
-                "model, and the adapter exchanges one of them: leave it out, or train without it (PEFT "
-                f"keeps the two together where the embedding is called {TIED_EMBEDDING!r} and "
-                "ensure_weight_tying is True)"
-            )
+        modules = " and of ".join(repr(names.written(module_of(name))) for name in weights)
+        how = "gives each another" if len(given) == len(weights) else f"exchanges {len(given)} of them"
+        raise PeftError(
+            f"{path!r} is the weight of {modules} in this model, and the adapter {how}: leave it out, or "
+            f"train without it (PEFT keeps two together where the embedding is called {TIED_EMBEDDING!r} and "
+            "ensure_weight_tying is True)"
+        )

@@ -1,13 +1,16 @@
 """Which column of a table holds the text and which the label, and labels as class indices."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftjax.errors import PeftError
 
 TEXT_GUESSES = ("text", "sentence", "content")
 LABEL_GUESSES = ("label", "class", "category")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,27 @@ class LabelledText:
     text: str
     label: str
     place: str
+
+
+def filled_columns(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
+    """The columns that have a value in some row, in the order in which they appear.
+
+    A column may be absent or null in the first rows and still hold something in later ones.
+    """
+    return tuple(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+
+
+def warn_of_unused(source: object, columns: Iterable[str], used: Collection[str | None]) -> None:
+    """Name the columns of `source` that nothing is made of, in one line."""
+    if unused := [name for name in columns if name not in used]:
+        plural = "s" if len(unused) > 1 else ""
+        logger.warning("%s: not used: the column%s %s", source, plural, ", ".join(map(repr, unused)))
+
+
+def shown(value: object, length: int = 60) -> str:
+    """A value as an error shows it: its repr, shortened."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def pick_column(
@@ -42,9 +66,9 @@ def pick_column(
 def text_and_label(text: object, label: object, place: str) -> LabelledText:
     """A row checked: the text is a string, the label a string or an integer."""
     if not isinstance(text, str):
-        raise PeftError(f"{place}: the text is {text!r}, not a string")
+        raise PeftError(f"{place}: the text is {shown(text)}, not a string")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise PeftError(f"{place}: the label is {label!r}, not a string or an integer")
+        raise PeftError(f"{place}: the label is {shown(label)}, not a string or an integer")
     return LabelledText(text, str(label), place)
 
 

@@ -92,22 +92,31 @@ def read_rows(path: Path) -> Rows:
         raise PeftError(f"{path} is not UTF-8 text ({error.reason})") from None
 
 
+def all_rows(path: Path) -> tuple[list[tuple[int, dict[str, object]]], tuple[str, ...]]:
+    """All rows of a file, and the columns that have a value in some row.
+
+    Raises:
+        PeftError: as `read_rows`, or when there is no row.
+    """
+    rows = list(read_rows(path))
+    if not rows:
+        raise PeftError(f"the data file {path} has no rows")
+    return rows, cols.filled_columns(row for _, row in rows)
+
+
 def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
-    """The labelled texts of one file; the columns are those of its first row."""
+    """The labelled texts of one file; a column counts where any row has a value for it."""
+    rows, names = all_rows(path)
+    text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
+    label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
+    cols.warn_of_unused(path, names, (text, label))
     found: list[cols.LabelledText] = []
-    text = label = None
-    for line, row in read_rows(path):
+    for line, row in rows:
         place = f"{path}, line {line}"
-        if text is None or label is None:
-            names = list(row)
-            text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
-            label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
         for column in (text, label):
             if row.get(column) is None:
                 raise PeftError(f"{place} lacks the column '{column}'")
         found.append(cols.text_and_label(row[text], row[label], place))
-    if not found:
-        raise PeftError(f"the data file {path} has no rows")
     return found
 
 

@@ -9,7 +9,7 @@ from peftjax.errors import PeftError
 from peftjax.models.load import FAMILIES
 from peftjax.train.config import Task
 from peftjax.train.data.columns import LABEL_GUESSES
-from peftjax.train.data.files import read_rows
+from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.corpus import PLAIN_TEXT
 from peftjax.train.data.language.dataset import LanguageOptions, RowOptions, SourceOptions
 from peftjax.train.data.language.open import find_source
@@ -91,8 +91,8 @@ def _guesses_labels(texts: DataOptions) -> bool:
     path = Path(texts.data)
     if path.suffix.lower() in PLAIN_TEXT:
         return False
-    _, row = next(read_rows(path), (0, {}))
-    return bool(row.keys() & set(LABEL_GUESSES))
+    _, columns = all_rows(path)
+    return bool(set(columns) & set(LABEL_GUESSES))
 
 
 def _is_labelled_set(data: str) -> bool:

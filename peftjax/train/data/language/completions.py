@@ -1,20 +1,16 @@
 """Prompts with their completions, from JSONL, CSV, TSV and Parquet files."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftjax.errors import PeftError
 from peftjax.models.tokenizer import Tokenizer
-from peftjax.train.data.columns import pick_column
-from peftjax.train.data.files import read_rows
+from peftjax.train.data.columns import pick_column, warn_of_unused
+from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
-
-PROMPT_GUESSES = ("prompt", "instruction", "input", "question")
-COMPLETION_GUESSES = ("completion", "response", "output", "answer")
-CONTEXT_COLUMNS = ("input", "context")
-"""Beside an `instruction`, what it is about: often empty."""
+from peftjax.train.data.language.prompts import COMPLETION_GUESSES, prompt_columns, prompt_of, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,38 +37,25 @@ def read_completions(
 ) -> list[Completion]:
     """The rows of a file, columns guessed from the usual names where none are given.
 
-    Beside a guessed `instruction`, a column `input` or `context` that is not empty follows it after
-    an empty line. `separator` goes between prompt and completion unless one of them has white space
-    there already, or the prompt is empty.
+    Beside a guessed prompt, the columns `system`, `history` (pairs of what was asked and answered),
+    `input` and `context` stand in it where they are not empty, with empty lines between; see
+    `prompts.prompt_of`. Columns of no use are named in the log. `separator` goes between prompt and
+    completion unless one of them has white space there already, or the prompt is empty.
 
     Raises:
         PeftError: for a file that cannot be read, a column that does not exist, or a row without it.
     """
+    rows, names = all_rows(path)
+    columns = prompt_columns(names, prompt_column, str(path))
+    completion = pick_column(names, completion_column, COMPLETION_GUESSES, "completion", str(path))
+    logger.info("%s: %s make the prompt, %r the completion", path, columns.all, completion)
+    warn_of_unused(path, names, (*columns.all, completion))
     found = []
-    prompt = completion = context = None
-    for line, row in read_rows(path):
-        if prompt is None or completion is None:
-            names = list(row)
-            prompt = pick_column(names, prompt_column, PROMPT_GUESSES, "prompt", str(path))
-            completion = pick_column(names, completion_column, COMPLETION_GUESSES, "completion", str(path))
-            if prompt == "instruction" and prompt_column is None:
-                context = next((name for name in CONTEXT_COLUMNS if name in names), None)
-            logger.info(
-                "%s: %r is the prompt%s, %r the completion",
-                path,
-                prompt,
-                f" with {context!r}" if context else "",
-                completion,
-            )
+    for line, row in rows:
         place = f"{path}, line {line}"
-        given, answer = (_text(row, column, place) for column in (prompt, completion))
-        if context is not None and row.get(context):
-            given = f"{given}\n\n{_text(row, context, place)}"
-        if given and not given[-1].isspace() and not answer[:1].isspace():
-            given += separator
-        found.append(Completion(given, answer))
-    if not found:
-        raise PeftError(f"the data file {path} has no rows")
+        answer = text_of(row, completion, place)
+        prompt = prompt_of(row, columns, separator=separator, completion=answer, place=place)
+        found.append(Completion(prompt, answer))
     return found
 
 
@@ -100,12 +83,3 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     if not tokenizer.stop_ids:
         raise PeftError("the tokenizer has no end of text: name an eos_token in its tokenizer_config.json")
     return tokenizer.stop_ids[0]
-
-
-def _text(row: Mapping[str, object], column: str, place: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise PeftError(f"{place} lacks the column '{column}'")
-    if not isinstance(value, str):
-        raise PeftError(f"{place}: the {column} is {value!r}, not a string")
-    return value

@@ -8,8 +8,8 @@ import numpy as np
 
 from peftjax.errors import PeftError
 from peftjax.models.tokenizer import Tokenizer
-from peftjax.train.data.columns import TEXT_GUESSES, pick_column
-from peftjax.train.data.files import HELD_OUT_SHARE, read_rows
+from peftjax.train.data.columns import TEXT_GUESSES, pick_column, shown, warn_of_unused
+from peftjax.train.data.files import HELD_OUT_SHARE, all_rows
 from peftjax.train.data.language.completions import end_of_text
 from peftjax.train.data.language.example import Example
 
@@ -69,12 +69,10 @@ def _plain_text(path: Path) -> str:
 
 
 def _column(path: Path, text_column: str | None) -> list[str]:
-    documents = []
-    column = None
-    for line, row in read_rows(path):
-        if column is None:
-            column = pick_column(list(row), text_column, TEXT_GUESSES, "text", str(path))
+    rows, names = all_rows(path)
+    column = pick_column(names, text_column, TEXT_GUESSES, "text", str(path))
+    warn_of_unused(path, names, (column,))
+    for line, row in rows:
         if not isinstance(row.get(column), str):
-            raise PeftError(f"{path}, line {line}: the {column} is {row.get(column)!r}, not a string")
-        documents.append(row[column])
-    return documents
+            raise PeftError(f"{path}, line {line}: the {column} is {shown(row.get(column))}, not a string")
+    return [str(row[column]) for _, row in rows]

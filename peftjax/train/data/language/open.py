@@ -10,10 +10,11 @@ from peftjax.errors import PeftError
 from peftjax.models.chat import ChatTemplate, compile_template
 from peftjax.models.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES
-from peftjax.train.data.files import is_held_out, read_rows
+from peftjax.train.data.files import all_rows, is_held_out
 from peftjax.train.data.language import completions, conversations, corpus
 from peftjax.train.data.language.dataset import LanguageDataset, LanguageOptions, Source
 from peftjax.train.data.language.example import Example
+from peftjax.train.data.language.prompts import COMPLETION_GUESSES, PROMPT_GUESSES
 from peftjax.train.data.language.rows import TokenRows, corpus_rows, example_rows
 from peftjax.train.data.language.truncation import Cut, truncate
 
@@ -72,7 +73,7 @@ def open_language_rows(
 
 
 def find_source(path: Path, options: LanguageOptions) -> Source:
-    """What the options say, or name columns for, or what the columns of the first row look like.
+    """What the options say, or name columns for, or what the columns look like.
 
     Raises:
         PeftError: when it is none of them; the sentence lists the columns.
@@ -90,15 +91,16 @@ def find_source(path: Path, options: LanguageOptions) -> Source:
         return "completions"
     if options.text_column:
         return "corpus"
-    _, row = next(read_rows(path), (0, {}))
-    if row.keys() & set(conversations.MESSAGE_COLUMNS):
+    _, columns = all_rows(path)
+    names = set(columns)
+    if names & set(conversations.MESSAGE_COLUMNS):
         return "conversations"
-    if row.keys() & set(completions.PROMPT_GUESSES) and row.keys() & set(completions.COMPLETION_GUESSES):
+    if names & set(PROMPT_GUESSES) and names & set(COMPLETION_GUESSES):
         return "completions"
-    if row.keys() & set(TEXT_GUESSES):
+    if names & set(TEXT_GUESSES):
         return "corpus"
     raise PeftError(
-        f"the columns of {path} ({', '.join(map(repr, row))}) are neither a chat's (messages), nor a "
+        f"the columns of {path} ({', '.join(map(repr, columns))}) are neither a chat's (messages), nor a "
         "prompt's and a completion's, nor a text's: name one with messages_column, prompt_column and "
         "completion_column, or text_column"
     )
