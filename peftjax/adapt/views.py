@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax import compat
-from peftjax.weights.base import Weight, reshape, transpose
+from peftjax.weights.base import Weight, reshape, slice_features, transpose
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -46,20 +46,32 @@ def _slice(eqn: Any, operands: list[Any]) -> Weight | None:
     weight = operands[0]
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * weight.ndim
-    for position, (start, limit, stride) in enumerate(zip(starts, limits, strides)):
-        if (start, limit, stride) == (0, weight.shape[position], 1):
-            continue
-        if weight.layout.axes[position].kind == "s":
-            weight = weight.map_stack(
-                position,
-                lambda part, axis, cut=(start, limit, stride): lax.slice_in_dim(part, *cut, axis=axis),
-                len(range(start, limit, stride)),
-            )
-        else:
-            weight = weight.slice_features(position, start, limit - start) if stride == 1 else None
+    for position, cut in enumerate(map(range, starts, limits, strides)):
+        weight = _cut(weight, position, cut)
         if weight is None:
             return None
     return weight
+
+
+def _cut(weight: Weight, position: int, cut: range) -> Weight | None:
+    """`weight[start:stop:step]` along one axis."""
+    if cut == range(weight.shape[position]):
+        return weight
+    if weight.layout.axes[position].kind == "s":
+        return weight.map_stack(position, lambda part, axis: slice_features(part, axis, cut), len(cut))
+    return weight.slice_features(position, cut)
+
+
+def _split(eqn: Any, operands: list[Any]) -> list[Weight] | None:
+    weight, axis, start = operands[0], eqn.params["axis"], 0
+    parts: list[Weight] = []
+    for size in eqn.params["sizes"]:
+        part = _cut(weight, axis, range(start, start + size))
+        if part is None:
+            return None
+        parts.append(part)
+        start += size
+    return parts
 
 
 def _dynamic_slice(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -105,6 +117,7 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "squeeze": _squeeze,
     "convert_element_type": _convert,
     "slice": _slice,
+    "split": _split,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
     "sharding_constraint": _constrain,

@@ -144,17 +144,17 @@ class Weight(Opaque):
             lambda part, _: Gather(axis.place, options)(indices, part),
         )
 
-    def slice_features(self, position: int, start: int, size: int) -> Self | None:
-        """A contiguous slice along the only input or the only output axis."""
+    def slice_features(self, position: int, cut: range) -> Self | None:
+        """`w[start:stop:step]` along the only input or the only output axis."""
         kind = self.layout.axes[position].kind
         if len(self.layout.positions(kind)) > 1:
             return None
         sizes = list(self.shape)
-        sizes[position] = size
+        sizes[position] = len(cut)
         return self._rebuild(
             self.layout.resized(sizes),
-            lambda w: slice_features(w, position, start, size),
-            lambda part, side: lax.slice_in_dim(part, start, start + size, axis=-1) if side == kind else part,
+            lambda w: slice_features(w, position, cut),
+            lambda part, side: slice_features(part, part.ndim - 1, cut) if side == kind else part,
         )
 
     def part_specs(self, spec: PartitionSpec) -> Self | None:
@@ -266,11 +266,11 @@ def reshape(w: Any, shape: Sequence[int]) -> Any:
     return w.reshape(shape) if isinstance(w, Weight) else lax.reshape(w, tuple(shape))
 
 
-def slice_features(w: Any, position: int, start: int, size: int) -> Any:
-    """A contiguous slice of an array, or of a structured weight (None where it has no such view)."""
+def slice_features(w: Any, position: int, cut: range) -> Any:
+    """A slice of an array along an axis, or of a structured weight (None where it has no such view)."""
     if isinstance(w, Weight):
-        return w.slice_features(position, start, size)
-    return lax.slice_in_dim(w, start, start + size, axis=position)
+        return w.slice_features(position, cut)
+    return lax.slice_in_dim(w, cut.start, cut.stop, cut.step, position)
 
 
 def dense(w: Any) -> Array:

@@ -87,11 +87,11 @@ class Kernelised(Weight):
         """The base in another dtype; the factors stay float32: dW is a small difference of distances."""
         return replace(self, base=cast(self.base, dtype))
 
-    def slice_features(self, position: int, start: int, size: int) -> "Kernelised | None":
+    def slice_features(self, position: int, cut: range) -> "Kernelised | None":
         """A slice, with the whole matrix's threshold; a softmax over the outputs needs all of them."""
         if self.map.mixed and self.layout.axes[position].kind == "o":
             return None
-        return super().slice_features(position, start, size)
+        return super().slice_features(position, cut)
 
     def part_specs(self, spec: PartitionSpec) -> "Kernelised | None":
         """As other weights'; None where a softmax over the outputs would see some of them only."""

@@ -13,6 +13,15 @@ from peftjax.weights.explicit import keeping
 from peftjax.weights.layout import Layout, Side
 
 NOWHERE = 2**31 - 1
+
+
+def numbered_in(numbers: Array, cut: range) -> Array:
+    """Places along an axis as they are numbered in a slice of it; those outside become `NOWHERE`."""
+    shifted = numbers - cut.start
+    inside = (numbers >= cut.start) & (numbers < cut.stop) & (shifted % cut.step == 0)
+    return jnp.where(inside, shifted // cut.step, NOWHERE)
+
+
 """The number of a row that is in no matrix."""
 
 

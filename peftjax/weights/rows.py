@@ -24,7 +24,7 @@ from peftjax.weights.base import (
 from peftjax.weights.explicit import keeping, like
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, widened
-from peftjax.weights.places import NOWHERE, put_rows, take_rows
+from peftjax.weights.places import numbered_in, put_rows, take_rows
 from peftjax.weights.resident import followed, resident
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.thin import thin_dot
@@ -103,13 +103,12 @@ class TrainedRows(Weight):
         """The base in another dtype; the values stay as exact as they are."""
         return replace(self, base=cast(self.base, dtype))
 
-    def slice_features(self, position: int, start: int, size: int) -> "TrainedRows | None":
+    def slice_features(self, position: int, cut: range) -> "TrainedRows | None":
         """A slice of outputs, or one of inputs with the rows that lie in it."""
-        view = super().slice_features(position, start, size)
+        view = super().slice_features(position, cut)
         if view is None or self.layout.axes[position].kind == "o":
             return view
-        rows = self.rows - start
-        return replace(view, rows=jnp.where((rows >= 0) & (rows < size), rows, NOWHERE))
+        return replace(view, rows=numbered_in(self.rows, cut))
 
     def part_specs(self, spec: Any) -> "TrainedRows | None":
         """None where inputs are sharded: the rows are numbered over all of them."""

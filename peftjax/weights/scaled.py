@@ -98,11 +98,11 @@ class ScaledColumns(Weight):
         """The low-rank weight in another dtype; lengths stay as exact as they are."""
         return replace(self, base=self.base.cast(dtype))
 
-    def slice_features(self, position: int, start: int, size: int) -> "ScaledColumns | None":
+    def slice_features(self, position: int, cut: range) -> "ScaledColumns | None":
         """A slice of outputs; one of inputs would change the lengths, so there is none."""
         if self.layout.axes[position].kind != "o":
             return None
-        return super().slice_features(position, start, size)
+        return super().slice_features(position, cut)
 
 
 def column_squares(w: Any, layout: Layout) -> Array:

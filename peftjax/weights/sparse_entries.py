@@ -9,7 +9,7 @@ from jax import Array
 
 from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import NOWHERE, put_entries, take_entries
+from peftjax.weights.places import NOWHERE, numbered_in, put_entries, take_entries
 from peftjax.weights.resident import resident
 
 
@@ -64,15 +64,14 @@ class SparseEntries(Weight):
         """The same parts: the dense weight is cast when it is made, its entries from float32."""
         return replace(self, compute_dtype=jnp.dtype(dtype))
 
-    def slice_features(self, position: int, start: int, size: int) -> "SparseEntries | None":
+    def slice_features(self, position: int, cut: range) -> "SparseEntries | None":
         """The entries that lie in the slice."""
-        view = super().slice_features(position, start, size)
+        view = super().slice_features(position, cut)
         if view is None:
             return None
         name = "rows" if self.layout.axes[position].kind == "i" else "columns"
-        shifted = getattr(self, name) - start
-        inside = (shifted >= 0) & (shifted < size) & (self.rows != NOWHERE)
-        return replace(view, **{name: jnp.where(inside, shifted, NOWHERE)})
+        numbers = jnp.where(self.rows != NOWHERE, getattr(self, name), NOWHERE)
+        return replace(view, **{name: numbered_in(numbers, cut)})
 
     def part_specs(self, spec: Any) -> "SparseEntries | None":
         """None where inputs or outputs are sharded: entries are numbered over all of them."""

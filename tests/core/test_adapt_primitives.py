@@ -65,6 +65,9 @@ MATRIX = {
     "reshaped": lambda w, x: jnp.einsum("bd,dhk->bhk", x, w.reshape(D, 2, D // 2)),
     "sliced outputs": lambda w, x: x @ w[:, 2:6],
     "sliced inputs": lambda w, x: x[:, :3] @ w[:3],
+    "outputs cut in two": lambda w, x: sum(x @ part for part in jnp.split(w, 2, axis=1)),
+    "interleaved outputs": lambda w, x: x @ w[:, 1::2],
+    "interleaved inputs": lambda w, x: x[:, ::2] @ w[::2],
     "jit": lambda w, x: jax.jit(lambda x, w: x @ w)(x, w),
     "remat": lambda w, x: jax.checkpoint(
         lambda x, w: jnp.tanh(x @ w), policy=jax.checkpoint_policies.dots_saveable

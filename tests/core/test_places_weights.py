@@ -150,3 +150,21 @@ def test_rows_are_as_exact_as_the_weight_that_a_model_computes_with():
     np.testing.assert_array_equal(pj.adapt(fn)(fresh, x), fn(weight.base, x))
     trained = replace(fresh, values=fresh.values + 1e-4)  # less than bfloat16 tells of most
     assert_close(pj.adapt(fn)(trained, x), fn(trained.dense(), x), 1e-2)
+
+
+@pytest.mark.parametrize("make", [rows_weight, entries_weight])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda w, x: x[:, 1:5] @ w[1:5],
+        lambda w, x: x[:, 1::2] @ w[1::2],
+        lambda w, x: x @ w[:, ::3],
+        lambda w, x: x[:, :3] @ jnp.split(w, 2)[1],
+    ],
+)
+def test_a_slice_has_the_rows_and_entries_that_lie_in_it(make, cut):
+    keys = iter(jax.random.split(KEY, 3))
+    weight, x = make("io", (6, 5), keys), jax.random.normal(next(keys), (4, 6))
+    expected, found = (run(cut, weight, weight.values, x) for run in (by_hand, results))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
