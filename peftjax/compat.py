@@ -3,10 +3,11 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
@@ -55,32 +56,50 @@ def split_scan(params: dict[str, Any], values: Sequence[Any]) -> tuple[list, lis
     return values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
 
 
-def custom_jvp_rule(params: dict[str, Any], n_inputs: int) -> tuple[Any, Sequence[Any], list[bool]]:
+def custom_jvp_rule(params: dict[str, Any], still: Sequence[bool]) -> tuple[Any, Sequence[Any], list[bool]]:
     """The jaxpr of a custom JVP rule, its constants and which output tangents it leaves out as zero.
 
-    The jaxpr takes the primals (without the call's constants) and one tangent for each.
+    The jaxpr takes the primals (without the call's constants) and one tangent for each that is not still.
     """
-    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*[False] * n_inputs)
+    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*still)
     return jaxpr, consts, list(zeros)
 
 
 def custom_vjp_forward(
-    params: dict[str, Any], n_inputs: int
+    params: dict[str, Any], perturbed: Sequence[bool]
 ) -> tuple[Any, Sequence[Any], Callable[[list, list], tuple[list, list]]]:
     """The forward jaxpr of a custom VJP rule, its constants, and how to read what it returns.
 
-    The reader takes (inputs, outputs of the jaxpr) and gives (residuals, primal outputs).
+    The reader takes (inputs without the call's constants, outputs of the jaxpr) and gives (residuals,
+    primal outputs).
     """
-    jaxpr, consts = params["fwd_jaxpr_thunk"].call_wrapped(*[True] * n_inputs)
+    jaxpr, consts = params["fwd_jaxpr_thunk"].call_wrapped(*perturbed)
     _, residual_tree, forwarded = params["out_trees"]()
+    skipped = params["num_consts"] if _constants_are_numbered() else 0
 
     def read(inputs: list, outputs: list) -> tuple[list, list]:
         n_stored = residual_tree.num_leaves - sum(f is not None for f in forwarded)
         stored = iter(outputs[:n_stored])
-        residuals = [next(stored) if f is None else inputs[f] for f in forwarded]
+        residuals = [next(stored) if f is None else inputs[f - skipped] for f in forwarded]
         return residuals, outputs[n_stored:]
 
     return jaxpr, consts, read
+
+
+@cache
+def _constants_are_numbered() -> bool:
+    """Whether the inputs that a custom VJP rule hands on are numbered behind the call's constants.
+
+    It differs between versions, so it is looked up in a rule whose answer is known.
+    """
+    constant = np.ones(2, np.float32)
+    fn = jax.custom_vjp(lambda x: x * constant)
+    fn.defvjp(lambda x: (x * constant, x), lambda x, g: (g,))
+    (eqn,) = open_jaxpr(jax.make_jaxpr(fn)(constant))[0].eqns
+    params = eqn.params
+    params["fwd_jaxpr_thunk"].call_wrapped(True)
+    (number,) = params["out_trees"]()[2]
+    return params["num_consts"] > 0 and number == params["num_consts"]
 
 
 def custom_vjp_backward(params: dict[str, Any]) -> Callable[..., list[Any]]:

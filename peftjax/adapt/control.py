@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import compat
@@ -104,18 +105,25 @@ def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     primal = run.call(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_jvp(lambda *values: primal(*operands[:n_consts], *values))
+    symbolic = eqn.params["symbolic_zeros"]
 
-    @fn.defjvp
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        dense_tangents = [
-            jax.jvp(dense, (p,), (t,))[1] if isinstance(p, Weight) else t for p, t in zip(primals, tangents)
-        ]
-        jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, len(primals))
-        out = run.run(jaxpr, [*consts, *primals, *dense_tangents])
+        # The rule of the equation is told which inputs do not move, where it asked for that.
+        still = [symbolic and all(_is_zero(leaf) for leaf in jax.tree.leaves(t)) for t in tangents]
+        moving = [_dense_tangent(p, t) for p, t, zero in zip(primals, tangents, still) if not zero]
+        jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, still)
+        out = run.run(jaxpr, [*consts, *primals, *moving])
         outputs, given = out[: len(zeros)], iter(out[len(zeros) :])
         return outputs, [_zero_tangent(o) if z else next(given) for o, z in zip(outputs, zeros)]
 
+    fn.defjvp(rule, symbolic_zeros=symbolic)
     return fn(*operands[n_consts:])
+
+
+def _dense_tangent(value: Any, tangent: Any) -> Any:
+    """The tangent of the dense array from those of its parts."""
+    tangent = jax.tree.map(_instantiated, tangent)
+    return jax.jvp(dense, (value,), (tangent,))[1] if isinstance(value, Weight) else tangent
 
 
 def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -123,19 +131,36 @@ def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_vjp(lambda *values: primal(*operands[:n_consts], *values))
 
-    def forward(*values: Any) -> tuple[Any, Any]:
-        jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, len(values))
+    def forward(*marked: Any) -> tuple[Any, Any]:
+        values = custom_vjp_primal_tree_values(marked)
+        perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(value)) for value in marked]
+        jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, perturbed)
         residuals, outputs = read(list(values), run.run(jaxpr, [*consts, *values]))
         weights = [value if isinstance(value, Weight) else None for value in values]
         return outputs, (residuals, weights)
 
     def backward(kept: Any, cotangents: list[Any]) -> tuple[Any, ...]:
         residuals, weights = kept
+        if not eqn.params["symbolic_zeros"]:
+            cotangents = [_instantiated(ct) for ct in cotangents]
         given = run.trace(compat.custom_vjp_backward(eqn.params))(*residuals, *cotangents)
         return tuple(_pull_back(w, ct) for w, ct in zip(weights, given))
 
-    fn.defvjp(forward, backward)
+    # Symbolic zeros tell which inputs are differentiated: the rule may do less for the others, or refuse.
+    fn.defvjp(forward, backward, symbolic_zeros=True)
     return fn(*operands[n_consts:])
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _instantiated(leaf: Any) -> Any:
+    """The array of zeros that a symbolic zero stands for; another leaf as it is."""
+    if not _is_zero(leaf):
+        return leaf
+    shape, dtype = leaf.aval.shape, leaf.aval.dtype
+    return np.zeros(shape, dtype) if dtype == jax.dtypes.float0 else jnp.zeros(shape, dtype)
 
 
 def _pull_back(weight: Weight | None, cotangent: Any) -> Any:
