@@ -1,5 +1,6 @@
 """Names, selection and surgery of parameter trees: any pytree of arrays, named by '/'-joined paths."""
 
+import collections
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,25 +44,81 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def path_name(keys: Sequence[Any]) -> str:
-    """The name of a leaf: its pytree keys joined by '/', without the '.value' of an NNX variable."""
-    names = [_key_name(key) for key in keys]
-    if len(names) > 1 and names[-1] == "value":
-        names = names[:-1]
-    return "/".join(names)
+def _is_variable(node: Any) -> bool:
+    # Told by its class, so that Flax need not be installed.
+    return any(
+        kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__
+    )
+
+
+def _variables(tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The NNX variables of a tree by the pytree keys that lead to them."""
+    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: _is_leaf(n) or _is_variable(n))
+    return {tuple(keys): node for keys, node in outer if _is_variable(node)}
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """The names and leaves of a tree, and its structure.
+
+    Raises:
+        PeftError: two leaves have one name.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    values = [tuple(keys) for keys, _ in pairs if len(keys) > 1 and _key_name(keys[-1]) == "value"]
+    variables = _variables(tree) if values else {}
+    width = collections.Counter(tuple(keys[:-1]) for keys, _ in pairs) if values else {}
+    own = {
+        keys for keys in values if keys[:-1] in variables or (width[keys[:-1]] == 1 and _is_slot(keys[-2:]))
+    }
+    seen: dict[str, tuple[Any, ...]] = {}
+    for full, _ in pairs:
+        keys = tuple(full)
+        name = "/".join(_key_name(key) for key in (keys[:-1] if keys in own else keys))
+        if name in seen:
+            raise PeftError(
+                f"two leaves of the tree are called {name!r}: {jax.tree_util.keystr(seen[name])} and "
+                f"{jax.tree_util.keystr(keys)}; rename one, so that each can be told by its path"
+            )
+        seen[name] = keys
+    return list(seen), [leaf for _, leaf in pairs], structure
+
+
+def _is_slot(keys: Sequence[Any]) -> bool:
+    """Whether the keys are those of the slot of a trainable, `{path: {"value": array}}`.
+
+    Its path has several parts or ends in the name of a parameter, below which no parameter lies.
+    """
+    owner, last = keys
+    if not all(isinstance(key, jax.tree_util.DictKey) for key in keys) or last.key != "value":
+        return False
+    parts = str(owner.key).split("/")
+    return "~" not in parts and (len(parts) > 1 or parts[-1] in (*WEIGHT_NAMES, *_VECTOR_NAMES))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Every leaf of `tree` by its path name, in tree order; structured weights count as leaves."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return {path_name(keys): leaf for keys, leaf in pairs}
+    """Every leaf of `tree` by its path name, in tree order; structured weights count as leaves.
+
+    A name is the pytree keys joined by '/', without the '.value' of an NNX variable and without the slot
+    'value' in which a trainable holds a parameter that is trained as it is.
+
+    Raises:
+        PeftError: two leaves have one name.
+    """
+    names, leaves, _ = _flatten(tree)
+    return dict(zip(names, leaves, strict=True))
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """`tree` with each leaf replaced by `fn(path name, leaf)`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: fn(path_name(keys), leaf), tree, is_leaf=_is_leaf
-    )
+    names, leaves, structure = _flatten(tree)
+    return jax.tree.unflatten(structure, [fn(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+
+def keys_of(tree: Any) -> dict[str, tuple[Any, ...]]:
+    """The pytree keys of every leaf by its path name."""
+    names, _, _ = _flatten(tree)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return {name: tuple(keys) for name, (keys, _) in zip(names, pairs, strict=True)}
 
 
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:

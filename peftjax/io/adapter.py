@@ -106,6 +106,9 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     held = dict(read_tensors(files))
     wanted = {"trainable": fresh, "state": frozen.state}
     names = {f"{part}/{name}" for part, values in wanted.items() for name in tree.named_leaves(values)}
+    for name in names - held.keys():  # files of earlier versions drop the slot
+        if name.endswith("/value") and (short := name.removesuffix("/value")) in held.keys() - names:
+            held[name] = held.pop(short)
     if extra := sorted(held.keys() - names):
         raise PeftError(f"{folder}: tensor {extra[0]!r} has no place in this model; it is another's adapter")
 

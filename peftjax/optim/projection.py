@@ -152,7 +152,7 @@ def _small(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> 
 
 def _places(params: Any, found: Mapping[str, of.Projected]) -> dict[str, Path]:
     """The way to each projected parameter."""
-    ways = {tree.path_name(keys): tuple(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    ways = tree.keys_of(params)
     return {path: ways[path] for path in found}
 
 

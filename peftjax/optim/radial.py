@@ -71,15 +71,16 @@ def remove_radial(
         found = matrix_layouts(params, layouts, who=who)
         directions, state = inner.update(grads, state, params, **extra)
 
-        def one(keys: Any, direction: Array, gradient: Array, weight: Array) -> Array:
+        def one(path: str, direction: Array, gradient: Array, weight: Array) -> Array:
             d, g, w = (widened(x) for x in (direction, gradient, weight))
-            layout, ratio = found.get(tree.path_name(keys)), 1.0
+            layout, ratio = found.get(path), 1.0
             if layout is not None:
                 d, projected = tangent(w, g, d, layout, delta=delta, eps=eps)
                 ratio = jnp.where(projected, wd_ratio, 1.0)
             return (d + ratio * weight_decay * w).astype(direction.dtype)
 
-        return jax.tree_util.tree_map_with_path(one, directions, grads, params), state
+        names = tree.map_named(lambda path, _: path, directions)
+        return jax.tree.map(one, names, directions, grads, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -148,3 +148,29 @@ def test_counting():
     params = {"a": jnp.zeros((3, 4), jnp.bfloat16), "b": jnp.zeros(5)}
     assert tree.count(params) == 17
     assert tree.nbytes(params) == 3 * 4 * 2 + 5 * 4
+
+
+def test_a_parameter_called_value_keeps_its_name():
+    class Attention(eqx.Module):
+        query: jax.Array
+        value: jax.Array
+
+    w = jnp.zeros((4, 4))
+    for params in ({"attn": {"query": w, "value": w}}, {"attn": Attention(w, w)}):
+        assert list(tree.named_leaves(params)) == ["attn/query", "attn/value"]
+        assert tree.select(params, ["query", "value"], who="test") == ["attn/query", "attn/value"]
+    assert list(tree.named_leaves({"attn": {"value": w}})) == ["attn/value"]
+    assert list(tree.named_leaves({"value": {"value": w}})) == ["value/value"]
+    state = nnx.State({"value": nnx.Param(w), "query": nnx.Param(w)})
+    assert sorted(tree.named_leaves(state)) == ["query", "value"]
+
+
+def test_the_slot_of_a_plain_parameter_has_the_name_of_the_parameter():
+    trainable = {"up/bias": {"value": jnp.zeros(4)}, "bias": {"value": jnp.zeros(4)}}
+    assert sorted(tree.named_leaves(trainable)) == ["bias", "up/bias"]
+
+
+@pytest.mark.parametrize("params", [{"a/b": 1.0, "a": {"b": 2.0}}, {"a": {"1": 1.0}, "a/1": 2.0}])
+def test_two_leaves_of_one_name_are_an_error_that_names_both(params):
+    with pytest.raises(PeftError, match=r"two leaves .* 'a/.'.*\['a'\]"):
+        tree.named_leaves(params)
