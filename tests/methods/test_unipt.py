@@ -67,7 +67,7 @@ def written_out(variant, own, found, visible):
         anchor = norm(own["last_norm"], linear(own["last"], last))
     out = []
     for q, seen in enumerate(visible):
-        pooled = anchor[seen].mean(0)
+        pooled = anchor[q] if clip else anchor[seen].mean(0)
         scores = np.array([(pooled * t[seen].mean(0)) @ np.asarray(own["confidence"]) for t in tokens])
         shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         mixed = np.zeros_like(anchor[q])
@@ -124,6 +124,20 @@ def test_rows_without_an_answer_are_zero_and_shares_are_one_together():
     np.testing.assert_array_equal(confidence(jnp.zeros(4), keys, stack, visible), jnp.full((3, 2, 1), 1 / 3))
     grads = jax.grad(lambda k: interaction(-k, k, visible & False).sum())(keys)
     assert bool(jnp.isfinite(grads).all())
+
+
+def test_the_confidence_of_clip4clip_is_of_the_query_and_not_of_its_neighbors():
+    """As released, where the one query is the sentence's or image's own token."""
+    anchors, tokens = jax.random.normal(KEY, (2, 5, 4)), jax.random.normal(jax.random.key(1), (3, 2, 5, 4))
+    visible, weights = jnp.array(MASK, bool)[:, None], jnp.arange(1.0, 5.0)
+    shares = confidence(weights, anchors, tokens, visible, own_anchor=True)
+    for row, mask in enumerate(MASK == 1):
+        means = np.stack([np.asarray(layer)[row, mask].mean(0) for layer in tokens])
+        scores = np.exp([[weights @ (anchor * mean) for anchor in anchors[row]] for mean in means])
+        np.testing.assert_allclose(shares[:, row], scores / scores.sum(0), rtol=1e-4)
+    moved = confidence(weights, anchors.at[:, 1].add(1.0), tokens, visible, own_anchor=True)
+    np.testing.assert_array_equal(np.delete(moved, 1, axis=2), np.delete(shares, 1, axis=2))
+    assert float(jnp.abs(moved - shares)[:, :, 1].max()) > 0.1
 
 
 @pytest.mark.slow

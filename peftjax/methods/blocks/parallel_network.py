@@ -12,8 +12,6 @@ from peftjax.methods.blocks.features import Part, linear, linear_norm, mean_visi
 
 Params = Any
 EPSILON = 1e-5
-SMALLEST_SUM = 1e-8
-"""Of a row of A."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +19,22 @@ class Variant:
     """What differs between the released task trees.
 
     Attributes:
-        of_clip: T_l without a norm, aggregated with the last, an anchor of its own, and H_L + R's way up.
+        of_clip: T_l without a norm, aggregated with the last, an anchor of its own, of which every token has
+            its own in the confidence, and H_L + R's way up.
         projection: what R goes through before Q is added; None adds no Q.
         active: whether a relu comes before the way up.
+        smallest_sum: what a row of A is divided by at least.
     """
 
     of_clip: bool = False
     projection: Literal["linear", "bottleneck"] | None = "linear"
     active: bool = True
+    smallest_sum: float = 1e-8
 
 
 VARIANTS = {
     "vse": Variant(),
-    "clip4clip": Variant(of_clip=True, projection=None),
+    "clip4clip": Variant(of_clip=True, projection=None, smallest_sum=1e-6),
     "clip_vil": Variant(projection="bottleneck", active=False),
 }
 
@@ -59,16 +60,22 @@ def narrow_states(
 
 def confidence(
     weights: Float[Array, " d"],
-    anchors: Float[Array, "B K d"],
+    anchors: Float[Array, "B A d"],
     tokens: Float[Array, "n B K d"],
     visible: Bool[Array, "#B #Q K"],
+    *,
+    own_anchor: bool = False,
 ) -> Float[Array, "n B #Q"]:
-    """c: the shares of the layers, whose sum is 1."""
+    """c: the shares of the layers, whose sum is 1.
+
+    With `own_anchor` the anchors are those of the queries, [B, Q, d], and each has shares of its own instead
+    of those of the mean anchor.
+    """
 
     @recompute
     def score(weights: Array, anchors: Array, tokens: Array) -> Array:
-        pooled = mean_visible(visible, anchors) * mean_visible(visible, tokens)
-        return pooled @ weights
+        query = anchors.astype(jnp.float32) if own_anchor else mean_visible(visible, anchors)
+        return (query * mean_visible(visible, tokens)) @ weights
 
     scores = jax.lax.map(lambda of_layer: score(weights, anchors, of_layer), tokens)
     return jax.nn.softmax(scores, axis=0)
@@ -80,12 +87,13 @@ def aggregate(
     keys: Float[Array, "n B K d"],
     shares: Float[Array, "n B #S"],
     visible: Bool[Array, "#B #S K"],
+    smallest_sum: float,
 ) -> Float[Array, "B S d"]:
     """R, a layer at a time: of the queries' own `tokens`, and of the `keys` they see."""
 
     @recompute
     def share(anchor: Array, tokens: Array, keys: Array, share: Array) -> Array:
-        mixed = interaction(anchor, keys, visible) + tokens.astype(jnp.float32)
+        mixed = interaction(anchor, keys, visible, smallest_sum) + tokens.astype(jnp.float32)
         return share[..., None] * mixed
 
     def body(total: Array, of_layer: tuple[Array, ...]) -> tuple[Array, None]:
@@ -96,12 +104,15 @@ def aggregate(
 
 
 def interaction(
-    anchor: Float[Array, "B S d"], keys: Float[Array, "B K d"], visible: Bool[Array, "#B #S K"]
+    anchor: Float[Array, "B S d"],
+    keys: Float[Array, "B K d"],
+    visible: Bool[Array, "#B #S K"],
+    smallest_sum: float = Variant.smallest_sum,
 ) -> Float[Array, "B S d"]:
     """`A T` in float32."""
     scores = jnp.einsum("bsd,bkd->bsk", anchor, keys, preferred_element_type=jnp.float32)
     scores = jax.nn.relu(scores) * visible
-    weights = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), SMALLEST_SUM)
+    weights = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), smallest_sum)
     return jnp.einsum("bsk,bkd->bsd", weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
 
 

@@ -15,8 +15,8 @@ far.
 The variants are those of the released task trees, of which each output is given for every token:
 
     vse         as above (texts of VSE-infty)
-    clip4clip   T_l = relu(H_l) W_l + b_l, aggregated with l = L; Q has weights of its own, and
-                out = H_L + relu(R) W_up + b_up
+    clip4clip   T_l = relu(H_l) W_l + b_l, aggregated with l = L; Q has weights of its own, as every
+                token's c has, softmax_l( w · (Q * mean(T_l)) ), and out = H_L + relu(R) W_up + b_up
     clip_vil    LN(relu(R W_1 + b_1) W_2 + b_2) with W_1 [d, D] before the sum, and no relu after it
 
 Trained: all of that, D d + d (+ 2 d) a layer. Backward keeps H_l and T_l of every layer, D + d numbers a
@@ -24,9 +24,9 @@ token, and Q, R; A_l is made again. Nothing in the backbone is kept, or can be t
 
 Defaults of the released code: factor 2 and torch's initial values, none of them zero, so that a fresh
 output is random (of clip4clip, near H_L). Its scalar b_0 beside w cancels in the softmax and is left out.
-The sum of a row is bounded from below by 1e-8, to which other trees add. Its images of several scales (V2)
-and the decoder of MDETR (V5) have no counterpart in a backbone; an encoder-decoder has two stacks, for
-which nothing was released.
+The sum of a row is bounded from below by 1e-8 (clip4clip: 1e-6), to which other trees add. Its images of
+several scales (V2) and the decoder of MDETR (V5) have no counterpart in a backbone; an encoder-decoder has
+two stacks, for which nothing was released.
 """
 
 import dataclasses
@@ -148,20 +148,23 @@ class ParallelStack:
         last, states = states_of(model, params, hidden, context, key)
         anchor, tokens = narrow_states(self.kind, own, last, states)
         visible = visible_tokens(model, context, hidden.shape[1], hidden.shape[1])
-        shares = confidence(own["confidence"], anchor, tokens, visible)
-        return output(self.kind, own, last, anchor, aggregate(anchor, tokens, tokens, shares, visible))
+        shares = confidence(own["confidence"], anchor, tokens, visible, own_anchor=self.kind.of_clip)
+        mixed = aggregate(anchor, tokens, tokens, shares, visible, self.kind.smallest_sum)
+        return output(self.kind, own, last, anchor, mixed)
 
     def empty_cache(
         self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> dict[str, Any]:
-        """That of the blocks, and zeros for T_l [n, B, T, d] and Q [B, T, d]."""
+        """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
         inner, slots = params[NAME]["confidence"].shape[0], context["mask"].shape[1]
         count = model.num_layers + self.kind.of_clip
-        return {
+        cache = {
             "blocks": self.inner.empty_cache(model, params, hidden, context),
             "tokens": jnp.zeros((count, len(hidden), slots, inner), hidden.dtype),
-            "anchor": jnp.zeros((len(hidden), slots, inner), hidden.dtype),
         }
+        if not self.kind.of_clip:
+            cache["anchor"] = jnp.zeros((len(hidden), slots, inner), hidden.dtype)
+        return cache
 
     def run_cached(
         self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Any
@@ -174,11 +177,14 @@ class ParallelStack:
         def written(slots: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, new, context["cache_index"], slots.ndim - 2)
 
-        anchors, keys = written(cache["anchor"], anchor), written(cache["tokens"], tokens)
-        visible = visible_tokens(model, context, length, anchors.shape[1])
-        shares = confidence(own["confidence"], anchors, keys, visible)
-        out = output(self.kind, own, last, anchor, aggregate(anchor, tokens, keys, shares, visible))
-        return out, {"blocks": blocks, "tokens": keys, "anchor": anchors}
+        further, keys = {"blocks": blocks}, written(cache["tokens"], tokens)
+        visible = visible_tokens(model, context, length, keys.shape[2])
+        anchors = anchor
+        if not self.kind.of_clip:
+            further["anchor"] = anchors = written(cache["anchor"], anchor)
+        shares = confidence(own["confidence"], anchors, keys, visible, own_anchor=self.kind.of_clip)
+        mixed = aggregate(anchor, tokens, keys, shares, visible, self.kind.smallest_sum)
+        return output(self.kind, own, last, anchor, mixed), {**further, "tokens": keys}
 
 
 def _require_one_stack(owner: Any) -> None:
