@@ -166,8 +166,22 @@ def fit(
 
         trainable = state.trainable
         if checkpoints is not None and config.keep_best and best.step is not None:
-            trainable = checkpoint.restore_trainable(checkpoints, best.step, trainable)
+            trainable = _best_trainable(checkpoints, best.step, trainable)
     return FitResult(trainable, state.step, best)
+
+
+def _best_trainable(checkpoints: checkpoint.Checkpoints, step: int, like: PyTree[Array]) -> PyTree[Array]:
+    """The trainable arrays of the best checkpoint.
+
+    Raises:
+        PeftError: it is lost.
+    """
+    try:
+        return checkpoint.restore_trainable(checkpoints, step, like)
+    except PeftError as error:
+        raise PeftError(
+            f"{error}; it was the best one: with keep_best 0 the run ends with its last parameters"
+        ) from error
 
 
 def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch) -> tuple[RunState, Metrics]:
