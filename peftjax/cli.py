@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -20,6 +21,7 @@ from peftjax.generation.command import GenerateOptions, run_generate
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
 from peftjax.train.exchange import export_saved, import_saved
+from peftjax.train.interrupt import ends_within, what_is_saved
 from peftjax.train.options import (
     LANGUAGE_HEAD,
     DataOptions,
@@ -167,16 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    command = None
     try:
         command = _parse(arguments)
-        _RUN[type(command)](command, console)
+        with ends_within(lambda: _say_interrupted(command, console)):
+            _RUN[type(command)](command, console)
     except PeftError as error:
         print(f"peftjax: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        goes_on = "; the same command continues from the last checkpoint" if arguments[0] == "train" else ""
-        print(f"peftjax: interrupted{goes_on}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        _say_interrupted(command, console)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def _say_interrupted(command: Any, console: Console) -> None:
+    """What a run has saved; called from any thread, and perhaps while a bar is drawn."""
+    console.show_cursor()
+    saved = f": {what_is_saved(command.output)}" if isinstance(command, Train) else ""
+    print(f"peftjax: interrupted{saved}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str]) -> Any:

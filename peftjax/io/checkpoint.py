@@ -2,14 +2,14 @@
 
 A checkpoint is a folder `<step>/` with three items: `trainable` (arrays by path), `optimizer`
 (optimizer state and the run's PRNG key, arrays by path) and `run` (step, data iterator and early
-stopping, JSON). It is written in the background under a temporary name and renamed when it is
-complete, so the newest one is never half-written.
+stopping, JSON), and `checksums.json` over their files. It is written in the background under a
+temporary name and renamed when it is complete, so the newest one is never half-written; one that was
+damaged later is found by its checksums, set aside, and the newest whole one taken instead.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,24 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Key, PyTree
 
 from peftjax.errors import PeftError
+from peftjax.io import checksums
+from peftjax.io.files import checked
+from peftjax.io.unreadable import (
+    COMPLETE,
+    Unreadable,
+    none_whole,
+    set_aside,
+    set_unreadable_aside,
+    what_is_wrong,
+)
 
 Checkpoints = ocp.CheckpointManager
 """The checkpoints of one run; `open_checkpoints` makes it."""
 
 _ARRAY_ITEMS = ("trainable", "optimizer")
-_COMPLETE = "_CHECKPOINT_METADATA"  # Orbax writes it into a folder it has finished
+_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's names of folders end that are being written
+# Orbax writes into them when the checksums are recorded already; nothing of a run is in them.
+_WITHOUT_CHECKSUM = (COMPLETE, "commit_success.txt")
 
 
 @dataclass(frozen=True)
@@ -65,20 +77,25 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
 
     Args:
         directory: made where absent; interrupted writes in it are removed, and folders that are
-            incomplete for another reason set aside as `<step>.incomplete`.
+            damaged or incomplete set aside as `<step>.unreadable` and `<step>.incomplete`.
         keep_last: newest checkpoints to keep, at least 1.
         keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
+
+    Raises:
+        PeftError: there are checkpoints, and none is whole.
     """
+    directory = Path(directory).absolute()
     last = ocp.checkpoint_managers.LatestN(keep_last)
     options = ocp.CheckpointManagerOptions(
         best_fn=lambda metrics: metrics["score"],  # without it Orbax does not write the scores
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([last, BestScores(keep_best)]),
         cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _record_checksums(directory)),
     )
-    set_incomplete_aside(Path(directory))
+    set_unreadable_aside(directory)
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAY_ITEMS}
     manager = ocp.CheckpointManager(
-        Path(directory).absolute(),
+        directory,
         options=options,
         item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
     )
@@ -86,18 +103,11 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
         yield manager
 
 
-def set_incomplete_aside(directory: Path) -> None:
-    """Rename the folder of an incomplete checkpoint (one copied or deleted in part) out of the way.
-
-    Orbax would count it as the newest, and could delete a complete one to keep it.
-    """
-    if not directory.is_dir() or jax.process_index() != 0:
-        return
-    for folder in directory.iterdir():
-        if folder.name.isdigit() and not (folder / _COMPLETE).exists():
-            aside = folder.with_name(f"{folder.name}.incomplete")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+def _record_checksums(directory: Path) -> None:
+    """Orbax calls it when all files are written, before it gives their folder its name."""
+    if jax.process_index() == 0:
+        for folder in directory.glob(f"*{_UNFINISHED}"):
+            checksums.record(folder, leave_out=_WITHOUT_CHECKSUM)
 
 
 def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) -> None:
@@ -120,43 +130,59 @@ def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) 
 
 
 def restore_latest(checkpoints: Checkpoints, like: RunState) -> RunState | None:
-    """The newest complete checkpoint, or None where there is none.
+    """The newest whole checkpoint, or None where there is none; unreadable newer ones are set aside.
 
     Args:
         checkpoints: of the run.
         like: a state with the same trees, shapes, dtypes and shardings; its values are not read.
 
     Raises:
-        PeftError: the checkpoint is of another model or method: names the first difference.
+        PeftError: the checkpoint is of another model or method: names the first difference; or there are
+            checkpoints, and none can be read.
     """
-    steps = complete_steps(checkpoints)
-    if not steps:
-        return None
     wanted = {
         "trainable": abstract_by_path(like.trainable),
         "optimizer": abstract_by_path((like.opt_state, like.key)),
     }
-    found = _restore(checkpoints, steps[-1], wanted)
+    while steps := complete_steps(checkpoints):
+        folder = Path(checkpoints.directory) / str(steps[-1])
+        try:
+            found = _restore(checkpoints, steps[-1], wanted)
+            break
+        except Unreadable as error:
+            if len(steps) == 1:
+                raise PeftError(none_whole(folder.parent, {folder: str(error)})) from error
+            set_aside(folder, str(error))
+            checkpoints.reload()
+    else:
+        return None
     opt_state, key = _with_structure(found["optimizer"], (like.opt_state, like.key))
     return RunState(
         trainable=_with_structure(found["trainable"], like.trainable),
         opt_state=opt_state,
         key=key,
-        step=found["run"]["step"],
-        data=found["run"]["data"],
-        progress=found["run"]["progress"],
+        **found["run"],
     )
 
 
 def restore_trainable(checkpoints: Checkpoints, step: int, like: PyTree[Array]) -> PyTree[Array]:
-    """The trainable arrays of the checkpoint at `step`; `like` as in `restore_latest`."""
+    """The trainable arrays of the checkpoint at `step`; `like` as in `restore_latest`.
+
+    Raises:
+        PeftError: there is no such checkpoint, it is damaged, or it is of another model or method.
+    """
     steps = complete_steps(checkpoints)
     if step not in steps:
         raise PeftError(
             f"{checkpoints.directory} has no checkpoint of step {step}; it has those of steps "
             f"{', '.join(map(str, steps)) or '(none)'}"
         )
-    found = _restore(checkpoints, step, {"trainable": abstract_by_path(like)})
+    try:
+        found = _restore(checkpoints, step, {"trainable": abstract_by_path(like)})
+    except Unreadable as error:
+        raise PeftError(
+            f"the checkpoint of step {step} in {checkpoints.directory} is unreadable: {error}"
+        ) from error
     return _with_structure(found["trainable"], like)
 
 
@@ -166,17 +192,55 @@ def complete_steps(checkpoints: Checkpoints) -> list[int]:
     return sorted(checkpoints.all_steps())
 
 
-def _restore(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> ocp.args.Composite:
-    metadata = checkpoints.item_metadata(step)
+@dataclass(frozen=True)
+class _Run:
+    """The item `run` of a checkpoint."""
+
+    step: int
+    data: dict[str, Any]
+    progress: dict[str, Any]
+
+
+def _restore(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The items of a checkpoint: those `wanted`, and the fields of `run`.
+
+    Raises:
+        Unreadable: it is not as it was written, or (of one without checksums) Orbax cannot read it.
+        PeftError: an array is of another shape or dtype.
+    """
+    reason = what_is_wrong(Path(checkpoints.directory) / str(step))
+    if reason is not None:
+        raise Unreadable(reason)
+    with _reading():
+        metadata = checkpoints.item_metadata(step)
+        saved = {name: dict(metadata[name].items()) for name in wanted}
     for name, arrays in wanted.items():
-        difference = first_difference(metadata[name], arrays)
+        difference = first_difference(saved[name], arrays)
         if difference is not None:
             raise PeftError(
                 f"{checkpoints.directory} holds a checkpoint of another model or method: {name} "
                 f"{difference}; choose another output folder, or the options it was made with"
             )
     items = {name: ocp.args.StandardRestore(arrays) for name, arrays in wanted.items()}
-    return checkpoints.restore(step, args=ocp.args.Composite(**items, run=ocp.args.JsonRestore()))
+    with _reading():
+        found = checkpoints.restore(step, args=ocp.args.Composite(**items, run=ocp.args.JsonRestore()))
+        run = checked(_Run, found["run"], "run/metadata")
+    return {
+        **{name: found[name] for name in wanted},
+        "run": {f.name: getattr(run, f.name) for f in fields(run)},
+    }
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever Orbax ends with on files that it cannot read becomes `Unreadable`."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unreadable(lines[0][:200]) from error
 
 
 def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from peftjax.errors import PeftError
 from peftjax.io import checkpoint
 from peftjax.io.checkpoint import RunState
+from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
@@ -84,7 +85,8 @@ def fit(
         evaluate: from `make_evaluate` of the same, where the caller shares what it compiled.
 
     Raises:
-        PeftError: `directory` belongs to another run, or a loss or gradient is not finite.
+        PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
+            gradient is not finite.
     """
     tx = method.optimizer(make_optimizer(config, steps.total))
     rate = learning_rate(config, steps.total)
@@ -106,6 +108,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if directory is not None:
+            if jax.process_index() == 0:
+                stack.enter_context(at_work(directory))
             claim_folder(directory, identity or {})
             checkpoints = stack.enter_context(
                 checkpoint.open_checkpoints(
@@ -166,8 +170,22 @@ def fit(
 
         trainable = state.trainable
         if checkpoints is not None and config.keep_best and best.step is not None:
-            trainable = checkpoint.restore_trainable(checkpoints, best.step, trainable)
+            trainable = _best_trainable(checkpoints, best.step, trainable)
     return FitResult(trainable, state.step, best)
+
+
+def _best_trainable(checkpoints: checkpoint.Checkpoints, step: int, like: PyTree[Array]) -> PyTree[Array]:
+    """The trainable arrays of the best checkpoint.
+
+    Raises:
+        PeftError: it is lost.
+    """
+    try:
+        return checkpoint.restore_trainable(checkpoints, step, like)
+    except PeftError as error:
+        raise PeftError(
+            f"{error}; it was the best one: with keep_best 0 the run ends with its last parameters"
+        ) from error
 
 
 def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch) -> tuple[RunState, Metrics]:

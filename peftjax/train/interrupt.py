@@ -1,0 +1,77 @@
+"""Ends a run within seconds of SIGINT or SIGTERM, even while a step compiles or a checkpoint is written."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from peftjax.io.unreadable import COMPLETE, step_folders
+
+GRACE = 5.0
+"""Seconds that the program has after the signal to end by itself."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def ends_within(say_last: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted` in the body; if that is not heard in time, the process ends.
+
+    Python runs its handlers between two of its own instructions, so never during a long call of the
+    compiler or of a file system. The wake-up descriptor is written to by the operating system's own
+    handler, and a thread reads it.
+
+    Args:
+        say_last: called before the process is ended, from another thread.
+        grace: seconds from the signal to that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in _SIGNALS and not over.wait(grace):
+                say_last()
+                os._exit(128 + number[0])
+            if over.is_set():
+                return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    thread = threading.Thread(target=watch, name="peftjax-signals", daemon=True)
+    thread.start()
+    handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        over.set()
+        os.close(writing)  # the thread reads the end of the pipe
+        thread.join()
+        os.close(reading)
+
+
+def what_is_saved(output: Path) -> str:
+    """A sentence's end on the newest finished checkpoint of a run, as it is on the disk now."""
+    saved = [folder for folder in step_folders(output / "checkpoints") if (folder / COMPLETE).exists()]
+    if not saved:
+        return f"no checkpoint in {output} yet; the same command starts again"
+    return f"step {saved[-1].name} is saved in {output}; the same command continues from there"

@@ -1,0 +1,52 @@
+"""A signal ends a run within seconds, whatever the main thread does, and what is saved is named."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from peftjax.train.interrupt import Interrupted, ends_within, what_is_saved
+
+# A mutex that is locked twice: a call outside Python's code during which none of its handlers runs, and that
+# leaves other threads going, as the compiler does.
+DEAF = """
+import ctypes
+from peftjax.train.interrupt import ends_within
+with ends_within(lambda: print("step 4 is saved", flush=True), grace=0.5):
+    print("begun", flush=True)
+    mutex = (ctypes.c_char * 64)()
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_does_not_hear_its_signal_is_ended(number):
+    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert 0.3 < time.monotonic() - started < 5
+    assert (output, process.returncode) == ("step 4 is saved\n", 128 + number)
+
+
+def test_a_signal_that_is_heard_raises_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Interrupted) as ended, ends_within(lambda: None):
+            signal.raise_signal(number)
+        assert ended.value.number == number
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_is_saved_counts_finished_checkpoints_only(tmp_path):
+    assert "no checkpoint in" in what_is_saved(tmp_path)
+    for name in ("4", "10", "12.orbax-checkpoint-tmp", "14"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for name in ("4", "10"):
+        (tmp_path / "checkpoints" / name / "_CHECKPOINT_METADATA").write_text("{}")
+    assert "step 10 is saved in" in what_is_saved(tmp_path)
