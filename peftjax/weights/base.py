@@ -16,9 +16,11 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.lax import GatherScatterMode
 from jax.sharding import PartitionSpec
 
 from peftjax.tree import Opaque
+from peftjax.weights.explicit import like
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
@@ -130,7 +132,10 @@ class Weight(Opaque):
 
     def take_stack(self, position: int, indices: Array, options: tuple[tuple[str, Any], ...]) -> Self | None:
         """The members `indices` `[*n, 1]` of one stack axis; the axes n come first and are stacks too."""
-        axis = self.layout.axes[position]
+        axis, given = self.layout.axes[position], dict(options)
+        fill = given.get("fill_value") if given.get("mode") == GatherScatterMode.FILL_OR_DROP else None
+        if not (fill is None or fill == 0 or fill != fill):
+            return None  # only zeros and undefined numbers are the product of filled parts too
         layout = self.layout.drop(position)
         for size in reversed(indices.shape[:-1]):
             layout = layout.with_stack(0, size)
@@ -141,7 +146,7 @@ class Weight(Opaque):
                 if isinstance(w, Weight)
                 else Gather(position, options)(indices, w)
             ),
-            lambda part, _: Gather(axis.place, options)(indices, part),
+            lambda part, _: Gather(axis.place, _for_part(part, options))(indices, part),
         )
 
     def slice_features(self, position: int, cut: range) -> Self | None:
@@ -256,6 +261,18 @@ def _moved_first(place: int, first: int) -> int:
     return 0 if place == first else place + (place < first)
 
 
+def _for_part(part: Array, options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """How members of a stack are taken of one part: outside of it, floats are zero and others anything.
+
+    The base alone has the fill value, so that an undefined one reaches no gradient of the parts.
+    """
+    if dict(options).get("mode") != GatherScatterMode.FILL_OR_DROP:
+        return options
+    if jnp.issubdtype(part.dtype, jnp.floating):
+        return tuple((dict(options) | {"fill_value": 0}).items())
+    return tuple((dict(options) | {"mode": GatherScatterMode.CLIP, "fill_value": None}).items())
+
+
 def transpose(w: Any, permutation: Sequence[int]) -> Any:
     """Transpose an array or a structured weight."""
     return w.transpose(permutation) if isinstance(w, Weight) else lax.transpose(w, permutation)
@@ -287,8 +304,36 @@ def contract(x: Array, w: Any, rule: Rule) -> Array:
     """Apply a rule to an activation and an array or a structured weight: the one way weights act."""
     if not isinstance(w, Weight):
         return rule(x, w)
-    method = {Dot: w.dot, Gather: w.gather, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
-    return method(x if isinstance(rule, Gather) else _promoted(x, w, rule), rule)
+    if isinstance(rule, Gather):
+        return _looked_up(x, w, rule)
+    method = {Dot: w.dot, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
+    return method(_promoted(x, w, rule), rule)
+
+
+def _looked_up(indices: Array, w: Weight, rule: Gather) -> Array:
+    """Rows of w, those outside it as the lookup's mode says: once for all parts, which see valid numbers.
+
+    A row that is filled in reaches no part: neither its fill value nor the (masked, perhaps undefined)
+    cotangent that comes back for it.
+    """
+    options = dict(rule.options)
+    mode, fill = options.get("mode"), options.get("fill_value")
+    if mode not in (GatherScatterMode.FILL_OR_DROP, GatherScatterMode.CLIP):
+        return w.gather(indices, rule)
+    last = min(w.shape[rule.axis] - 1, jnp.iinfo(indices.dtype).max)
+    # Numbers that are clipped may be equal.
+    options |= {"mode": GatherScatterMode.CLIP, "fill_value": None, "unique_indices": False}
+    rows = w.gather(jnp.clip(indices, 0, last), Gather(rule.axis, tuple(options.items())))
+    if mode == GatherScatterMode.CLIP:
+        return rows
+
+    @jax.checkpoint  # backward keeps the numbers alone, and no mask of the rows' size
+    def filled(rows: Array, indices: Array) -> Array:
+        inside = (indices == jnp.clip(indices, 0, last))[..., 0]
+        inside = lax.broadcast_in_dim(inside, rows.shape, range(inside.ndim))
+        return jnp.where(like(inside, rows), rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+
+    return filled(rows, indices)
 
 
 def _promoted(x: Array, w: Weight, rule: Dot | Conv | RaggedDot) -> Array:

@@ -169,7 +169,8 @@ def rows_of(w: Any, layout: Layout, rows: Array) -> Array:
 
     def of_matrix(w: Weight, rows: Array) -> Array:
         w = w.relabelled(lambda at: replace(at, axes=tuple(a for a in at.axes if a.kind != "s")))
-        return w.gather(rows[:, None], Gather(0, (("mode", "fill"), ("fill_value", 0))))
+        outside = (("mode", lax.GatherScatterMode.FILL_OR_DROP), ("fill_value", 0))
+        return contract(rows[:, None], w, Gather(0, outside))
 
     for _ in layout.stack:
         of_matrix = jax.vmap(of_matrix)

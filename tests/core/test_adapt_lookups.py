@@ -1,0 +1,100 @@
+"""Numbers outside the table: a structured weight's lookup fills, clips and trains as its dense array's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import KEY, assert_close, noisy
+
+import peftjax as pj
+from peftjax.weights.layout import Layout
+from peftjax.weights.low_rank import LowRank
+
+TABLE = jax.random.normal(KEY, (10, 6))
+IDS = jnp.array([[1, 9], [3, 12], [0, -30]])
+INSIDE = ((IDS >= 0) & (IDS < 10))[..., None]
+METHODS = {
+    "lora": pj.lora(rank=2, targets=".*"),
+    "dora": pj.dora(rank=2, targets=".*"),
+    "rows": pj.rows([3, 9], targets=".*"),
+    "pissa": pj.pissa(rank=2, targets=".*"),
+    "galore": pj.galore(rank=2, targets=".*"),
+    "snell": pj.snell(rank=2, targets=".*"),
+    "shira": pj.shira(rank=1, targets=".*"),
+}
+MODES = {
+    "fill": {},
+    "fill with a number": {"mode": "fill", "fill_value": 3.0},
+    "clip": {"mode": "clip"},
+    "columns": {"mode": "fill", "fill_value": -1.0},
+}
+
+
+def look_up(table, mode):
+    return jnp.take(table.T if mode == "columns" else table, IDS, axis=0, **MODES[mode])
+
+
+def of_method(name):
+    method = METHODS[name]
+    frozen, trainable = method.init(KEY, {"embedding": TABLE})
+    floats = noisy({"t": [x for x in jax.tree.leaves(trainable) if jnp.issubdtype(x.dtype, jnp.floating)]})
+    moved = iter(floats["t"])
+    return (
+        method,
+        frozen,
+        jax.tree.map(lambda x: next(moved) if jnp.issubdtype(x.dtype, jnp.floating) else x, trainable),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_lookup_outside_the_table_is_that_of_the_merged_table(name, mode):
+    method, frozen, trainable = of_method(name)
+    got = pj.adapt(functools.partial(look_up, mode=mode))(method.apply(frozen, trainable)["embedding"])
+    assert_close(got, look_up(method.merge(frozen, trainable)["embedding"], mode), 1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_are_masked_afterwards_leave_finite_and_right_gradients(name):
+    method, frozen, trainable = of_method(name)
+
+    def loss(fn, tables):
+        # The derivative of the root at a filled row is undefined too, not only the row.
+        return lambda t: jnp.sum(jnp.where(INSIDE, jnp.sqrt(2.0 + jnp.tanh(fn(tables(t)["embedding"]))), 0.0))
+
+    def fn(table):
+        return look_up(table, "fill")
+
+    def apply(t):
+        return method.apply(frozen, t)
+
+    got = jax.grad(loss(pj.adapt(fn), apply), allow_int=True)(trainable)
+
+    def dense(t):  # the very weight, dense: merging may round or stop gradients
+        leaf = method.apply(frozen, t)["embedding"]
+        return {"embedding": leaf.dense()}
+
+    wanted = jax.grad(loss(fn, dense), allow_int=True)(trainable)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(wanted)))
+    floats = [(g, w) for g, w in pairs if jnp.issubdtype(g.dtype, jnp.floating)]
+    assert floats
+    assert any(float(jnp.abs(w).max()) > 0 for _, w in floats)
+    for g, w in floats:
+        assert bool(jnp.isfinite(g).all())
+        assert_close(g, w, 1e-4)
+
+
+def test_a_member_outside_the_stack_is_filled_and_poisons_nothing():
+    layout = Layout.parse("sio", (3, 6, 4), "experts")
+    weight = LowRank(jax.random.normal(KEY, (3, 6, 4)), jnp.ones((3, 2, 6)), jnp.ones((3, 2, 4)), layout, 0.5)
+    ids, x = jnp.array([2, 7]), jnp.ones((2, 6))
+
+    def fn(w):
+        y = jnp.einsum("ni,nio->no", x, jnp.take(w, ids, axis=0))
+        return jnp.where(ids[:, None] < 3, y, 0.0)
+
+    assert_close(pj.adapt(fn)(weight), fn(weight.dense()), 1e-5)
+    got = jax.grad(lambda w: jnp.sum(jnp.sin(pj.adapt(fn)(w))))(weight)
+    wanted = jax.grad(lambda w: jnp.sum(jnp.sin(fn(w.dense()))))(weight)
+    assert_close((got.a, got.b), (wanted.a, wanted.b), 1e-5)
