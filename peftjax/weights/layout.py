@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftjax.errors import PeftError
+from peftjax.tree import STACKS
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis.
 Kind = Literal["s", "i", "o", "1"]
@@ -198,7 +199,6 @@ def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[
 # How parameters are named by the modules of Flax; the last component is the parameter's own name.
 _ATTENTION_INPUTS = ("query", "key", "value", "qkv")
 _ATTENTION_OUTPUTS = ("out",)
-_STACKS = ("blocks", "layers", "experts", "scan")
 
 
 def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = None) -> str:
@@ -214,7 +214,7 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
     parent = modules[-1].lower() if modules else ""
     # 'layers/3' and 'layers_3' are one layer: only a list without a number is stacked.
     stacked = any(
-        module.lower() in _STACKS and not inner.isdecimal()
+        module.lower() in STACKS and not inner.isdecimal()
         for module, inner in zip(modules, [*modules[1:], ""])
     )
     if name == "weight":
