@@ -273,17 +273,41 @@ def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("/" + suffix)
 
 
-def _is_linear(path: str) -> bool:
+def is_convolution(path: str, ndim: int) -> bool:
+    """Whether the weight's module is called a convolution, and it has the axes of one."""
+    module = path.split("/")[-2] if "/" in path else ""
+    # 'conv_in', 'PatchConv', 'dwconv2d', but not 'converter', 'conversation', 'convex'.
+    called = re.search(r"conv(?!ers|ert|erg|ey|ex|inc|ention|oy)", module.lower())
+    return called is not None and ndim > 2
+
+
+def why_not_linear(path: str, leaf: Any) -> str | None:
+    """Why 'all-linear' leaves a weight out: an output layer, a convolution or a lookup table; else None."""
+    if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
+        return "a lookup table"
+    if is_convolution(path, leaf.ndim):
+        return "a convolution"
+    if (called := _output_layer(path)) is not None:
+        return f"in the output layer {called!r}"
+    return None
+
+
+def _output_layer(path: str) -> str | None:
+    """The output layer that a parameter lies in: never inside a numbered or stacked layer or an attention."""
     *modules, name = path.split("/")
-    if name in ("embedding", "embeddings"):
-        return False
-    conv = bool(modules) and "conv" in modules[-1].lower()
-    return not conv and not any(module in OUTPUT_LAYERS for module in (*modules, name))
+    parts = [part for part in (*modules, name) if part != "params"]
+    for number, part in enumerate(parts):
+        if re.fullmatch(r"\d+|.*_\d+", part) or part.lower() in STACKS or "att" in part.lower():
+            return None
+        # A list of heads further in is that of an attention.
+        if part in OUTPUT_LAYERS and (part != "heads" or number == 0):
+            return part
+    return None
 
 
-def _matches(path: str, names: tuple[str, ...], targets: Targets) -> bool:
+def _matches(path: str, names: tuple[str, ...], targets: Targets, leaf: Any) -> bool:
     if targets == "all-linear":
-        return _is_linear(path)
+        return why_not_linear(path, leaf) is None
     if isinstance(targets, str):
         return any(re.fullmatch(targets, name) for name in names)
     return any(_has_suffix(name, part) for name in names for part in targets)
@@ -323,7 +347,7 @@ def select(
         tree: parameters, structured leaves included.
         targets: a regular expression that must match a whole name; or a list of exact names or path
             suffixes (whole components: 'head' is not 'my_head'); or 'all-linear': every linear layer
-            but the output layer (`OUTPUT_LAYERS`), convolutions and embeddings.
+            but the output layer (`OUTPUT_LAYERS`, outside layers), convolutions and embeddings.
         who: the method that asks, for the errors.
         exclude: the same two forms; wins over `targets`.
         eligible: which parameters may be hit at all; by default matrices.
@@ -344,7 +368,9 @@ def select(
             f"{who}: the tree has no parameter this method can adapt{_why(leaves, list(leaves), others)}"
         )
     known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
-    hits = [path for path, all_names in candidates.items() if _matches(path, all_names, targets)]
+    hits = [
+        path for path, all_names in candidates.items() if _matches(path, all_names, targets, leaves[path])
+    ]
     if not isinstance(targets, str):
         for part in targets:
             if not any(_has_suffix(name, part) for name in known):
@@ -357,7 +383,11 @@ def select(
                     f"{who}: target {part!r} matched no parameter; closest: {nearest(part, known)}"
                 )
     if not hits:
-        unfit = [path for path, own in rest.items() if _matches(path, own, targets)]
+        unfit = [
+            path
+            for path, own in rest.items()
+            if targets != "all-linear" and _matches(path, own, targets, leaves[path])
+        ]
         if unfit:
             raise PeftError(f"{who}: pattern {targets!r} has nothing to adapt{_why(leaves, unfit, others)}")
         raise PeftError(
@@ -365,7 +395,7 @@ def select(
         )
     if exclude is None:
         return hits
-    kept = [path for path in hits if not _matches(path, candidates[path], exclude)]
+    kept = [path for path in hits if not _matches(path, candidates[path], exclude, leaves[path])]
     if not kept:
         raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
     if len(kept) == len(hits):

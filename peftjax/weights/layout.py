@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftjax.errors import PeftError
-from peftjax.tree import STACKS
+from peftjax.tree import STACKS, is_convolution
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis.
 Kind = Literal["s", "i", "o", "1"]
@@ -218,8 +218,8 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
         for module, inner in zip(modules, [*modules[1:], ""])
     )
     if name == "weight":
-        return "oi" + "i" * (ndim - 2) if "conv" in parent or ndim > 3 else "s" * (ndim - 2) + "oi"
-    if name == "kernel" and "conv" in parent and ndim > 2:
+        return "oi" + "i" * (ndim - 2) if is_convolution(path, ndim) or ndim > 3 else "s" * (ndim - 2) + "oi"
+    if name == "kernel" and is_convolution(path, ndim):
         return "s" * stacked + "i" * (ndim - 1 - stacked) + "o"
     if name == "kernel" and ndim > 2:
         with_heads = "i" + "oo", "ii" + "o"

@@ -28,9 +28,9 @@ MODEL = matrices(
     "layers/1/query/kernel",
     "layers/1/up/kernel",
     "layers/1/my_head/kernel",
-    "layers/1/conv_in/kernel",
     "head/kernel",
 )
+MODEL["layers"]["1"]["conv_in"] = {"kernel": jnp.zeros((3, 4, 4))}  # two axes would be a linear layer
 
 
 def select(targets, **options):
@@ -209,3 +209,17 @@ def test_biases_in_the_words_of_every_library():
     haiku = {"linear": {"w": w, "b": v}, "layer_norm": {"scale": v, "offset": v}, "lora": {"a": w, "b": w}}
     assert tree.biases(haiku) == ["layer_norm/offset", "linear/b"]
     assert tree.biases({"up": {"kernel": w, "bias": v}}) == ["up/bias"]
+
+
+def test_all_linear_leaves_out_the_output_layer_and_nothing_for_a_name_further_in():
+    inside = ["attn/heads/0/q", "converter/kernel", "a", "b", "scale", "layers/0/attn/score/kernel"]
+    inside += ["attention/logits/kernel", "blocks/3/head/kernel", "conv_proj/kernel"]
+    params = matrices(*inside, "lm_head/kernel", "params/head/kernel", "heads/0/kernel")
+    assert sorted(tree.select(params, "all-linear", who="test")) == sorted(inside)
+    assert tree.why_not_linear("lm_head/kernel", jnp.zeros((4, 4))) == "in the output layer 'lm_head'"
+
+
+def test_stacked_biases_and_scales_are_no_matrices():
+    params = matrices("layers/norm/scale", "h/norm/scale", "h/mlp/b") | {"up": {"kernel": jnp.zeros((4, 4))}}
+    params["h"]["mlp"]["w"] = jnp.zeros((4, 4, 4))
+    assert tree.select(params, "all-linear", who="test") == ["h/mlp/w", "up/kernel"]

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import peftjax as pj
+from peftjax.report import adapted_line, inspection
 
 
 def methods():
@@ -54,3 +55,20 @@ def test_biases_of_haiku_are_trained():
     assert sorted(pj.bitfit().init(jax.random.key(0), params)[1]) == ["linear/b"]
     for bias in ("all", "adapted"):
         assert "linear/b" in pj.lora(rank=2, bias=bias).init(jax.random.key(0), params)[1]
+
+
+def test_the_report_names_every_matrix_that_is_left_out_with_the_reason():
+    w = jnp.ones((4, 4))
+    params = {"up": {"kernel": w}, "ids": w.astype(jnp.int32), "head": {"kernel": w}, "act": jax.nn.relu}
+    params["word"] = {"embedding": w}
+    rows = inspection(pj.lora(rank=2), params)["parameters"]
+    assert {row["parameter"]: row.get("why") for row in rows} == {
+        "up/kernel": None,
+        "head/kernel": "in the output layer 'head'",
+        "word/embedding": "a lookup table",
+        "ids": "it is int32, and methods train real floating-point numbers",
+    }
+    method = pj.lora(rank=2)
+    line = adapted_line(method, params, *method.init(jax.random.key(0), params))
+    assert line.startswith("weights adapted: 1; matrices left as they are: ")
+    assert "head/kernel: in the output layer 'head'" in line
