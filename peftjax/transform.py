@@ -1,11 +1,13 @@
 """What a fine-tuning method is: a rewrite of the parameters, the model and the optimizer."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from peftjax import tree
@@ -80,6 +82,24 @@ def _all_move(trainable: Trainable) -> Any:
     return jax.tree.map(lambda _: True, trainable)
 
 
+def _unshared(init: Callable[..., tuple[Frozen, Trainable]]) -> Callable[..., tuple[Frozen, Trainable]]:
+    """`init` with a copy of each trained array that is one of the parameters, or there twice."""
+
+    @functools.wraps(init)
+    def copying(key: jax.Array, params: Params) -> tuple[Frozen, Trainable]:
+        frozen, trainable = init(key, params)
+        taken = {id(leaf) for leaf in jax.tree.leaves((params, frozen))}
+
+        def own(leaf: Any) -> Any:
+            shared = id(leaf) in taken
+            taken.add(id(leaf))
+            return jnp.copy(leaf) if shared and isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+        return frozen, jax.tree.map(own, trainable)
+
+    return copying
+
+
 @dataclass(frozen=True)
 class Transform:
     """One method, as pure functions; nothing it is given is ever changed.
@@ -87,7 +107,8 @@ class Transform:
     Attributes:
         name: the method's name in the registry.
         config: the options it was made with; with the name, enough to make it again.
-        init: `(key, params) -> (frozen, trainable)`.
+        init: `(key, params) -> (frozen, trainable)`; the trainable shares no array with `params` or
+            `frozen`, so that a step may donate it.
         apply: `(frozen, trainable, key=None) -> params`, a tree that may hold structured weights; the
             key drives the randomness of training (adapter dropout), without it there is none.
         model: `forward -> forward`, a rewrite of the stack of blocks.
@@ -123,6 +144,9 @@ class Transform:
     open: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
     close: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "init", _unshared(self.init))
+
     @property
     def in_place(self) -> bool:
         """Whether the base may hold the adapted weights, so that a step needs no copy of any.
@@ -156,6 +180,8 @@ class Transform:
         merged = tree.map_named(lambda _, leaf: dense(leaf), applied)
         if safe:
             for path, leaf in tree.named_leaves(merged).items():
+                if not tree.is_array(leaf):
+                    continue
                 if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
                     raise PeftError(f"merge: parameter {path!r} has values that are not finite")
         return merged

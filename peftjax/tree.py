@@ -20,6 +20,10 @@ T = TypeVar("T")
 OUTPUT_LAYERS = ("head", "heads", "lm_head", "classifier", "score", "logits", "output_layer")
 # Parameters of a module that multiply an activation, in the words of Flax, Equinox and Haiku.
 WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
+# What Flax keeps beside its 'params': nothing there is trained by a gradient.
+_STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates", "perturbations", "losses", "metrics")
+# Names under which layers or experts are stacked along a leading axis.
+STACKS = ("blocks", "layers", "experts", "scan")
 _VECTOR_NAMES = ("bias", "scale", "b")
 
 
@@ -114,6 +118,41 @@ def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree.unflatten(structure, [fn(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether the leaf is an array, its shape, or a structured weight: what a step can be given."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
+
+
+def not_parameters(tree: Any) -> dict[str, str]:
+    """The leaves that no method may train, with the reason; holes are not among them.
+
+    A parameter is an array of real floating-point numbers. None are: a function, a Python number, an NNX
+    variable of another type than `nnx.Param` (batch statistics, caches, counters), Flax's collections beside
+    'params', and the start of an Equinox state.
+    """
+    names, leaves, _ = _flatten(tree)
+    keys = list(keys_of(tree).values())
+    variables = {at: type(node) for at, node in _variables(tree).items()}
+    collections_of_flax = isinstance(tree, Mapping) and "params" in tree
+    found = {}
+    for name, leaf, path in zip(names, leaves, keys, strict=True):
+        if isinstance(leaf, Hole):
+            continue
+        kind = next((variables[path[:n]] for n in range(len(path) + 1) if path[:n] in variables), None)
+        top = _key_name(path[0]) if path else ""
+        if not is_array(leaf):
+            found[name] = f"it is no array but a {type(leaf).__name__}"
+        elif kind is not None and not any(base.__name__ == "Param" for base in kind.__mro__):
+            found[name] = f"it is a {kind.__name__} of NNX and no Param"
+        elif collections_of_flax and top in _STATE_COLLECTIONS:
+            found[name] = f"it lies in the collection {top!r} and not in 'params'"
+        elif any(getattr(key, "name", "").endswith("state_index") for key in path):
+            found[name] = "it is the start of a state of Equinox"
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            found[name] = f"it is {leaf.dtype}, and methods train real floating-point numbers"
+    return found
+
+
 def keys_of(tree: Any) -> dict[str, tuple[Any, ...]]:
     """The pytree keys of every leaf by its path name."""
     names, _, _ = _flatten(tree)
@@ -155,12 +194,13 @@ def join(rest: Any, taken: Mapping[str, Any]) -> Any:
 
 def count(tree: Any) -> int:
     """How many numbers the arrays of `tree` hold."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if is_array(leaf))
 
 
 def nbytes(tree: Any) -> int:
     """How many bytes the arrays of `tree` take."""
-    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if is_array(leaf))
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in arrays)
 
 
 def nearest(name: str, known: Iterable[str], how_many: int = 3) -> str:
@@ -177,13 +217,44 @@ def module_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def is_weight(path: str, leaf: Any) -> bool:
-    """Whether the leaf can be a matrix to adapt: floating, two axes or more, no bias or scale."""
-    return (
-        getattr(leaf, "ndim", 0) >= 2
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and path.rsplit("/", 1)[-1] not in _VECTOR_NAMES
-    )
+def is_weight(path: str, leaf: Any, leaves: Mapping[str, Any] | None = None) -> bool:
+    """Whether the leaf can be a matrix to adapt: floating, two axes or more, no bias or scale.
+
+    Given the other `leaves` of the tree, a matrix called 'b' or 'scale' is told from stacked vectors.
+    """
+    if getattr(leaf, "ndim", 0) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    if leaves is None:
+        return path.rsplit("/", 1)[-1] not in _VECTOR_NAMES
+    return not _is_vector(path, leaf, leaves)
+
+
+def _is_vector(path: str, leaf: Any, leaves: Mapping[str, Any]) -> bool:
+    """Whether the leaf is a bias or scale, or several of them stacked."""
+    *modules, name = path.split("/")
+    if name == "bias" or name not in _VECTOR_NAMES:
+        return name == "bias"
+    of_weights = [leaves.get("/".join((*modules, other))) for other in WEIGHT_NAMES]
+    if of_weights := [weight.ndim for weight in of_weights if hasattr(weight, "ndim")]:
+        return leaf.ndim < max(of_weights)
+    norm = bool(modules) and re.search(r"norm|^ln", modules[-1].lower()) is not None
+    inner = zip(modules, [*modules[1:], ""])
+    return norm or leaf.ndim < 2 or any(m.lower() in STACKS and not n.isdecimal() for m, n in inner)
+
+
+def biases(tree: Any) -> list[str]:
+    """The paths of the biases, in the words of Flax and Equinox ('bias') and of Haiku ('b', 'offset')."""
+    leaves, others = named_leaves(tree), not_parameters(tree)
+
+    def is_bias(path: str, leaf: Any) -> bool:
+        *modules, name = path.split("/")
+        if "bias" in (*modules, name):
+            return True
+        if name == "offset":
+            return "/".join((*modules, "scale")) in leaves
+        return name == "b" and hasattr(leaf, "ndim") and (leaf.ndim < 2 or _is_vector(path, leaf, leaves))
+
+    return [path for path, leaf in leaves.items() if path not in others and is_bias(path, leaf)]
 
 
 def names_of_weight(path: str) -> tuple[str, ...]:
@@ -202,17 +273,41 @@ def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("/" + suffix)
 
 
-def _is_linear(path: str) -> bool:
+def is_convolution(path: str, ndim: int) -> bool:
+    """Whether the weight's module is called a convolution, and it has the axes of one."""
+    module = path.split("/")[-2] if "/" in path else ""
+    # 'conv_in', 'PatchConv', 'dwconv2d', but not 'converter', 'conversation', 'convex'.
+    called = re.search(r"conv(?!ers|ert|erg|ey|ex|inc|ention|oy)", module.lower())
+    return called is not None and ndim > 2
+
+
+def why_not_linear(path: str, leaf: Any) -> str | None:
+    """Why 'all-linear' leaves a weight out: an output layer, a convolution or a lookup table; else None."""
+    if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
+        return "a lookup table"
+    if is_convolution(path, leaf.ndim):
+        return "a convolution"
+    if (called := _output_layer(path)) is not None:
+        return f"in the output layer {called!r}"
+    return None
+
+
+def _output_layer(path: str) -> str | None:
+    """The output layer that a parameter lies in: never inside a numbered or stacked layer or an attention."""
     *modules, name = path.split("/")
-    if name in ("embedding", "embeddings"):
-        return False
-    conv = bool(modules) and "conv" in modules[-1].lower()
-    return not conv and not any(module in OUTPUT_LAYERS for module in (*modules, name))
+    parts = [part for part in (*modules, name) if part != "params"]
+    for number, part in enumerate(parts):
+        if re.fullmatch(r"\d+|.*_\d+", part) or part.lower() in STACKS or "att" in part.lower():
+            return None
+        # A list of heads further in is that of an attention.
+        if part in OUTPUT_LAYERS and (part != "heads" or number == 0):
+            return part
+    return None
 
 
-def _matches(path: str, names: tuple[str, ...], targets: Targets) -> bool:
+def _matches(path: str, names: tuple[str, ...], targets: Targets, leaf: Any) -> bool:
     if targets == "all-linear":
-        return _is_linear(path)
+        return why_not_linear(path, leaf) is None
     if isinstance(targets, str):
         return any(re.fullmatch(targets, name) for name in names)
     return any(_has_suffix(name, part) for name in names for part in targets)
@@ -243,7 +338,7 @@ def select(
     *,
     who: str,
     exclude: Targets | None = None,
-    eligible: Callable[[str, Any], bool] = is_weight,
+    eligible: Callable[[str, Any], bool] | None = None,
     names: Callable[[str], tuple[str, ...]] = names_of_weight,
 ) -> list[str]:
     """The paths of the leaves that `targets` asks for, in tree order.
@@ -252,34 +347,55 @@ def select(
         tree: parameters, structured leaves included.
         targets: a regular expression that must match a whole name; or a list of exact names or path
             suffixes (whole components: 'head' is not 'my_head'); or 'all-linear': every linear layer
-            but the output layer (`OUTPUT_LAYERS`), convolutions and embeddings.
+            but the output layer (`OUTPUT_LAYERS`, outside layers), convolutions and embeddings.
         who: the method that asks, for the errors.
         exclude: the same two forms; wins over `targets`.
-        eligible: which leaves may be hit at all.
+        eligible: which parameters may be hit at all; by default matrices.
         names: the names under which a leaf may be asked for.
 
     Raises:
         PeftError: nothing matched, a part of a list matched nothing, everything was excluded, or the
             exclusion took nothing away.
     """
-    candidates = {path: names(path) for path, leaf in named_leaves(tree).items() if eligible(path, leaf)}
+    leaves, others = named_leaves(tree), not_parameters(tree)
+    eligible = eligible or (lambda path, leaf: is_weight(path, leaf, leaves))
+    candidates = {
+        path: names(path) for path, leaf in leaves.items() if path not in others and eligible(path, leaf)
+    }
+    rest = {path: names(path) for path in leaves if path not in candidates}
     if not candidates:
-        raise PeftError(f"{who}: the tree has no parameter this method can adapt")
+        raise PeftError(
+            f"{who}: the tree has no parameter this method can adapt{_why(leaves, list(leaves), others)}"
+        )
     known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
-    hits = [path for path, all_names in candidates.items() if _matches(path, all_names, targets)]
+    hits = [
+        path for path, all_names in candidates.items() if _matches(path, all_names, targets, leaves[path])
+    ]
     if not isinstance(targets, str):
         for part in targets:
             if not any(_has_suffix(name, part) for name in known):
+                unfit = [path for path, own in rest.items() if any(_has_suffix(name, part) for name in own)]
+                if unfit:
+                    raise PeftError(
+                        f"{who}: target {part!r} has nothing to adapt{_why(leaves, unfit, others)}"
+                    )
                 raise PeftError(
                     f"{who}: target {part!r} matched no parameter; closest: {nearest(part, known)}"
                 )
     if not hits:
+        unfit = [
+            path
+            for path, own in rest.items()
+            if targets != "all-linear" and _matches(path, own, targets, leaves[path])
+        ]
+        if unfit:
+            raise PeftError(f"{who}: pattern {targets!r} has nothing to adapt{_why(leaves, unfit, others)}")
         raise PeftError(
             f"{who}: pattern {targets!r} matched no parameter; closest: {nearest(str(targets), known)}"
         )
     if exclude is None:
         return hits
-    kept = [path for path in hits if not _matches(path, candidates[path], exclude)]
+    kept = [path for path in hits if not _matches(path, candidates[path], exclude, leaves[path])]
     if not kept:
         raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
     if len(kept) == len(hits):
@@ -288,6 +404,18 @@ def select(
             f"{nearest(str(exclude), [name for path in hits for name in candidates[path]])}"
         )
     return kept
+
+
+def _why(leaves: Mapping[str, Any], paths: Sequence[str], others: Mapping[str, str]) -> str:
+    """`: 'path' ..., the reason` of the first leaf that is no parameter or does not fit the method."""
+    for path in sorted(paths, key=lambda path: path not in others):
+        leaf = leaves[path]
+        if isinstance(leaf, Hole):
+            return f": {path!r} is trained as it is by the method before"
+        if path in others:
+            return f": {path!r} cannot be trained, {others[path]}"
+        return f": {path!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, not what the method adapts"
+    return ""
 
 
 def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:

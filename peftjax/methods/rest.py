@@ -21,10 +21,11 @@ def without_targets(
     Returns:
         `{path: {"value": array}}` of those others, and the parameters with the holes.
     """
+    others = tree.not_parameters(params)
     rest = {
         path: {REST: leaf}
         for path, leaf in tree.named_leaves(params).items()
-        if train_rest and path not in paths and _is_plain(leaf)
+        if train_rest and path not in paths and path not in others and _is_plain(leaf)
     }
     return rest, tree.partition(params, [*paths, *rest])[1]
 

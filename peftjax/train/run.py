@@ -18,6 +18,7 @@ from peftjax.io.files import replacing
 from peftjax.losses import Batch, classification
 from peftjax.methods import describe
 from peftjax.models.backbone import Backbone
+from peftjax.report import adapted_line
 from peftjax.train.config import TrainConfig, plan_steps, validate, with_defaults
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
@@ -70,6 +71,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     model, params, method = prepared.model, prepared.params, prepared.method
     frozen, trainable = method.init(jax.random.key(config.seed), params)
     say(f"{method.name}: {tree.count(trainable):,} of {tree.count(params):,} parameters are trained")
+    say(adapted_line(method, params, frozen, trainable))
 
     forward = method.model(model)
     evaluate = make_evaluate(forward, method, classification)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftjax.errors import PeftError
+from peftjax.tree import STACKS, is_convolution
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis.
 Kind = Literal["s", "i", "o", "1"]
@@ -198,7 +199,6 @@ def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[
 # How parameters are named by the modules of Flax; the last component is the parameter's own name.
 _ATTENTION_INPUTS = ("query", "key", "value", "qkv")
 _ATTENTION_OUTPUTS = ("out",)
-_STACKS = ("blocks", "layers", "experts", "scan")
 
 
 def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = None) -> str:
@@ -214,12 +214,12 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
     parent = modules[-1].lower() if modules else ""
     # 'layers/3' and 'layers_3' are one layer: only a list without a number is stacked.
     stacked = any(
-        module.lower() in _STACKS and not inner.isdecimal()
+        module.lower() in STACKS and not inner.isdecimal()
         for module, inner in zip(modules, [*modules[1:], ""])
     )
     if name == "weight":
-        return "oi" + "i" * (ndim - 2) if "conv" in parent or ndim > 3 else "s" * (ndim - 2) + "oi"
-    if name == "kernel" and "conv" in parent and ndim > 2:
+        return "oi" + "i" * (ndim - 2) if is_convolution(path, ndim) or ndim > 3 else "s" * (ndim - 2) + "oi"
+    if name == "kernel" and is_convolution(path, ndim):
         return "s" * stacked + "i" * (ndim - 1 - stacked) + "o"
     if name == "kernel" and ndim > 2:
         with_heads = "i" + "oo", "ii" + "o"

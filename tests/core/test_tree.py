@@ -28,9 +28,9 @@ MODEL = matrices(
     "layers/1/query/kernel",
     "layers/1/up/kernel",
     "layers/1/my_head/kernel",
-    "layers/1/conv_in/kernel",
     "head/kernel",
 )
+MODEL["layers"]["1"]["conv_in"] = {"kernel": jnp.zeros((3, 4, 4))}  # two axes would be a linear layer
 
 
 def select(targets, **options):
@@ -174,3 +174,52 @@ def test_the_slot_of_a_plain_parameter_has_the_name_of_the_parameter():
 def test_two_leaves_of_one_name_are_an_error_that_names_both(params):
     with pytest.raises(PeftError, match=r"two leaves .* 'a/.'.*\['a'\]"):
         tree.named_leaves(params)
+
+
+def test_what_is_no_parameter_is_not_selected_and_an_error_says_why():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    state = nnx.state(Net(nnx.Rngs(0)))
+    others = tree.not_parameters(state)
+    assert sorted(others) == ["norm/mean", "norm/var"]
+    with pytest.raises(PeftError, match=r"'norm/mean' cannot be trained, it is a BatchStat"):
+        tree.select(state, ["mean"], who="test", eligible=lambda *_: True)
+    flax = {"params": {"w": jnp.ones((2, 2))}, "batch_stats": {"mean": jnp.ones((2, 2))}}
+    assert list(tree.not_parameters(flax)) == ["batch_stats/mean"]
+    module = {"w": jnp.ones((2, 2)), "act": jax.nn.relu, "rate": 0.5}
+    assert sorted(tree.not_parameters(module)) == ["act", "rate"]
+    assert tree.count(module) == 4
+    with pytest.raises(PeftError, match="'act' cannot be trained, it is no array"):
+        tree.select(module, ["act"], who="test")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64])
+@pytest.mark.parametrize("targets", [["w"], ".*w"])
+def test_a_target_that_is_not_floating_is_named_with_its_dtype(dtype, targets):
+    params = {"layer": {"w": jnp.ones((4, 4), dtype)}, "u": jnp.ones((4, 4))}
+    with pytest.raises(PeftError, match=f"'layer/w' cannot be trained, it is {jnp.dtype(dtype)}"):
+        tree.select(params, targets, who="test")
+
+
+def test_biases_in_the_words_of_every_library():
+    w, v = jnp.ones((4, 4)), jnp.ones(4)
+    haiku = {"linear": {"w": w, "b": v}, "layer_norm": {"scale": v, "offset": v}, "lora": {"a": w, "b": w}}
+    assert tree.biases(haiku) == ["layer_norm/offset", "linear/b"]
+    assert tree.biases({"up": {"kernel": w, "bias": v}}) == ["up/bias"]
+
+
+def test_all_linear_leaves_out_the_output_layer_and_nothing_for_a_name_further_in():
+    inside = ["attn/heads/0/q", "converter/kernel", "a", "b", "scale", "layers/0/attn/score/kernel"]
+    inside += ["attention/logits/kernel", "blocks/3/head/kernel", "conv_proj/kernel"]
+    params = matrices(*inside, "lm_head/kernel", "params/head/kernel", "heads/0/kernel")
+    assert sorted(tree.select(params, "all-linear", who="test")) == sorted(inside)
+    assert tree.why_not_linear("lm_head/kernel", jnp.zeros((4, 4))) == "in the output layer 'lm_head'"
+
+
+def test_stacked_biases_and_scales_are_no_matrices():
+    params = matrices("layers/norm/scale", "h/norm/scale", "h/mlp/b") | {"up": {"kernel": jnp.zeros((4, 4))}}
+    params["h"]["mlp"]["w"] = jnp.zeros((4, 4, 4))
+    assert tree.select(params, "all-linear", who="test") == ["h/mlp/w", "up/kernel"]

@@ -204,7 +204,7 @@ def low_rank(
 def _biases(name: str, params: Any, plan: Sequence[Target], bias: Bias) -> list[str]:
     if bias == "none":
         return []
-    paths = [path for path in tree.named_leaves(params) if path.rsplit("/", 1)[-1] == "bias"]
+    paths = tree.biases(params)
     if bias == "adapted":
         modules = {tree.module_of(target.path) for target in plan}
         paths = [path for path in paths if tree.module_of(path) in modules]

@@ -7,7 +7,8 @@
 trained parameter needs: for a bias nothing, for a kernel its input.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,13 +48,21 @@ def full() -> Transform:
 
 
 def bitfit() -> Transform:
-    """Train the biases (arXiv 2106.10199): every parameter called 'bias'."""
-    return _selection("bitfit", {}, ["bias"], None)
+    """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them."""
+
+    def find(params: Any) -> list[str]:
+        found = tree.biases(params)
+        if not found:
+            raise PeftError("bitfit: target 'bias' matched no parameter, nor did 'b' or 'offset'")
+        return found
+
+    return _training("bitfit", {}, find)
 
 
 def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None) -> Transform:
-    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
-        paths = tree.select(
+    def find(params: Any) -> list[str]:
+        _say_complex(name, params)
+        return tree.select(
             params,
             targets,
             who=name,
@@ -61,6 +70,20 @@ def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: 
             eligible=_is_floating,
             names=tree.names_of_parameter,
         )
+
+    return _training(name, config, find)
+
+
+def _say_complex(name: str, params: Any) -> None:
+    """Warn of complex weights, which no method trains: their gradients would have to be conjugated."""
+    for path, leaf in tree.named_leaves(params).items():
+        if tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            warnings.warn(f"{name}: {path!r} is {leaf.dtype} and stays frozen", stacklevel=4)
+
+
+def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[str]]) -> Transform:
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        paths = find(params)
         leaves = tree.named_leaves(params)
         for path in paths:
             if isinstance(leaves[path], Weight):
