@@ -1,5 +1,6 @@
 """`peftjax generate`: a model opened with its adapter, and prompts from the command line or a file."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +18,33 @@ from peftjax.models.backbone import Backbone, Params
 from peftjax.models.chat import compile_template
 from peftjax.models.load import CONFIG_FILE, FAMILIES, load
 from peftjax.models.tokenizer import Tokenizer, load_tokenizer
-from peftjax.train.data.columns import pick_column
-from peftjax.train.data.files import read_rows
-from peftjax.train.data.language.conversations import ASSISTANT, MESSAGE_COLUMNS, read_conversations
-from peftjax.train.data.language.prompts import PROMPT_GUESSES
+from peftjax.train.data.columns import pick_column, warn_of_unused
+from peftjax.train.data.files import all_rows
+from peftjax.train.data.language.conversations import (
+    ASSISTANT,
+    MESSAGE_COLUMNS,
+    TOOLS_COLUMN,
+    holds_messages,
+    read_conversations,
+    read_tools,
+)
+from peftjax.train.data.language.dataset import RowOptions
+from peftjax.train.data.language.prompts import (
+    COMPLETION_GUESSES,
+    PROMPT_GUESSES,
+    optional_text,
+    prompt_columns,
+    prompt_of,
+    separated,
+)
 from peftjax.train.options import model_folder
 
 HEAD = "causal_lm"
+COMPLETIONS = "completions"
+
+Messages = Sequence[Mapping[str, Any]]
+Chat = tuple[str | Messages, Messages, Messages | None]
+"""A chat as it was given, its messages and its tools."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +63,9 @@ class GenerateOptions:
     """A .jsonl, .csv, .tsv or .parquet file with a prompt a row, or with --chat a list of messages."""
     prompt_column: str | None = None
     """The file's column with the prompts or messages; guessed from the usual names."""
+    separator: str | None = None
+    """Goes behind a prompt that does not end in white space: by default what the adapter was trained
+    with, and a line break behind the prompts of a file."""
     chat: bool = False
     """Put the prompts in the model's chat template and let the assistant answer."""
     max_new_tokens: int = 128
@@ -133,28 +157,70 @@ def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
 
 
 def _prompts(options: GenerateOptions, tokenizer: Tokenizer) -> list[Prompt]:
-    given = [options.prompt] if options.prompts is None else _read(options.prompts, options)
     if not options.chat:
-        return [Prompt(text, prompt_ids(tokenizer, text)) for text in given]
+        return [Prompt(text, prompt_ids(tokenizer, text)) for text in _texts(options)]
     template = compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
-    chats = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in given]
-    return [Prompt(one, chat_ids(tokenizer, template, chat)) for one, chat in zip(given, chats)]
+    return [
+        Prompt(given, chat_ids(tokenizer, template, messages, tools))
+        for given, messages, tools in _chats(options)
+    ]
 
 
-def _read(path: Path, options: GenerateOptions) -> list[Any]:
-    """The prompts of a file: texts, or for a chat also lists of messages."""
-    rows = list(read_rows(path))
-    if not rows:
-        raise PeftError(f"the data file {path} has no rows")
-    guesses = (*MESSAGE_COLUMNS, *PROMPT_GUESSES) if options.chat else PROMPT_GUESSES
-    column = pick_column(list(rows[0][1]), options.prompt_column, guesses, "prompt", str(path))
-    if options.chat and isinstance(rows[0][1][column], list):
-        chats = read_conversations(path, messages_column=column)
+def _texts(options: GenerateOptions) -> list[str]:
+    """The texts to continue, as training makes the prompts of the same rows."""
+    separator = _separator(options)
+    if options.prompt is not None:
+        return [separated(options.prompt, separator)]
+    path = Path(str(options.prompts))
+    rows, names = all_rows(path)
+    columns = prompt_columns(names, options.prompt_column, str(path))
+    answer = next((name for name in COMPLETION_GUESSES if name in names), None)
+    warn_of_unused(path, names, (*columns.all, answer))
+    made = []
+    for line, row in rows:
+        known = row.get(answer) if answer is not None else None
+        completion = known if isinstance(known, str) else ""
+        place = f"{path}, line {line}"
+        made.append(prompt_of(row, columns, separator=separator, completion=completion, place=place))
+    return made
+
+
+def _separator(options: GenerateOptions) -> str:
+    """What stands at the end of a prompt: what is asked for, or what the adapter was trained with.
+
+    A prompt of the command line is any text, so only an adapter that was trained on prompts with
+    completions puts a separator behind it.
+    """
+    if options.separator is not None:
+        return options.separator
+    info = {} if options.adapter is None else read_config(options.adapter)["info"]
+    source = info.get("source", None if options.prompt is not None else COMPLETIONS)
+    return RowOptions(**info.get("rows", {})).separator if source == COMPLETIONS else ""
+
+
+def _chats(options: GenerateOptions) -> list[Chat]:
+    """Conversations with their tools; a text is what the user says."""
+    if options.prompt is not None:
+        return [(options.prompt, [{"role": "user", "content": options.prompt}], None)]
+    path = Path(str(options.prompts))
+    rows, names = all_rows(path)
+    guesses = (*MESSAGE_COLUMNS, *PROMPT_GUESSES)
+    column = pick_column(names, options.prompt_column, guesses, "prompt", str(path))
+    if column in MESSAGE_COLUMNS or any(holds_messages(row.get(column)) for _, row in rows):
+        chats = read_conversations(path, messages_column=column, answered=False)
         for chat in chats:
             if chat.messages[-1]["role"] == ASSISTANT:
                 raise PeftError(f"{chat.place}: the last message is the assistant's; there is none to answer")
-        return [chat.messages for chat in chats]
+        return [(chat.messages, chat.messages, chat.tools) for chat in chats]
+    columns = prompt_columns(names, options.prompt_column, str(path))
+    said = dataclasses.replace(columns, system=None)
+    found: list[Chat] = []
     for line, row in rows:
-        if not isinstance(row.get(column), str):
-            raise PeftError(f"{path}, line {line}: the {column} is {row.get(column)!r}, not a string")
-    return [row[column] for _, row in rows]
+        place = f"{path}, line {line}"
+        text = prompt_of(row, said, separator="", place=place)
+        messages = [{"role": "user", "content": text}]
+        if system := optional_text(row, columns.system, place):
+            messages.insert(0, {"role": "system", "content": system})
+        found.append((text, messages, read_tools(row.get(TOOLS_COLUMN), place)))
+    warn_of_unused(path, names, (*columns.all, TOOLS_COLUMN))
+    return found

@@ -54,14 +54,23 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def chat_ids(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins.
+
+    Args:
+        tokenizer: of the model.
+        template: the tokenizer's.
+        messages: the conversation.
+        tools: JSON schemas of functions that the model may call.
 
     Raises:
         PeftError: as `render`.
     """
-    return tokenizer.token_ids([render(template, messages, add_generation_prompt=True)])[0]
+    return tokenizer.token_ids([render(template, messages, add_generation_prompt=True, tools=tools)])[0]
 
 
 def write(

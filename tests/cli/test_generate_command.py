@@ -101,17 +101,17 @@ def test_text_appears_as_it_is_written(folder, capsys, monkeypatch):
 
 
 def test_a_file_of_prompts(folder, capsys, tmp_path):
-    """Three prompts of other lengths, two at a time, each as on its own."""
+    """Three prompts of other lengths, two at a time, each as on its own; a line ends each, as in training."""
     prompts = [PROMPT, "what", "the answer to the question is"]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in prompts))
     rows = json.loads(run(capsys, "--model", folder, "--prompts", file, "--batch-size", 2, *NEW, "--json"))
     tokenizer = load_tokenizer(folder, decoder=True)
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt + "\n") for prompt in prompts]
     assert len({len(row) for row in ids}) == 3
     options = {"max_new_tokens": 8, "batch_size": 1, "key": jax.random.key(0)}
     alone = write(*pj.load(folder, head="causal_lm"), tokenizer, ids, **options)
-    assert rows == [{"prompt": prompt, **asdict(made)} for prompt, made in zip(prompts, alone)]
+    assert rows == [{"prompt": prompt + "\n", **asdict(made)} for prompt, made in zip(prompts, alone)]
     report.print_written(rows)
     printed = capsys.readouterr().out
     assert all(f"[{number}] {row['text']}" in printed for number, row in enumerate(rows, start=1))

@@ -253,9 +253,51 @@ def test_both_forms_of_chat_files(tmp_path):
     assert plain.messages == tuple(tiny.CHAT)
 
 
+@pytest.mark.parametrize("source", [tiny.CHATML, tiny.GENERATION])
+@pytest.mark.parametrize("left_out", [{"weight": 0}, {"train": False}])
+def test_a_message_can_be_left_unlearnt(tmp_path, tokenizer, source, left_out):
+    messages = [tiny.CHAT[0], tiny.CHAT[1] | left_out, tiny.CHAT[2], tiny.CHAT[3] | {"weight": 1}]
+    chats = read_conversations(write_jsonl(tmp_path / "c.jsonl", [{"messages": messages}]))
+    template = compile_template(source, tokenizer.special_tokens)
+    (example,) = tokenise_conversations(chats, template, tokenizer)
+    assert said(tokenizer, example) == "how are you?<|im_end|>"
+    assert example.ids.tolist() == tokenizer.token_ids([render(template, tiny.CHAT)])[0]
+
+
+def test_of_prompt_and_completion_in_messages_only_the_completion_is_learnt(tmp_path, tokenizer):
+    row = {"prompt": tiny.CHAT[:3], "completion": tiny.CHAT[3:], "tools": None}
+    path = write_jsonl(tmp_path / "c.jsonl", [row])
+    assert find_source(path, LanguageOptions()) == "conversations"
+    template = compile_template(tiny.CHATML, tokenizer.special_tokens)
+    (example,) = tokenise_conversations(read_conversations(path), template, tokenizer)
+    assert said(tokenizer, example) == "how are you?<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": json.dumps(tiny.CHAT)},
+        {"conversations": [{"from": m["role"], "content": m["content"]} for m in tiny.CHAT]},
+        {"prompt": json.dumps(tiny.CHAT[:3]), "completion": tiny.CHAT[3]},
+    ],
+)
+def test_other_forms_of_messages(tmp_path, row):
+    (one,) = read_conversations(write_jsonl(tmp_path / "c.jsonl", [row]))
+    assert one.messages == tuple(tiny.CHAT)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        ({"messages": [{"role": "model", "content": "a"}]}, "a message has the role 'model'"),
+        ({"messages": [{"role": "Assistant", "content": "a"}]}, "'Assistant'; closest: 'assistant'"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"the role \['user'\]"),
+        ({"messages": [{"from": {"a": 1}, "value": "a"}]}, r"is from {'a': 1}"),
+        ({"messages": [{"role": "user", "content": 3}]}, "the content of a message is 3, not"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "the weight of a message is 0.5"),
+        ({"messages": [{"role": "user", "content": "a", "train": "no"}]}, "the train of a message is 'no'"),
+        ({"messages": "[{"}, "the messages are not JSON"),
+        ({"messages": tiny.CHAT, "tools": ["f"]}, "a tool is 'f', not an object"),
         ({"messages": "hello"}, "messages is 'hello', not a list"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": ["hello"]}, "a message is 'hello'"),

@@ -59,7 +59,7 @@ def prepare(
         training=training_batches(data.train, config.batch_size, config.seed),
         held_out=lambda: evaluation_batches(data.evaluation, config.eval_batch_size),
         data={"name": data.name, "sha256": _digest(data)},
-        info={"labels": [], "rows": dataclasses.asdict(options.rows)},
+        info={"labels": [], "source": data.source, "rows": dataclasses.asdict(options.rows)},
         evaluates_before=True,
         summary={
             "source": data.source,

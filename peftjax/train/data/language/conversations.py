@@ -11,14 +11,20 @@ import numpy as np
 
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.io.files import parse_json
 from peftjax.models.chat import ChatTemplate, render, render_marked
 from peftjax.models.tokenizer import Tokenizer
-from peftjax.train.data.columns import pick_column
-from peftjax.train.data.files import read_rows
+from peftjax.train.data.columns import pick_column, shown, warn_of_unused
+from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
+from peftjax.train.data.language.prompts import COMPLETION_GUESSES, PROMPT_GUESSES, optional_text
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+TOOLS_COLUMN = "tools"
 ASSISTANT = "assistant"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython", "environment")
+ROLES += ("document", "documents", "context")
+"""What templates of released models know; a role beyond them is taken for a misspelt one."""
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -30,6 +36,9 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 
+_LEARNING = ("weight", "train")
+"""Of a message: OpenAI's and axolotl's words for whether it is learnt."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -38,6 +47,8 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None
     place: str
+    learnt: tuple[bool, ...] | None = None
+    """Whether each message is to be learnt where it is the assistant's; by default all are."""
 
     @property
     def group(self) -> str:
@@ -47,32 +58,69 @@ class Conversation:
         return json.dumps(asked or self.messages, sort_keys=True, default=str)
 
 
-def read_conversations(path: Path, *, messages_column: str | None = None) -> list[Conversation]:
-    """The chats of a file: a list of {role, content}, or of ShareGPT's {from, value}, per row.
+def holds_messages(value: object) -> bool:
+    """Whether a value looks like a list of messages, or its JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return False
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
+    )
 
-    A column `tools` (a list of JSON schemas, or its JSON) goes to the chat template, and a string in
-    a column `system` becomes the first message.
+
+def read_conversations(
+    path: Path,
+    *,
+    messages_column: str | None = None,
+    completion_column: str | None = None,
+    answered: bool = True,
+) -> list[Conversation]:
+    """The chats of a file: a list of messages, or its JSON, in each row.
+
+    A message is {role, content} or ShareGPT's {from, value}. Without a column of messages, those of a
+    prompt and of a completion are one chat, of which only the completion is learnt. A column `tools`
+    (a list of JSON schemas, or its JSON) goes to the chat template, and a string in a column
+    `system` becomes the first message. Of a message, `weight: 0` and `train: false` say that it is
+    not to be learnt. Columns of no use are named in the log.
+
+    Args:
+        path: the file.
+        messages_column: with the messages, or with those of the prompt; guessed from the usual names.
+        completion_column: with the messages of the completion, where they stand apart.
+        answered: whether to read those.
 
     Raises:
         PeftError: for a file that cannot be read, an unknown role, or a message of another form.
     """
+    rows, names = all_rows(path)
+    guesses = (*MESSAGE_COLUMNS, *PROMPT_GUESSES)
+    column = pick_column(names, messages_column, guesses, "messages", str(path))
+    columns = [column]
+    if completion_column is not None or column in PROMPT_GUESSES:
+        written = [name for name in COMPLETION_GUESSES if name in names]
+        if completion_column is not None:
+            written = [pick_column(names, completion_column, (), "completion", str(path))]
+        columns += written[:1] if answered else []
+    unread = () if answered else COMPLETION_GUESSES
+    warn_of_unused(path, names, (*columns, *unread, "system", TOOLS_COLUMN))
     found = []
-    column = None
-    for line, row in read_rows(path):
+    for line, row in rows:
         place = f"{path}, line {line}"
-        if column is None:
-            column = pick_column(list(row), messages_column, MESSAGE_COLUMNS, "messages", str(path))
-        given = row.get(column)
-        if not isinstance(given, list) or not given:
-            raise PeftError(f"{place}: {column} is {str(given)[:40]!r}, not a list of messages")
-        messages = [_message(message, place) for message in given]
-        if system := row.get("system"):
-            if not isinstance(system, str):
-                raise PeftError(f"{place}: the system is {system!r}, not a string")
+        messages, learnt = [], []
+        for number, name in enumerate(columns):
+            for message in _messages(row, name, place):
+                counts = _is_learnt(message, place)
+                messages.append(_message(message, place))
+                learnt.append(counts and number == len(columns) - 1)
+        if system := optional_text(row, "system", place):
             messages.insert(0, {"role": "system", "content": system})
-        found.append(Conversation(tuple(messages), _tools(row.get("tools"), place), place))
-    if not found:
-        raise PeftError(f"the data file {path} has no rows")
+            learnt.insert(0, False)
+        tools = read_tools(row.get(TOOLS_COLUMN), place)
+        found.append(Conversation(tuple(messages), tools, place, tuple(learnt)))
     return found
 
 
@@ -119,12 +167,27 @@ def _pieces(chat: Conversation, template: ChatTemplate) -> list[str]:
     try:
         if template.marks_generation:
             text, spans = render_marked(template, chat.messages, tools=chat.tools)
+            spans = _learnt_spans(chat, spans)
         else:
             text, spans = _turns(chat, template)
     except PeftError as error:
         raise PeftError(f"{chat.place}: {error}") from error
     cuts = [0, *(cut for span in spans for cut in span), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def _learnt_spans(chat: Conversation, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts that the assistant generates, without those of messages that are not to be learnt."""
+    roles = [message["role"] for message in chat.messages]
+    learnt = [one for one, role in zip(chat.learnt or [True] * len(roles), roles) if role == ASSISTANT]
+    if all(learnt):
+        return spans
+    if len(spans) != len(learnt):
+        raise PeftError(
+            f"the chat template marks {len(spans)} parts as the assistant's, which has {len(learnt)} "
+            "messages: it cannot be told which of them are not to be learnt"
+        )
+    return [span for span, one in zip(spans, learnt) if one]
 
 
 def _turns(chat: Conversation, template: ChatTemplate) -> tuple[str, list[tuple[int, int]]]:
@@ -137,7 +200,7 @@ def _turns(chat: Conversation, template: ChatTemplate) -> tuple[str, list[tuple[
     whole = text_of(len(chat.messages))
     spans = []
     for i, message in enumerate(chat.messages):
-        if message["role"] != ASSISTANT:
+        if message["role"] != ASSISTANT or not (chat.learnt is None or chat.learnt[i]):
             continue
         before, after = text_of(i, prompt=True), text_of(i + 1)
         if not whole.startswith(after):  # Some templates end every chat with eos.
@@ -176,29 +239,73 @@ def _end_of_turn(ids: Sequence[int], ends: frozenset[int], tokenizer: Tokenizer)
     return last + 1
 
 
-def _message(message: object, place: str) -> Mapping[str, Any]:
+def _messages(row: Mapping[str, object], column: str, place: str) -> list[dict[str, Any]]:
+    """The messages in a column, which may be JSON."""
+    given = row.get(column)
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):
+        try:
+            given = parse_json(given)
+        except ValueError as error:
+            raise PeftError(f"{place}: the {column} are not JSON: {error}") from error
+    if isinstance(given, dict):  # A single message, as a completion may be.
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise PeftError(f"{place}: {column} is {shown(given)}, not a list of messages")
+    for message in given:
+        if not isinstance(message, dict):
+            raise PeftError(f"{place}: a message is {shown(message)}, not an object")
+    return given
+
+
+def _is_learnt(message: Mapping[str, Any], place: str) -> bool:
+    """Whether the message may be learnt, by its `weight` (0 or 1) and `train` (a boolean)."""
+    weight, train = (message.get(name) for name in _LEARNING)
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise PeftError(f"{place}: the weight of a message is {shown(weight)}; it can be 0 or 1")
+    if train is not None and not isinstance(train, bool):
+        raise PeftError(f"{place}: the train of a message is {shown(train)}; it can be true or false")
+    return weight != 0 and train is not False
+
+
+def _message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """A message checked, ShareGPT's in the form of the others."""
-    if not isinstance(message, dict):
-        raise PeftError(f"{place}: a message is {message!r}, not an object")
-    if "from" in message and "value" in message:
-        if message["from"] not in _SHAREGPT_ROLES:
-            near = tree.nearest(str(message["from"]), _SHAREGPT_ROLES)
-            raise PeftError(f"{place}: a message is from {message['from']!r}; closest: {near}")
-        return {"role": _SHAREGPT_ROLES[message["from"]], "content": message["value"]}
-    if not isinstance(message.get("role"), str):
+    rest = {name: value for name, value in message.items() if name not in _LEARNING}
+    if rest.get("role") is None and rest.get("from") is not None:
+        role, known = rest.pop("from"), dict(_SHAREGPT_ROLES)
+        what = f"is from {shown(role)}"
+    else:
+        role, known = rest.pop("role", None), {name: name for name in ROLES}
+        what = f"has the role {shown(role)}"
+    if role is None:
         raise PeftError(
             f"{place}: a message has neither a role nor 'from' and 'value'; it has {list(message)}"
         )
-    return message
+    if not isinstance(role, str) or role not in known:
+        near = tree.nearest(str(role), known)
+        raise PeftError(f"{place}: a message {what}; closest: {near}")
+    if rest.get("content") is None and "value" in rest:
+        rest["content"] = rest.pop("value")
+    content = rest.get("content")
+    if content is not None and not isinstance(content, str | list):
+        raise PeftError(f"{place}: the content of a message is {shown(content)}, not a string")
+    return {"role": known[role], **rest}
 
 
-def _tools(given: object, place: str) -> tuple[Mapping[str, Any], ...] | None:
+def read_tools(given: object, place: str) -> tuple[Mapping[str, Any], ...] | None:
+    """The JSON schemas of a row's tools, given as a list or as its JSON.
+
+    Raises:
+        PeftError: it is neither.
+    """
     if not given:
         return None
     try:
-        tools = json.loads(given) if isinstance(given, str) else given
+        tools = parse_json(given) if isinstance(given, str) else given
     except ValueError as error:
         raise PeftError(f"{place}: the tools are not JSON: {error}") from None
     if not isinstance(tools, list):
-        raise PeftError(f"{place}: the tools are {str(given)[:40]!r}, not a list")
+        raise PeftError(f"{place}: the tools are {shown(given)}, not a list")
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise PeftError(f"{place}: a tool is {shown(tool)}, not an object")
     return tuple(tools)

@@ -88,7 +88,7 @@ def find_source(path: Path, options: LanguageOptions) -> Source:
     if options.messages_column:
         return "conversations"
     if options.prompt_column or options.completion_column:
-        return "completions"
+        return _source_of_prompts(path, options.prompt_column)
     if options.text_column:
         return "corpus"
     _, columns = all_rows(path)
@@ -96,7 +96,7 @@ def find_source(path: Path, options: LanguageOptions) -> Source:
     if names & set(conversations.MESSAGE_COLUMNS):
         return "conversations"
     if names & set(PROMPT_GUESSES) and names & set(COMPLETION_GUESSES):
-        return "completions"
+        return _source_of_prompts(path, next(name for name in PROMPT_GUESSES if name in names))
     if names & set(TEXT_GUESSES):
         return "corpus"
     raise PeftError(
@@ -106,9 +106,22 @@ def find_source(path: Path, options: LanguageOptions) -> Source:
     )
 
 
+def _source_of_prompts(path: Path, prompt: str | None) -> Source:
+    """Prompts are texts, or messages of chats that the completion goes on with."""
+    if prompt is not None and any(
+        conversations.holds_messages(row.get(prompt)) for _, row in all_rows(path)[0]
+    ):
+        return "conversations"
+    return "completions"
+
+
 def _read(path: Path, source: Source, options: LanguageOptions) -> Sequence[Any]:
     if source == "conversations":
-        return conversations.read_conversations(path, messages_column=options.messages_column)
+        return conversations.read_conversations(
+            path,
+            messages_column=options.messages_column or options.prompt_column,
+            completion_column=options.completion_column,
+        )
     if source == "corpus":
         return corpus.read_corpus(path, text_column=options.text_column)
     return completions.read_completions(
