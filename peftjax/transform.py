@@ -12,7 +12,7 @@ import optax
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.weights.base import dense
+from peftjax.weights.base import Weight, dense
 
 Params = Any
 Trainable = Any
@@ -160,6 +160,8 @@ class Transform:
     def merge(self, frozen: Frozen, trainable: Trainable, *, safe: bool = False) -> Params:
         """Plain arrays of the structure and dtypes of the original parameters; `frozen` stays as it is.
 
+        Weights of 16 bits are merged in float32 and rounded once.
+
         Args:
             frozen: from `init`, or from `write` with any trainable.
             trainable: the adapter.
@@ -177,7 +179,7 @@ class Transform:
                 f"merge: {self.name} adds {min(added)!r}, which no weight of the model can hold; "
                 "run the adapted model, method.model(model), instead"
             )
-        merged = tree.map_named(lambda _, leaf: dense(leaf), applied)
+        merged = tree.map_named(lambda _, leaf: _merged(leaf), applied)
         if safe:
             for path, leaf in tree.named_leaves(merged).items():
                 if not tree.is_array(leaf):
@@ -185,6 +187,13 @@ class Transform:
                 if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
                     raise PeftError(f"merge: parameter {path!r} has values that are not finite")
         return merged
+
+
+def _merged(leaf: Any) -> jax.Array:
+    """The array that a leaf stands for, in its dtype: a weight of 16 bits made in float32, rounded once."""
+    if not isinstance(leaf, Weight) or jnp.dtype(leaf.dtype).itemsize >= 4:
+        return dense(leaf)
+    return dense(leaf.cast(jnp.float32)).astype(leaf.dtype)
 
 
 def all_slots_but(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:

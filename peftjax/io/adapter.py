@@ -2,24 +2,35 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.io.files import read_json, replacing
+from peftjax.io.files import read_as, replacing
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.methods import build, describe
 from peftjax.transform import Frozen, Params, Trainable, Transform
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter.json"
+
+
+@dataclass(frozen=True)
+class _File:
+    """What `adapter.json` holds."""
+
+    method: dict[str, Any]
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,15 +86,26 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of `adapter.json`: method, seed and info.
 
     Raises:
-        PeftError: the folder holds no adapter.
+        PeftError: the folder holds no adapter, or a field is missing or of a wrong type.
     """
     file = Path(folder) / CONFIG
     if not file.is_file():
         raise PeftError(f"{folder} holds no adapter: there is no {CONFIG}")
-    config = read_json(file)
-    if not {"method", "seed", "info"} <= config.keys():
-        raise PeftError(f"{file} is not an adapter's configuration: it lacks method, seed or info")
-    return config
+    config = read_as(_File, file)
+    return {"method": config.method, "seed": config.seed, "info": config.info}
+
+
+def _started(file: Path, config: Mapping[str, Any], params: Params) -> tuple[Transform, Frozen, Trainable]:
+    """The method of a configuration, begun on the base; whatever an option's wrong value does is named."""
+    try:
+        method = build(config["method"])
+        return method, *method.init(jax.random.key(config["seed"]), params)
+    except PeftError as error:
+        raise PeftError(f"{file}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise PeftError(f"{file}: 'method' has an option of a wrong value: {error}") from error
+    except (re.error, RecursionError) as error:
+        raise PeftError(f"{file}: 'method' has a bad pattern or nests too deeply: {error}") from error
 
 
 def trained_parameters(folder: str | os.PathLike[str]) -> set[str]:
@@ -100,8 +122,7 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
             model; the error names the first tensor that is missing or has another shape.
     """
     config = read_config(folder)
-    method = build(config["method"])
-    frozen, fresh = method.init(jax.random.key(config["seed"]), params)
+    method, frozen, fresh = _started(Path(folder) / CONFIG, config, params)
     files = find_tensors(Path(folder) / TENSORS)
     held = dict(read_tensors(files))
     wanted = {"trainable": fresh, "state": frozen.state}

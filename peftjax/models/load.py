@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
 from peftjax.io.files import read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, find_tensors, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, describe_tensors, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
@@ -131,6 +132,21 @@ def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
     held = {family.canonical(name) for name in find_tensors(path)}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     return {slot.path for name, slot in slots.items() if name not in held}
+
+
+def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np.dtype]:
+    """The dtype in which a checkpoint holds each of a model's parameters; of layers that differ, the widest.
+
+    Parameters that it lacks have no entry.
+    """
+    family = FAMILIES[model.config.model_type]
+    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
+    found: dict[str, np.dtype] = {}
+    for name, tensor in describe_tensors(find_tensors(path)).items():
+        if (slot := slots.get(family.canonical(name))) is not None and isinstance(tensor.dtype, np.dtype):
+            found[slot.path] = np.dtype(jnp.promote_types(found.get(slot.path, tensor.dtype), tensor.dtype))
+    return found
 
 
 def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:

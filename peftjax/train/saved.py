@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_parameters
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
-from peftjax.models.load import load, save
+from peftjax.models.load import load, save, stored_dtypes
 from peftjax.train.config import Task
 from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
 from peftjax.train.step import make_evaluate
@@ -102,18 +104,37 @@ def evaluate_saved(
 def merge_saved(adapter: Path, output: Path, *, model: str | None = None) -> Path:
     """Write the merged model as a Hugging Face folder, tokenizer included; the base stays as it is.
 
+    Each parameter is merged in float32 and written in the dtype that the base's file has, rounded once; what
+    the base lacks has the dtype that all others share, or float32.
+
     Raises:
-        PeftError: a merged parameter is not finite, or the output is the base model's own folder.
+        PeftError: a merged parameter is not finite, or too large for the base's dtype; the output is the
+            base model's own folder.
     """
     tuned = open_tuned(adapter, model)
     if output.resolve() == tuned.folder.resolve():
         raise PeftError(f"{output} is the base model's folder; choose another output folder")
     merged = tuned.adapter.method.merge(tuned.adapter.frozen, tuned.adapter.trainable, safe=True)
-    save(output, tuned.model, merged)
+    save(output, tuned.model, _rounded(merged, stored_dtypes(tuned.folder, tuned.model)))
     for name in _BESIDE_THE_WEIGHTS:
         if (tuned.folder / name).is_file():
             shutil.copyfile(tuned.folder / name, output / name)
     return output
+
+
+def _rounded(params: Params, dtypes: Mapping[str, np.dtype]) -> Params:
+    common = set(dtypes.values())
+    other = common.pop() if len(common) == 1 else np.dtype(np.float32)
+
+    def rounded(path: str, leaf: jax.Array) -> np.ndarray:
+        dtype = dtypes.get(path, other)
+        with np.errstate(over="ignore"):  # named below
+            array = np.asarray(leaf).astype(dtype)
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise PeftError(f"merge: parameter {path!r} has values that are too large for the base's {dtype}")
+        return array
+
+    return tree.map_named(rounded, params)
 
 
 def _info(adapter: Path) -> dict[str, Any]:

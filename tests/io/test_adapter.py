@@ -91,6 +91,30 @@ def test_damaged_folders_are_named(saved, damage):
         load_adapter(saved, PARAMS)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "0"),
+        ("seed", None),
+        ("seed", 2**70),
+        ("info", []),
+        ("method", 3),
+        ("method", {"name": []}),
+        ("method", {"name": "lora", "rank": "4"}),
+        ("method", {"name": "lora", "rank": {}}),
+        ("method", {"name": "lora", "targets": "(", "rank": 2}),
+        ("method", {"name": "lora", "targets": 7}),
+        ("method", {"name": "lora", "alpha": []}),
+        ("method", {"name": "chain", "methods": 5}),
+    ],
+)
+def test_wrong_values_are_named_with_the_file(saved, field, value):
+    config = saved / CONFIG
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    with pytest.raises(PeftError, match=rf"{CONFIG}.*{field}|{CONFIG}: (lora|chain)"):
+        load_adapter(saved, PARAMS)
+
+
 def test_a_failed_write_leaves_the_old_adapter(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     method = METHODS[0]

@@ -6,6 +6,8 @@ import pytest
 from support import noisy
 
 import peftjax as pj
+from peftjax import tree
+from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -126,6 +128,68 @@ def test_what_we_export_computes_the_same_there(case, tmp_path):
     want = ours(model, method.apply(frozen, trainable), batch)
     assert np.abs(want - ours(model, params, batch)).max() > 1e-2
     close(theirs(peft.PeftModel.from_pretrained(load_theirs(folder, name), str(tmp_path)), batch), want)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def llama(request, tmp_path_factory):
+    """(folder of a Llama, an adapter of PEFT's on it)."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=request.param)
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    options = {"r": 2, "target_modules": ["q_proj"], "use_dora": True, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(load_theirs(folder, "LlamaForCausalLM"), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return folder, model
+
+
+IDS = {"input_ids": np.arange(6, dtype=np.int32).reshape(1, 6) + 3}
+
+
+def as_imported(folder, path):
+    model, params = pj.load(folder)
+    method, frozen, trainable = pj.import_peft(path, model, params)
+    return ours(model, method.apply(frozen, trainable), IDS), trainable
+
+
+def test_tables_that_peft_only_stored_are_frozen(llama, tmp_path):
+    folder, model = llama
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    table = model.get_input_embeddings().weight
+    kept = table.detach().clone()
+    with torch.no_grad():
+        table.add_(0.1)  # the file's tables count, as in PEFT
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    want = theirs(model, IDS)
+    with torch.no_grad():
+        table.copy_(kept)
+    logits, trainable = as_imported(folder, tmp_path)
+    close(logits, want)
+    assert tree.count(trainable) == trains
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        lambda name: (
+            name.replace("lora_A.", "lora_A.mine.")
+            .replace("lora_B.", "lora_B.mine.")
+            .replace("lora_magnitude_vector", "lora_magnitude_vector.mine.weight")
+        ),
+        lambda name: name.replace("model.layers", "model.language_model.layers"),
+    ],
+    ids=["an adapter's name", "a language model inside another"],
+)
+def test_keys_with_a_name_inside_are_read(spelt, llama, tmp_path):
+    folder, model = llama
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = dict(read_tensors(find_tensors(file)))
+    write_tensors(file, {spelt(name): tensor for name, tensor in tensors.items()})
+    close(as_imported(folder, tmp_path)[0], theirs(model, IDS))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

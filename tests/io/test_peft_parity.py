@@ -387,6 +387,24 @@ def test_merged_checkpoints_load_in_transformers(folders, batch, tmp_path):
     close(theirs(merged, head, batch), theirs(model, head, batch))
 
 
+def test_a_merged_checkpoint_has_the_dtype_of_its_base(folders, tmp_path):
+    base = tmp_path / "base"
+    transformers.BertModel.from_pretrained(folders["BertModel"]).bfloat16().save_pretrained(base)
+    _, params = pj.load(base, head="none")
+    method = pj.lora(rank=2, targets=["query"])
+    frozen, initial = method.init(jax.random.key(0), params)
+    info = {"model": str(base), "head": "none", "labels": [], "max_length": 9}
+    trainable = noisy(initial)
+    save_adapter(tmp_path / "ours", method, frozen, trainable, seed=0, info=info)
+    merge_saved(tmp_path / "ours", tmp_path / "merged")
+    merged = dict(read_tensors(find_tensors(tmp_path / "merged")))
+    assert {tensor.dtype for tensor in merged.values()} == {np.dtype(jnp.bfloat16)}
+    name = "encoder.layer.0.attention.self.query.weight"
+    full = next(tensor for key, tensor in merged.items() if key.endswith(name))
+    exact = method.merge(frozen, trainable)["blocks"]["attention"]["query"]["kernel"][0].T
+    np.testing.assert_array_equal(full, np.asarray(exact).astype(jnp.bfloat16))
+
+
 def test_a_head_that_the_base_lacks_goes_with_the_adapter(folders, batch, tmp_path):
     base = folders["BertForMaskedLM"]  # which has neither pooler nor classifier
     model, params = pj.load(base, head="classifier", key=jax.random.key(5))

@@ -85,6 +85,8 @@ TASK_MODULES = {
 }
 # The embedding whose ties PEFT heeds under ensure_weight_tying; ties of others it overlooks.
 TIED_EMBEDDING = "embed_tokens"
+# The output layer that PEFT stores beside the embedding under save_embedding_layers.
+OUTPUT_LAYER = "lm_head"
 
 
 @dataclass(frozen=True)

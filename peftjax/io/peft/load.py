@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.peft.adapted import Adapted, read_adapted
 from peftjax.io.peft.config import LoraConfig, clean, rank_power, read_config
 from peftjax.io.peft.names import Model, names_of
-from peftjax.io.peft.plain import read_plain
+from peftjax.io.peft.plain import read_plain, untrained_tables
 from peftjax.io.peft.prefix import import_prefix, is_prefix
 from peftjax.io.peft.tensors import read_file
 from peftjax.methods import build
 from peftjax.transform import Frozen, Params, Trainable, Transform
+
+logger = logging.getLogger(__name__)
 
 
 def import_peft(
@@ -30,6 +34,7 @@ def import_peft(
     *,
     leave_out: Sequence[str] = (),
     layouts: Mapping[str, str] | None = None,
+    freeze_tables: bool = True,
 ) -> tuple[Transform, Frozen, Trainable]:
     """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
 
@@ -46,6 +51,9 @@ def import_peft(
         leave_out: modules or tensors of the file that are not to be read, by PEFT's names without
             'base_model.model.'.
         layouts: axes by pattern, as in `lora`.
+        freeze_tables: put embeddings and output layers that PEFT stored and did not train
+            (`save_embedding_layers`) into the frozen base, which `save_adapter` does not write; False trains
+            those that are not the base's, so that they go with the adapter.
 
     Raises:
         PeftError: the adapter is of another method or of a variant that we have not, or its start needs
@@ -63,8 +71,18 @@ def import_peft(
     try:
         adapted = read_adapted(config, file, names, leaves, layouts)
         plain = read_plain(config, file, names, leaves)
+        stored = untrained_tables(config, file, names)
     except PeftError as error:
         raise PeftError(f"{folder}: {error}") from error
+    tables = {path: plain.pop(path) for path in sorted(stored & plain.keys())}
+    tables = {path: table for path, table in tables.items() if not np.array_equal(table, leaves[path])}
+    if freeze_tables and tables:
+        logger.warning("%s: the base's %s replaced by the file's, not trained", folder, ", ".join(tables))
+        params = tree.replace(
+            params, {path: jnp.asarray(table, leaves[path].dtype) for path, table in tables.items()}
+        )
+    elif tables:
+        plain |= tables
     bias, of_bias = _bias(config, leaves, adapted, plain)
     options = _options(config, adapted, bias, layouts)
     rest = [name for name in plain if name not in of_bias]

@@ -154,9 +154,14 @@ def names_of(model: Model, params: Any) -> Names:
         head.task,
         family.prefix,
         head.bare,
-        family.canonical,
+        lambda name: family.canonical(_alone(name)),
         head.in_memory or family.in_memory,
     )
+
+
+def _alone(name: str) -> str:
+    """A tensor's name in the language model alone, from that in a model that has others beside it."""
+    return ".".join(part for part in name.split(".") if part != "language_model")
 
 
 def _of_known(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:

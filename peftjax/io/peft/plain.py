@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.errors import PeftError
-from peftjax.io.peft.config import TIED_EMBEDDING, LoraConfig
+from peftjax.io.peft.config import OUTPUT_LAYER, TIED_EMBEDDING, LoraConfig
 from peftjax.io.peft.names import Names, module_of
 from peftjax.io.peft.tensors import Tensors
 from peftjax.models.weight_map import Slot
@@ -56,6 +56,21 @@ def read_plain(
             )
         view[...] += (config.scale_of(module) * shift).astype(view.dtype)
     return values
+
+
+def untrained_tables(config: LoraConfig, file: Tensors, names: Names) -> set[str]:
+    """The parameters that the file holds and PEFT did not train: with `save_embedding_layers`, tables."""
+    stored, trained = set(), set()
+    for name in file.plain:
+        known, slot = names.place(name)
+        module = module_of(known)
+        table = slot.weight.kind in ("embedding", "tied") or module.rpartition(".")[2] == OUTPUT_LAYER
+        saved = any(f".{part}." in f".{module}." for part in config.modules_to_save)
+        if table and name.endswith(".weight") and not saved:
+            stored.add(slot.path)
+        else:
+            trained.add(slot.path)
+    return stored - trained
 
 
 def _view(values: dict[str, np.ndarray], slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:

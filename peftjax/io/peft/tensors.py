@@ -19,6 +19,10 @@ _FACTOR = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)"
 )
+# In a state dict that was saved by hand the adapter's name stands in the keys, as in `lora_A.default.weight`.
+_NAMED = re.compile(
+    r"(.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save))\.([^.]+?)(\.weight|\.bias)?"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
     for name in names:
         if not name.startswith(PREFIX):
             raise PeftError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}, as a LoRA's do")
-    left = {name.removeprefix(PREFIX): name for name in names}
+    left = _without_adapter_name(file, {name.removeprefix(PREFIX): name for name in names})
     for part in leave_out:
         hits = [name for name in left if name.startswith(f"{part}.") or name == part]
         if not hits:
@@ -87,3 +91,34 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
     if not factors:
         raise PeftError(f"{file} holds no LoRA factors")
     return Tensors(factors, plain, bases, tuple(leave_out))
+
+
+def _without_adapter_name(file: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """The tensors by the names that `save_pretrained` gives them, which lack the adapter's name.
+
+    Raises:
+        PeftError: there are several adapters in the file, or a tensor with the adapter's name and without.
+    """
+    adapters = {
+        match[2] for name in names if (match := _NAMED.fullmatch(name)) and match[2] not in ("weight", "bias")
+    }
+    if not adapters:
+        return dict(names)
+    if len(adapters) > 1:
+        raise PeftError(
+            f"{file} holds several adapters, {', '.join(map(repr, sorted(adapters)))}; save each by itself"
+        )
+    plain: dict[str, str] = {}
+    for name, full in names.items():
+        match = _NAMED.fullmatch(name)
+        short = name
+        if match is not None and match[2] in adapters:
+            # DoRA's magnitudes and embeddings' factors are saved without a '.weight'.
+            tail = "" if match[1].endswith("lora_magnitude_vector") else match[3] or ""
+            short = match[1].removesuffix(".modules_to_save") + tail
+        elif ".original_module." in name:
+            continue
+        if short in plain:
+            raise PeftError(f"{file} holds both {plain[short]!r} and {full!r}")
+        plain[short] = full
+    return plain
