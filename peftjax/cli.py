@@ -1,14 +1,17 @@
 """The command line: `peftjax train | eval | merge | generate | export | import | methods | inspect`."""
 
+import contextlib
+import io
 import json
 import logging
+import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 import yaml
@@ -33,6 +36,7 @@ from peftjax.train.options import (
     model_folder,
     open_model,
 )
+from peftjax.train.options_file import read_options
 from peftjax.train.run import run
 from peftjax.train.saved import evaluate_saved, merge_saved
 from peftjax.tree import nearest
@@ -175,11 +179,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with ends_within(lambda: _say_interrupted(command, console)):
             _RUN[type(command)](command, console)
     except PeftError as error:
-        print(f"peftjax: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:  # of any file: the disk is full, the folder read-only, the name too long
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _refuse(f"{where}{error.strerror or error}")
     except KeyboardInterrupt as error:
         _say_interrupted(command, console)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"peftjax: {' '.join(sentence.splitlines())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _say_interrupted(command: Any, console: Console) -> None:
@@ -192,14 +203,30 @@ def _say_interrupted(command: Any, console: Console) -> None:
 def _parse(arguments: list[str]) -> Any:
     if arguments[:1] == ["train"]:
         arguments = ["train", *_config_arguments(arguments[1:]), *arguments[1:]]
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        args=arguments,
-        prog="peftjax",
-        description="Parameter- and memory-efficient fine-tuning in JAX.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        use_underscores=False,
-    )
+    if any("\0" in argument for argument in arguments):
+        raise PeftError("an argument has a zero byte, which no file's name can have")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                args=arguments,
+                prog="peftjax",
+                description="Parameter- and memory-efficient fine-tuning in JAX.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                use_underscores=False,
+            )
+    except SystemExit as ended:
+        if not ended.code:  # the help was asked for
+            raise
+        raise PeftError(_sentence(said.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says of arguments it does not accept, without the frame around it."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    kept = [line for line in lines if line and not set(line) & set("╭╰─")]
+    return " ".join(" ".join(kept).split())[:1000] or "the arguments cannot be read; see peftjax --help"
 
 
 def _config_arguments(arguments: list[str]) -> list[str]:
@@ -213,14 +240,7 @@ def _config_arguments(arguments: list[str]) -> list[str]:
     if not values:
         return []
     file = Path(values[-1])
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise PeftError(f"cannot read the options file {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise PeftError(f"the options file {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, Mapping):
-        raise PeftError(f"the options file {file} must hold options by name, such as 'rank: 8'")
+    options = read_options(file)
     known = _option_names(Train) - {"config"}
     result = []
     for name, value in options.items():
@@ -230,9 +250,12 @@ def _config_arguments(arguments: list[str]) -> list[str]:
         if isinstance(value, bool):
             result.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            result += [f"--{flag}", *map(str, value)]
+            parts = [str(part) for part in value]
+            if flags := [part for part in parts if part.startswith("--")]:
+                raise PeftError(f"{file}: {name} has {flags[0]!r}, which would be read as another option")
+            result += [f"--{flag}", *parts]
         else:
-            result += [f"--{flag}", str(value)]
+            result.append(f"--{flag}={value}")
     return result
 
 

@@ -123,10 +123,17 @@ def with_defaults(config: TrainConfig, task: Task, longest: int | None = None) -
 
 
 def plan_steps(config: TrainConfig, examples: int) -> Steps:
-    """The steps of a run over `examples` training examples."""
+    """The steps of a run over `examples` training examples.
+
+    Raises:
+        PeftError: the epochs have more steps than can be counted.
+    """
     per_epoch = examples / config.batch_size
+    total = config.steps or math.ceil(min(config.epochs * per_epoch, float(_LARGEST["steps"] + 1)))
+    if total > _LARGEST["steps"]:
+        raise PeftError(f"{config.epochs:g} epochs are more than {_LARGEST['steps']} steps: choose fewer")
     return Steps(
-        total=config.steps or math.ceil(config.epochs * per_epoch),
+        total=total,
         log=config.log_every,
         evaluate=config.eval_every or math.ceil(per_epoch),
         save=config.save_every,
@@ -147,6 +154,8 @@ _AT_LEAST_ONE = (
 )
 _POSITIVE = ("epochs", "learning_rate", "clip_norm")
 _NOT_NEGATIVE = ("weight_decay", "keep_best", "seed")
+# What counts steps and rows in 32 bits has to hold them; a seed is a number of 64 bits.
+_LARGEST = {**dict.fromkeys(_AT_LEAST_ONE, 2**31 - 1), "keep_best": 2**31 - 1, "seed": 2**63 - 1}
 _CHOICES = {
     "optimizer": get_args(Optimizer),
     "schedule": get_args(Schedule),
@@ -176,6 +185,9 @@ def validate(config: TrainConfig) -> None:
         for name in names:
             if values[name] is not None and not allowed(values[name]):
                 raise PeftError(f"{name} is {values[name]}, but has to be {rule}")
+    for name, largest in _LARGEST.items():
+        if values[name] is not None and values[name] > largest:
+            raise PeftError(f"{name} is {values[name]:.6g}, but has to be at most {largest}")
     if config.batch_size % config.grad_accumulation:
         raise PeftError(
             f"batch_size {config.batch_size} cannot be computed in grad_accumulation "

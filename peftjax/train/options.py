@@ -1,6 +1,7 @@
 """What to fine-tune, on what and how: the options of a run, shared by the library and the commands."""
 
 import inspect
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from peftjax import tree
 from peftjax.chain import chain
@@ -26,6 +26,7 @@ from peftjax.train.data.files import file_dataset
 from peftjax.train.data.language.corpus import PLAIN_TEXT
 from peftjax.train.data.language.dataset import RowOptions, SourceOptions
 from peftjax.train.data.tfds import PREFIX, tfds_dataset
+from peftjax.train.options_file import parse_yaml
 from peftjax.transform import Transform
 
 MINILM = "minilm"
@@ -188,7 +189,13 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
         name, equals, value = pair.partition("=")
         if not equals:
             raise PeftError(f"method option {pair!r} is not of the form name=value")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = parse_yaml(value)
+        except ValueError as error:
+            raise PeftError(f"method option {name!r} cannot be read: {error}") from error
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PeftError(f"the method's option {name!r} is {value}, but has to be a finite number")
     names = options.method.split("+")
     known = {name: _options_of(name) for name in names}
     for option in given:

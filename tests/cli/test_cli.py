@@ -196,10 +196,28 @@ def test_every_command_has_help(command, capsys):
     assert "--json" in capsys.readouterr().out
 
 
-def test_unknown_flags_end_with_code_2(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--learning-rat", "1"])
-    assert ended.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--learning-rat", "1"], "Unrecognized options: --learning-rat"),
+        (["train", "--optimizer", "x"], "invalid choice 'x' for argument '--optimizer'"),
+        (["train", "--steps", "1.5"], "--steps"),
+        (["train", "--steps"], "Missing value for argument '--steps'"),
+        (["train", "--seed", str(2**64)], "seed is 1.84467e+19, but has to be at most 9223372036854775807"),
+        (["train", "--seed", "9" * 5000], "--seed"),
+        (["train", "--learning-rate", "nan"], "learning_rate is nan"),
+        (["train", "--clip-norm", "inf"], "clip_norm is inf"),
+        (["train", "--steps", str(10**30)], "steps is 1e+30"),
+        (["train", "--alpha", "nan"], "'alpha' is nan"),
+        (["train", "--method-options", "init=[a"], "'init' cannot be read"),
+        (["train", "--data", "a\0b"], "zero byte"),
+        (["merge"], "--output"),
+        ([], "Expected one of {train, eval"),
+        (["trian"], "Unrecognized options: trian"),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_sentence(arguments, message, capsys):
+    assert message in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +257,35 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not output.exists()
 
 
-def test_unknown_yaml_options_are_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "closest: 'learning_rate'"),
+        ("- 1\n", "options by name"),
+        ("a: &a [1]\nb: [*a, *a]\n", "an alias has no use here"),
+        ("rank: 1\nrank: 2\n", "'rank' stands there twice"),
+        ("rank: {a: 1}\n", "'rank' is a dict"),
+        ("targets: [[a]]\n", "'targets' is a list"),
+        ("targets: [--json]\n", "would be read as another option"),
+        ("rank: 2001-01-01\n", "'rank' is a date"),
+        ("rank: 2001-13-45\n", "is not YAML"),
+        ("rank: !!binary a\n", "is not YAML"),
+        ("rank: !!python/name:os.system\n", "is not YAML"),
+        ("[" * 5000, "nests too deeply"),
+        ("rank: " + "9" * 5000, "is not YAML"),
+        ("rank: a\n", "--rank"),
+        ("data: a" + "b" * 2**20, "larger than"),
+        ("{[a]: 1}", "is not YAML"),
+        ("rank: 1\0", "is not YAML"),
+    ],
+    ids=lambda text: text[:20].encode("unicode_escape").decode(),
+)
+def test_a_yaml_file_that_cannot_be_is_one_sentence(text, message, tmp_path, capsys):
     options = tmp_path / "run.yaml"
-    options.write_text("learning_rat: 1\n")
-    assert "closest: 'learning_rate'" in refused(capsys, "train", "--config", options)
-    options.write_text("- 1\n")
-    assert "options by name" in refused(capsys, "train", "--config", options)
+    options.write_text(text)
+    assert message in refused(capsys, "train", "--config", options)
+    options.write_bytes(b"rank: \xff")
+    assert "cannot read" in refused(capsys, "train", "--config", options)
 
 
 def test_an_output_folder_of_another_run_is_left_alone(trained, capsys):
