@@ -1,5 +1,6 @@
 """Several low-rank adapters on one weight, each row of a batch using its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ class PerRow(Weight):
     """`w_b = base + a[rows_b]ᵀ b[rows_b]` for row b of the batch; a row of -1 is the base alone.
 
     `a [*stack, n, r, in]`, `b [*stack, n, r, out]` (scales folded into b, smaller ranks padded with
-    zeros), `rows [*stack, B]` int32. The batch is the first free axis of the activation, or flattened
-    into it with the batch outermost.
+    zeros), `rows [*stack, B]` int32. The batch is the free axis `axis` of the activation, or the first
+    one, with the batch outermost where that is 0 and innermost where it is 1, when the model has flattened
+    batch and tokens. Without `axis` it is the one free axis of B members; none or several are an error.
     """
 
     base: Any = logical()
@@ -26,6 +28,7 @@ class PerRow(Weight):
     b: Array = canonical("o")
     rows: Array = canonical()
     layout: Layout = static()
+    axis: int | None = static(None)
 
     def dense(self) -> Array:
         """There is none: every row of the batch has a weight of its own."""
@@ -52,12 +55,12 @@ class PerRow(Weight):
         free = [n for n in range(x.ndim) if n not in rule.x_contract]
         rows = lax.transpose(x, (*free, *order))
         sizes = rows.shape[:n_free]
-        thin = self._grouped(rows.reshape(*sizes, -1))  # [B, tokens of the row, in]
+        thin, ungroup = self._grouped(rows.reshape(*sizes, -1))  # [B, tokens of the row, in]
         choice, weight = self._choice(x.dtype)
         z = jnp.einsum("bti,bri->btr", thin, first[choice].astype(x.dtype), precision=rule.precision)
         y = jnp.einsum("btr,bro->bto", z * weight, second[choice].astype(x.dtype), precision=rule.precision)
         kept = self.layout.positions(left)
-        y = y.reshape(*sizes, *(self.shape[p] for p in kept))
+        y = ungroup(y).reshape(*sizes, *(self.shape[p] for p in kept))
         y = lax.transpose(y, (*range(n_free), *(n_free + kept.index(p) for p in sorted(kept))))
         whole = contract(x, self.base, rule)
         return whole + y.reshape(whole.shape).astype(whole.dtype)
@@ -67,25 +70,42 @@ class PerRow(Weight):
         side = side_of(self.layout, (rule.axis,))
         first, second, left = (self.a, self.b, "o") if side == "i" else (self.b, self.a, "i")
         found = contract(indices, self.base, rule)
-        ids = self._grouped(indices)[..., 0]  # [B, tokens of the row]
+        ids, ungroup = self._grouped(indices)  # [B, tokens of the row, 1]
+        ids = ids[..., 0]
         choice, weight = self._choice(found.dtype)
         thin = first[choice[:, None], :, ids]  # [B, tokens, r]
         y = jnp.einsum("btr,bro->bto", thin * weight, second[choice])
         kept = self.layout.positions(left)
         lead = indices.ndim - 1
-        y = y.reshape(*indices.shape[:-1], *(self.shape[p] for p in kept))
+        y = ungroup(y).reshape(*indices.shape[:-1], *(self.shape[p] for p in kept))
         y = lax.transpose(y, (*range(lead), *(lead + kept.index(p) for p in sorted(kept))))
         return found + y.reshape(found.shape).astype(found.dtype)
 
-    def _grouped(self, x: Array) -> Array:
-        """`[B·k, ..., n]` as `[B, tokens, n]`."""
-        batch = self.rows.shape[-1]
-        if x.shape[0] % batch:
+    def _grouped(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """`[*free, n]` as `[B, tokens, n]`, and how such a result gets the free axes back, flattened."""
+        batch, free = self.rows.shape[-1], x.shape[:-1]
+        found = [n for n, size in enumerate(free) if size == batch]
+        if self.axis is not None and self.axis < len(free) and free[self.axis] == batch:
+            at = self.axis
+        elif self.axis is None and len(found) == 1:
+            at = found[0]
+        elif self.axis in (0, 1) and free[0] % batch == 0 and (self.axis == 0 or len(free) == 1):
+            tokens = free[0] // batch
+            free = ((batch, tokens) if self.axis == 0 else (tokens, batch)) + free[1:]
+            at = self.axis
+        else:
             raise PeftError(
                 f"{self.layout.name}: adapters are mixed over a batch of {batch} rows, but this layer "
-                f"sees an activation {x.shape}; keep the batch axis first"
+                f"sees an activation {x.shape}, in which the batch is "
+                f"{'not to be told from the other axes' if self.axis is None else f'not axis {self.axis}'}; "
+                "say which axis it is: mix(adapters, rows, axis=0), or axis=1 with the sequence first"
             )
-        return x.reshape(batch, -1, x.shape[-1])
+        moved = jnp.moveaxis(x.reshape(*free, x.shape[-1]), at, 0)
+
+        def ungroup(y: Array) -> Array:
+            return jnp.moveaxis(y.reshape(*moved.shape[:-1], y.shape[-1]), 0, at)
+
+        return moved.reshape(batch, -1, x.shape[-1]), ungroup
 
     def _choice(self, dtype: Any) -> tuple[Array, Array]:
         weight = (self.rows >= 0).astype(dtype)[:, None, None]

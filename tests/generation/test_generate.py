@@ -141,7 +141,7 @@ def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
         np.testing.assert_array_equal(unmerged, merged)
         by_adapter.append(unmerged)
     assert (by_adapter[0] != by_adapter[1]).any(axis=1).all()
-    mixed = pj.mix(adapters, jnp.array([1, -1, 0]))
+    mixed = pj.mix(adapters, jnp.array([1, -1, 0]), axis=0)
     rows = pj.generate(model, mixed, batch, max_new_tokens=NEW).tokens
     np.testing.assert_array_equal(rows, [by_adapter[1][0], wanted[1], by_adapter[0][2]])
 

@@ -50,12 +50,15 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
     return params
 
 
-def mix(adapters: Sequence[Adapter], rows: Array) -> Params:
+def mix(adapters: Sequence[Adapter], rows: Array, *, axis: int | None = None) -> Params:
     """The parameters with adapter `rows[b]` active for row b of the batch, and none where it is -1.
 
     Args:
         adapters: `(method, frozen, trainable)` each, on the same base parameters.
         rows: int32 `[B]`, traced or not; out-of-range numbers take the nearest adapter.
+        axis: of the activations (and ids) on which the batch lies: 0, or 1 with the sequence first. None
+            finds it in each layer as the one axis of B members, and is an error where several have as many
+            or batch and tokens are flattened into one.
 
     Raises:
         PeftError: as `add`.
@@ -71,7 +74,7 @@ def mix(adapters: Sequence[Adapter], rows: Array) -> Params:
         a = jnp.stack([a for a, _ in factors], axis=len(stack))
         b = jnp.stack([b for _, b in factors], axis=len(stack))
         own_rows = jnp.broadcast_to(rows, (*stack, *rows.shape))
-        params = tree.replace(params, {path: PerRow(first.base, a, b, own_rows, first.layout)})
+        params = tree.replace(params, {path: PerRow(first.base, a, b, own_rows, first.layout, axis)})
     return params
 
 

@@ -1,0 +1,55 @@
+"""Adapters mixed per row find the batch axis, or ask for it: never another axis of a size that fits."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import KEY, assert_close, noisy
+
+import peftjax as pj
+from peftjax.errors import PeftError
+
+BASE = {"w": 0.3 * jax.random.normal(KEY, (8, 6))}
+METHOD = pj.lora(rank=2, targets=".*")
+FROZEN, START = METHOD.init(KEY, BASE)
+TRAINED = [noisy(START, jax.random.key(seed)) for seed in range(2)]
+ROWS = jnp.array([0, 1, 1, 0])
+
+
+def mixed(axis=None):
+    return pj.mix([(METHOD, FROZEN, trained) for trained in TRAINED], ROWS, axis=axis)["w"]
+
+
+def wanted(x):  # batch first
+    dense = jnp.stack([METHOD.merge(FROZEN, trained)["w"] for trained in TRAINED])[ROWS]
+    return jnp.einsum("b...i,bio->b...o", x, dense)
+
+
+def product(w, x):
+    return x @ w
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_batch_is_where_it_is_said_to_be(axis, tokens):
+    x = jax.random.normal(KEY, (4, tokens, 8))
+    given = jnp.moveaxis(x, 0, axis)
+    assert_close(jnp.moveaxis(pj.adapt(product)(mixed(axis), given), axis, 0), wanted(x), 1e-5)
+    flat = pj.adapt(product)(mixed(axis), given.reshape(-1, 8))
+    assert_close(jnp.moveaxis(flat.reshape(*given.shape[:2], 6), axis, 0), wanted(x), 1e-5)
+
+
+def test_the_only_axis_of_its_size_is_the_batch():
+    x = jax.random.normal(KEY, (4, 8, 8))
+    assert_close(pj.adapt(product)(mixed(), x), wanted(x), 1e-5)
+    turned = pj.adapt(product)(mixed(), x.swapaxes(0, 1))
+    assert_close(turned.swapaxes(0, 1), wanted(x), 1e-5)
+    ids = jnp.arange(20).reshape(4, 5) % 8
+    table = jax.nn.one_hot(ids, 8)
+    rows = pj.adapt(lambda w, ids: w[ids])(mixed(), ids.T)
+    assert_close(rows.swapaxes(0, 1), wanted(table), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 8), (20, 8), (8, 3, 8)])
+def test_a_batch_that_cannot_be_told_is_asked_for(shape):
+    with pytest.raises(PeftError, match=r"w: adapters are mixed over a batch of 4 rows.*axis=0"):
+        pj.adapt(product)(mixed(), jnp.ones(shape))
