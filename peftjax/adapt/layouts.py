@@ -10,8 +10,22 @@ from peftjax import tree
 from peftjax.adapt.evaluate import Evaluator
 from peftjax.errors import PeftError
 from peftjax.tree import Targets
+from peftjax.weights.base import structured
 from peftjax.weights.layout import Layout, guess_layout
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.rules import Dot, Gather, Rule
+
+
+@structured
+class _EntersByInputs(LowRank):
+    """A low-rank weight that is refused where an activation meets its outputs."""
+
+    def supports(self, rule: Rule) -> bool:
+        """As the low-rank weight, but only where the inputs are contracted or looked up."""
+        entered = (
+            rule.w_contract if isinstance(rule, Dot) else (rule.axis,) if isinstance(rule, Gather) else ()
+        )
+        return super().supports(rule) and not set(entered) & set(self.layout.positions("o"))
 
 
 def layouts_of(
@@ -51,13 +65,16 @@ def _first_that_fits(
     bias = getattr(leaves.get(f"{tree.module_of(path)}/bias"), "shape", None)
     guess = guess_layout(path, shape, bias)
     failure: PeftError | None = None
-    for letters in dict.fromkeys((guess, *_readings(len(shape)))):
+    readings = tuple(dict.fromkeys((guess, *_readings(len(shape)))))
+    # First those in which activations meet the inputs alone: a matrix used as `x @ w.T` fits both ways. What
+    # is used both ways, as a tied table is, keeps the reading that its name tells.
+    for kind, letters in ((kind, letters) for kind in (_EntersByInputs, LowRank) for letters in readings):
 
-        def traced(params: Any, *inputs: Any, letters: str = letters) -> Any:
+        def traced(params: Any, *inputs: Any, letters: str = letters, kind: Any = kind) -> Any:
             leaf = tree.named_leaves(params)[path]
             layout = Layout.parse(letters, shape, path)
             a, b = (jnp.zeros((*layout.stack, 1, n), leaf.dtype) for n in layout.matrix)
-            return Evaluator().trace(fn)(tree.replace(params, {path: LowRank(leaf, a, b, layout)}), *inputs)
+            return Evaluator().trace(fn)(tree.replace(params, {path: kind(leaf, a, b, layout)}), *inputs)
 
         try:
             jax.eval_shape(traced, params, *inputs)

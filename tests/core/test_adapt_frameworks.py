@@ -173,3 +173,23 @@ def test_the_trees_keep_their_kind():
     assert jax.tree.structure(merged) == jax.tree.structure(state)
     assert_close(nnx.merge(definition, merged)(X), nnx.merge(definition, state)(X))
     assert tree.count(merged) == tree.count(state)
+
+
+def test_layouts_of_reads_the_orientation_from_the_use():
+    w = jnp.zeros((5, 8))
+    x = jnp.zeros((3, 8))
+    assert pj.layouts_of(lambda p, x: x @ p["w"].T, {"w": w}, x) == {"^w": "oi"}
+    assert pj.layouts_of(lambda p, x: x @ p["w"], {"w": w.T}, x) == {"^w": "io"}
+    assert pj.layouts_of(lambda p, x: jnp.einsum("od,bd->bo", p["w"], x), {"w": w}, x) == {"^w": "oi"}
+    square = {"w": jnp.zeros((2, 8, 8))}
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w.T, None), x, p["w"])[0]
+
+    assert pj.layouts_of(scanned, square, x) == {"^w": "soi"}
+    tied = {"embedding": jnp.zeros((9, 8))}
+    both = pj.layouts_of(lambda p, i: p["embedding"][i] @ p["embedding"].T, tied, jnp.zeros(3, int))
+    assert both == {"^embedding": "io"}
+    letters = pj.layouts_of(lambda p, x: x @ p["w"].T, {"w": w}, x)
+    trained = pj.dora(rank=2, layouts=letters).init(jax.random.key(0), {"w": w})[1]
+    assert trained["w"]["magnitude"].shape == (5,)
