@@ -27,6 +27,7 @@ from peftjax.optim.elementwise import is_elementwise
 from peftjax.optim.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 from peftjax.optim.rounding_noise import uniform
 from peftjax.optim.slicewise import Cut, Leaves, cut_of, run_slicewise
+from peftjax.optim.updates import is_placeholder
 
 
 class EightBitState(NamedTuple):
@@ -82,6 +83,8 @@ def eight_bit(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> EightBitState:
+        if is_placeholder(params):
+            return EightBitState(jnp.zeros((), jnp.int32), key, tx.init(params))
         kinds = _kinds(jax.eval_shape(tx.init, _wide_shapes(params)), params, min_size, moments)
 
         def start(params: Any) -> EightBitState:

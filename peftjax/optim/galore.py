@@ -55,6 +55,7 @@ def galore(
     exclude: Targets | None = None,
     layouts: Mapping[str, str] | None = None,
     dtype: DTypeLike = "float32",
+    strict: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on projected gradients (equations above, arXiv 2403.03507).
 
@@ -78,6 +79,7 @@ def galore(
         exclude: the same forms; wins.
         layouts: axes by pattern.
         dtype: of P, m and v.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default they have Adam alone.
 
     Raises:
         PeftError: as `project`, or the order is neither.
@@ -94,6 +96,7 @@ def galore(
         exclude=exclude,
         layouts=layouts,
         dtype=dtype,
+        strict=strict,
     )
     return step_and_decay(tx, learning_rate, weight_decay, decay_mask, order)
 

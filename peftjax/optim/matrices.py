@@ -4,11 +4,12 @@ A parameter of any rank is read as a stack of matrices, so that every layer and 
 its own, and heads or windows of convolutions belong to the inputs or the outputs (`weights/layout.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.tree import Targets
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 
@@ -22,6 +23,28 @@ def is_matrix(path: str, leaf: Any) -> bool:
     *modules, name = path.split("/")
     factor = bool(modules) and modules[-1] in tree.WEIGHT_NAMES and name not in tree.WEIGHT_NAMES
     return tree.is_weight(path, leaf) and not factor
+
+
+def select_matrices(
+    params: Any,
+    targets: Targets,
+    *,
+    who: str,
+    exclude: Targets | None,
+    strict: bool,
+    eligible: Callable[[str, Any], bool] = tree.is_weight,
+) -> list[str]:
+    """The paths of the targeted matrices; none where 'all-linear' finds none, unless `strict`.
+
+    Raises:
+        PeftError: as `tree.select`, for targets that are named.
+    """
+    if not strict and targets == "all-linear" and exclude is None:
+        try:
+            return tree.select(params, targets, who=who, eligible=eligible)
+        except PeftError:
+            return []
+    return tree.select(params, targets, who=who, exclude=exclude, eligible=eligible)
 
 
 def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) -> dict[str, Layout]:

@@ -36,8 +36,8 @@ import optax
 from jax import Array
 
 from peftjax import tree
-from peftjax.optim.matrices import is_matrix, matrix_layouts
-from peftjax.optim.updates import require_params, widened
+from peftjax.optim.matrices import is_matrix, matrix_layouts, select_matrices
+from peftjax.optim.updates import is_placeholder, require_params, widened
 from peftjax.tree import Targets
 
 _WHO = "normalize_and_project"
@@ -61,6 +61,7 @@ def normalize_and_project(
     exclude: Targets | None = None,
     norms: Targets | None = None,
     layouts: Mapping[str, str] | None = None,
+    strict: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Make every step of an optimizer end on the sphere of the first norm (equation above).
 
@@ -72,6 +73,8 @@ def normalize_and_project(
         norms: normalisation modules, by name as `targets`, whose scale (with the bias where there is one)
             is kept on a sphere too.
         layouts: axes by the end of a name, where it does not tell them.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default the steps are those of
+            `tx`.
 
     Raises:
         PeftError: names or layouts match nothing, or an update without the parameters.
@@ -79,9 +82,11 @@ def normalize_and_project(
     inner = optax.with_extra_args_support(tx)
 
     def spheres(params: Any) -> dict[str, _Sphere]:
-        return {**_matrices(params, targets, exclude, layouts), **_pairs(params, norms)}
+        return {**_matrices(params, targets, exclude, layouts, strict), **_pairs(params, norms)}
 
     def init(params: Any) -> NapState:
+        if is_placeholder(params):
+            return NapState(jnp.zeros([], jnp.int32), inner.init(params))
         leaves = tree.named_leaves(params)
         found = spheres(params)
         return NapState({name: _norm(leaves, sphere) for name, sphere in found.items()}, inner.init(params))
@@ -121,9 +126,13 @@ def _norm(leaves: Mapping[str, Array], sphere: _Sphere) -> Array:
 
 
 def _matrices(
-    params: Any, targets: Targets, exclude: Targets | None, layouts: Mapping[str, str] | None
+    params: Any,
+    targets: Targets,
+    exclude: Targets | None,
+    layouts: Mapping[str, str] | None,
+    strict: bool,
 ) -> dict[str, _Sphere]:
-    paths = tree.select(params, targets, who=_WHO, exclude=exclude, eligible=is_matrix)
+    paths = select_matrices(params, targets, who=_WHO, exclude=exclude, strict=strict, eligible=is_matrix)
     found = matrix_layouts(params, layouts, who=_WHO)
     return {path: {path: (found[path].positions("i"), found[path].positions("o"))} for path in paths}
 

@@ -36,11 +36,15 @@ from jax.typing import ArrayLike, DTypeLike
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.optim.galore import Mask, Order, scale_by_adam, step_and_decay
+from peftjax.optim.matrices import select_matrices
 from peftjax.optim.projection import project
 from peftjax.optim.refresh import Method
+from peftjax.optim.updates import is_below, require_known
 from peftjax.tree import Targets
 
 _FLOOR = 1e-6
+_SMALLEST = 1e-45
+"""Of what is positive in float32."""
 
 
 class NaturalState(NamedTuple):
@@ -56,7 +60,7 @@ class NaturalState(NamedTuple):
 
 def scale_by_natural_gradient(
     history: int = 20,
-    damping: float = 1e-3,
+    damping: ArrayLike = 1e-3,
     dtype: DTypeLike | None = None,
     stack_of: Callable[[str, Any], int] | None = None,
 ) -> optax.GradientTransformation:
@@ -72,7 +76,8 @@ def scale_by_natural_gradient(
     Raises:
         PeftError: history or damping are not positive.
     """
-    if history < 1 or damping <= 0:
+    require_known("natural gradient", history=history)
+    if history < 1 or is_below(damping, _SMALLEST):
         raise PeftError(
             f"natural gradient: history and damping must be positive, got {history} and {damping}"
         )
@@ -101,6 +106,8 @@ def scale_by_natural_gradient(
                 step = jax.vmap(step, in_axes=(0, 0, 0, None, None))
             return step(g, held, gram, slot, damping)
 
+        if not jax.tree.leaves(grads):  # everything is masked
+            return grads, state._replace(count=optax.safe_increment(state.count))
         found = jax.tree.map(one, paths, grads, state.history, state.gram)
         outer, inner = jax.tree.structure(grads), jax.tree.structure((0, 0, 0))
         updates, held, gram = jax.tree.transpose(outer, inner, found)
@@ -109,7 +116,7 @@ def scale_by_natural_gradient(
     return optax.GradientTransformation(init, update)
 
 
-def _step(g: Array, held: Array, gram: Array, slot: Array, damping: float) -> tuple[Array, Array, Array]:
+def _step(g: Array, held: Array, gram: Array, slot: Array, damping: ArrayLike) -> tuple[Array, Array, Array]:
     """g~, H and Hᵀ H after a gradient of one matrix; `held [s, ...]`, `gram [s, s]`."""
     held = held.at[slot].set(g.astype(held.dtype))
     each = tuple(range(1, held.ndim))
@@ -130,7 +137,7 @@ def natural_galore(
     rank: int,
     variant: Literal["paper", "released"] = "paper",
     history: int = 20,
-    damping: float = 1e-3,
+    damping: ArrayLike = 1e-3,
     history_dtype: DTypeLike | None = None,
     every: int = 200,
     scale: ArrayLike = 0.25,
@@ -146,6 +153,7 @@ def natural_galore(
     exclude: Targets | None = None,
     layouts: Mapping[str, str] | None = None,
     dtype: DTypeLike = "float32",
+    strict: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with the natural gradient of the projected matrices (equations above, arXiv 2410.16029).
 
@@ -153,7 +161,7 @@ def natural_galore(
         learning_rate: as are all options without an entry here, that of `galore`.
         rank: r.
         variant: 'paper' projects the smaller side, 'released' both.
-        history: s.
+        history: s; with `rank` static under `optax.inject_hyperparams`.
         damping: λ.
         history_dtype: of H; by default `dtype`.
         every: T.
@@ -170,6 +178,7 @@ def natural_galore(
         exclude: the same forms; wins.
         layouts: axes by pattern.
         dtype: of the bases, m and v.
+        strict: refuse parameters in which 'all-linear' finds no matrix.
 
     Raises:
         PeftError: as `galore`, or the variant is neither.
@@ -178,7 +187,7 @@ def natural_galore(
         raise PeftError(f"natural_galore: variant must be 'paper' or 'released', got {variant!r}")
 
     def of_projected(params: Any) -> Any:
-        paths = tree.select(params, targets, who="natural_galore", exclude=exclude)
+        paths = select_matrices(params, targets, who="natural_galore", exclude=exclude, strict=strict)
         return tree.map_named(lambda path, _: path in paths, params)
 
     natural = optax.masked(scale_by_natural_gradient(history, damping, history_dtype), of_projected)
@@ -194,5 +203,6 @@ def natural_galore(
         exclude=exclude,
         layouts=layouts,
         dtype=dtype,
+        strict=strict,
     )
     return step_and_decay(tx, learning_rate, weight_decay, decay_mask, order)

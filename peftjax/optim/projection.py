@@ -19,7 +19,7 @@ program (under `vmap` it decomposes at every step). Two programs have neither:
     for n in range(steps):
         state = step(state, batch, refresh=n % every == 0)
 
-Under `optax.inject_hyperparams` name rank and every as `static_args`. `optax.MultiSteps` around it projects
+Under `optax.inject_hyperparams` name rank as one of the `static_args`. `optax.MultiSteps` around it projects
 the accumulated gradient.
 """
 
@@ -37,12 +37,13 @@ from peftjax.errors import PeftError
 from peftjax.optim import refresh as of
 from peftjax.optim.moments import Path
 from peftjax.optim.rotation import Moments, follow_bases, require_rotatable
+from peftjax.optim.updates import is_placeholder
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_canonical, to_logical
 
 
 class ProjectionState(NamedTuple):
-    """The state of `project`."""
+    """The state of `project`; `optax.tree.map_params` takes `bases` as one part that is of no parameter."""
 
     count: Array
     """Steps done, int32 `[]`."""
@@ -65,6 +66,7 @@ def project(
     exclude: Targets | None = None,
     layouts: Mapping[str, str] | None = None,
     dtype: DTypeLike = "float32",
+    strict: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on low-rank projections of the targeted gradients (equations above).
 
@@ -85,6 +87,7 @@ def project(
         exclude: the same forms; wins.
         layouts: axes by pattern.
         dtype: of the bases, and of the projected gradients that `inner` sees.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default they go through `inner`.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets that match nothing or states that
@@ -96,9 +99,12 @@ def project(
     inner = optax.with_extra_args_support(inner)
 
     def find(params: Any) -> dict[str, of.Projected]:
-        return of.find_projected(params, rank, side, targets, exclude, layouts)
+        return of.find_projected(params, rank, side, targets, exclude, layouts, strict)
 
     def init(params: Any) -> ProjectionState:
+        if is_placeholder(params):
+            nothing = jnp.zeros([], jnp.int32)
+            return ProjectionState(nothing, nothing, inner.init(params))
         found = find(params)
         if moments != "keep" and "" in found:
             raise PeftError(f"project: moments={moments!r} needs the parameters in a tree, such as a dict")

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from peftjax import tree
 from peftjax.optim.matrices import matrix_layouts
-from peftjax.optim.updates import require_params, widened
+from peftjax.optim.updates import is_placeholder, require_params, widened
 from peftjax.weights.layout import Layout
 
 
@@ -63,7 +63,8 @@ def remove_radial(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
-        matrix_layouts(params, layouts, who=who)
+        if not is_placeholder(params):
+            matrix_layouts(params, layouts, who=who)
         return inner.init(params)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

@@ -37,6 +37,8 @@ from peftjax.optim.bases import (
     subspace_iteration,
     svd_basis,
 )
+from peftjax.optim.matrices import select_matrices
+from peftjax.optim.updates import is_below, require_known
 from peftjax.tree import Targets
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
@@ -82,6 +84,7 @@ def find_projected(
     targets: Targets,
     exclude: Targets | None,
     layouts: Mapping[str, str] | None,
+    strict: bool = True,
 ) -> dict[str, Projected]:
     """The weights that are projected, by path; ranks cut to the smaller side of each.
 
@@ -89,7 +92,7 @@ def find_projected(
         PeftError: the targets or the layouts match nothing.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, who="project", exclude=exclude)
+    paths = select_matrices(params, targets, who="project", exclude=exclude, strict=strict)
     tree.require_patterns_used("project", layouts, paths)
     found = {}
     for path in paths:
@@ -112,7 +115,8 @@ def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
 
 def require_options(rank: int, every: int, compress: str, method: str) -> None:
     """Raise a PeftError for an option that is none."""
-    if rank < 1 or every < 1:
+    require_known("project", rank=rank)
+    if rank < 1 or is_below(every, 1):
         raise PeftError(f"project: rank and every must be positive, got {rank} and {every}")
     for name, value, known in (("side", compress, Compressed), ("basis", method, Method)):
         if value not in get_args(known):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,6 +12,31 @@ from peftjax.errors import PeftError
 def widened(x: Array) -> Array:
     """The array in float32, or in its own dtype where that is wider: what updates are computed in."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether `init` was called by `optax.tree.map_params`, with a node of its own that has no leaves.
+
+    What a state has per parameter by name is then one leaf: there are no names, and it is no copy of the
+    parameters.
+    """
+    plain = params is None or isinstance(params, (dict, list, tuple))
+    return not plain and jax.tree.structure(params).num_leaves == 0
+
+
+def require_known(who: str, **values: Any) -> None:
+    """Raise a PeftError that names an option which shapes depend on, where it is an array or traced."""
+    for name, value in values.items():
+        if isinstance(value, jax.Array):
+            raise PeftError(
+                f"{who}: {name} decides shapes and must be a Python number; under optax.inject_hyperparams "
+                f"name it in static_args"
+            )
+
+
+def is_below(value: Any, least: float) -> bool:
+    """Whether a number is known, and less than that."""
+    return not isinstance(value, jax.core.Tracer) and bool(value < least)
 
 
 def require_params(params: Any, who: str) -> None:

@@ -173,7 +173,7 @@ def test_wrong_names_are_errors():
         ({"targets": ["qery"]}, "target 'qery' matched no parameter; closest: .*query"),
         ({"norms": ["normm"]}, "target 'normm' matched no parameter; closest: .*norm"),
         ({"layouts": {"qery": "sio"}}, "'qery' matched no target"),
-        ({"params": factors}, "no parameter this method can adapt"),
+        ({"params": factors, "strict": True}, "no parameter this method can adapt"),
     ):
         with pytest.raises(pj.PeftError, match=f"normalize_and_project: .*{message}"):
             spheres(**options)
