@@ -61,6 +61,22 @@ FIELDS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+# Fields that every version of PEFT knows; of the others those are written that differ from their default,
+# since a version refuses fields that are newer than itself.
+OF_ALL_VERSIONS = (
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+)
 # Fields that, when set, change what the tensors mean or which there are, in a way nothing here stands for.
 VARIANTS = (
     "alora_invocation_tokens",

@@ -16,7 +16,7 @@ import numpy as np
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.files import replacing
-from peftjax.io.peft.config import CONFIG, FIELDS, TASK_MODULES, TENSORS, clean, rank_power
+from peftjax.io.peft.config import CONFIG, FIELDS, OF_ALL_VERSIONS, TASK_MODULES, TENSORS, clean, rank_power
 from peftjax.io.peft.factors import MAGNITUDE, magnitude_shape, rank_in_file, to_file
 from peftjax.io.peft.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.io.peft.prefix import export_prefix
@@ -152,9 +152,15 @@ def export_peft(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS, folder / CONFIG) as (tensor_file, config_file):
-        text = json.dumps({**FIELDS, **values}, indent=2, sort_keys=True)
+        text = json.dumps(_told(values), indent=2, sort_keys=True)
         config_file.write_text(text + "\n", encoding="utf-8")
         write_tensors(tensor_file, tensors, {"format": "pt"})
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields to write: those that every version of PEFT knows, and those not at their default."""
+    every = {**FIELDS, **values}
+    return {name: every[name] for name in every if name in OF_ALL_VERSIONS or every[name] != FIELDS[name]}
 
 
 def _modules(names: Names, factors: Mapping[str, Factors], rslora: bool) -> dict[str, _Module]:
