@@ -1,9 +1,10 @@
+import csv
 import json
 
 import pytest
 
 from peftjax.errors import PeftError
-from peftjax.train.data.files import file_dataset
+from peftjax.train.data.files import file_dataset, read_rows
 
 
 def write(path, text):
@@ -54,6 +55,26 @@ def test_held_out_without_an_evaluation_file(tmp_path):
     assert data == file_dataset(path)
 
 
+def test_json_lists_and_long_csv_fields(tmp_path):
+    rows = [{"text": "a" * 200_000, "label": 1}, {"text": "b", "label": 0}]
+    listed = write(tmp_path / "t.json", json.dumps(rows, indent=1))
+    lines = write(tmp_path / "lines.json", "\n".join(map(json.dumps, rows)))
+    table = write(tmp_path / "t.csv", "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
+    limit = csv.field_size_limit()
+    for path in (listed, lines, table):
+        assert file_dataset(path, path).train.texts == ("a" * 200_000, "b")
+    assert csv.field_size_limit() == limit
+
+
+def test_structs_of_parquet_lose_the_nulls_that_other_rows_filled_in(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"m": [{"role": "user", "content": "a"}]}, {"m": [{"role": "tool", "call": {"x": [1, None]}}]}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert [row for _, row in read_rows(tmp_path / "t.parquet")] == rows
+
+
 GOOD = '{"text": "a", "label": 1}\n'
 
 
@@ -62,6 +83,10 @@ GOOD = '{"text": "a", "label": 1}\n'
     [
         ("t.jsonl", "", "has no rows"),
         ("t.csv", "text,label\n", "has no rows"),
+        ("t.json", "[]", "has no rows"),
+        ("t.json", "[3]", "item 1 is not a JSON object"),
+        ("t.jsonl", '{"text": "\\ud800", "label": 1}', "line 1 is not JSON: .*surrogate"),
+        ("t.jsonl", '{"text": ' + "[" * 100_000, "line 1 is not JSON: .*deeply"),
         ("t.jsonl", GOOD + '{"text": \n', "line 2 is not JSON"),
         ("t.jsonl", GOOD + "3\n", "line 2 is not a JSON object"),
         ("t.jsonl", GOOD + '{"text": "b"}\n', "line 2 lacks the column 'label'"),

@@ -167,6 +167,13 @@ def test_a_piece_gets_no_space_in_front(tmp_path):
     assert pieces[1] != tokenizer.token_ids(["no"])[0]
 
 
+def test_a_token_across_the_seam_puts_no_space_there(tmp_path):
+    tokenizer = tiny.tokenizer(tmp_path, metaspace=True)
+    (pieces,) = encode_pieces(tokenizer, [["t", "he cat", " sat"]])
+    assert pieces[0] != tokenizer.token_ids(["the"])[0][:1] or len(tokenizer.token_ids(["the"])[0]) > 1
+    assert tokenizer.decode(joined(pieces)) == "the cat sat"
+
+
 # Conversations
 
 

@@ -1,15 +1,15 @@
-"""Text classification from JSONL, CSV, TSV and Parquet files.
+"""Text classification from JSONL, JSON, CSV, TSV and Parquet files.
 
 CSV is read with its quotes, TSV without any (a quote is a character of the text, as in SST-2).
 """
 
 import csv
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftjax.errors import PeftError
+from peftjax.io.files import parse_json
 from peftjax.train.data import columns as cols
 from peftjax.train.data.dataset import Split, TextDataset
 
@@ -84,12 +84,14 @@ def read_rows(path: Path) -> Rows:
     if reader is None:
         known = ", ".join(_READERS)
         raise PeftError(f"{path} has the unknown format '{path.suffix}'; known are {known}")
-    if not path.is_file():
-        raise PeftError(f"the data file {path} does not exist")
     try:
+        if not path.is_file():
+            raise PeftError(f"the data file {path} does not exist")
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise PeftError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise PeftError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def all_rows(path: Path) -> tuple[list[tuple[int, dict[str, object]]], tuple[str, ...]]:
@@ -126,24 +128,50 @@ def _jsonl(path: Path) -> Rows:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise PeftError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise PeftError(f"{path}, line {number} is not a JSON object")
             yield number, row
 
 
+def _json(path: Path) -> Rows:
+    """A list of objects; some files of this name hold an object a line instead."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        values = None
+    if not isinstance(values, list):
+        yield from _jsonl(path)
+        return
+    for number, row in enumerate(values, start=1):
+        if not isinstance(row, dict):
+            raise PeftError(f"{path}, item {number} is not a JSON object")
+        yield number, row
+
+
 def _csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
-            for fields in reader:
+            header = _next_record(reader) or []
+            while (fields := _next_record(reader)) is not None:
                 if fields:
                     yield reader.line_num, _named(header, fields, f"{path}, line {reader.line_num}")
         except csv.Error as error:
             raise PeftError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
+
+
+def _next_record(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next record, None at the end; the module's own limit of 131,072 characters is lifted meanwhile."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _tsv(path: Path) -> Rows:
@@ -164,19 +192,28 @@ def _named(header: list[str], fields: list[str], place: str) -> dict[str, object
 def _parquet(path: Path) -> Rows:
     from pyarrow import ArrowException, parquet
 
+    number = 0
     try:
         table = parquet.ParquetFile(path)
-        number = 0
         for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
-    except ArrowException as error:
-        raise PeftError(f"{path} is not a Parquet file: {error}") from None
+                yield number, {name: _without_nulls(value) for name, value in row.items()}
+    except (ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PeftError(f"{path} is not a Parquet file: {what}") from None
+
+
+def _without_nulls(value: object) -> object:
+    """A value without the fields that Parquet fills with null because another row's struct has them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,

@@ -8,6 +8,9 @@ from jaxtyping import Bool, Int32
 
 from peftjax.models.tokenizer import Tokenizer
 
+_ANCHORS = ("", *"xqz1.,;:)]>|\n ae")
+"""What a piece can be tokenised behind: nothing, or a letter that it does not form a token with."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -33,7 +36,8 @@ def encode_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[
 
     A piece is tokenised together with what stands before it, because a tokenizer may treat the start
     of a text in its own way (a leading space, for example). Where that would change the ids of what
-    stands before it (a token across the seam), the piece is tokenised alone instead.
+    stands before it (a token across the seam), the piece is tokenised without that: alone, or behind
+    another letter, whichever spells the same text.
     """
     found: list[list[list[int]]] = [[] for _ in texts]
     before = ["" for _ in texts]
@@ -41,13 +45,28 @@ def encode_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[
     for k in range(max(map(len, texts), default=0)):
         alive = [i for i, pieces in enumerate(texts) if k < len(pieces)]
         longer = tokenizer.token_ids([before[i] + texts[i][k] for i in alive])
-        crossed = [i for i, ids in zip(alive, longer) if ids[: len(before_ids[i])] != before_ids[i]]
-        alone = dict(zip(crossed, tokenizer.token_ids([texts[i][k] for i in crossed])))
         for i, ids in zip(alive, longer):
-            if i in alone:
-                found[i].append(alone[i])
-                before[i], before_ids[i] = texts[i][k], alone[i]
-            else:
-                found[i].append(ids[len(before_ids[i]) :])
-                before[i], before_ids[i] = before[i] + texts[i][k], ids
+            anchor, head, own = before[i], before_ids[i], ids[len(before_ids[i]) :]
+            if ids[: len(head)] != head:
+                anchor, head, own = _behind_a_seam(tokenizer, head, texts[i][k], ids)
+            found[i].append(own)
+            before[i], before_ids[i] = anchor + texts[i][k], [*head, *own]
     return found
+
+
+def _behind_a_seam(
+    tokenizer: Tokenizer, before: Sequence[int], piece: str, whole: Sequence[int]
+) -> tuple[str, list[int], list[int]]:
+    """The ids of a piece that spell it after `before`, and the letter with its ids that they stand behind.
+
+    A tokenizer that puts a space in front of a text would put one between two pieces, so the piece is
+    put behind a letter that no token joins it with. Where nothing spells `whole`, it is taken alone.
+    """
+    spelt = tokenizer.decode(whole, skip_special_tokens=False)
+    for anchor in _ANCHORS:
+        head, both = tokenizer.token_ids([anchor, anchor + piece])
+        own = both[len(head) :]
+        joined = [*before, *own]
+        if both[: len(head)] == head and tokenizer.decode(joined, skip_special_tokens=False) == spelt:
+            return anchor, head, own
+    return "", [], tokenizer.token_ids([piece])[0]
