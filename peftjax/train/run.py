@@ -70,8 +70,17 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
     prepared = task.prepare(options, config, method_for, say)
     model, params, method = prepared.model, prepared.params, prepared.method
     frozen, trainable = method.init(jax.random.key(config.seed), params)
-    say(f"{method.name}: {tree.count(trainable):,} of {tree.count(params):,} parameters are trained")
+    total = tree.count(params)
+    say(f"{method.name}: {tree.count(trainable):,} of {total:,} parameters are trained")
     say(adapted_line(method, params, frozen, trainable))
+    identity = {
+        **run_identity(describe(method), params),
+        "data": prepared.data,
+        "training": _training(config),
+    }
+    # What is trained whole is a copy already: the one that was loaded is not needed any more.
+    prepared = dataclasses.replace(prepared, params=None)
+    del params
 
     forward = method.model(model)
     evaluate = make_evaluate(forward, method, classification)
@@ -91,11 +100,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         steps=plan_steps(config, prepared.examples),
         key=jax.random.key(config.seed),
         directory=options.output,
-        identity={
-            **run_identity(describe(method), params),
-            "data": prepared.data,
-            "training": _training(config),
-        },
+        identity=identity,
         evaluate=evaluate,
     )
     scores = task.named_scores(evaluate(result.trainable, frozen, prepared.held_out()))
@@ -118,7 +123,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         **{f"{score}_before": value for score, value in before.items()},
         **prepared.summary,
         "trainable_parameters": tree.count(trainable),
-        "total_parameters": tree.count(params),
+        "total_parameters": total,
         **peak_memory(),
         **_rates(options.output / METRICS),
         "steps": result.step,
