@@ -12,7 +12,7 @@ G: ‖G - Pᵀ P G‖² is the sum of the squared singular values that are left 
   products with few vectors, as gradient passes give them without ever forming G.
 
 Decompositions take the matrices of a stack one after the other, so that their float32 copy and workspace are
-those of one matrix. The signs of the vectors are those the decomposition gives.
+those of one matrix. The signs of the vectors are those the decomposition gives; `pointed` makes them a rule.
 
 Rows are made orthonormal by Householder's QR: unlike Cholesky's it never divides by a pivot, so that zero or
 dependent rows (a gradient that is all zero) still give orthonormal ones. Where rows are sharded it gathers
@@ -137,6 +137,12 @@ def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -
     r = known.shape[-2]
     first = known.astype(jnp.float32) + _WARM_NOISE * shape[-1] ** -0.5 * noise[..., :r, :]
     return jnp.concatenate([first, noise[..., r:, :]], axis=-2)
+
+
+def pointed(rows: Array) -> Array:
+    """The rows `[..., r, n]` with signs by which the entry of largest magnitude of each is positive."""
+    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=-1, keepdims=True), axis=-1)
+    return jnp.where(largest < 0, -rows, rows)
 
 
 def orthonormal_rows(rows: Array) -> Array:

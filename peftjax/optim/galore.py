@@ -28,7 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from peftjax.errors import PeftError
 from peftjax.optim.adamw import decay_updated_weights, scale_by_released_adam
 from peftjax.optim.projection import project
-from peftjax.optim.refresh import Compressed, Method
+from peftjax.optim.refresh import Compressed, Method, Signs
 from peftjax.optim.rotation import Moments
 from peftjax.tree import Targets
 
@@ -50,6 +50,7 @@ def galore(
     order: Order = "released",
     side: Compressed = "smaller",
     basis: Method = "auto",
+    signs: Signs = "largest",
     moments: Moments = "keep",
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
@@ -74,6 +75,7 @@ def galore(
         order: 'released' or 'optax', of eps and decay.
         side: compressed.
         basis: how it is found.
+        signs: of its rows.
         moments: what becomes of m and v on a refresh.
         targets: projected; Adam's plain moments for all else.
         exclude: the same forms; wins.
@@ -91,6 +93,7 @@ def galore(
         scale=scale,
         side=side,
         basis=basis,
+        signs=signs,
         moments=moments,
         targets=targets,
         exclude=exclude,

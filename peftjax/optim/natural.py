@@ -38,7 +38,7 @@ from peftjax.errors import PeftError
 from peftjax.optim.galore import Mask, Order, scale_by_adam, step_and_decay
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.projection import project
-from peftjax.optim.refresh import Method
+from peftjax.optim.refresh import Method, Signs
 from peftjax.optim.updates import is_below, require_known
 from peftjax.tree import Targets
 
@@ -148,6 +148,7 @@ def natural_galore(
     decay_mask: Mask = None,
     order: Order = "released",
     basis: Method = "auto",
+    signs: Signs = "largest",
     moments: Literal["keep", "reset"] = "keep",
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
@@ -173,6 +174,7 @@ def natural_galore(
         decay_mask: which parameters decay.
         order: of eps and decay.
         basis: how it is found.
+        signs: of its rows.
         moments: 'keep' or 'reset', of H too.
         targets: projected; all else has plain Adam.
         exclude: the same forms; wins.
@@ -198,6 +200,7 @@ def natural_galore(
         scale=scale,
         side="smaller" if variant == "paper" else "both",
         basis=basis,
+        signs=signs,
         moments=moments,
         targets=targets,
         exclude=exclude,

@@ -61,6 +61,7 @@ def project(
     scale: ArrayLike = 0.25,
     side: of.Compressed = "smaller",
     basis: of.Method = "auto",
+    signs: of.Signs = "largest",
     moments: Moments = "keep",
     targets: Targets = "all-linear",
     exclude: Targets | None = None,
@@ -79,9 +80,12 @@ def project(
         rank: r; of smaller matrices, their smaller side.
         every: T, steps between two refreshes.
         scale: of the updates of projected matrices.
-        side: which side is compressed: the 'smaller' (of a square matrix 'input'), the 'larger',
-            'input', 'output', or 'both' (R is r x r).
+        side: which side is compressed: the 'smaller', 'larger', 'input', 'output', or 'both' (R is r x r). Of
+            a square matrix 'smaller' and 'larger' are both the input; the released `reverse_std`
+            compresses its output.
         basis: how it is found: 'svd', 'gram', 'subspace', or 'auto' by size, see `refresh`.
+        signs: of the rows of a basis: 'largest' makes the largest entry of each positive, as `pj.galore`
+            does, so that kept moments depend on no machine; 'decomposition' leaves them, as released.
         moments: what becomes of inner's on a refresh: 'keep' (as released), 'reset' or 'rotate'.
         targets: as in `lora`; matrices only, every matrix of a stack has a basis of its own.
         exclude: the same forms; wins.
@@ -93,7 +97,7 @@ def project(
         PeftError: here for an option out of range; in `init` for targets that match nothing or states that
             cannot rotate; in `update` for a traced `refresh` or an `inner` that reads projected parameters.
     """
-    of.require_options(rank, every, side, basis)
+    of.require_options(rank, every, side, basis, signs)
     if moments not in get_args(Moments):
         raise PeftError(f"project: moments must be one of {', '.join(get_args(Moments))}, got {moments!r}")
     inner = optax.with_extra_args_support(inner)
@@ -124,7 +128,7 @@ def project(
 
         def renewed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
             new = {
-                path: of.renew(matrices[path], leaf, old[path], basis, state.count)
+                path: of.renew(matrices[path], leaf, old[path], basis, state.count, signs)
                 for path, leaf in found.items()
             }
             return new, follow_bases(inner_state, moments, _places(grads, found), old, new)

@@ -33,6 +33,7 @@ from peftjax.optim.bases import (
     Side,
     gram_basis,
     orthonormal_rows,
+    pointed,
     start_rows,
     subspace_iteration,
     svd_basis,
@@ -45,6 +46,7 @@ from peftjax.weights.layout import Layout
 
 Compressed = Literal["smaller", "larger", "input", "output", "both"]
 Method = Literal["auto", "svd", "gram", "subspace"]
+Signs = Literal["largest", "decomposition"]
 Bases = dict[Side, Array]
 _EXACT = lax.Precision.HIGHEST
 _OVERSAMPLING, _ITERATIONS = 8, 2
@@ -113,12 +115,13 @@ def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
     return (compress,)
 
 
-def require_options(rank: int, every: int, compress: str, method: str) -> None:
+def require_options(rank: int, every: int, compress: str, method: str, signs: str) -> None:
     """Raise a PeftError for an option that is none."""
     require_known("project", rank=rank)
     if rank < 1 or is_below(every, 1):
         raise PeftError(f"project: rank and every must be positive, got {rank} and {every}")
-    for name, value, known in (("side", compress, Compressed), ("basis", method, Method)):
+    chosen = (("side", compress, Compressed), ("basis", method, Method), ("signs", signs, Signs))
+    for name, value, known in chosen:
         if value not in get_args(known):
             raise PeftError(f"project: {name} must be one of {', '.join(get_args(known))}, got {value!r}")
 
@@ -148,7 +151,9 @@ def back(r: Array, bases: Bases) -> Array:
     return jnp.matmul(jnp.matrix_transpose(p), r, precision=_EXACT)
 
 
-def renew(g: Array, leaf: Projected, before: Bases, method: Method, count: Array) -> Bases:
+def renew(
+    g: Array, leaf: Projected, before: Bases, method: Method, count: Array, signs: Signs = "largest"
+) -> Bases:
     """The bases of a gradient `[*stack, in, out]`.
 
     Of two, the second is the orthonormal rows of P G (or Q Gᵀ): the other singular vectors, up to signs.
@@ -159,6 +164,7 @@ def renew(g: Array, leaf: Projected, before: Bases, method: Method, count: Array
         before: the bases until now, where a subspace iteration starts.
         method: see the module.
         count: steps done; with the path it gives the random rows.
+        signs: of the rows: their largest entries positive, or as the decomposition gives them.
     """
     side = leaf.first
     kind = method_for(leaf, method)
@@ -169,6 +175,8 @@ def renew(g: Array, leaf: Projected, before: Bases, method: Method, count: Array
     for other in leaf.sides:
         if other not in found:
             found[other] = orthonormal_rows(project(g, found))
+    if signs == "largest":
+        found = {side: pointed(rows) for side, rows in found.items()}
     return {side: found[side].astype(before[side].dtype) for side in leaf.sides}
 
 

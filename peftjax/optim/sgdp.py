@@ -8,6 +8,10 @@ Heo et al., ICLR 2021, arXiv 2006.08217, as released. For every parameter W with
 
 The decay is divided by 1 - μ because it does not pass through the momentum. With `delta=0` and no decay it is
 `optax.sgd`.
+
+Without Nesterov the released code takes the radial part out of B itself, since its D is B, in place; the next
+step starts from the projected momentum. Here, as in the paper, B is kept whole and the step alone is
+projected: in tens of steps the two part by some per cent of the way.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ def tree_of(step, shapes=SHAPES, dtype=jnp.float32):
 
 
 PARAMS, GRADS = tree_of(99), [tree_of(step) for step in range(8)]
-SAME = {"targets": ALL, "side": "larger", "basis": "svd", "order": "optax"}
+SAME = {"targets": ALL, "side": "larger", "basis": "svd", "signs": "decomposition", "order": "optax"}
 
 
 def train(tx, params=PARAMS, grads=GRADS):

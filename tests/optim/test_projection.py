@@ -12,7 +12,7 @@ from support import KEY, assert_close
 
 from peftjax import tree
 from peftjax.errors import PeftError
-from peftjax.optim.bases import gram_basis
+from peftjax.optim.bases import gram_basis, pointed, svd_basis
 from peftjax.optim.projection import project
 
 SHAPES = {
@@ -55,6 +55,21 @@ def test_at_full_rank_what_is_linear_is_unprojected(inner, side):
     grads = GRADS if side == "smaller" else [GRADS[0]] * 5
     params, *_ = train(project(inner, rank=99, every=100, scale=1.0, side=side), grads=grads)
     assert gap(params, train(inner, grads=grads)[0]) < 2e-6
+
+
+def test_the_signs_of_a_basis_are_a_rule_or_those_of_the_decomposition():
+    found = {}
+    for signs in ("largest", "decomposition"):
+        tx = project(optax.sgd(0.1), rank=2, basis="svd", signs=signs)
+        _, state = tx.update(GRADS[0], tx.init(PARAMS))
+        found[signs] = state.bases["blocks/experts/kernel"]["output"]
+    np.testing.assert_array_equal(
+        found["decomposition"], svd_basis(GRADS[0]["blocks"]["experts"]["kernel"], 2, "output")
+    )
+    largest = found["largest"]
+    np.testing.assert_array_equal(jnp.abs(largest), jnp.abs(found["decomposition"]))
+    assert (jnp.max(largest, axis=-1) == jnp.max(jnp.abs(largest), axis=-1)).all()
+    assert not np.array_equal(largest, found["decomposition"])
 
 
 def test_adam_at_full_rank_is_another_optimizer_and_with_the_identity_the_same():
@@ -212,7 +227,8 @@ def test_it_refreshes_at_the_first_step_and_every_so_many_after():
         seen.append(np.asarray(state.bases["blocks/up/kernel"]["input"]))
     changed = [True, *[not np.array_equal(a, b) for a, b in itertools.pairwise(seen)]]
     assert changed == [True, False, False, True, False, False, True]
-    np.testing.assert_allclose(seen[3], gram_basis(GRADS[3]["blocks"]["up"]["kernel"], 2, "input"), atol=1e-5)
+    basis = pointed(gram_basis(GRADS[3]["blocks"]["up"]["kernel"], 2, "input"))
+    np.testing.assert_allclose(seen[3], basis, atol=1e-5)
 
 
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
@@ -280,6 +296,7 @@ def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
         ({"every": 0}, "rank and every must be positive"),
         ({"side": "left"}, "side must be one of smaller, larger, input, output, both, got 'left'"),
         ({"basis": "qr"}, "basis must be one of auto, svd, gram, subspace, got 'qr'"),
+        ({"signs": "first"}, "signs must be one of largest, decomposition, got 'first'"),
         ({"moments": "drop"}, "moments must be one of keep, reset, rotate, got 'drop'"),
     ],
 )

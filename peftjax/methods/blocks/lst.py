@@ -30,9 +30,10 @@ out layers 0, 4 and 8, T5-large uses every second layer, T5-3B the last.
 
 Differences: the paper's figure feeds the side's block i by h_i, its code (and this) by h_i+1. Both streams
 begin with the same dropout mask. The head is the family's whole head, with its last norm; in the authors' T5
-the output layer reads W_up's result without it. In BART they rank the outputs of q, k and v by the size of
-the sum of the scores' logarithms, which prefers small scores; here it is the product, as elsewhere in their
-code.
+the output layer reads W_up's result without it. Their code has a list of used layers for the encoder and one
+for the decoder, which are equal in all their settings; here `side_layers` is that of both. In BART they rank
+the outputs of q, k and v by the size of the sum of the scores' logarithms, which prefers small scores; here
+it is the product, as elsewhere in their code.
 """
 
 import dataclasses

@@ -8,8 +8,15 @@ Fine-tuning", arXiv 2308.03303.
 Trained: r·out numbers a weight. Backward keeps, per adapted layer, only the thin x·aᵀ. `a` is part of
 the frozen state: nothing can make it trainable later. A lookup table starts with a ~ N(0, 1) and b = 0, the
 other way round than in LoRA, whose a = 0 would stay zero here.
+
+The paper's second version steps along the b whose product is nearest to the gradient G of the whole weight:
+
+    ∇b ← (a·aᵀ)⁻¹ ∇b / s²        the minimum of ‖G - s aᵀ·δb‖ over δb, since ∇b = s a·G
+
+with `nearest_gradient=True`, and 1e-8 on the diagonal, as in the optimizer that Hugging Face's PEFT has.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,15 +24,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.methods.lowrank.factors import is_embedding
-from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.methods.targets import Target
-from peftjax.transform import MethodInfo, Transform
+from peftjax.methods.lowrank.lora import STARTS, Wrap, checked_options, low_rank
+from peftjax.methods.targets import Target, all_layers
+from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.weights.low_rank import LowRank
+
+_RIDGE = 1e-8  # on the diagonal of a·aᵀ
 
 
-def lora_fa(**options: Any) -> Transform:
+def lora_fa(*, nearest_gradient: bool = False, **options: Any) -> Transform:
     """Low-rank adaptation with frozen `a` (arXiv 2308.03303).
 
     Args:
+        nearest_gradient: give b the gradient of the second version (equation above) instead of its own, so
+            that any optimizer takes steps as LoRA-FA's own.
         **options: those of `lora`.
 
     Raises:
@@ -40,7 +52,52 @@ def lora_fa(**options: Any) -> Transform:
             a, b = jax.random.normal(key, a.shape), jnp.zeros_like(b)
         return a, b, leaf
 
-    return low_rank("lora_fa", options, start, train_a=False)
+    if not nearest_gradient:
+        return low_rank("lora_fa", options, start, train_a=False)
+    method = low_rank(
+        "lora_fa",
+        {**options, "nearest_gradient": True},
+        start,
+        wrap=Wrap(lambda target, base: ({}, {}), _with_nearest_gradient),
+        train_a=False,
+    )
+
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        frozen, trainable = method.init(key, params)
+        state = {path: {**slots, "inverse": _inverse(slots["a"])} for path, slots in frozen.state.items()}
+        return replace(frozen, state=state), trainable
+
+    return replace(method, init=init)
+
+
+def _inverse(a: Array) -> Array:
+    """(a·aᵀ)⁻¹, float32 `[*stack, r, r]`."""
+    a = a.astype(jnp.float32)
+    gram = jnp.matmul(a, jnp.matrix_transpose(a), precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.inv(gram + _RIDGE * jnp.eye(a.shape[-2]))
+
+
+def _with_nearest_gradient(target: Target, weight: LowRank, slots: Any) -> LowRank:
+    inverse = all_layers(slots["inverse"], target) / target.scale**2
+    return replace(weight, b=_times_in_backward(weight.b, inverse))
+
+
+@jax.custom_vjp
+def _times_in_backward(b: Array, matrix: Array) -> Array:
+    """`b`, whose gradient is multiplied by the matrix."""
+    return b
+
+
+def _forward(b: Array, matrix: Array) -> tuple[Array, Array]:
+    return b, matrix
+
+
+def _backward(matrix: Array, gradient: Array) -> tuple[Array, Array]:
+    nearest = jnp.matmul(matrix, gradient.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return nearest.astype(gradient.dtype), jnp.zeros_like(matrix)
+
+
+_times_in_backward.defvjp(_forward, _backward)
 
 
 METHOD = MethodInfo(

@@ -69,16 +69,11 @@ def new_bases(
             new[target.path][other] = bases.orthonormal_rows(rows[target.path])
     return {
         target.path: {
-            BASIS[side]: _pointed(new[target.path][side]).astype(slots[target.path][BASIS[side]].dtype)
+            BASIS[side]: bases.pointed(new[target.path][side]).astype(slots[target.path][BASIS[side]].dtype)
             for side in target.sides
         }
         for target in targets
     }
-
-
-def _pointed(rows: Array) -> Array:
-    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=-1, keepdims=True), axis=-1)
-    return jnp.where(largest < 0, -rows, rows)
 
 
 def _decomposed(loss: Loss, params: Any, targets: Sequence[Projected], basis: Method) -> dict[str, Array]:
