@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import compat
 from peftjax.adapt.subfunction import call_once_traced
+from peftjax.adapt.uses import draws, in_step
 from peftjax.reversible import reversible
 from peftjax.weights.base import Weight, dense
 
@@ -46,15 +47,17 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     xs = _layers_first(xs)
     if xs is None:
         return None
-    body = run.call(eqn.params["jaxpr"])
+    body, length = run.call(eqn.params["jaxpr"]), eqn.params["length"]
+    # What is scanned has keys of its own for every step.
+    steps = jnp.arange(length) if any(map(draws, (*consts, *carry))) else None
 
-    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = body(*consts, *carry, *_of_one_layer(xs))
+    def step(carry: list[Any], now: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        xs, number = now
+        out = body(*in_step((*consts, *carry), number), *_of_one_layer(xs))
         return out[: len(carry)], out[len(carry) :]
 
-    length = eqn.params["length"]
     carry, ys = lax.scan(
-        step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+        step, carry, (xs, steps), length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
     )
     ys = [y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys]
     return [*carry, *ys]
@@ -78,12 +81,19 @@ def _reversible(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | 
     if layers is None:
         return None
 
-    def branch(jaxpr: Any) -> Callable[[list[Any], list[Any], Any], Any]:
+    steps = jnp.arange(plan.length) if any(map(draws, shared)) else None
+
+    def branch(jaxpr: Any) -> Callable[[list[Any], Any, Any], Any]:
         body = run.call(jaxpr)
-        return lambda shared, layer, x: body(*shared, *_of_one_layer(layer), x)[0]
+
+        def of_layer(shared: list[Any], now: tuple[list[Any], Any], x: Any) -> Any:
+            layer, number = now
+            return body(*in_step(shared, number), *_of_one_layer(layer), x)[0]
+
+        return of_layer
 
     f, g = (branch(eqn.params[name]) for name in ("f", "g"))
-    return list(reversible(f, g, pair, shared, layers, plan.coupling, every=plan.every))
+    return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
 
 
 def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -91,9 +101,18 @@ def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     cond_consts, rest = operands[:n_cond], operands[n_cond:]
     body_consts, init = rest[:n_body], rest[n_body:]
     cond, body = run.call(eqn.params["cond_jaxpr"]), run.call(eqn.params["body_jaxpr"])
-    return lax.while_loop(
-        lambda state: cond(*cond_consts, *state)[0], lambda state: body(*body_consts, *state), init
-    )
+    first = jnp.int32(0) if any(map(draws, operands)) else None
+
+    def goes_on(now: tuple[Any, list[Any]]) -> Any:
+        number, state = now
+        return cond(*in_step((*cond_consts, *state), number))[0]
+
+    def step(now: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        number, state = now
+        after = None if number is None else number + 1
+        return after, body(*in_step((*body_consts, *state), number))
+
+    return lax.while_loop(goes_on, step, (first, init))[1]
 
 
 def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -112,7 +131,7 @@ def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
         still = [symbolic and all(_is_zero(leaf) for leaf in jax.tree.leaves(t)) for t in tangents]
         moving = [_dense_tangent(p, t) for p, t, zero in zip(primals, tangents, still) if not zero]
         jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, still)
-        out = run.run(jaxpr, [*consts, *primals, *moving])
+        out = run.inside().run(jaxpr, [*consts, *primals, *moving])
         outputs, given = out[: len(zeros)], iter(out[len(zeros) :])
         return outputs, [_zero_tangent(o) if z else next(given) for o, z in zip(outputs, zeros)]
 
@@ -135,7 +154,7 @@ def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
         values = custom_vjp_primal_tree_values(marked)
         perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(value)) for value in marked]
         jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, perturbed)
-        residuals, outputs = read(list(values), run.run(jaxpr, [*consts, *values]))
+        residuals, outputs = read(list(values), run.inside().run(jaxpr, [*consts, *values]))
         weights = [value if isinstance(value, Weight) else None for value in values]
         return outputs, (residuals, weights)
 

@@ -12,6 +12,7 @@ import numpy as np
 from peftjax import compat
 from peftjax.adapt.control import CONTROL
 from peftjax.adapt.products import PRODUCTS
+from peftjax.adapt.uses import Uses
 from peftjax.adapt.views import VIEWS
 from peftjax.errors import PeftError
 from peftjax.weights.base import Weight, dense
@@ -28,6 +29,7 @@ class Evaluator:
 
     allow_dense: tuple[str, ...] = ()
     functions: dict[Any, Any] = field(default_factory=dict, compare=False)  # of `call_once_traced`
+    uses: Uses = field(default_factory=Uses, compare=False)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for its constants and arguments, in order."""
@@ -44,7 +46,11 @@ class Evaluator:
     def call(self, jaxpr: Any) -> Callable[..., list[Any]]:
         """The jaxpr, closed or open, as a function of its arguments."""
         opened, consts = compat.open_jaxpr(jaxpr)
-        return lambda *values: self.run(opened, [*consts, *values])
+        return lambda *values: self.inside().run(opened, [*consts, *values])
+
+    def inside(self) -> "Evaluator":
+        """The evaluator of a jaxpr inside an equation: the same numbers whenever JAX traces it again."""
+        return replace(self, uses=Uses(self.uses.depth + 1))
 
     def apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """The results of one equation."""
@@ -52,9 +58,11 @@ class Evaluator:
             return compat.bind(eqn, operands)
         name = eqn.primitive.name
         if name in CONTROL:
-            results = CONTROL[name](self, eqn, operands)
-        elif rule := VIEWS.get(name) or PRODUCTS.get(name):
+            results = CONTROL[name](self, eqn, self.uses.told_apart(operands))
+        elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
+        elif rule := PRODUCTS.get(name):
+            results = rule(eqn, self.uses.told_apart(operands))
         else:
             results = None
         if results is not None:
@@ -84,7 +92,9 @@ class Evaluator:
 
             closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
             jaxpr, consts = compat.open_jaxpr(closed)
-            outputs = iter(replace(self, functions={}).run(jaxpr, [*consts, *(leaves[n] for n in traced)]))
+            outputs = iter(
+                replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
+            )
             out_tree, fixed = result
             return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
 
