@@ -30,6 +30,7 @@ class Evaluator:
     allow_dense: tuple[str, ...] = ()
     functions: dict[Any, Any] = field(default_factory=dict, compare=False)  # of `call_once_traced`
     uses: Uses = field(default_factory=Uses, compare=False)
+    line: str = ""  # the user's, of the innermost equation around those that run
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for its constants and arguments, in order."""
@@ -40,7 +41,8 @@ class Evaluator:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.apply(eqn, operands)))
+            with compat.at_equation(eqn):
+                env.update(zip(eqn.outvars, self.apply(eqn, operands)))
         return [read(atom) for atom in jaxpr.outvars]
 
     def call(self, jaxpr: Any) -> Callable[..., list[Any]]:
@@ -58,7 +60,8 @@ class Evaluator:
             return compat.bind(eqn, operands)
         name = eqn.primitive.name
         if name in CONTROL:
-            results = CONTROL[name](self, eqn, self.uses.told_apart(operands))
+            around = replace(self, line=self.line_of(eqn))
+            results = CONTROL[name](around, eqn, self.uses.told_apart(operands))
         elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
         elif rule := PRODUCTS.get(name):
@@ -100,13 +103,17 @@ class Evaluator:
 
         return adapted
 
+    def line_of(self, eqn: Any) -> str:
+        """The user's line of the equation, or of the one around it: what JAX wrote itself has none."""
+        return compat.source_line(eqn) or self.line
+
     def require_allowed(self, eqn: Any, operands: list[Any]) -> None:
         """Raise the error of strict mode unless the user accepted this primitive or parameter."""
         for weight in (value for value in operands if isinstance(value, Weight)):
             names = (eqn.primitive.name, weight.layout.name)
             if any(re.fullmatch(p, name) for p in self.allow_dense for name in names):
                 continue
-            line = compat.source_line(eqn)
+            line = self.line_of(eqn)
             raise PeftError(
                 f"{weight.layout.name}: {eqn.primitive.name!r}{f' at {line}' if line else ''} needs the "
                 f"dense array of this {type(weight).__name__} {weight.shape}, read with axes "

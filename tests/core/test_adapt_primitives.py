@@ -215,6 +215,33 @@ def test_a_dense_use_is_an_error_that_names_everything(name, fn):
     assert_close(pj.adapt(fn, allow_dense=["blocks/.*"])(weight, X), fn(weight.dense(), X))
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w: jnp.where(X[0, 0] > 0, w, 0.0),
+        lambda w: jnp.pad(w, ((0, 0), (0, 1))),
+        lambda w: jnp.take(w, jnp.array([1]), axis=0, mode="wrap").sum() + jnp.linalg.norm(w),
+        lambda w: jnp.flip(w, 0),
+        lambda w: jax.jit(jax.checkpoint(jnp.linalg.norm))(w),
+    ],
+    ids=["where", "pad", "norm", "flip", "nested"],
+)
+def test_a_dense_use_within_a_function_of_jax_names_the_line_that_called_it(fn):
+    with pytest.raises(PeftError, match=rf"test_adapt_primitives.py:{fn.__code__.co_firstlineno} "):
+        pj.adapt(fn)(low_rank("io", (D, D)))
+
+
+def test_named_scopes_are_kept_in_the_order_in_which_they_lie():
+    def model(w, x):
+        with jax.named_scope("outer"):
+            block = jax.jit(jax.named_scope("inner")(jnp.matmul))
+            return lax.scan(lambda c, _: (block(c, w), None), x, length=2)
+
+    text = jax.jit(pj.adapt(model)).lower(low_rank("io", (D, D)), X).as_text(debug_info=True)
+    assert "outer" in text
+    assert "inner" in text
+
+
 def test_wrong_axes_are_an_error_and_never_a_wrong_result():
     weight = low_rank("sio", (D, 2, 4))  # used as [in, heads, size]
     with pytest.raises(PeftError, match=r"'dot_general'.*axes 'sio'"):
