@@ -1,6 +1,7 @@
 """Equations that hold other jaxprs: the weights go inside, structured."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,11 +55,18 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     def step(carry: list[Any], now: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         xs, number = now
         out = body(*in_step((*consts, *carry), number), *_of_one_layer(xs))
-        return out[: len(carry)], out[len(carry) :]
+        state = _named_as(carry, out[: len(carry)])
+        structures.append(jax.tree.structure(state))
+        return state, out[len(carry) :]
 
-    carry, ys = lax.scan(
-        step, carry, (xs, steps), length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+    structures = [jax.tree.structure(list(carry))]
+    options = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    results = _unless_they_differ(
+        structures, lambda: lax.scan(step, carry, (xs, steps), length=length, **options)
     )
+    if results is None:
+        return None
+    carry, ys = results
     ys = [y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys]
     return [*carry, *ys]
 
@@ -96,7 +104,7 @@ def _reversible(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | 
     return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
 
 
-def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, rest = operands[:n_cond], operands[n_cond:]
     body_consts, init = rest[:n_body], rest[n_body:]
@@ -109,15 +117,51 @@ def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
 
     def step(now: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         number, state = now
-        after = None if number is None else number + 1
-        return after, body(*in_step((*body_consts, *state), number))
+        out = _named_as(state, body(*in_step((*body_consts, *state), number)))
+        structures.append(jax.tree.structure(out))
+        return None if number is None else number + 1, out
 
-    return lax.while_loop(goes_on, step, (first, init))[1]
+    structures = [jax.tree.structure(list(init))]
+    result = _unless_they_differ(structures, lambda: lax.while_loop(goes_on, step, (first, init)))
+    return None if result is None else result[1]
 
 
-def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *rest = operands
-    return lax.switch(index, [run.call(branch) for branch in eqn.params["branches"]], *rest)
+    first: list[Any] = []
+    structures: list[Any] = []
+
+    def noted(branch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def call(*values: Any) -> list[Any]:
+            out = branch(*values)
+            first[:] = first or out
+            structures.append(jax.tree.structure(out := _named_as(first, out)))
+            return out
+
+        return call
+
+    branches = [noted(run.call(branch)) for branch in eqn.params["branches"]]
+    return _unless_they_differ(structures, lambda: lax.switch(index, branches, *rest))
+
+
+def _named_as(others: list[Any], values: list[Any]) -> list[Any]:
+    """The values, their weights under the names of the others': one of two weights has one name."""
+
+    def named(value: Any, name: str) -> Weight:
+        return value.relabelled(lambda layout: replace(layout, name=name))
+
+    both = [isinstance(o, Weight) and isinstance(v, Weight) for o, v in zip(others, values)]
+    return [named(v, o.layout.name) if b else v for b, o, v in zip(both, others, values)]
+
+
+def _unless_they_differ(structures: list[Any], call: Callable[[], Any]) -> Any:
+    """What the call gives; None where the weights that its bodies gave have no common structure."""
+    try:
+        return call()
+    except TypeError:
+        if len(set(structures)) > 1:
+            return None
+        raise
 
 
 def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
