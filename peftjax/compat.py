@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.extend import core as jex
+from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
 
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__))
@@ -28,6 +30,12 @@ def inputs_of(jaxpr: Any) -> list[Any]:
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a literal value."""
     return isinstance(atom, jex.Literal)
+
+
+def at_equation(eqn: Any) -> AbstractContextManager:
+    """Where the equation was written: its named scopes, inside the current ones, and its source line."""
+    scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes)
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

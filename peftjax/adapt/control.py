@@ -1,6 +1,7 @@
 """Equations that hold other jaxprs: the weights go inside, structured."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import compat
 from peftjax.adapt.subfunction import call_once_traced
+from peftjax.adapt.uses import draws, in_step
 from peftjax.reversible import reversible
 from peftjax.weights.base import Weight, dense
 
@@ -46,16 +48,25 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     xs = _layers_first(xs)
     if xs is None:
         return None
-    body = run.call(eqn.params["jaxpr"])
+    body, length = run.call(eqn.params["jaxpr"]), eqn.params["length"]
+    # What is scanned has keys of its own for every step.
+    steps = jnp.arange(length) if any(map(draws, (*consts, *carry))) else None
 
-    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = body(*consts, *carry, *_of_one_layer(xs))
-        return out[: len(carry)], out[len(carry) :]
+    def step(carry: list[Any], now: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        xs, number = now
+        out = body(*in_step((*consts, *carry), number), *_of_one_layer(xs))
+        state = _named_as(carry, out[: len(carry)])
+        structures.append(jax.tree.structure(state))
+        return state, out[len(carry) :]
 
-    length = eqn.params["length"]
-    carry, ys = lax.scan(
-        step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+    structures = [jax.tree.structure(list(carry))]
+    options = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    results = _unless_they_differ(
+        structures, lambda: lax.scan(step, carry, (xs, steps), length=length, **options)
     )
+    if results is None:
+        return None
+    carry, ys = results
     ys = [y.relabelled(lambda at: at.with_stack(0, length)) if isinstance(y, Weight) else y for y in ys]
     return [*carry, *ys]
 
@@ -78,27 +89,79 @@ def _reversible(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | 
     if layers is None:
         return None
 
-    def branch(jaxpr: Any) -> Callable[[list[Any], list[Any], Any], Any]:
+    steps = jnp.arange(plan.length) if any(map(draws, shared)) else None
+
+    def branch(jaxpr: Any) -> Callable[[list[Any], Any, Any], Any]:
         body = run.call(jaxpr)
-        return lambda shared, layer, x: body(*shared, *_of_one_layer(layer), x)[0]
+
+        def of_layer(shared: list[Any], now: tuple[list[Any], Any], x: Any) -> Any:
+            layer, number = now
+            return body(*in_step(shared, number), *_of_one_layer(layer), x)[0]
+
+        return of_layer
 
     f, g = (branch(eqn.params[name]) for name in ("f", "g"))
-    return list(reversible(f, g, pair, shared, layers, plan.coupling, every=plan.every))
+    return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
 
 
-def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, rest = operands[:n_cond], operands[n_cond:]
     body_consts, init = rest[:n_body], rest[n_body:]
     cond, body = run.call(eqn.params["cond_jaxpr"]), run.call(eqn.params["body_jaxpr"])
-    return lax.while_loop(
-        lambda state: cond(*cond_consts, *state)[0], lambda state: body(*body_consts, *state), init
-    )
+    first = jnp.int32(0) if any(map(draws, operands)) else None
+
+    def goes_on(now: tuple[Any, list[Any]]) -> Any:
+        number, state = now
+        return cond(*in_step((*cond_consts, *state), number))[0]
+
+    def step(now: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        number, state = now
+        out = _named_as(state, body(*in_step((*body_consts, *state), number)))
+        structures.append(jax.tree.structure(out))
+        return None if number is None else number + 1, out
+
+    structures = [jax.tree.structure(list(init))]
+    result = _unless_they_differ(structures, lambda: lax.while_loop(goes_on, step, (first, init)))
+    return None if result is None else result[1]
 
 
-def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *rest = operands
-    return lax.switch(index, [run.call(branch) for branch in eqn.params["branches"]], *rest)
+    first: list[Any] = []
+    structures: list[Any] = []
+
+    def noted(branch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def call(*values: Any) -> list[Any]:
+            out = branch(*values)
+            first[:] = first or out
+            structures.append(jax.tree.structure(out := _named_as(first, out)))
+            return out
+
+        return call
+
+    branches = [noted(run.call(branch)) for branch in eqn.params["branches"]]
+    return _unless_they_differ(structures, lambda: lax.switch(index, branches, *rest))
+
+
+def _named_as(others: list[Any], values: list[Any]) -> list[Any]:
+    """The values, their weights under the names of the others': one of two weights has one name."""
+
+    def named(value: Any, name: str) -> Weight:
+        return value.relabelled(lambda layout: replace(layout, name=name))
+
+    both = [isinstance(o, Weight) and isinstance(v, Weight) for o, v in zip(others, values)]
+    return [named(v, o.layout.name) if b else v for b, o, v in zip(both, others, values)]
+
+
+def _unless_they_differ(structures: list[Any], call: Callable[[], Any]) -> Any:
+    """What the call gives; None where the weights that its bodies gave have no common structure."""
+    try:
+        return call()
+    except TypeError:
+        if len(set(structures)) > 1:
+            return None
+        raise
 
 
 def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
@@ -112,7 +175,7 @@ def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
         still = [symbolic and all(_is_zero(leaf) for leaf in jax.tree.leaves(t)) for t in tangents]
         moving = [_dense_tangent(p, t) for p, t, zero in zip(primals, tangents, still) if not zero]
         jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, still)
-        out = run.run(jaxpr, [*consts, *primals, *moving])
+        out = run.inside().run(jaxpr, [*consts, *primals, *moving])
         outputs, given = out[: len(zeros)], iter(out[len(zeros) :])
         return outputs, [_zero_tangent(o) if z else next(given) for o, z in zip(outputs, zeros)]
 
@@ -135,7 +198,7 @@ def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
         values = custom_vjp_primal_tree_values(marked)
         perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(value)) for value in marked]
         jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, perturbed)
-        residuals, outputs = read(list(values), run.run(jaxpr, [*consts, *values]))
+        residuals, outputs = read(list(values), run.inside().run(jaxpr, [*consts, *values]))
         weights = [value if isinstance(value, Weight) else None for value in values]
         return outputs, (residuals, weights)
 

@@ -12,6 +12,7 @@ import numpy as np
 from peftjax import compat
 from peftjax.adapt.control import CONTROL
 from peftjax.adapt.products import PRODUCTS
+from peftjax.adapt.uses import Uses
 from peftjax.adapt.views import VIEWS
 from peftjax.errors import PeftError
 from peftjax.weights.base import Weight, dense
@@ -28,6 +29,8 @@ class Evaluator:
 
     allow_dense: tuple[str, ...] = ()
     functions: dict[Any, Any] = field(default_factory=dict, compare=False)  # of `call_once_traced`
+    uses: Uses = field(default_factory=Uses, compare=False)
+    line: str = ""  # the user's, of the innermost equation around those that run
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for its constants and arguments, in order."""
@@ -38,13 +41,18 @@ class Evaluator:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.apply(eqn, operands)))
+            with compat.at_equation(eqn):
+                env.update(zip(eqn.outvars, self.apply(eqn, operands)))
         return [read(atom) for atom in jaxpr.outvars]
 
     def call(self, jaxpr: Any) -> Callable[..., list[Any]]:
         """The jaxpr, closed or open, as a function of its arguments."""
         opened, consts = compat.open_jaxpr(jaxpr)
-        return lambda *values: self.run(opened, [*consts, *values])
+        return lambda *values: self.inside().run(opened, [*consts, *values])
+
+    def inside(self) -> "Evaluator":
+        """The evaluator of a jaxpr inside an equation: the same numbers whenever JAX traces it again."""
+        return replace(self, uses=Uses(self.uses.depth + 1))
 
     def apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """The results of one equation."""
@@ -52,9 +60,12 @@ class Evaluator:
             return compat.bind(eqn, operands)
         name = eqn.primitive.name
         if name in CONTROL:
-            results = CONTROL[name](self, eqn, operands)
-        elif rule := VIEWS.get(name) or PRODUCTS.get(name):
+            around = replace(self, line=self.line_of(eqn))
+            results = CONTROL[name](around, eqn, self.uses.told_apart(operands))
+        elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
+        elif rule := PRODUCTS.get(name):
+            results = rule(eqn, self.uses.told_apart(operands))
         else:
             results = None
         if results is not None:
@@ -84,11 +95,17 @@ class Evaluator:
 
             closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
             jaxpr, consts = compat.open_jaxpr(closed)
-            outputs = iter(replace(self, functions={}).run(jaxpr, [*consts, *(leaves[n] for n in traced)]))
+            outputs = iter(
+                replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
+            )
             out_tree, fixed = result
             return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
 
         return adapted
+
+    def line_of(self, eqn: Any) -> str:
+        """The user's line of the equation, or of the one around it: what JAX wrote itself has none."""
+        return compat.source_line(eqn) or self.line
 
     def require_allowed(self, eqn: Any, operands: list[Any]) -> None:
         """Raise the error of strict mode unless the user accepted this primitive or parameter."""
@@ -96,7 +113,7 @@ class Evaluator:
             names = (eqn.primitive.name, weight.layout.name)
             if any(re.fullmatch(p, name) for p in self.allow_dense for name in names):
                 continue
-            line = compat.source_line(eqn)
+            line = self.line_of(eqn)
             raise PeftError(
                 f"{weight.layout.name}: {eqn.primitive.name!r}{f' at {line}' if line else ''} needs the "
                 f"dense array of this {type(weight).__name__} {weight.shape}, read with axes "

@@ -6,6 +6,7 @@ their own:
 - `logical()`: an array or weight of the logical shape (the base);
 - `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
   ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
+- `random_key()`: keys for dropout, with the canonical stack axes;
 - `static()`: a Python value that is part of the compiled program.
 """
 
@@ -36,6 +37,11 @@ def canonical(side: Side | None = None, default: Any = ...) -> Any:
     """A field that holds an array `[*stack, ...]`, or None, and what its last axis runs over."""
     metadata = {"role": "canonical", "side": side}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def random_key() -> Any:
+    """A field that holds keys `[*stack]` for dropout, or None."""
+    return field(default=None, metadata={"role": "canonical", "side": None, "random": True})
 
 
 def static(default: Any = ...) -> Any:
@@ -219,6 +225,25 @@ class Weight(Opaque):
             lambda w: w.stack_first() if isinstance(w, Weight) else w,
             lambda part, _: jnp.moveaxis(part, axis.place, 0),
         )
+
+    @property
+    def draws(self) -> bool:
+        """Whether a part of this weight draws random numbers, for dropout."""
+        parts = [(getattr(self, f.name), f.metadata.get("random", False)) for f in fields(self)]
+        return any(
+            part.draws if isinstance(part, Weight) else random and part is not None for part, random in parts
+        )
+
+    def with_keys(self, fn: Callable[[Array], Array]) -> Self:
+        """The weight with its keys for dropout passed through `fn`."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            part = getattr(self, f.name)
+            if isinstance(part, Weight):
+                changes[f.name] = part.with_keys(fn)
+            elif f.metadata.get("random") and part is not None:
+                changes[f.name] = fn(part)
+        return replace(self, **changes)
 
     def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout, after a scan took or gave a leading axis."""

@@ -18,9 +18,11 @@ from peftjax.weights.base import (
     dense,
     lazily_merged,
     logical,
+    random_key,
     static,
     structured,
 )
+from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.explicit import like
 from peftjax.weights.layout import Layout
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
@@ -48,7 +50,7 @@ class Kernelised(Weight):
     scalars: Array | None = canonical(default=None)
     threshold: Array | None = canonical(default=None)
     dropout: float = static(0.0)
-    key: Array | None = canonical(default=None)
+    key: Array | None = random_key()
 
     def delta(self) -> Array:
         """dW^s in the logical shape, float32."""
@@ -115,10 +117,8 @@ class Kernelised(Weight):
             return rule(update._dropped(x), update.delta().astype(of_product))
 
         y = contract(x, self.base, rule)
-        return y + like(branch(x, replace(self, base=None)).astype(y.dtype), y)
+        key = key_for_input(self.key, x) if self._drops else None
+        return y + like(branch(x, replace(self, base=None, key=key)).astype(y.dtype), y)
 
     def _dropped(self, x: Array) -> Array:
-        if not self._drops:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+        return drop(x, self.dropout, self.key) if self._drops else x

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.arrange import result_of_dot, side_of, to_logical
-from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
+from peftjax.weights.base import (
+    Weight,
+    canonical,
+    contract,
+    dense,
+    logical,
+    random_key,
+    static,
+    structured,
+)
+from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.explicit import is_explicit, keeping, like
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
@@ -34,7 +44,7 @@ class LowRank(Weight):
     layout: Layout = static()
     scale: float = static(1.0)
     dropout: float = static(0.0)
-    key: Array | None = canonical(default=None)
+    key: Array | None = random_key()
 
     def dense(self) -> Array:
         """`base + scale · aᵀ b`, in the base's dtype."""
@@ -97,11 +107,10 @@ class LowRank(Weight):
             return product(x, first)
 
         @jax.checkpoint
-        def of_dropped(x: Array, first: Array) -> Array:
-            keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-            return product(jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype)), first)
+        def of_dropped(x: Array, first: Array, key: Array) -> Array:
+            return product(drop(x, self.dropout, key), first)
 
-        return of_dropped(x, first)
+        return of_dropped(x, first, key_for_input(self.key, x))
 
 
 def low_rank_supports(layout: Layout, rule: Rule) -> bool:

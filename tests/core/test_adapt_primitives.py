@@ -10,6 +10,7 @@ from support import KEY, assert_close
 
 import peftjax as pj
 from peftjax.errors import PeftError
+from peftjax.weights.base import dense
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.scaled import ScaledColumns, column_squares
@@ -213,6 +214,68 @@ def test_a_dense_use_is_an_error_that_names_everything(name, fn):
     )
     assert_close(pj.adapt(fn, allow_dense=[name])(weight, X), fn(weight.dense(), X))
     assert_close(pj.adapt(fn, allow_dense=["blocks/.*"])(weight, X), fn(weight.dense(), X))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w: jnp.where(X[0, 0] > 0, w, 0.0),
+        lambda w: jnp.pad(w, ((0, 0), (0, 1))),
+        lambda w: jnp.take(w, jnp.array([1]), axis=0, mode="wrap").sum() + jnp.linalg.norm(w),
+        lambda w: jnp.flip(w, 0),
+        lambda w: jax.jit(jax.checkpoint(jnp.linalg.norm))(w),
+    ],
+    ids=["where", "pad", "norm", "flip", "nested"],
+)
+def test_a_dense_use_within_a_function_of_jax_names_the_line_that_called_it(fn):
+    with pytest.raises(PeftError, match=rf"test_adapt_primitives.py:{fn.__code__.co_firstlineno} "):
+        pj.adapt(fn)(low_rank("io", (D, D)))
+
+
+def test_named_scopes_are_kept_in_the_order_in_which_they_lie():
+    def model(w, x):
+        with jax.named_scope("outer"):
+            block = jax.jit(jax.named_scope("inner")(jnp.matmul))
+            return lax.scan(lambda c, _: (block(c, w), None), x, length=2)
+
+    text = jax.jit(pj.adapt(model)).lower(low_rank("io", (D, D)), X).as_text(debug_info=True)
+    assert "outer" in text
+    assert "inner" in text
+
+
+def chosen(p):
+    return lax.cond(X[0, 0] > 0, lambda: p["a"], lambda: p["b"])
+
+
+def exchanged(p):
+    return lax.fori_loop(0, 2, lambda n, w: p["b"], p["a"])
+
+
+def exchanged_in_a_while(p):
+    return lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, p["b"]), (0, p["a"]))[1]
+
+
+CHOICES = [chosen, exchanged, exchanged_in_a_while]
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_one_of_two_weights_of_one_structure_is_a_weight(choose):
+    pair = {"a": low_rank("io", (D, D), "a"), "b": low_rank("io", (D, D), "b")}
+    pair["b"] = pair["b"].elementwise(lambda part: part + 1.0)
+    want = X @ choose(jax.tree.map(dense, pair, is_leaf=lambda n: isinstance(n, LowRank)))
+    assert_close(pj.adapt(lambda p: X @ choose(p))(pair), want)
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("other", [jnp.eye(D), scaled("io", (D, D)), low_rank("oi", (D, D))], ids=type)
+def test_one_of_two_weights_of_other_structures_is_an_error_that_names_one(choose, other):
+    pair = {"a": low_rank("io", (D, D), "a"), "b": other}
+    with pytest.raises(
+        PeftError, match=r"^(a|layer/kernel): '(cond|scan|while)' at .* needs the dense array"
+    ):
+        pj.adapt(lambda p: X @ choose(p))(pair)
+    want = X @ choose(jax.tree.map(dense, pair, is_leaf=lambda n: isinstance(n, LowRank | ScaledColumns)))
+    assert_close(pj.adapt(lambda p: X @ choose(p), allow_dense=["cond", "scan", "while"])(pair), want)
 
 
 def test_wrong_axes_are_an_error_and_never_a_wrong_result():
