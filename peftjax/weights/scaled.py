@@ -36,7 +36,7 @@ class ScaledColumns(Weight):
         """`magnitude / c`, float32 `[*stack, out]`; its gradient is the magnitude's alone."""
         v = jax.tree.map(lax.stop_gradient, self.base)
         a, b = v.a.astype(jnp.float32), v.b.astype(jnp.float32)
-        cross = jnp.sum(b * _rows_through(a, v.base, self.layout), axis=-2)
+        cross = jnp.sum(b * rows_through(a, v.base, self.layout), axis=-2)
         gram = jnp.einsum("...ri,...qi->...rq", a, a)
         own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
         squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
@@ -120,7 +120,7 @@ def _rescaled(y: Array, gain: Array) -> Array:
     return (y * gain).astype(y.dtype)
 
 
-def _rows_through(a: Array, base: Any, layout: Layout) -> Array:
+def rows_through(a: Array, base: Any, layout: Layout) -> Array:
     """`a W` for rows a `[*stack, r, in]`: float32 `[*stack, r, out]`, by the base's own rule."""
     n_stack, inputs = len(layout.stack), layout.positions("i")
     x = a.reshape(*a.shape[:-1], *(layout.shape[p] for p in inputs)).astype(base.dtype)
