@@ -15,7 +15,8 @@ from peftjax.weights.base import cast
 Batch = Mapping[str, Array]
 Objective = Callable[[Any, Batch], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]
 """`(outputs, batch) -> (sums, weight)`: `sums["loss"] / weight` is minimised, and every other
-`sums[name] / weight` reported. Sums, because those of the parts of a batch can be added."""
+`sums[name] / weight` reported. Sums, because those of the parts of a batch can be added. A weight of zero
+means that nothing of the batch counts."""
 
 CHUNK = 512
 """Tokens whose logits over a vocabulary exist at a time."""
@@ -23,6 +24,8 @@ CHUNK = 512
 
 def cross_entropy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
     """Weighted mean of -log softmax(logits)[label], in float32.
+
+    A row of weight 0 counts for nothing, whatever its logits are; where all are, loss and gradient are 0.
 
     Args:
         logits: an array of any floating dtype, or a language model's `Logits`, which are then
@@ -41,15 +44,21 @@ def classification(
     logits: Float[Array, "*B C"] | Logits, batch: Batch
 ) -> tuple[dict[str, Float[Array, ""]], Float[Array, ""]]:
     """The objective of classification, of texts or of next tokens: weighted sums, and their weight."""
-    weights = batch["weights"]
+    weights = batch["weights"].astype(jnp.float32)
     loss, hits = _sums(logits, batch["labels"], weights)
     return {"loss": loss, "accuracy": hits}, jnp.sum(weights)
 
 
+def mean(total: Float[Array, "*S"], weight: Float[Array, ""]) -> Float[Array, "*S"]:
+    """`total / weight`, and zeros where nothing has weight."""
+    some = weight > 0
+    return jnp.where(some, total / jnp.where(some, weight, 1.0), 0.0)
+
+
 def _mean(logits: Array | Logits, batch: Batch) -> tuple[Array, Array]:
-    weights = batch.get("weights", jnp.ones(batch["labels"].shape, jnp.float32))
+    weights = batch.get("weights", jnp.ones(batch["labels"].shape, jnp.float32)).astype(jnp.float32)
     loss, hits = _sums(logits, batch["labels"], weights)
-    return loss / jnp.sum(weights), hits / jnp.sum(weights)
+    return mean(loss, jnp.sum(weights)), mean(hits, jnp.sum(weights))
 
 
 def _sums(
@@ -65,7 +74,8 @@ def _sums(
 def _array_sums(
     logits: Float[Array, "*B C"], labels: Int[Array, "*B"], weights: Float[Array, "*B"]
 ) -> tuple[Array, Array]:
-    logits = logits.astype(jnp.float32)
+    # Not after the loss: 0 · inf is undefined, and so is a gradient of zero through infinite logits.
+    logits = jnp.where((weights != 0)[..., None], logits.astype(jnp.float32), 0.0)
     # A comparison, not a lookup: its gradient needs no scatter.
     chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
     label_logits = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -288,8 +288,9 @@ def _sharded_parts(value: Any, spec: PartitionSpec) -> tuple[list[Any] | None, l
     specs = value.part_specs(spec)
     if specs is None:
         return None, [], None
-    parts, tree = jax.tree.flatten(value)
-    return parts, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)), tree
+    # The structure of the specs, which knows the axes of the mesh that a whole sum goes over.
+    own, tree = jax.tree.flatten(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.leaves(value), own, tree
 
 
 def _localiser(tree: Any, local_shape: tuple[int, ...]) -> Callable[[list[Any]], Any]:

@@ -100,6 +100,24 @@ def _unstack(eqn: Any, operands: list[Any]) -> list[Weight] | None:
     ]
 
 
+def _all_gather(eqn: Any, operands: list[Any]) -> Weight | None:
+    # A weight that is divided over devices and made whole before its use: so are its parts.
+    weight, position = operands[0], eqn.params["all_gather_dimension"]
+    names, groups = eqn.params["axis_name"], eqn.params["axis_index_groups"]
+    if not eqn.params["tiled"]:
+        return None
+
+    def gathered(part: Any, axis: int) -> Any:
+        return lax.all_gather(part, names, axis=axis, tiled=True, axis_index_groups=groups)
+
+    (out,) = eqn.outvars
+    size, kind = out.aval.shape[position], weight.layout.axes[position].kind
+    if kind == "s":
+        return weight.map_stack(position, gathered, size)
+    mesh_axes = names if isinstance(names, tuple) else (names,)
+    return weight.gather_features(position, mesh_axes, gathered, size) if groups is None else None
+
+
 def _each_part(eqn: Any, operands: list[Any]) -> Weight:
     return operands[0].elementwise(lambda part: compat.bind(eqn, [part])[0])
 
@@ -120,6 +138,7 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "split": _split,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
+    "all_gather": _all_gather,
     "sharding_constraint": _constrain,
     "stop_gradient": _each_part,
     "optimization_barrier": _each_part,

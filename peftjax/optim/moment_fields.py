@@ -15,6 +15,7 @@ _UNSIGNED = frozenset(
 )
 # Here `v` averages differences of gradients, and `n` the squares.
 _EXCEPTIONS: Mapping[str, Kind] = {"ScaleByAdanState.v": "signed"}
+_SUMS = frozenset({"acc_grads", "grad_acc"})
 
 
 def kind_of(field: str) -> Kind:
@@ -29,6 +30,11 @@ def kind_of(field: str) -> Kind:
         return _EXCEPTIONS[field]
     name = field.rpartition(".")[2]
     return "signed" if name in _SIGNED else "unsigned" if name in _UNSIGNED else "keep"
+
+
+def is_gradient_sum(field: str) -> bool:
+    """Whether a field, 'Class.field', holds gradients of an unfinished window: acc_grads, grad_acc."""
+    return field.rpartition(".")[2] in _SUMS
 
 
 def parameter_of(path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]) -> tuple[Any, ...] | None:

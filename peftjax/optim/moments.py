@@ -10,7 +10,7 @@ from jax.tree_util import DictKey
 
 from peftjax.errors import PeftError
 from peftjax.optim.blockwise import Codes, coded_like, decode
-from peftjax.optim.moment_fields import field_of, kind_of, parameter_of
+from peftjax.optim.moment_fields import field_of, is_gradient_sum, kind_of, parameter_of
 
 Path = tuple[Any, ...]
 """The way to an array in the trainable: names of dictionaries, or keys of jax's."""
@@ -23,7 +23,7 @@ def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
 
     Optax keeps such state in trees like the trainable's: an array at `...mu[path][slot]` belongs to the
     trained array at `[path][slot]`, in whatever wrappers `mu` lies. Moments in eight bits are decoded,
-    changed and coded again.
+    changed and coded again, unless the change gives them back as they are.
 
     Args:
         opt_state: of any transformation over the trainable.
@@ -39,7 +39,9 @@ def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
             return leaf
         field = field_of(opt_state, path, wanted) or ""
         if isinstance(leaf, Codes):
-            return coded_like(wanted[owner](field, decode(leaf)), leaf)
+            values = decode(leaf)
+            changed = wanted[owner](field, values)
+            return leaf if changed is values else coded_like(changed, leaf)
         return wanted[owner](field, leaf)
 
     return jax.tree_util.tree_map_with_path(change, opt_state, is_leaf=lambda node: isinstance(node, Codes))
@@ -53,7 +55,8 @@ def zeroed(field: str, values: Array) -> Array:
 def rotated(turns: tuple[Array, ...], name: str) -> Change:
     """Moments of `R [*stack, r, n]` in a new basis, one change of basis T for its rows, one for its columns.
 
-    First moments become `T m`, second ones `(T ∘ T) v`; with a second T' from the right, `T m T'ᵀ`.
+    First moments and sums of gradients become `T m`, second moments `(T ∘ T) v`; with a second T' from the
+    right, `T m T'ᵀ`.
 
     Args:
         turns: T `[*stack, new r, r]`, and T' where the columns have a basis too.
@@ -64,7 +67,7 @@ def rotated(turns: tuple[Array, ...], name: str) -> Change:
     """
 
     def turned(field: str, values: Array) -> Array:
-        kind = kind_of(field)
+        kind = "signed" if is_gradient_sum(field) else kind_of(field)
         if kind == "keep" or values.ndim != turns[0].ndim or values.shape[-2] != turns[0].shape[-1]:
             raise PeftError(
                 f"moments='rotate': how {field.rpartition('.')[2]!r} of {name!r} turns into another basis "

@@ -36,7 +36,7 @@ from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.optim import refresh as of
 from peftjax.optim.moments import Path
-from peftjax.optim.rotation import Moments, follow_bases, require_rotatable
+from peftjax.optim.rotation import Moments, follow_bases, gradient_sums, require_rotatable
 from peftjax.optim.updates import is_placeholder
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_canonical, to_logical
@@ -127,8 +127,11 @@ def project(
         matrices = {path: to_canonical(leaves[path], leaf.layout) for path, leaf in found.items()}
 
         def renewed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
+            seen = dict(matrices)
+            for path, total in gradient_sums(inner_state, _places(grads, found)).items():
+                seen[path] = seen[path] + of.back(total, old[path]).astype(seen[path].dtype)
             new = {
-                path: of.renew(matrices[path], leaf, old[path], basis, state.count, signs)
+                path: of.renew(seen[path], leaf, old[path], basis, state.count, signs)
                 for path, leaf in found.items()
             }
             return new, follow_bases(inner_state, moments, _places(grads, found), old, new)

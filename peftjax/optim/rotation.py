@@ -7,7 +7,10 @@ With T = P' Pᵀ [r, r], the new basis in terms of the old one, for moments `[*s
     'rotate'    m' = T m, v' = (T ∘ T) v     what m and a diagonal v are in the new basis
 
 With two bases the same happens on the other axis. Which arrays are first and which second moments their
-fields say (`moment_fields`); 'rotate' refuses all that is neither.
+fields say (`moment_fields`); 'rotate' refuses all that is neither. The gradients of an unfinished window
+(`optax.MultiSteps`, `optax.apply_every`) become `T g` under all three: they are added to gradients in the new
+basis. The new basis is therefore one of the new gradient and this sum together (`gradient_sums`); what the
+sum still has outside of it is lost. Renew between two windows where that matters.
 """
 
 from collections.abc import Mapping
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.optim.bases import Side
+from peftjax.optim.moment_fields import is_gradient_sum
 from peftjax.optim.moments import Change, Path, change_moments, rotated, zeroed
 from peftjax.optim.refresh import Projected
 
@@ -41,12 +45,8 @@ def follow_bases(
     Raises:
         PeftError: 'rotate' was asked for a state that is no moment.
     """
-    if moments == "keep":
-        return opt_state
 
     def change(path: str) -> Change:
-        if moments == "reset":
-            return zeroed
         turns = [
             jnp.matmul(
                 rows.astype(jnp.float32),
@@ -55,9 +55,32 @@ def follow_bases(
             )
             for side, rows in after[path].items()
         ]
-        return rotated(tuple(turns), path)
+        turned = rotated(tuple(turns), path)
+
+        def changed(field: str, values: Array) -> Array:
+            if moments == "rotate" or is_gradient_sum(field):
+                return turned(field, values)
+            return values if moments == "keep" else zeroed(field, values)
+
+        return changed
 
     return change_moments(opt_state, {place: change(path) for path, place in places.items()})
+
+
+def gradient_sums(opt_state: Any, places: Mapping[str, Path]) -> dict[str, Array]:
+    """What windows have gathered of projected gradients, by parameter; empty where nothing accumulates."""
+    path_of, found = {place: path for path, place in places.items()}, {}
+
+    def reading(place: Path) -> Change:
+        def read(field: str, values: Array) -> Array:
+            if is_gradient_sum(field):
+                found[path_of[place]] = found.get(path_of[place], 0.0) + values
+            return values
+
+        return read
+
+    change_moments(opt_state, {place: reading(place) for place in path_of})
+    return found
 
 
 def require_rotatable(

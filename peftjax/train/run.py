@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from peftjax import tree
 from peftjax.io.adapter import save_adapter
 from peftjax.io.files import replacing
-from peftjax.losses import Batch, classification
+from peftjax.losses import Batch, classification, mean
 from peftjax.methods import describe
 from peftjax.models.backbone import Backbone
 from peftjax.report import adapted_line
@@ -146,7 +145,7 @@ def warn(method: Transform, model: Backbone, frozen: Frozen, trainable: Trainabl
 
     def loss(outputs: Any, batch: Batch) -> jax.Array:
         sums, weight = classification(outputs, batch)
-        return sums["loss"] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        return mean(sums["loss"], weight)
 
     for check in method.checks:
         found = check(method, model, frozen, trainable, rows, loss)

@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from peftjax.adapt import adapt
-from peftjax.losses import Batch, Objective
+from peftjax.errors import PeftError
+from peftjax.losses import Batch, Objective, mean
 from peftjax.transform import Renewal, Transform
 
 Forward = Callable[..., Any]
@@ -54,7 +55,8 @@ def make_step(
     """The jitted training step.
 
     With `accumulation` A > 1 the batch is computed as A equal parts one after the other; the
-    gradient is that of the whole batch's weighted mean, also where parts weigh differently.
+    gradient is that of the whole batch's weighted mean, also where parts weigh differently. A batch
+    of which nothing counts (every weight 0) is a step with gradients of zero, and metrics of zero.
 
     The key drives the method's randomness (adapter dropout) and, with `model_dropout`, the model's.
 
@@ -70,7 +72,7 @@ def make_step(
         outputs = adapt(forward)(params, batch, key=model_key if model_dropout else None)
         sums, weight = objective(outputs, batch)
         # The mean, not the sum: what a method adds to the gradient itself (a penalty) is not of the batch.
-        return sums["loss"] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny), (sums, weight)
+        return mean(sums["loss"], weight), (sums, weight)
 
     def gradient(
         trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
@@ -82,6 +84,8 @@ def make_step(
             return mean_loss(whole(moving, lambda leaf: leaf), frozen, batch, key)
 
         gradients, (sums, weight) = jax.grad(of_moving, has_aux=True)(moving)
+        # Where nothing counts, neither does a penalty, as in a sum over parts of a batch.
+        gradients = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf, jnp.zeros_like(leaf)), gradients)
         return gradients, sums, weight
 
     def accumulated(
@@ -97,14 +101,14 @@ def make_step(
             return jax.tree.map(jnp.add, total, (weighted, sums, weight)), None
 
         total, sums, weight = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))[0]
-        return _times(total, 1.0 / weight), sums, weight
+        return _times(total, mean(jnp.ones_like(weight), weight)), sums, weight
 
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[PyTree, PyTree, Metrics]:
         compute = gradient if accumulation == 1 else accumulated
         gradients, sums, weight = compute(trainable, frozen, batch, key)
-        metrics = {name: total / weight for name, total in sums.items()}
+        metrics = {name: mean(total, weight) for name, total in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
         trainable = method.open(frozen, trainable)
         gradients = _moving(method, trainable)[1](gradients, jnp.zeros_like)
@@ -188,7 +192,7 @@ def _loss_of(
             of_part = jax.checkpoint(lambda part: sums(params, part))
             losses, weights = jax.lax.map(of_part, _parts(batch, accumulation))
             total, weight = jnp.sum(losses), jnp.sum(weights)
-        return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        return mean(total, weight)
 
     return loss
 
@@ -207,7 +211,10 @@ def _times(gradients: PyTree[Array], factor: Array) -> PyTree[Array]:
 
 
 def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:
-    """Evaluation without dropout: the objective's means, every example counted once by weight."""
+    """Evaluation without dropout: the objective's means, every example counted once by weight.
+
+    The function raises a PeftError when no example counts.
+    """
 
     @jax.jit
     def sums_of(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[Metrics, Array]:
@@ -220,6 +227,10 @@ def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> 
             weights += float(weight)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        if not weights > 0:
+            raise PeftError(
+                "no example of the evaluation counts: there is no batch, or every weight in them is 0"
+            )
         return {name: total / weights for name, total in totals.items()}
 
     return evaluate

@@ -190,6 +190,36 @@ class Weight(Opaque):
             of_part,
         )
 
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> Self | None:
+        """The weight with an input or output axis gathered from the shards of `shard_map`.
+
+        None when the axis is not the first of several that its factor flattens.
+
+        Args:
+            position: of the axis.
+            mesh_axes: what it is gathered over.
+            fn: `(part, axis) -> part`, gathered.
+            size: that the axis has then.
+        """
+        axis = self.layout.axes[position]
+        if axis.kind not in "io" or axis.place != 0:
+            return None
+        sizes = list(self.shape)
+        sizes[position] = size
+
+        def gathered(w: Any) -> Any:
+            if isinstance(w, Weight):
+                return w.gather_features(position, mesh_axes, fn, size)
+            return fn(w, position)
+
+        return self._rebuild(
+            self.layout.resized(sizes),
+            gathered,
+            lambda part, side: fn(part, part.ndim - 1) if side == axis.kind else part,
+        )
+
     def cast(self, dtype: Any) -> Self:
         """The weight with its floating-point parts in another dtype."""
 

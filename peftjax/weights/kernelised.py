@@ -1,5 +1,6 @@
 """`W + dW^s`, dW^s a sparsified kernel function of two low-rank factors: the update of SNELL and SNELLA."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +101,14 @@ class Kernelised(Weight):
         if self.map.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):
             return None
         return super().part_specs(spec)
+
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> "Kernelised | None":
+        """As other weights'; None where a softmax over the outputs would see repeated ones."""
+        if self.map.mixed and self.layout.axes[position].kind == "o":
+            return None
+        return super().gather_features(position, mesh_axes, fn, size)
 
     @property
     def _drops(self) -> bool:

@@ -116,6 +116,11 @@ class TrainedRows(Weight):
         sharded = any(full[p] is not None for p in self.layout.positions("i"))
         return None if sharded else super().part_specs(spec)
 
+    def gather_features(self, position: int, *gather: Any) -> "TrainedRows | None":
+        """None for inputs: the rows are numbered over all of them."""
+        outputs = self.layout.axes[position].kind == "o"
+        return super().gather_features(position, *gather) if outputs else None
+
     @property
     def _exchanges(self) -> bool:
         """Whether rows can be exchanged in results too: in a plain matrix whose base has the old ones."""

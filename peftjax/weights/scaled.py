@@ -1,11 +1,13 @@
 """A low-rank weight whose columns are rescaled to trained lengths: DoRA's decomposition."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
 from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
@@ -19,13 +21,15 @@ class ScaledColumns(Weight):
     """`w = (magnitude / c) ∘ v`, v a `LowRank` and c the lengths of v's columns, not differentiated.
 
     `magnitude [*stack, out]`; c is had without forming v, from the squared lengths `base_squares
-    [*stack, out]` of the base's columns: `c² = ‖W‖² + 2s Σ_r b∘(aW) + s² Σ_r b∘((aaᵀ)b)`.
+    [*stack, out]` of the base's columns: `c² = ‖W‖² + 2s Σ_r b∘(aW) + s² Σ_r b∘((aaᵀ)b)`. Inside
+    `shard_map` the sums over inputs go on over the axes `over` of the mesh, which divide the inputs.
     """
 
     base: LowRank = logical()
     magnitude: Array = canonical("o")
     base_squares: Array = canonical("o")
     layout: Layout = static()
+    over: tuple[str, ...] = static(())
 
     def dense(self) -> Array:
         """The array, in the base's dtype."""
@@ -36,8 +40,10 @@ class ScaledColumns(Weight):
         """`magnitude / c`, float32 `[*stack, out]`; its gradient is the magnitude's alone."""
         v = jax.tree.map(lax.stop_gradient, self.base)
         a, b = v.a.astype(jnp.float32), v.b.astype(jnp.float32)
-        cross = jnp.sum(b * _rows_through(a, v.base, self.layout), axis=-2)
+        cross = jnp.sum(b * rows_through(a, v.base, self.layout), axis=-2)
         gram = jnp.einsum("...ri,...qi->...rq", a, a)
+        if self.over:
+            cross, gram = lax.psum((cross, gram), self.over)
         own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
         squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
         # A column of zeros has length 0 and stays zero, as its magnitude is; rounding may go below.
@@ -104,6 +110,24 @@ class ScaledColumns(Weight):
             return None
         return super().slice_features(position, cut)
 
+    def part_specs(self, spec: PartitionSpec) -> "ScaledColumns | None":
+        """As other weights'; the lengths are still those of whole columns."""
+        specs = super().part_specs(spec)
+        inputs = [spec[p] for p in self.layout.positions("i") if p < len(spec) and spec[p] is not None]
+        names = [name for own in inputs for name in (own if isinstance(own, tuple) else (own,))]
+        return None if specs is None else replace(specs, over=(*self.over, *names))
+
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> "ScaledColumns | None":
+        """As other weights'; None for inputs that were whole: repeated ones change the lengths."""
+        view = super().gather_features(position, mesh_axes, fn, size)
+        if view is None or self.layout.axes[position].kind == "o":
+            return view
+        if not set(mesh_axes) <= set(self.over):
+            return None
+        return replace(view, over=tuple(name for name in self.over if name not in mesh_axes))
+
 
 def column_squares(w: Any, layout: Layout) -> Array:
     """The squared length of every column (over all inputs) of a weight, float32 `[*stack, out]`."""
@@ -120,7 +144,7 @@ def _rescaled(y: Array, gain: Array) -> Array:
     return (y * gain).astype(y.dtype)
 
 
-def _rows_through(a: Array, base: Any, layout: Layout) -> Array:
+def rows_through(a: Array, base: Any, layout: Layout) -> Array:
     """`a W` for rows a `[*stack, r, in]`: float32 `[*stack, r, out]`, by the base's own rule."""
     n_stack, inputs = len(layout.stack), layout.positions("i")
     x = a.reshape(*a.shape[:-1], *(layout.shape[p] for p in inputs)).astype(base.dtype)

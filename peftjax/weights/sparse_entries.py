@@ -78,3 +78,7 @@ class SparseEntries(Weight):
         full = (*spec, *(None,) * (self.ndim - len(spec)))
         sharded = any(full[p] is not None for side in "io" for p in self.layout.positions(side))
         return None if sharded else super().part_specs(spec)
+
+    def gather_features(self, position: int, *gather: Any) -> None:
+        """None: entries are numbered over all inputs and outputs."""
+        return None

@@ -86,7 +86,7 @@ def test_gspmd_in_place(name):
     assert_close(loss_and_grad(method, frozen, trainable, x), want)
 
 
-@pytest.mark.parametrize("name", ["lora", "snell"])
+@pytest.mark.parametrize("name", ["lora", "dora", "snell"])
 def test_shard_map_over_a_sharded_weight(name):
     method = METHODS[name]
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -110,6 +110,70 @@ def test_shard_map_over_a_sharded_weight(name):
 
     run = jax.jit(jax.value_and_grad(total), static_argnums=1)
     assert_close(run(trainable, False), run(trainable, True))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "snell"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_gathered_inside_shard_map(axis, name):
+    method = METHODS[name]
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    spec = P(*("fsdp" if n == axis else None for n in range(2)))
+
+    def forward(params, x):
+        def local(w, x):
+            return jnp.tanh(x @ lax.all_gather(w, "fsdp", axis=axis, tiled=True))
+
+        call = jax.shard_map(
+            local, mesh=mesh, in_specs=(spec, P(("data", "fsdp"))), out_specs=P(mesh.axis_names)
+        )
+        return call(params["kernel"], x)
+
+    frozen, trainable = method.init(KEY, {"kernel": make_params()["blocks"]["up"]["kernel"][0]})
+    trainable = noisy(trainable)
+
+    def total(trainable, merged):
+        weights = (method.merge if merged else method.apply)(frozen, trainable)
+        return jnp.sum(jnp.sin(pj.adapt(forward)(weights, X[:, 0])))
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    assert_close(run(trainable, False), run(trainable, True))
+
+
+def test_dora_looks_up_the_rows_of_a_divided_vocabulary():
+    mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AxisType.Auto,))
+    ids = jnp.array([0, 3, 9, 15])
+
+    def local(table, ids):
+        at = ids - lax.axis_index("vocab") * table.shape[0]
+        mine = (at >= 0) & (at < table.shape[0])
+        return lax.psum(jnp.where(mine[:, None], table[jnp.where(mine, at, 0)], 0.0), "vocab")
+
+    def forward(params, ids):
+        specs = (P("vocab"), P())
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(params["table"], ids)
+
+    method = pj.dora(rank=2, targets=["table"])
+    frozen, trainable = method.init(KEY, {"table": jax.random.normal(KEY, (16, 6))})
+    trainable = noisy(trainable)
+    got = pj.adapt(forward)(method.apply(frozen, trainable), ids)
+    assert_close(got, method.merge(frozen, trainable)["table"][ids])
+
+
+@pytest.mark.parametrize("name", ["paca", "shira", "snella"])
+def test_what_needs_a_whole_axis_refuses_a_part_of_it(name):
+    method = METHODS[name]
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Auto,))
+    frozen, trainable = method.init(KEY, {"kernel": jnp.ones((D, F))})
+
+    def forward(params, x):
+        axis = name == "snella"  # rows are numbered over the inputs, a softmax is over the outputs
+        specs = (P(None, "t"), P()) if axis else (P("t"), P(None, "t"))
+        out = P(None, "t") if axis else P()
+        local = (lambda w, x: x @ w) if axis else (lambda w, x: lax.psum(x @ w, "t"))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(params["kernel"], x)
+
+    with pytest.raises(pj.PeftError, match="shard_map"):
+        pj.adapt(forward)(method.apply(frozen, trainable), X[:, 0])
 
 
 @pytest.mark.parametrize("name", all_but_slow(("lora", "paca", "snell", "snella"), ("lora", "snell")))

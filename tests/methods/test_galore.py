@@ -275,6 +275,23 @@ def test_rotation_refuses_a_state_it_does_not_know():
         trained(method, optax.adafactor(RATE, min_dim_size_to_factor=2), BATCHES[:1])
 
 
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("side", ["smaller", "both"])
+def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(moments, side):
+    method = pj.galore(rank=2, side=side, moments=moments, train_rest=False)
+    frozen, start = method.init(KEY, PARAMS)
+    tx, step, renewals = programs(method, optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation())
+    trainable, state, _ = step(start, tx.init(start), frozen, BATCHES[0])
+    renewed, after = renewals[0][1](trainable, state, frozen, BATCHES[1], jnp.asarray(EVERY))
+    before, now = (optax.tree.get(s, "acc_grads")["up/kernel"]["z"] for s in (state, after))
+    old, new = trainable["up/kernel"], renewed["up/kernel"]
+    wanted = new["p"] @ old["p"].T @ before
+    if side == "both":
+        wanted = wanted @ old["q"] @ new["q"].T
+    assert_close(now, wanted, 1e-5)
+    assert float(jnp.abs(before - now).max()) > 1e-3 < float(jnp.abs(now).max())
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     method = galore(every=100)
     halves = [half for batch in BATCHES[:3] for half in (batch, batch)]

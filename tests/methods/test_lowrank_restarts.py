@@ -185,6 +185,19 @@ def test_the_first_update_after_a_reset_of_the_first_moment_is_a_tenth():
     np.testing.assert_allclose(new["up/kernel"]["b"] - old, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("reset", ["m", "m,v"])
+def test_a_restart_in_the_middle_of_a_window_turns_the_sum_into_gradients_of_the_new_factors(reset):
+    tx = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
+    method = make(reset=reset, train_rest=False)
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable)
+    gradient = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(pj.adapt(forward)(method.apply(frozen, t), X)))))
+    _, state = tx.update(gradient(trainable), tx.init(trainable), trainable)
+    new, state = restart(method, frozen, trainable, state)
+    assert_close(state.acc_grads, gradient(new), 1e-3)
+    assert not all(jnp.allclose(*pair, 1e-2) for pair in zip(*map(jax.tree.leaves, (trainable, new))))
+
+
 def test_counts_of_an_optimizer_that_has_one_for_all_are_refused():
     method, tx = make(reset="m,v,count"), optax.adam(0.01)
     frozen, trainable, state = after_steps(method, tx, 0)

@@ -119,3 +119,52 @@ def test_what_has_no_gradient_is_not_accumulated():
     carried = [v.aval.shape for v in scan.outvars]
     assert (2, 10) in carried
     assert (6, 10) not in carried
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_batch_of_which_nothing_counts_is_a_step_of_zero_gradients(accumulation):
+    batch = batch_of_unequal_weights() | {"weights": np.zeros(8, np.float32)}
+    frozen, trainable = tiny.parameters()
+    before = jax.tree.map(np.asarray, trainable)
+    tx = optax.sgd(1.0)
+    step = make_step(deterministic, tiny.METHOD, tx, classification, accumulation=accumulation)
+    after, _, metrics = step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": 0.0,
+        "accuracy": 0.0,
+        "grad_norm": 0.0,
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_masked_rows_with_infinite_or_undefined_logits_change_nothing(accumulation):
+    def forward(params, batch, *, key=None):
+        logits = tiny.forward(params, batch)
+        poison = jnp.where(batch["weights"][:, None] == 0, jnp.array([jnp.inf, -jnp.inf, jnp.nan]), 0.0)
+        return logits + batch["poisoned"][:, None] * jnp.where(batch["poisoned"][:, None] > 0, poison, 0.0)
+
+    results = []
+    for poisoned in (np.zeros(8, np.float32), np.ones(8, np.float32)):
+        frozen, trainable = tiny.parameters()
+        tx = optax.sgd(1.0)
+        step = make_step(forward, tiny.METHOD, tx, classification, accumulation=accumulation)
+        batch = batch_of_unequal_weights() | {"poisoned": poisoned}
+        results.append(step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert np.isfinite(results[1][2]["loss"])
+
+
+def test_the_mean_of_no_weight_is_zero_with_a_gradient_of_zero():
+    batch = {"labels": jnp.array([0, 1]), "weights": jnp.zeros(2)}
+    value, gradient = jax.value_and_grad(cross_entropy)(jnp.array([[1.0, 2.0], [jnp.inf, 0.0]]), batch)
+    assert value == accuracy(jnp.ones((2, 2)), batch) == 0.0
+    np.testing.assert_array_equal(gradient, np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("batches", [[], [batch_of_unequal_weights() | {"weights": np.zeros(8, np.float32)}]])
+def test_an_evaluation_of_which_nothing_counts_says_so(batches):
+    frozen, trainable = tiny.parameters()
+    evaluate = make_evaluate(tiny.forward, tiny.METHOD, classification)
+    with pytest.raises(pj.PeftError, match="no example of the evaluation counts"):
+        evaluate(trainable, frozen, batches)

@@ -32,7 +32,8 @@ that the model's initialisation chose.
 After a restart an optimizer with one global step count (optax's) takes the new moments for old ones: with
 "m" its first update is (1 - β1) of the usual size and grows over some 1 / (1 - β1) steps, a warm-up; with
 "m,v" it is (1 - β1) / √(1 - β2) of it, 3.2 with the usual betas. With `pj.optim.row_adamw`, whose counts
-belong to the arrays, "m,v,count" makes it that of a fresh Adam.
+belong to the arrays, "m,v,count" makes it that of a fresh Adam. Gradients of an unfinished window
+(`optax.MultiSteps`) become those of the new factors, whatever is reset.
 
 Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there). The paper resets the
 momentum; its abstract and the published summaries, all that this was written from, do not say whether second
@@ -47,7 +48,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from peftjax.errors import PeftError
 from peftjax.methods.lowrank.factors import plain_matrices
@@ -55,8 +56,8 @@ from peftjax.methods.lowrank.rebalance import rebalance
 from peftjax.methods.rest import with_targets, without_targets
 from peftjax.methods.sparse.select import entry_count, random_entries
 from peftjax.methods.targets import Target, find_targets, key_for
-from peftjax.optim.moment_fields import kind_of
-from peftjax.optim.moments import change_moments
+from peftjax.optim.moment_fields import is_gradient_sum, kind_of
+from peftjax.optim.moments import Change, change_moments
 from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
 from peftjax.tree import Targets, named_leaves, pattern_value
 from peftjax.weights.arrange import to_logical
@@ -174,8 +175,14 @@ def lowrank_restarts(
             else slots
             for path, slots in trainable.items()
         }
-        names = [(*prefix, path, name) for path in sorted(factored) for name in "ab"]
-        return new, _reset(opt_state, names, reset)
+        turns = {
+            (*prefix, path, name): _gradients_turned(
+                *((trainable[path][factor], new[path][factor]) for factor in (name, other))
+            )
+            for path in sorted(factored)
+            for name, other in ("ab", "ba")
+        }
+        return new, _reset(opt_state, turns, reset)
 
     renewal = Renewal(lambda step: step > 0 and step % every == 0, restart)
     return Transform("lowrank_restarts", options, init, apply, renewals=(renewal,))
@@ -197,15 +204,42 @@ def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
     return rebalance(std * a, std * b)
 
 
-def _reset(opt_state: Any, names: list[tuple[str, ...]], reset: str) -> Any:
-    """The optimizer state with what `reset` says of those arrays zero."""
+def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> Change:
+    """For sums of gradients of a factor before a restart: those of the factor after it.
+
+    They are products with the other factor, which became `M · other`; since the product of both factors is
+    what it was and the new ones are in balance, `M = diag(1 / singular values) · own' · ownᵀ`.
+
+    Args:
+        own: the factor `[*stack, r, n]` before and after.
+        other: the other factor, likewise.
+    """
+
+    def turned(field: str, values: Array) -> Array:
+        (before, after), high = (part.astype(jnp.float32) for part in own), lax.Precision.HIGHEST
+        sizes = jnp.sum(jnp.square(after), axis=-1, keepdims=True)
+        matrix = jnp.einsum("...rn,...qn->...rq", after, before, precision=high) / sizes
+        kept = jnp.all(other[0] == other[1], axis=(-1, -2), keepdims=True)
+        matrix = jnp.where(kept, jnp.eye(matrix.shape[-1]), matrix)
+        return jnp.matmul(matrix, values.astype(jnp.float32), precision=high).astype(values.dtype)
+
+    return turned
+
+
+def _reset(opt_state: Any, turns: Mapping[tuple[str, ...], Change], reset: str) -> Any:
+    """The optimizer state with what `reset` says of those arrays zero, and sums of gradients turned."""
     fields = set()
 
-    def zero(field: str, values: Array) -> Array:
-        fields.add(field)
-        return jnp.zeros_like(values) if RESETS[reset](field) else values
+    def change(turned: Change) -> Change:
+        def changed(field: str, values: Array) -> Array:
+            fields.add(field)
+            if is_gradient_sum(field):
+                return turned(field, values)
+            return jnp.zeros_like(values) if RESETS[reset](field) else values
 
-    changed = change_moments(opt_state, dict.fromkeys(names, zero))
+        return changed
+
+    changed = change_moments(opt_state, {name: change(turned) for name, turned in turns.items()})
     if reset == "m,v,count" and not any(field.endswith(COUNT) for field in fields):
         raise PeftError(
             "lowrank_restarts: reset='m,v,count' needs an optimizer whose step counts belong to the arrays; "

@@ -34,10 +34,10 @@ from peftjax.methods.projected.matrices import (
     start_slots,
     weight_of,
 )
-from peftjax.methods.projected.refresh import Loss, new_bases
+from peftjax.methods.projected.refresh import Loss, new_bases, with_gradients
 from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
-from peftjax.optim.rotation import Moments, follow_bases
+from peftjax.optim.rotation import Moments, follow_bases, gradient_sums
 from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, all_slots_but, at_prefix
 
 Write = Literal["refresh", "step"]
@@ -161,8 +161,9 @@ def projected(
         arrays = {path: own[WEIGHT] for path, own in slots.items()}
         params = tree.replace(apply(frozen, trainable), arrays)
         how = {name: options[name] for name in ("basis", "iterations")}
-        found = new_bases(loss, params, some, slots, **how, key=key)
         places = {path: (*prefix, path, Z) for path in slots}
+        sums = {path: {**slots[path], Z: total} for path, total in gradient_sums(opt_state, places).items()}
+        found = new_bases(with_gradients(loss, some, sums), params, some, slots, **how, key=key)
         opt_state = follow_bases(opt_state, options["moments"], places, bases_in(slots), bases_in(found))
         return {**trainable, **{path: {**own, **found[path]} for path, own in slots.items()}}, opt_state
 

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax import tree
-from peftjax.methods.projected.matrices import BASIS
+from peftjax.methods.projected.matrices import BASIS, factors_of
 from peftjax.methods.targets import key_for
 from peftjax.optim import bases
 from peftjax.optim.bases import Side
 from peftjax.optim.refresh import Method, Projected, method_for
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.scaled import rows_through
 
 Loss = Callable[[Any], Array]
 Slots = Mapping[str, Mapping[str, Array]]
@@ -74,6 +75,29 @@ def new_bases(
         }
         for target in targets
     }
+
+
+def with_gradients(loss: Loss, targets: Sequence[Projected], gathered: Slots) -> Loss:
+    """The loss with gradients that are known already added to its own, by a term linear in the weights.
+
+    Args:
+        loss: `params -> scalar`.
+        targets: the projected weights.
+        gathered: slots of some of them, with the known gradient, projected, in the place of z.
+    """
+    if not gathered:
+        return loss
+
+    def both(params: Any) -> Array:
+        leaves, total = tree.named_leaves(params), loss(params)
+        for target in targets:
+            if target.path in gathered:
+                a, b = factors_of(target, gathered[target.path])
+                rows = rows_through(a.astype(jnp.float32), leaves[target.path], target.layout)
+                total = total + jnp.sum(b * rows)
+        return total
+
+    return both
 
 
 def _decomposed(loss: Loss, params: Any, targets: Sequence[Projected], basis: Method) -> dict[str, Array]:
