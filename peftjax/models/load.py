@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from peftjax.models.opt import OPT
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.shared import copies, names_in_file, settle
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
@@ -82,7 +84,9 @@ def load(
     family, values = read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    config = family.settle(family.read_config(values), folder)
+    files = find_tensors(folder)
+    tensors = {family.canonical(name): tensor for name, tensor in describe_tensors(files).items()}
+    config = settle(family, family.read_config(values), tensors, folder)
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
     head = head or _head_of(family, values)
@@ -103,6 +107,7 @@ def load(
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
         place=place,
+        others=names_in_file(family, model),
     )
     leaves = dict(loaded.params)
     fresh = [path for path in loaded.fresh if path not in replaced]
@@ -120,8 +125,10 @@ def load(
     for path in set(loaded.fresh) - set(fresh):
         empty = jnp.zeros(shapes[path].shape, param_dtype)
         leaves[path] = jax.device_put(empty, place(path, empty.shape))
-    if loaded.unused:
-        logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
+    again = copies(family, model, tensors, folder)
+    unused = [name for name in loaded.unused if family.canonical(name) not in again]
+    if unused:
+        logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
 
 
@@ -131,7 +138,8 @@ def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     held = {family.canonical(name) for name in find_tensors(path)}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
-    return {slot.path for name, slot in slots.items() if name not in held}
+    others = names_in_file(family, model)
+    return {slot.path for name, slot in slots.items() if held.isdisjoint(others.get(name, (name,)))}
 
 
 def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np.dtype]:
@@ -142,6 +150,8 @@ def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
+    for name, names in names_in_file(family, model).items():
+        slots |= {other: slots[name] for other in names if name in slots}
     found: dict[str, np.dtype] = {}
     for name, tensor in describe_tensors(find_tensors(path)).items():
         if (slot := slots.get(family.canonical(name))) is not None and isinstance(tensor.dtype, np.dtype):
@@ -195,6 +205,18 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     return FAMILIES[name], values
+
+
+def _listed(unused: Sequence[str], family: Family, model: Backbone) -> str:
+    """The names of tensors, and how many layers there are in the file where those are more."""
+    pattern = next(weight.name for weight in family.table(model) if weight.path.startswith("blocks/"))
+    before = re.escape(pattern.partition("{layer}")[0])
+    beyond = any(
+        (found := re.match(f"{before}([0-9]+)", family.canonical(name))) and int(found[1]) >= model.num_layers
+        for name in unused
+    )
+    more = f" (config.json has {model.num_layers} layers, and the file more)" if beyond else ""
+    return ", ".join(unused) + more
 
 
 def _head_of(family: Family, values: Mapping[str, Any]) -> str:
