@@ -295,6 +295,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     return {
         **values,
         "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
         **write_labels(config.labels),
     }

@@ -98,9 +98,9 @@ def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in the content of a `config.json`, in order; Hugging Face's default without any."""
+    """The labels in the content of a `config.json`, in order; else as many as `num_labels`, or two."""
     if not values.get("id2label"):
-        return ("LABEL_0", "LABEL_1")
+        return label_names((), values.get("num_labels") or 2)
     by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
     return tuple(label for _, label in by_index)
 

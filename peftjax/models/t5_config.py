@@ -172,6 +172,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
     return {
         **config.values,
         "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
         **scaled,
         **write_labels(config.labels),

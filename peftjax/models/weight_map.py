@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +143,7 @@ def read_weights(
     task_weights: str | None,
     place: Callable[[str, tuple[int, ...]], Sharding | None] = lambda path, shape: None,
     others: Mapping[str, Sequence[str]] | None = None,
+    skipped: Collection[str] = (),
 ) -> Loaded:
     """Read the parameters of `specs` from the safetensors of `folder`.
 
@@ -158,6 +159,7 @@ def read_weights(
         place: sharding of the parameter at a path, by its shape; None is the default device.
         others: all names that stand for a tensor, by its name in `weights`; the first that the checkpoint
             holds is read.
+        skipped: paths that are not read and are `fresh`.
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
@@ -172,10 +174,13 @@ def read_weights(
             raise PeftError(f"{folder} holds both {sources[canonical(name)]} and {name}")
         sources[canonical(name)] = name
     held = {
-        name: [other for other in (others or {}).get(name, (name,)) if other in sources] for name in slots
+        name: [other for other in (others or {}).get(name, (name,)) if other in sources]
+        for name, slot in slots.items()
+        if slot.path not in skipped
     }
-    missing = [name for name in slots if not held[name]]
+    missing = [name for name, names in held.items() if not names]
     fresh = _fresh({slots[name].path for name in missing}, set(shapes), task_weights)
+    fresh |= set(skipped)
     lost = [name for name in missing if slots[name].path not in fresh]
     if lost:
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
