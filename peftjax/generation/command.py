@@ -149,7 +149,9 @@ def _folder(options: GenerateOptions) -> Path:
 
 
 def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
-    model, params = load(folder, head=HEAD, dtype=options.dtype, param_dtype=options.dtype)
+    info = {} if options.adapter is None else read_config(options.adapter)["info"]
+    size = info.get("vocab_size")
+    model, params = load(folder, head=HEAD, vocab_size=size, dtype=options.dtype, param_dtype=options.dtype)
     if options.adapter is None:
         return model, params
     adapter = load_adapter(options.adapter, params)

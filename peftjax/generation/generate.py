@@ -81,7 +81,7 @@ def generate(
             between tokens, or more tokens than learned positions; in strict mode as `adapt`.
     """
     require_generator(model)
-    require_prompts(batch)
+    require_prompts(batch, model.config.vocab_size)
     if max_new_tokens < 1:
         raise PeftError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     vocabulary = model.config.vocab_size

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.models.backbone import Batch
+from peftjax.models.vocabulary import require_ids
 
 KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -21,7 +22,7 @@ class Prompt:
     """Tokens with the padding on their left.
 
     Attributes:
-        ids: the tokens.
+        ids: the tokens, 0 where there is none.
         mask: True where a token is.
         positions: of the tokens.
     """
@@ -55,15 +56,20 @@ def left_padded(batch: Batch) -> Prompt:
     given = batch.get("position_ids")
     counted = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     positions = counted if given is None else moved(jnp.asarray(given))
-    return Prompt(moved(ids), mask, positions.astype(jnp.int32))
+    # The model reads these without a mask, and the padding may be a token that it lacks.
+    return Prompt(jnp.where(mask, moved(ids), 0), mask, positions.astype(jnp.int32))
 
 
-def require_prompts(batch: Batch) -> None:
+def require_prompts(batch: Batch, vocab_size: int | None = None) -> None:
     """Check a batch of prompts.
 
+    Args:
+        batch: as of `left_padded`.
+        vocab_size: of the model, for the token ids.
+
     Raises:
-        PeftError: for another key or shape; and, where the mask is not traced, for a row without
-            tokens or with padding between tokens.
+        PeftError: for another key or shape; and, where nothing is traced, for a token that the model lacks,
+            a row without tokens or with padding between tokens.
     """
     for name in batch:
         if name not in KEYS:
@@ -75,6 +81,8 @@ def require_prompts(batch: Batch) -> None:
     if len(shape) != 2 or 0 in shape or set(shapes.values()) != {shape}:
         raise PeftError(f"generation needs arrays [B, P] of one shape, with a token at least, not {shapes}")
     mask = batch.get("attention_mask")
+    if vocab_size is not None:
+        require_ids(batch["input_ids"], vocab_size, mask)
     if mask is None or isinstance(mask, jax.core.Tracer):
         return
     tokens = np.asarray(mask) != 0

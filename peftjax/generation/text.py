@@ -18,6 +18,7 @@ from peftjax.generation.sampling import Choice
 from peftjax.models.backbone import Backbone, Batch, Params
 from peftjax.models.chat import ChatTemplate, render
 from peftjax.models.tokenizer import Tokenizer
+from peftjax.models.vocabulary import require_ids
 
 SHORTEST = 16
 """Columns of a batch are this many or a power of two times as many, so few shapes are compiled."""
@@ -134,7 +135,11 @@ def stream(
         max_new_tokens: at most.
         key: draws the tokens.
         choose: from `choice`.
+
+    Raises:
+        PeftError: for a token of the prompt that the model lacks.
     """
+    require_ids(np.asarray(prompt), model.config.vocab_size)
     own = jax.random.fold_in(key, 0)
     pick = jax.jit(lambda choose, logits, count: choose(logits, own, count))
     advance = jax.jit(partial(step, model), donate_argnums=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from peftjax.models.heads import (
     Pooler,
 )
 from peftjax.models.layers import Context, Dropout, layer_norm
+from peftjax.models.vocabulary import row_ids
 from peftjax.models.weight_map import Weight, embedding, linear, norm
 from peftjax.tree import nearest
 
@@ -40,6 +42,7 @@ HEADS = {
         tied=(
             Weight("embed/word/embedding", "cls.predictions.decoder.weight", kind="tied"),
             Weight("head/bias", "cls.predictions.decoder.bias", kind="tied"),
+            Weight("head/bias", "cls.predictions.bias", kind="tied"),
         ),
     ),
 }
@@ -72,8 +75,18 @@ WEIGHTS: tuple[Weight, ...] = (
     *norm("head/norm", "cls.predictions.transform.LayerNorm"),
     Weight("head/bias", "cls.predictions.bias"),
 )
-# Position indices, and copies of the tied word embedding and output bias.
-IGNORED = r"bert\.embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)"
+UNTIED: tuple[Weight, ...] = (
+    linear("head/output", "cls.predictions.decoder")[0],
+    Weight("head/bias", "cls.predictions.decoder.bias"),
+)
+# Position indices.
+IGNORED = r"bert\.embeddings\.position_ids"
+
+
+def with_output(weights: tuple[Weight, ...], untied: tuple[Weight, ...]) -> Callable[[Backbone], Any]:
+    """A table with the names in `untied` in a model whose output layer is not its word table."""
+    own = {weight.path: weight for weight in (*weights, *untied)}
+    return lambda model: weights if model.config.tied else tuple(own.values())
 
 
 Positions = Callable[[BertConfig, Batch], Int[Array, "#B S"]]
@@ -118,8 +131,11 @@ class BertEmbed(nn.Module):
 
         types = batch.get("token_type_ids", jnp.zeros_like(ids))
         positions = batch["position_ids"] if "position_ids" in batch else self.positions(config, batch)
-        hidden = look_up("word", config.vocab_size, ids)
+        hidden = look_up("word", config.vocab_size, row_ids(batch, ids, config.vocab_size))
+        types = row_ids(batch, types, config.type_vocab_size, name="token_type_ids")
         hidden += look_up("token_type", config.type_vocab_size, types)
+        if "position_ids" in batch:
+            positions = row_ids(batch, positions, config.max_position_embeddings, name="position_ids")
         hidden += look_up("position", config.max_position_embeddings, positions)
         hidden = layer_norm(config.layer_norm_eps, self.dtype, "norm")(hidden)
         mask = batch.get("attention_mask", jnp.ones_like(ids)) != 0
@@ -195,7 +211,7 @@ def bert_head(config: BertConfig, name: str, dtype: DTypeLike) -> nn.Module:
             return MeanClassifier(labels, config.head_dropout, std, dtype)
         case "masked_lm":
             activation, epsilon = config.hidden_act, config.layer_norm_eps
-            return MaskedLM(config.vocab_size, activation, epsilon, std, dtype)
+            return MaskedLM(config.vocab_size, activation, epsilon, std, dtype, config.tied)
     raise PeftError(f"{config.model_type} has no head {name!r}; closest: {nearest(name, HEADS)}")
 
 
@@ -213,7 +229,7 @@ BERT = Family(
     write_config=write_config,
     build=bert,
     heads=HEADS,
-    weights=WEIGHTS,
+    weights=with_output(WEIGHTS, UNTIED),
     canonical=canonical,
     ignored=IGNORED,
     prefix="bert.",

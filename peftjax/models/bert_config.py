@@ -23,7 +23,6 @@ REQUIRED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 SIZES = (
     "vocab_size",
@@ -40,6 +39,8 @@ RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """The settings of `config.json` that BERT and its like read, with Hugging Face's defaults for BERT.
+
+    `tied` says whether the output layer of masked words is the word table.
 
     Raises:
         PeftError: for a size that is not a positive integer, a width the heads do not divide, a
@@ -62,6 +63,7 @@ class BertConfig:
     pad_token_id: int | None = 0
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     model_type: str = "bert"
+    tied: bool = True
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -100,14 +102,15 @@ def read_config(values: Mapping[str, Any]) -> BertConfig:
         PeftError: for a setting this backbone does not compute, and as `BertConfig`.
     """
     require_settings(values.get("model_type", BertConfig.model_type), values, REQUIRED)
-    names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels"}
+    names = {field.name for field in dataclasses.fields(BertConfig)} - {"labels", "tied"}
     settings = {name: values[name] for name in names if name in values}
     settings["labels"] = read_labels(values)
+    settings["tied"] = values.get("tie_word_embeddings") is not False
     return BertConfig(**settings)
 
 
 def write_config(config: BertConfig) -> dict[str, Any]:
     """The content of `config.json` that gives `config` back."""
     values = dataclasses.asdict(config)
-    labels = values.pop("labels")
-    return {**values, **write_labels(labels)}
+    labels, tied = values.pop("labels"), values.pop("tied")
+    return {**values, "tie_word_embeddings": tied, **write_labels(labels)}

@@ -26,9 +26,10 @@ from peftjax.models.family import (
     require_size,
     write_labels,
 )
-from peftjax.models.heads import mean_pool
+from peftjax.models.heads import OutputKernel, mean_pool
 from peftjax.models.layers import Context, Dropout, dense
 from peftjax.models.rope import rotation
+from peftjax.models.vocabulary import row_ids
 from peftjax.models.weight_map import Weight
 
 ALL_PLACES = 2**31 - 1
@@ -154,7 +155,8 @@ class DecoderEmbed(nn.Module):
             # Cast the rows looked up, not the table, whose copy would be larger.
             return table(ids).astype(self.dtype)
 
-        hidden = look_up("word", config.vocab_size, config.embedding_width or block.width, ids)
+        known = row_ids(batch, ids, config.vocab_size)
+        hidden = look_up("word", config.vocab_size, config.embedding_width or block.width, known)
         if config.embedding_scale != 1.0:
             hidden = hidden * jnp.asarray(config.embedding_scale, self.dtype)
         if config.embedding_width is not None:
@@ -200,20 +202,6 @@ def last_token(batch: Batch, pad_token_id: int | None) -> Array:
     mask = batch.get("attention_mask", jnp.ones_like(ids))
     is_token = mask if pad_token_id is None else ids != pad_token_id
     return jnp.max(jnp.where(is_token != 0, jnp.arange(ids.shape[1]), 0), axis=1)
-
-
-class OutputKernel(nn.Module):
-    """An output layer's `kernel` [D, V], given away unread."""
-
-    width: int
-    vocab_size: int
-    init_std: float
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
-        """The kernel."""
-        shape = (self.width, self.vocab_size)
-        return self.param("kernel", nn.initializers.normal(self.init_std), shape)
 
 
 class DecoderHead(nn.Module):
@@ -307,5 +295,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     return {
         **values,
         "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
         **write_labels(config.labels),
     }

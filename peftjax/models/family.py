@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from peftjax.errors import PeftError
@@ -25,7 +24,8 @@ class Head:
         task: Hugging Face's name of the task, such as "SEQ_CLS"; None where it has none.
         bare: whether the class is the backbone alone: its names lack the family's prefix, and it has no
             tensor whose name has another.
-        tied: further names of parameters under this class, where they have no tensor of their own.
+        tied: further names of parameters under this class, where they have no tensor of their own, those of
+            modules that it calls first (`peftjax.models.shared`).
         uncalled: names in `weights` of modules that the class's forward never calls; what it calls instead
             is in `tied`.
         in_memory: as the family's, where this class's modules have names of their own.
@@ -58,11 +58,11 @@ class Family:
         weights: every parameter with its Hugging Face name; a function of the model where a path has
             another name with another head or setting. `table` reads it.
         canonical: the spelling `weights` uses of a name found in a checkpoint.
-        ignored: regular expression of canonical names that carry nothing to load.
+        ignored: regular expression of canonical names that carry nothing to load: constants, and what no
+            class of the family reads. Everything else that is not read is named in a warning.
         prefix: what the backbone's names begin with in a class that has a head, such as "bert.".
         in_memory: the name of a module's tensor in `transformers`' model, from that in a file; an adapter of
             PEFT's has the former, and `canonical` reads both.
-        settle: `(config, folder) -> config`, what the configuration leaves to the checkpoint's tensors.
     """
 
     name: str
@@ -72,10 +72,9 @@ class Family:
     heads: Mapping[str, Head]
     weights: tuple[Weight, ...] | Callable[[Backbone], tuple[Weight, ...]]
     canonical: Callable[[str], str]
-    ignored: str
+    ignored: str = ""
     prefix: str = ""
     in_memory: Callable[[str], str] = str
-    settle: Callable[[Any, Path], Any] = lambda config, folder: config
 
     def table(self, model: Backbone) -> tuple[Weight, ...]:
         """Every parameter of a model of the family with its Hugging Face name."""
@@ -99,9 +98,9 @@ def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in the content of a `config.json`, in order; Hugging Face's default without any."""
+    """The labels in the content of a `config.json`, in order; else as many as `num_labels`, or two."""
     if not values.get("id2label"):
-        return ("LABEL_0", "LABEL_1")
+        return label_names((), values.get("num_labels") or 2)
     by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
     return tuple(label for _, label in by_index)
 

@@ -25,8 +25,8 @@ WEIGHTS: tuple[Weight, ...] = (
     *linear("head/output", "lm_head"),
     *linear("head/classifier", "score"),
 )
-# Causal masks, and output layers of other heads or tied to the embedding.
-IGNORED = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight|score\.weight"
+# Causal masks.
+IGNORED = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
 # Settings that would change the computation, with the only value this backbone computes.
 REQUIRED = {
     "scale_attn_by_inverse_layer_idx": False,

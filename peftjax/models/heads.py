@@ -91,14 +91,29 @@ class MeanClassifier(nn.Module):
         return classifier(Dropout(self.dropout)(mean_pool(hidden, context["mask"])))
 
 
+class OutputKernel(nn.Module):
+    """An output layer's `kernel` [D, V], given away unread."""
+
+    width: int
+    vocab_size: int
+    init_std: float
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "D V"]:
+        """The kernel."""
+        shape = (self.width, self.vocab_size)
+        return self.param("kernel", nn.initializers.normal(self.init_std), shape)
+
+
 class MaskedLM(nn.Module):
-    """A head for masked words, its decoder tied to the word embedding; `Logits` [B, S, V]."""
+    """A head for masked words, its decoder tied to the word embedding or not; `Logits` [B, S, V]."""
 
     vocab_size: int
     activation: str
     norm_epsilon: float
     init_std: float
     dtype: DTypeLike
+    tied: bool = True
 
     @nn.compact
     def __call__(self, hidden: Array, context: Context, embed: Params) -> Logits:
@@ -107,4 +122,7 @@ class MaskedLM(nn.Module):
         norm = layer_norm(self.norm_epsilon, self.dtype, "norm")
         hidden = norm(recompute(ACTIVATIONS[self.activation])(transform(hidden)))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-        return Logits(hidden, embed["word"]["embedding"], bias, tied=True)
+        if self.tied:
+            return Logits(hidden, embed["word"]["embedding"], bias, tied=True)
+        kernel = OutputKernel(hidden.shape[-1], self.vocab_size, self.init_std, name="output")()
+        return Logits(hidden, kernel, bias)

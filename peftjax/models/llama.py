@@ -44,8 +44,8 @@ SHARED = (
     *linear("head/classifier", "score"),
 )
 """Every weight but the norms of the blocks."""
-# The rotation's frequencies, and output layers of other heads or tied to the embedding.
-IGNORED = r".*rotary_emb\.inv_freq|lm_head\.weight|score\.weight|.*\.masked_bias"
+# The rotation's frequencies, and a constant of old masks.
+IGNORED = r".*rotary_emb\.inv_freq|.*\.masked_bias"
 SIZES = (
     "vocab_size",
     "hidden_size",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
 from peftjax.io.files import read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, describe_tensors, find_tensors, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, Tensor, describe_tensors, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
@@ -29,7 +31,9 @@ from peftjax.models.mistral import MISTRAL
 from peftjax.models.opt import OPT
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
+from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.shared import copies, names_in_file, settle
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
@@ -50,6 +54,8 @@ def load(
     *,
     head: str | None = None,
     num_labels: int | None = None,
+    vocab_size: int | None = None,
+    redraw_head: bool = False,
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str | None = None,
@@ -64,6 +70,9 @@ def load(
         head: a head of the family, see its file, such as `peftjax.models.bert.bert`; by default the one whose
             Hugging Face class `config.json` names, else "none".
         num_labels: columns of a classifier; default the checkpoint's.
+        vocab_size: rows of the word table and of the output layer, where the checkpoint is to be resized: new
+            ones are the mean of those it has. By default as many as the checkpoint's table has.
+        redraw_head: whether layers of the task head that have another size in the checkpoint are drawn anew.
         dtype: compute dtype of the model.
         param_dtype: dtype the parameters are stored in.
         remat: checkpoint policy of the blocks, see `Backbone`.
@@ -75,18 +84,27 @@ def load(
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
-            tensor; a head to draw without `key`; labels for a head that has none; a sharding that is
-            absent from its tree or does not divide a parameter.
+            tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
+            for a head that has none; a sharding that is absent from its tree or does not divide a parameter.
     """
     folder = Path(path)
     family, values = read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    config = family.settle(family.read_config(values), folder)
+    files = find_tensors(folder)
+    tensors = {family.canonical(name): tensor for name, tensor in describe_tensors(files).items()}
+    config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
+    config = settle(family, config, tensors, folder)
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
     head = head or _head_of(family, values)
-    model = family.build(config, head=head, dtype=dtype, remat=remat)
+    in_file = model = family.build(config, head=head, dtype=dtype, remat=remat)
+    if vocab_size is not None:
+        require_vocabulary(vocab_size)
+        if not hasattr(config, "vocab_size"):
+            raise PeftError(f"a model of the family {family.name!r} has no vocabulary to resize")
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+        model = family.build(config, head=head, dtype=dtype, remat=remat)
     if num_labels is not None and not family.heads[head].labelled:
         labelled = ", ".join(name for name, spec in family.heads.items() if spec.labelled)
         raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labelled}")
@@ -94,17 +112,24 @@ def load(
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
         place(name, spec.shape)
+    other = _of_another_size(in_file, family, tensors, redraw_head)
+    grown = set() if in_file is model else VOCABULARY_AXES.keys() & flatten_dict(specs, sep="/").keys()
     loaded = read_weights(
         folder,
-        specs,
+        jax.eval_shape(in_file.init, jax.random.key(0)),
         family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
-        place=place,
+        place=lambda path, shape: None if path in grown else place(path, shape),
+        others=names_in_file(family, model),
+        skipped=other,
     )
     leaves = dict(loaded.params)
+    for path in grown & leaves.keys():
+        leaf = resized(path, np.asarray(leaves[path]), model)
+        leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
     fresh = [path for path in loaded.fresh if path not in replaced]
     if fresh:
         if key is None:
@@ -120,8 +145,10 @@ def load(
     for path in set(loaded.fresh) - set(fresh):
         empty = jnp.zeros(shapes[path].shape, param_dtype)
         leaves[path] = jax.device_put(empty, place(path, empty.shape))
-    if loaded.unused:
-        logger.info("not used from %s: %s", folder, ", ".join(loaded.unused))
+    again = copies(family, model, tensors, folder)
+    unused = [name for name in loaded.unused if family.canonical(name) not in again]
+    if unused:
+        logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
 
 
@@ -131,7 +158,12 @@ def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     held = {family.canonical(name) for name in find_tensors(path)}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
-    return {slot.path for name, slot in slots.items() if name not in held}
+    others = names_in_file(family, model)
+    absent = {slot.path for name, slot in slots.items() if held.isdisjoint(others.get(name, (name,)))}
+    tensors = {
+        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
+    }
+    return absent | _of_another_size(model, family, tensors, redraw=True)
 
 
 def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np.dtype]:
@@ -142,6 +174,8 @@ def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
+    for name, names in names_in_file(family, model).items():
+        slots |= {other: slots[name] for other in names if name in slots}
     found: dict[str, np.dtype] = {}
     for name, tensor in describe_tensors(find_tensors(path)).items():
         if (slot := slots.get(family.canonical(name))) is not None and isinstance(tensor.dtype, np.dtype):
@@ -195,6 +229,49 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     return FAMILIES[name], values
+
+
+def _of_another_size(
+    model: Backbone, family: Family, tensors: Mapping[str, Tensor], redraw: bool
+) -> set[str]:
+    """The paths of the task head's layers that have another shape in the checkpoint, to be drawn.
+
+    Raises:
+        PeftError: there are some and they are not to be drawn.
+    """
+    task = family.heads[model.head_name].task_weights
+    if task is None:
+        return set()
+    shapes = {
+        path: spec.shape
+        for path, spec in flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/").items()
+    }
+    found: set[str] = set()
+    for name, slot in slots_of(shapes, family.table(model)).items():
+        wanted = slot.shape(shapes[slot.path])
+        if slot.path.startswith(task) and name in tensors and tensors[name].shape != wanted:
+            module = slot.path.rpartition("/")[0]
+            found |= {path for path in shapes if path.rpartition("/")[0] == module}
+            if not redraw:
+                tensor = tensors[name]
+                raise PeftError(
+                    f"{tensor.name} of {tensor.file} has shape {list(tensor.shape)}; the head "
+                    f"{model.head_name!r} needs {list(wanted)}: give num_labels as the file has it, or the "
+                    "option redraw_head=True (--redraw-head) to draw those layers anew"
+                )
+    return found
+
+
+def _listed(unused: Sequence[str], family: Family, model: Backbone) -> str:
+    """The names of tensors, and how many layers there are in the file where those are more."""
+    pattern = next(weight.name for weight in family.table(model) if weight.path.startswith("blocks/"))
+    before = re.escape(pattern.partition("{layer}")[0])
+    beyond = any(
+        (found := re.match(f"{before}([0-9]+)", family.canonical(name))) and int(found[1]) >= model.num_layers
+        for name in unused
+    )
+    more = f" (config.json has {model.num_layers} layers, and the file more)" if beyond else ""
+    return ", ".join(unused) + more
 
 
 def _head_of(family: Family, values: Mapping[str, Any]) -> str:

@@ -29,8 +29,6 @@ WEIGHTS: tuple[Weight, ...] = (
     *linear("head/output", "lm_head"),
     *linear("head/classifier", "score"),
 )
-# Output layers of other heads or tied to the embedding.
-IGNORED = r"lm_head\.weight|score\.weight"
 # Settings that would change the computation, with the only value this backbone computes.
 REQUIRED = {"layer_norm_elementwise_affine": True, "layerdrop": 0.0}
 
@@ -86,6 +84,5 @@ OPT = Family(
     heads=decoder_heads("OPTForCausalLM", "OPTForSequenceClassification", "OPTModel"),
     weights=WEIGHTS,
     canonical=with_prefix("model.", "lm_head.", "score."),
-    ignored=IGNORED,
     prefix="model.",
 )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from peftjax.errors import PeftError
 from peftjax.models import bert_config
 from peftjax.models.backbone import Backbone, Batch
-from peftjax.models.bert import BertEmbed, bert_head, body_weights, encoder
+from peftjax.models.bert import BertEmbed, bert_head, body_weights, encoder, with_output
 from peftjax.models.bert_config import BertConfig, write_config
 from peftjax.models.family import FEATURES, Family, Head, require_length, with_prefix
 from peftjax.models.heads import Classifier, MaskedLM
@@ -30,8 +30,12 @@ WEIGHTS: tuple[Weight, ...] = (
     *norm("head/norm", "lm_head.layer_norm"),
     Weight("head/bias", "lm_head.bias"),
 )
-# Position indices, and copies of the tied word embedding and output bias.
-IGNORED = r"roberta\.embeddings\.position_ids|lm_head\.decoder\.(weight|bias)"
+UNTIED: tuple[Weight, ...] = (
+    linear("head/output", "lm_head.decoder")[0],
+    Weight("head/bias", "lm_head.decoder.bias"),
+)
+# Position indices.
+IGNORED = r"roberta\.embeddings\.position_ids"
 # Where Hugging Face's defaults are not BERT's.
 DEFAULTS = {"vocab_size": 50265, "pad_token_id": 1}
 
@@ -92,7 +96,7 @@ def _head(config: BertConfig, name: str, dtype: DTypeLike) -> Any:
             return Classifier(len(config.labels), rate, std, dtype, first="dense", input_dropout=rate)
         case "masked_lm":
             # Always the exact gelu, whatever the blocks' activation is.
-            return MaskedLM(config.vocab_size, "gelu", config.layer_norm_eps, std, dtype)
+            return MaskedLM(config.vocab_size, "gelu", config.layer_norm_eps, std, dtype, config.tied)
     return bert_head(config, name, dtype)
 
 
@@ -101,6 +105,7 @@ def _heads(classes: str) -> dict[str, Head]:
     tied = (
         Weight("embed/word/embedding", "lm_head.decoder.weight", kind="tied"),
         Weight("head/bias", "lm_head.decoder.bias", kind="tied"),
+        Weight("head/bias", "lm_head.bias", kind="tied"),
     )
     return {
         "none": features,
@@ -118,7 +123,7 @@ ROBERTA = Family(
     write_config=write_config,
     build=roberta,
     heads=_heads("Roberta"),
-    weights=WEIGHTS,
+    weights=with_output(WEIGHTS, UNTIED),
     canonical=with_prefix("roberta.", "lm_head.", "classifier."),
     ignored=IGNORED,
     prefix="roberta.",

@@ -19,12 +19,12 @@ from peftjax.logits import Logits
 from peftjax.models.backbone import TOKENS, Backbone, Batch, Params
 from peftjax.models.block import Block
 from peftjax.models.block_config import make_norm
-from peftjax.models.decoder import OutputKernel
 from peftjax.models.family import FEATURES, Family, Head, require_known, with_prefix
-from peftjax.models.heads import mean_pool
+from peftjax.models.heads import OutputKernel, mean_pool
 from peftjax.models.layers import Context, Dropout, dense
-from peftjax.models.t5_config import T5Config, match_output, read_config, write_config
+from peftjax.models.t5_config import T5Config, read_config, write_config
 from peftjax.models.t5_positions import RelativeBias
+from peftjax.models.vocabulary import row_ids
 from peftjax.models.weight_map import Weight, embedding, linear
 
 ENCODER_HEADS = ("encoder", "mean")
@@ -93,7 +93,11 @@ class T5Embed(nn.Module):
         init = nn.initializers.normal(config.initializer_factor)
         table = nn.Embed(config.vocab_size, config.d_model, embedding_init=init, name="word")
         # Cast the rows looked up, not the table, whose copy would be larger.
-        hidden = Dropout(config.dropout_rate)(table(ids).astype(self.dtype))
+        names = (
+            ("decoder_input_ids", "decoder_attention_mask") if decoder else ("input_ids", "attention_mask")
+        )
+        known = row_ids(batch, ids, config.vocab_size, name=names[0], mask=names[1])
+        hidden = Dropout(config.dropout_rate)(table(known).astype(self.dtype))
         bias = RelativeBias(
             heads=config.num_heads,
             buckets=config.relative_attention_num_buckets,
@@ -288,11 +292,8 @@ def canonical(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-# Copies of the table, a table that nothing reads, and output layers of other heads or tied to the table.
-IGNORED = (
-    r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight|classification_head\..*"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-)
+# A table that nothing reads.
+IGNORED = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 T5, MT5 = (
     Family(
         name=name,
@@ -303,7 +304,6 @@ T5, MT5 = (
         weights=weights,
         canonical=canonical,
         ignored=IGNORED,
-        settle=match_output,
     )
     for name, prefix in (("t5", "T5"), ("mt5", "MT5"))
 )

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peftjax.errors import PeftError
-from peftjax.io.safetensors import find_tensors, read_tensors
 from peftjax.models.block_config import BlockConfig
 from peftjax.models.family import (
     label_names,
@@ -26,8 +22,6 @@ from peftjax.models.layers import ACTIVATIONS
 # Settings that would change the computation, with the only value this backbone computes.
 REQUIRED = {"is_decoder": False, "tie_encoder_decoder": False}
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-TABLE = "shared.weight"
-OUTPUT = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,26 +166,13 @@ def _feed_forward(who: str, setting: str) -> tuple[bool, str]:
     return kind == "gated", "gelu_new" if setting == "gated-gelu" else activation
 
 
-def match_output(config: T5Config, folder: Path) -> T5Config:
-    """The configuration with an output layer of its own where the checkpoint's differs from the table.
-
-    The newer transformers calls every T5 tied in `config.json`, and lets the tensors decide, too.
-    """
-    files = find_tensors(folder)
-    names = {name.removeprefix("transformer."): name for name in files}
-    if not config.tied or OUTPUT not in names or TABLE not in names:
-        return config
-    pair = {names[name]: files[names[name]] for name in (OUTPUT, TABLE)}
-    table, output = (tensor for _, tensor in read_tensors(pair))
-    return dataclasses.replace(config, tied=np.array_equal(table, output))
-
-
 def write_config(config: T5Config) -> dict[str, Any]:
     """The content of `config.json` that gives `config` back: what was read, with its labels."""
     scaled = {"scale_decoder_outputs": config.scaled_output} if config.model_type == "t5" else {}
     return {
         **config.values,
         "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
         **scaled,
         **write_labels(config.labels),

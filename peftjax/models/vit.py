@@ -54,8 +54,6 @@ WEIGHTS: tuple[Weight, ...] = (
     *linear("head/pooler", "vit.pooler.dense"),
     *linear("head/classifier", "classifier"),
 )
-# Of masked image modelling.
-IGNORED = r"vit\.embeddings\.mask_token"
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -287,7 +285,6 @@ VIT = Family(
     heads=HEADS,
     weights=WEIGHTS,
     canonical=canonical,
-    ignored=IGNORED,
     prefix="vit.",
     in_memory=in_memory,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +142,8 @@ def read_weights(
     ignored: str,
     task_weights: str | None,
     place: Callable[[str, tuple[int, ...]], Sharding | None] = lambda path, shape: None,
+    others: Mapping[str, Sequence[str]] | None = None,
+    skipped: Collection[str] = (),
 ) -> Loaded:
     """Read the parameters of `specs` from the safetensors of `folder`.
 
@@ -155,6 +157,9 @@ def read_weights(
         task_weights: prefix of the paths that are `fresh` when the checkpoint has none of them;
             so is then any other module of the head that it lacks altogether.
         place: sharding of the parameter at a path, by its shape; None is the default device.
+        others: all names that stand for a tensor, by its name in `weights`; the first that the checkpoint
+            holds is read.
+        skipped: paths that are not read and are `fresh`.
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
@@ -168,13 +173,19 @@ def read_weights(
         if canonical(name) in sources:
             raise PeftError(f"{folder} holds both {sources[canonical(name)]} and {name}")
         sources[canonical(name)] = name
-    missing = [name for name in slots if name not in sources]
+    held = {
+        name: [other for other in (others or {}).get(name, (name,)) if other in sources]
+        for name, slot in slots.items()
+        if slot.path not in skipped
+    }
+    missing = [name for name, names in held.items() if not names]
     fresh = _fresh({slots[name].path for name in missing}, set(shapes), task_weights)
+    fresh |= set(skipped)
     lost = [name for name in missing if slots[name].path not in fresh]
     if lost:
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
         raise PeftError(f"{folder} lacks {count}: {_abridged(lost)}")
-    wanted = {source: slots[name] for name, source in sources.items() if name in slots}
+    wanted = {sources[names[0]]: slots[name] for name, names in held.items() if names}
     tensors = describe_tensors({source: files[source] for source in wanted})
     parts: dict[str, dict[int | None, Tensor]] = {}
     for source, tensor in tensors.items():
@@ -189,7 +200,7 @@ def read_weights(
         for path in ordered
     }
     unused = tuple(
-        source for name, source in sources.items() if name not in slots and not re.fullmatch(ignored, name)
+        source for name, source in sources.items() if source not in wanted and not re.fullmatch(ignored, name)
     )
     return Loaded(leaves, tuple(sorted(fresh)), unused)
 

@@ -105,7 +105,9 @@ def import_saved(
     replaced = {
         slot.path for name in file.plain if (slot := names.slots.get(names.canonical(name))) is not None
     }
-    backbone, params = load(folder, head=head, num_labels=outputs, key=jax.random.key(0), replaced=replaced)
+    backbone, params = load(
+        folder, head=head, num_labels=outputs, redraw_head=True, key=jax.random.key(0), replaced=replaced
+    )
     method, frozen, trainable = import_peft(peft, backbone, params, leave_out=leave_out, freeze_tables=False)
     known = list(labels or backbone.config.labels) if spec.labelled else []
     purpose = "language" if head == LANGUAGE_HEAD else "classification"

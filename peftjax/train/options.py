@@ -59,6 +59,12 @@ class ModelOptions:
     head: str | None = None
     """The model's head; by default 'causal_lm' for the task language, and for classification
     'mean_classifier' for sentence encoders, else 'classifier'."""
+    vocab_size: int | None = None
+    """Resize the vocabulary to so many tokens, for a tokenizer that has more than the model; new rows of the
+    word table are the mean of the others."""
+    redraw_head: bool = False
+    """Draw layers of the task head anew that have another size in the checkpoint, such as a classifier of
+    other labels."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,16 @@ def open_model(
     classifier = "mean_classifier" if sentence_encoder else "classifier"
     head = options.head or (LANGUAGE_HEAD if num_labels is None else classifier)
     key = jax.random.key(seed)
-    return load(folder, head=head, num_labels=num_labels, dtype=dtype, remat=remat, key=key)
+    return load(
+        folder,
+        head=head,
+        num_labels=num_labels,
+        vocab_size=options.vocab_size,
+        redraw_head=options.redraw_head,
+        dtype=dtype,
+        remat=remat,
+        key=key,
+    )
 
 
 def make_method(options: MethodOptions, steps: int | None = None) -> Transform:

@@ -109,6 +109,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         "model": options.base.model,
         "head": model.head_name,
         "max_length": config.max_length,
+        **({} if options.base.vocab_size is None else {"vocab_size": options.base.vocab_size}),
         **prepared.info,
     }
     adapter = options.output / ADAPTER

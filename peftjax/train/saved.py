@@ -62,6 +62,8 @@ def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
         folder,
         head=info["head"],
         num_labels=len(info["labels"]) or None,
+        vocab_size=info.get("vocab_size"),
+        redraw_head=True,  # as the training did, else there would be no adapter
         key=jax.random.key(config["seed"]),
         replaced=trained_parameters(adapter),
     )

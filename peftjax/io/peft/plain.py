@@ -11,6 +11,7 @@ from peftjax.errors import PeftError
 from peftjax.io.peft.config import OUTPUT_LAYER, TIED_EMBEDDING, LoraConfig
 from peftjax.io.peft.names import Names, module_of
 from peftjax.io.peft.tensors import Tensors
+from peftjax.models.resize import VOCABULARY_AXES
 from peftjax.models.weight_map import Slot
 from peftjax.weights.base import Weight
 
@@ -37,7 +38,7 @@ def read_plain(
         if tensor.shape != view.shape:
             raise PeftError(
                 f"tensor {known[name]!r} has shape {list(tensor.shape)}; {slot.path!r} needs "
-                f"{list(view.shape)}"
+                f"{list(view.shape)}{_resizing(slot.path, tensor)}"
             )
         view[...] = tensor
     for module, tensors in file.factors.items():
@@ -56,6 +57,13 @@ def read_plain(
             )
         view[...] += (config.scale_of(module) * shift).astype(view.dtype)
     return values
+
+
+def _resizing(path: str, tensor: np.ndarray) -> str:
+    """What to do about a vocabulary of another size."""
+    if path not in VOCABULARY_AXES:
+        return ""
+    return f"; the adapter's vocabulary was resized: load the model with vocab_size={len(tensor)}"
 
 
 def untrained_tables(config: LoraConfig, file: Tensors, names: Names) -> set[str]:

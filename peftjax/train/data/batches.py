@@ -106,7 +106,9 @@ def make_batch(split: TokenisedSplit, rows: Sequence[int], size: int) -> Batch:
         "labels": np.zeros(size, np.int32),
         "weights": np.zeros(size, np.float32),
     }
-    batch["attention_mask"][len(rows) :, 0] = 1  # a row without any token has no softmax
+    # A row without any token has no softmax; the padding may be one that the model lacks.
+    batch["attention_mask"][len(rows) :, 0] = 1
+    batch["input_ids"][len(rows) :, 0] = split.ids[split.starts[rows[0]]]
     for row, i in enumerate(rows):
         ids = split.ids[split.starts[i] : split.starts[i + 1]]
         batch["input_ids"][row, : len(ids)] = ids

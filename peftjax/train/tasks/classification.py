@@ -12,6 +12,7 @@ from peftjax.errors import PeftError
 from peftjax.losses import Batch
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import FAMILIES, read_family
+from peftjax.models.vocabulary import require_ids
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, sample, tokenise, training_batches
 from peftjax.train.data.dataset import Split, TextDataset
@@ -58,6 +59,9 @@ def prepare(
     model, params = open_model(
         options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
     )
+    for split in (train, held_out):
+        name = f"the text by the tokenizer of {options.base.model}"
+        require_ids(split.ids, model.config.vocab_size, name=name)
     method = with_new_head(method_for(len(train)), model, params)
     probe = _probe(model, params, train, held_out, config, say) if options.probe else None
     if probe is not None:

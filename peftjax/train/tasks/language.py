@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from peftjax.errors import PeftError
 from peftjax.losses import Batch
+from peftjax.models.vocabulary import require_ids
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.language.batches import evaluation_batches, training_batches
 from peftjax.train.data.language.dataset import LanguageDataset, RowOptions
@@ -46,11 +46,9 @@ def prepare(
         say(f"{data.name} ({data.source}): {_described(rows, cut)} to {purpose}")
     model, params = open_model(options.base, None, dtype=config.dtype, remat=config.remat, seed=config.seed)
     for rows in (data.train, data.evaluation):
-        if (largest := int(rows.ids.max())) >= model.config.vocab_size:
-            raise PeftError(
-                f"the tokenizer of {options.base.model} gives the id {largest}, but the model knows only "
-                f"those below {model.config.vocab_size}: it is the tokenizer of another model"
-            )
+        require_ids(
+            rows.ids, model.config.vocab_size, name=f"the text by the tokenizer of {options.base.model}"
+        )
     return Prepared(
         model,
         params,

@@ -35,8 +35,10 @@ def make_batch(rows: TokenRows, chosen: Sequence[int], size: int) -> Batch:
     batch = {name: np.zeros((size, length), np.int32) for name in names}
     batch["weights"] = batch["weights"].astype(np.float32)
     batch["input_ids"][:] = rows.pad_id
+    # A row without any token has no softmax; the padding may be one that the model lacks.
     for name in {"attention_mask", "segment_ids"} & set(names):
-        batch[name][len(chosen) :, 0] = 1  # a row without any token has no softmax
+        batch[name][len(chosen) :, 0] = 1
+    batch["input_ids"][len(chosen) :, 0] = rows.ids[0]
     for k, row in enumerate(chosen):
         at = 0
         for number, (start, stop) in enumerate(rows.segments[rows.starts[row] : rows.starts[row + 1]], 1):
