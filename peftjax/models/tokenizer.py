@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftjax.errors import PeftError
-from peftjax.io.files import read_json
+from peftjax.models.tokenizer_class import class_of, default_tokens, frame, rebuild
+from peftjax.models.tokenizer_files import (
+    DEFAULT_TEMPLATE,
+    OLD_SETTINGS_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    Added,
+    Declared,
+    read_declared,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
-OLD_SETTINGS_FILE = "special_tokens_map.json"
-GENERATION_FILE = "generation_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 PAD_TOKENS = ("[PAD]", "<pad>")
-DEFAULT_TEMPLATE = "default"
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Tokenizer:
         pad_id: the id that fills a batch up.
         bos_id: the id that begins a text, if the checkpoint names one.
         eos_id: the id that ends a text, if the checkpoint names one.
-        stop_ids: every id that ends generation: `eos_id`, and those of `generation_config.json`.
+        stop_ids: every id that ends generation: `eos_id`, and those of `generation_config.json` or else of
+            `config.json`.
         prefix_ids: the special tokens in front of a text; a decoder's are bos, or none.
         special_tokens: the named special tokens, such as `bos_token`, as a chat template sees them.
         chat_templates: the sources of the checkpoint's chat templates by name.
@@ -69,19 +77,22 @@ class Tokenizer:
         if room < 1:
             raise PeftError(f"max_length {max_length} leaves no room beside the special tokens")
         rows = []
-        for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
-            encoding.truncate(room)
-            rows.append(self.backend.post_process(encoding).ids)
+        with _named_failures("the tokenizer cannot encode the text"):
+            for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
+                encoding.truncate(room)
+                rows.append(self.backend.post_process(encoding).ids)
         return rows
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, uncut; special tokens only where the text itself spells them."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _named_failures("the tokenizer cannot encode the text"):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _named_failures("the tokenizer cannot decode the ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def chat_template(self, name: str = DEFAULT_TEMPLATE) -> str:
         """The source of the chat template called `name`.
@@ -101,7 +112,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, decoder: bool = False) -> Tokenizer:
-    """Load `tokenizer.json` and what the files beside it say about it.
+    """Load `tokenizer.json` and what the files beside it say about it, as transformers' `AutoTokenizer` does.
 
     Args:
         path: the checkpoint folder, or the file.
@@ -116,98 +127,150 @@ def load_tokenizer(path: str | os.PathLike[str], *, decoder: bool = False) -> To
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise PeftError(f"no tokenizer at {file}; the checkpoint folder needs its {TOKENIZER_FILE}")
-    try:
+    declared = read_declared(file.parent)
+    with _named_failures(f"{file} is not a tokenizer"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises a bare Exception for every bad file.
-        raise PeftError(f"{file} is not a tokenizer: {error}") from error
-    settings = _optional_json(file.with_name(SETTINGS_FILE))
-    named = _special_tokens({**_optional_json(file.with_name(OLD_SETTINGS_FILE)), **settings})
+        padding = backend.padding
+        backend.no_truncation()
+        backend.no_padding()
+    name = class_of(declared, backend)
+    named = {**default_tokens(name, backend), **declared.named}
+    if padding is not None and "pad_token" not in named:
+        named["pad_token"] = Added(padding["pad_token"], special=True)
+    _check_named(backend, named, declared, file, ("bos_token", "eos_token") if decoder else ())
+    with _named_failures(f"{file} and the files beside it make no tokenizer"):
+        rebuild(backend, name, declared.settings, named)
+        _add_tokens(backend, named, declared, file)
+        frame(backend, name, named)
     bos_id, eos_id = (
-        _named_id(backend, named, role, file) if decoder else backend.token_to_id(named.get(role, ""))
+        backend.token_to_id(named[role].content) if role in named else None
         for role in ("bos_token", "eos_token")
     )
-    pad_id = _pad_id(backend, named, file, fallback=eos_id if decoder else None)
-    backend.no_truncation()
-    backend.no_padding()
+    own = () if eos_id is None else (eos_id,)
     return Tokenizer(
         backend,
-        pad_id,
+        _pad_id(backend, named, file, fallback=eos_id if decoder else None),
         bos_id=bos_id,
         eos_id=eos_id,
-        stop_ids=_stop_ids(eos_id, file.with_name(GENERATION_FILE)),
-        prefix_ids=_prefix_ids(backend),
-        special_tokens=named,
-        chat_templates=_chat_templates(settings.get("chat_template"), file),
+        stop_ids=tuple(dict.fromkeys([*own, *declared.stop_ids])),
+        prefix_ids=_prefix_ids(backend, file),
+        special_tokens={role: token.content for role, token in named.items()},
+        chat_templates=declared.chat_templates,
     )
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+@contextlib.contextmanager
+def _named_failures(what: str) -> Iterator[None]:
+    """Make what the `tokenizers` library raises a sentence: a bare Exception, or a panic of its Rust code."""
+    try:
+        yield
+    except (PeftError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # A panic is a BaseException and no Exception.
+        raise PeftError(f"{what}: {error}") from error
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The text of each special token that the settings name, as a string or an object with `content`."""
-    tokens = {role: settings[role] for role in _ROLES if settings.get(role) is not None}
-    return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+def _check_named(
+    backend: tokenizers.Tokenizer,
+    named: Mapping[str, Added],
+    declared: Declared,
+    file: Path,
+    needed: Sequence[str],
+) -> None:
+    """Refuse a token that is needed and that no file gives an id, though one would be made up for it."""
+    added = {token.content for token in declared.added.values()}
+    for role in (*needed, "pad_token"):
+        text = named[role].content if role in named else None
+        if text is None or text in added or backend.token_to_id(text) is not None:
+            continue
+        if role == "pad_token":
+            raise _no_padding(file, (text,))
+        files = " or ".join((SETTINGS_FILE, OLD_SETTINGS_FILE))
+        raise PeftError(f"{file} does not have the {role} {text!r} that {files} names")
 
 
-def _named_id(backend: tokenizers.Tokenizer, named: Mapping[str, str], role: str, file: Path) -> int | None:
-    if role not in named:
-        return None
-    found = backend.token_to_id(named[role])
-    if found is None:
-        raise PeftError(f"{file} does not have the {role} {named[role]!r} that {SETTINGS_FILE} names")
-    return found
+def _add_tokens(
+    backend: tokenizers.Tokenizer, named: Mapping[str, Added], declared: Declared, file: Path
+) -> None:
+    """Add the tokens that stand only beside `tokenizer.json`, in the order that gives them their ids.
+
+    Raises:
+        PeftError: when a token would have another id than the file that adds it says.
+    """
+    present = backend.get_added_tokens_decoder()
+    names, seen = {token.content for token in named.values()}, {repr(token) for token in present.values()}
+    known = {token.content for token in present.values()} | {
+        token.content for token in declared.added.values()
+    }
+    old = {id: backend.token_to_id(token.content) for id, token in declared.added.items()}
+    new = []
+    for _, token in sorted(declared.added.items()):
+        if repr(_backend_token(token)) not in seen:
+            new.append(_backend_token(token, special=token.special or token.content in names))
+    # A named token keeps the flags that the files give it as an added one.
+    for token in (*named.values(), *declared.extra):
+        if token.content and token.content not in known:
+            known.add(token.content)
+            new.append(_backend_token(token))
+    backend.add_tokens(new)
+    for id, token in declared.added.items():
+        found = backend.token_to_id(token.content)
+        if found == id:
+            continue
+        if old[id] is None:
+            raise PeftError(
+                f"a file beside {file} gives the token {token.content!r} the id {id}, but the next free one "
+                f"is {found}; save the tokenizer again, with the token in {TOKENIZER_FILE}"
+            )
+        logger.warning(
+            "%r has the id %d in %s, not %d as in a file beside it", token.content, found, file, id
+        )
+
+
+def _backend_token(token: Added, special: bool | None = None) -> tokenizers.AddedToken:
+    import tokenizers
+
+    flags = {key: value for key, value in dataclasses.asdict(token).items() if value is not None}
+    made = tokenizers.AddedToken(**flags)
+    if special:
+        made.special = True
+    return made
 
 
 def _pad_id(
-    backend: tokenizers.Tokenizer, named: Mapping[str, str], file: Path, *, fallback: int | None
+    backend: tokenizers.Tokenizer, named: Mapping[str, Added], file: Path, *, fallback: int | None
 ) -> int:
-    """The padding id by `tokenizer.json`, `tokenizer_config.json`, the usual token names, or `fallback`."""
-    if backend.padding is not None:
-        return backend.padding["pad_id"]
-    names = (named["pad_token"],) if "pad_token" in named else PAD_TOKENS
+    """The padding id by the token that is named, the usual names, or `fallback`."""
+    names = (named["pad_token"].content,) if "pad_token" in named else PAD_TOKENS
     for name in names:
         if (pad_id := backend.token_to_id(name)) is not None:
             return pad_id
     if fallback is not None and "pad_token" not in named:
         return fallback
-    raise PeftError(
+    raise _no_padding(file, names)
+
+
+def _no_padding(file: Path, names: Sequence[str]) -> PeftError:
+    return PeftError(
         f"{file} has no padding token ({', '.join(names)}); name one in {file.with_name(SETTINGS_FILE)}"
     )
 
 
-def _stop_ids(eos_id: int | None, file: Path) -> tuple[int, ...]:
-    """The tokenizer's eos and those of `generation_config.json`, each once."""
-    found = _optional_json(file).get("eos_token_id")
-    ids = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(id, int) for id in ids):
-        raise PeftError(f"{file}: eos_token_id is {found!r}, not an integer or a list of integers")
-    return tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *ids]))
-
-
-def _prefix_ids(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+def _prefix_ids(backend: tokenizers.Tokenizer, file: Path) -> tuple[int, ...]:
     """The special tokens that the post-processor puts in front of a text.
 
+    They are found with a vocabulary of one word, because this tokenizer may make nothing of a given letter.
     Like transformers 5, nothing here reads `add_bos_token`: it is for tokenizers without this file.
     """
-    encoding = backend.post_process(backend.encode("a", add_special_tokens=False))
-    words = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    return tuple(encoding.ids[: words[0]]) if words else ()
+    import tokenizers
 
-
-def _chat_templates(given: Any, file: Path) -> dict[str, str]:
-    """The chat templates by name; `chat_template.jinja` is the default one where it exists."""
-    templates = given if isinstance(given, list) else []
-    if isinstance(given, str):
-        templates = [{"name": DEFAULT_TEMPLATE, "template": given}]
-    try:
-        found = {template["name"]: template["template"] for template in templates}
-    except (TypeError, KeyError):
-        raise PeftError(
-            f"{file.with_name(SETTINGS_FILE)}: a chat_template in the list lacks its name or template"
-        ) from None
-    source = file.with_name(TEMPLATE_FILE)
-    if source.is_file():
-        found[DEFAULT_TEMPLATE] = source.read_text(encoding="utf-8")
-    return found
+    if backend.post_processor is None:
+        return ()
+    with _named_failures(f"the post_processor of {file} does not work"):
+        probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+        probe.post_processor = backend.post_processor
+        encoding = probe.encode("a")
+        words = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    if not words:
+        raise PeftError(f"the post_processor of {file} leaves the text out")
+    return tuple(encoding.ids[: words[0]])
