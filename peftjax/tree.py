@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.errors import PeftError
+from peftjax.patterns import fullmatches, match
 
 Targets = str | Sequence[str]
 T = TypeVar("T")
@@ -309,7 +310,7 @@ def _matches(path: str, names: tuple[str, ...], targets: Targets, leaf: Any) -> 
     if targets == "all-linear":
         return why_not_linear(path, leaf) is None
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in names)
+        return any(fullmatches(targets, name) for name in names)
     return any(_has_suffix(name, part) for name in names for part in targets)
 
 
@@ -421,7 +422,7 @@ def _why(leaves: Mapping[str, Any], paths: Sequence[str], others: Mapping[str, s
 def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
     """The value of the first key that matches the end of the weight's name; '^' anchors at its start."""
     for key, value in (patterns or {}).items():
-        if any(re.match(rf"(.*/)?({key})$", name) for name in names_of_weight(path)):
+        if any(match(key, name, before="(.*/)?(", after=")$") for name in names_of_weight(path)):
             return value
     return default
 

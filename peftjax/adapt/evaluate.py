@@ -1,7 +1,6 @@
 """Evaluate a jaxpr on values of which some are structured weights."""
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from peftjax.adapt.products import PRODUCTS
 from peftjax.adapt.uses import Uses
 from peftjax.adapt.views import VIEWS
 from peftjax.errors import PeftError
+from peftjax.patterns import fullmatches
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.explicit import type_of
 
@@ -111,7 +111,7 @@ class Evaluator:
         """Raise the error of strict mode unless the user accepted this primitive or parameter."""
         for weight in (value for value in operands if isinstance(value, Weight)):
             names = (eqn.primitive.name, weight.layout.name)
-            if any(re.fullmatch(p, name) for p in self.allow_dense for name in names):
+            if any(fullmatches(p, name) for p in self.allow_dense for name in names):
                 continue
             line = self.line_of(eqn)
             raise PeftError(

@@ -1,11 +1,11 @@
 """A function inside the traced one, such as a jitted or checkpointed block, stays one function."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peftjax.errors import PeftError
+from peftjax.patterns import fullmatches
 from peftjax.weights.base import Weight
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def call_once_traced(
 
 def _is_named(patterns: tuple[str, ...], weight: Weight) -> bool:
     """Whether `allow_dense` names this parameter, which must then keep its name."""
-    return any(re.fullmatch(pattern, weight.layout.name) for pattern in patterns)
+    return any(fullmatches(pattern, weight.layout.name) for pattern in patterns)
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

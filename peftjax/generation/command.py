@@ -12,7 +12,7 @@ import jax
 from peftjax.errors import PeftError
 from peftjax.generation.sampling import choice
 from peftjax.generation.text import chat_ids, prompt_ids, stream, write
-from peftjax.io.adapter import load_adapter, read_config
+from peftjax.io.adapter import load_adapter
 from peftjax.io.files import read_json
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.chat import compile_template
@@ -28,7 +28,6 @@ from peftjax.train.data.language.conversations import (
     read_conversations,
     read_tools,
 )
-from peftjax.train.data.language.dataset import RowOptions
 from peftjax.train.data.language.prompts import (
     COMPLETION_GUESSES,
     PROMPT_GUESSES,
@@ -37,6 +36,7 @@ from peftjax.train.data.language.prompts import (
     prompt_of,
     separated,
 )
+from peftjax.train.info import Noted, read_noted
 from peftjax.train.options import model_folder
 
 HEAD = "causal_lm"
@@ -131,11 +131,11 @@ def _folder(options: GenerateOptions) -> Path:
     """The model's folder, that of a decoder."""
     name = options.model
     if options.adapter is not None:
-        info = read_config(options.adapter)["info"]
-        name = name or info.get("model")
-        if info.get("head", HEAD) != HEAD:
+        noted = read_noted(options.adapter)
+        name = name or noted.model
+        if noted.head not in (None, HEAD):
             raise PeftError(
-                f"{options.adapter} was trained for the head {info['head']!r} and has nothing to generate"
+                f"{options.adapter} was trained for the head {noted.head!r} and has nothing to generate"
             )
     if name is None:
         raise PeftError("generate needs a model: give its folder with --model")
@@ -149,8 +149,7 @@ def _folder(options: GenerateOptions) -> Path:
 
 
 def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
-    info = {} if options.adapter is None else read_config(options.adapter)["info"]
-    size = info.get("vocab_size")
+    size = None if options.adapter is None else read_noted(options.adapter).vocab_size
     model, params = load(folder, head=HEAD, vocab_size=size, dtype=options.dtype, param_dtype=options.dtype)
     if options.adapter is None:
         return model, params
@@ -195,9 +194,9 @@ def _separator(options: GenerateOptions) -> str:
     """
     if options.separator is not None:
         return options.separator
-    info = {} if options.adapter is None else read_config(options.adapter)["info"]
-    source = info.get("source", None if options.prompt is not None else COMPLETIONS)
-    return RowOptions(**info.get("rows", {})).separator if source == COMPLETIONS else ""
+    noted = Noted() if options.adapter is None else read_noted(options.adapter)
+    source = noted.source or (None if options.prompt is not None else COMPLETIONS)
+    return noted.rows.separator if source == COMPLETIONS else ""
 
 
 def _chats(options: GenerateOptions) -> list[Chat]:

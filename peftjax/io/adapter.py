@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +103,8 @@ def _started(file: Path, config: Mapping[str, Any], params: Params) -> tuple[Tra
         raise PeftError(f"{file}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise PeftError(f"{file}: 'method' has an option of a wrong value: {error}") from error
-    except (re.error, RecursionError) as error:
-        raise PeftError(f"{file}: 'method' has a bad pattern or nests too deeply: {error}") from error
+    except RecursionError as error:
+        raise PeftError(f"{file}: 'method' nests too deeply") from error
 
 
 def trained_parameters(folder: str | os.PathLike[str]) -> set[str]:

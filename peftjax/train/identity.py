@@ -36,9 +36,10 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
         old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(identity)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
+                there, here = (repr(values.get(name))[:200] for values in (old, new))
                 raise PeftError(
-                    f"{directory} belongs to another run: {name} is {old.get(name)!r} there and "
-                    f"{new.get(name)!r} in this run; choose another output folder"
+                    f"{directory} belongs to another run: {name[:200]} is {there} there and {here} in this "
+                    "run; choose another output folder"
                 )
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,9 +47,15 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested JSON objects as one level, keys joined by dots."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items())
-    return {name: value for part in parts for name, value in part.items()}
+    flat, left = {}, [("", tree)]
+    while left:  # a damaged file may nest more deeply than functions can
+        prefix, values = left.pop()
+        for key, value in values.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if isinstance(value, dict):
+                left.append((name, value))
+            else:
+                flat[name] = value
+    return flat

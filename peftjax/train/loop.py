@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from peftjax.errors import PeftError
 from peftjax.io import checkpoint
 from peftjax.io.checkpoint import RunState
+from peftjax.io.files import checked
 from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
@@ -128,7 +129,7 @@ def fit(
             frozen = written(jax.tree.map(lambda leaf: leaf.copy(), frozen), state.trainable)
         write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
         report = stack.enter_context(show_progress(steps.total, state.step))
-        best = Best(**state.progress)
+        best = checked(Best, state.progress, f"the checkpoint of step {state.step}")
         throughput = Throughput()
         pending: list[tuple[int, Metrics]] = []
 

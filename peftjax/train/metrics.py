@@ -1,11 +1,13 @@
 """The metrics of a run: one JSON object per line, and TensorBoard where asked."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from peftjax.io.files import replacing
+from peftjax.errors import PeftError
+from peftjax.io.files import checked, parse_json, replacing
 
 Values = Mapping[str, float | int | None]
 Write = Callable[[int, Values], None]
@@ -48,12 +50,58 @@ def open_metrics(directory: Path | None, step: int, *, tensorboard: bool) -> Ite
 
 
 def cut(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and a last line that was not finished."""
+    """Remove the lines of steps after `step`, and a last line that was not finished.
+
+    Raises:
+        PeftError: another line is damaged; the file stays as it was.
+    """
     if not path.exists():
         return
     with (
+        _named(path),
         replacing(path) as (kept,),
         path.open(encoding="utf-8") as old,
         kept.open("w", encoding="utf-8") as new,
     ):
-        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+        new.writelines(text for text, line in _lines(path, old) if text.endswith("\n") and line.step <= step)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is read again of a line."""
+
+    step: int
+    tokens_per_second: float | None = None
+    labels_per_second: float | None = None
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics file.
+
+    Raises:
+        PeftError: it cannot be read, or a line of it is damaged.
+    """
+    with _named(path), path.open(encoding="utf-8") as file:
+        return [line for _, line in _lines(path, file)]
+
+
+def _lines(path: Path, file: Iterable[str]) -> Iterator[tuple[str, Line]]:
+    """Each line with its text; a last one that was not finished counts as one of step 0."""
+    for number, text in enumerate(file, 1):
+        if not text.endswith("\n"):
+            yield text, Line(0)
+            return
+        place = f"{path}, line {number}"
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise PeftError(f"{place} is damaged: {error}; remove the line or the file") from error
+        yield text, checked(Line, values, place)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise PeftError(f"{path} is damaged: {error}; remove the file") from error

@@ -22,6 +22,7 @@ from peftjax.train.config import TrainConfig, plan_steps, validate, with_default
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
 from peftjax.train.metrics import FILE as METRICS
+from peftjax.train.metrics import read_metrics
 from peftjax.train.options import RunOptions, longest_text, make_method, model_folder, needs_steps
 from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
@@ -161,9 +162,9 @@ def _training(config: TrainConfig) -> dict[str, Any]:
 
 def _rates(metrics: Path) -> Mapping[str, float | None]:
     """The median rates over the lines of the metrics file."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(metrics)
     found = {}
     for name in ("tokens_per_second", "labels_per_second"):
-        rates = [rate for line in lines if (rate := line.get(name))]
+        rates = [rate for line in lines if (rate := getattr(line, name))]
         found[name] = statistics.median(rates) if rates else None
     return found

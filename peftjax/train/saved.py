@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save, stored_dtypes
 from peftjax.train.config import Task
+from peftjax.train.info import Info, read_info
 from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
 from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
@@ -56,19 +56,19 @@ def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
         PeftError: the adapter was not made by `run`, or does not fit the model.
     """
     config = read_config(adapter)
-    info = _info(adapter)
-    folder = model_folder(model or info["model"])
+    info = read_info(adapter)
+    folder = model_folder(model or info.model)
     backbone, params = load(
         folder,
-        head=info["head"],
-        num_labels=len(info["labels"]) or None,
-        vocab_size=info.get("vocab_size"),
+        head=info.head,
+        num_labels=len(info.labels) or None,
+        vocab_size=info.vocab_size,
         redraw_head=True,  # as the training did, else there would be no adapter
         key=jax.random.key(config["seed"]),
         replaced=trained_parameters(adapter),
     )
-    if info["labels"]:
-        named = dataclasses.replace(backbone.config, labels=tuple(info["labels"]))
+    if info.labels:
+        named = dataclasses.replace(backbone.config, labels=tuple(info.labels))
         backbone = dataclasses.replace(backbone, config=named)
     return Tuned(backbone, params, load_adapter(adapter, params), folder)
 
@@ -91,10 +91,10 @@ def evaluate_saved(
     """
     if data.eval_data is not None:
         raise PeftError("eval takes the texts to evaluate on as data, and no eval_data")
-    info = _info(adapter)
+    info = read_info(adapter)
     task = _task(info)
     check_data(data, task)
-    folder = model_folder(model or info["model"])
+    folder = model_folder(model or info.model)
     batches, counts = TASKS[task].saved_batches(info, data, folder, batch_size)
     tuned = open_tuned(adapter, model)
     method = tuned.adapter.method
@@ -139,13 +139,6 @@ def _rounded(params: Params, dtypes: Mapping[str, np.dtype]) -> Params:
     return tree.map_named(rounded, params)
 
 
-def _info(adapter: Path) -> dict[str, Any]:
-    info = read_config(adapter)["info"]
-    if missing := [name for name in ("model", "head", "labels", "max_length") if name not in info]:
-        raise PeftError(f"{adapter}: the adapter does not say its {missing[0]}; it was not made by `train`")
-    return info
-
-
-def _task(info: Mapping[str, Any]) -> Task:
+def _task(info: Info) -> Task:
     """What the adapter was trained for; one that came from elsewhere says it by its head."""
-    return info.get("task") or ("language" if info["head"] == LANGUAGE_HEAD else "classification")
+    return info.task or ("language" if info.head == LANGUAGE_HEAD else "classification")

@@ -1,6 +1,7 @@
 """The file format of PEFT, written out by hand, and what is refused; the real PEFT is in test_peft_parity."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -340,8 +341,28 @@ BAD_CONFIGS = [
     ({"use_dorra": True}, "closest: 'use_dora'"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "loftq"}, "residual of the base"),
-    ({"bias": "some"}, "bias 'some'"),
-    ({"r": "two"}, "wrong type"),
+    ({"bias": "some"}, "adapter_config.json: 'bias': Invalid enum value 'some'"),
+    ({"r": "two"}, r"'r': Expected `int`, got `str` \('two'\)"),
+    ({"r": 0}, "'r': Expected `int` >= 1"),
+    ({"r": 2.5}, "'r': Expected `int`, got `float`"),
+    ({"r": True}, "'r': Expected `int`, got `bool`"),
+    ({"lora_alpha": math.nan}, "'lora_alpha': Expected `float`"),
+    ({"lora_alpha": 10**400}, "adapter_config.json"),
+    ({"lora_dropout": 1}, "'lora_dropout': Expected `float` < 1.0"),
+    ({"use_rslora": "yes"}, "'use_rslora': Expected `bool`"),
+    ({"rank_pattern": {"head": "2"}}, "rank_pattern.*Expected `int`, got `str`"),
+    ({"rank_pattern": {"(": 3}}, r"'\(' is no regular expression"),
+    ({"rank_pattern": [["head", 2]]}, "'rank_pattern': Expected `object`"),
+    ({"target_modules": 3}, "'target_modules': Expected"),
+    ({"target_modules": "(head"}, r"'\(head' is no regular expression"),
+    ({"target_modules": ["head", 1]}, r"'target_modules\[1\]': Expected `str`"),
+    ({"exclude_modules": "*"}, r"'\*' is no regular expression"),
+    ({"modules_to_save": ["[a"]}, r"'\[a' is no regular expression"),
+    ({"modules_to_save": {"a": 1}}, "'modules_to_save': Expected"),
+    ({"layers_to_transform": -1}, "'layers_to_transform': Expected"),
+    ({"task_type": ["CAUSAL_LM"]}, "'task_type': Expected"),
+    ({"init_lora_weights": [1]}, "init_lora_weights"),
+    ({"peft_type": []}, "peft_type"),
     ({"r": 3}, r"shape \[2, 8\]; rank 3 .* needs \[3, 8\]"),
     ({"use_dora": True}, "lora_magnitude_vector' is missing"),
     ({"target_modules": ["head", "down"]}, "asks for 'layers.0.down'"),

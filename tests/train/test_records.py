@@ -12,7 +12,7 @@ from peftjax.errors import PeftError
 from peftjax.train import early_stopping, usage
 from peftjax.train.early_stopping import Best
 from peftjax.train.identity import claim_folder, run_identity
-from peftjax.train.metrics import open_metrics
+from peftjax.train.metrics import cut, open_metrics, read_metrics
 from peftjax.train.progress import show_progress
 
 
@@ -30,6 +30,31 @@ def test_metrics_of_repeated_steps_are_cut(tmp_path):
         {"step": 2, "loss": 2 / 3},
         {"step": 3, "loss": 9.0, "tokens_per_second": None},
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"step": 1, "lo\n', "line 2 is damaged"),
+        ("[1]\n", "line 2: Expected `object`"),
+        ("{}\n", "line 2: .*missing required field `step`"),
+        ('{"step": "1"}\n', "line 2: 'step': Expected `int`"),
+        ('{"step": 1, "tokens_per_second": "many"}\n', "line 2: 'tokens_per_second': Expected `float"),
+        ("[" * 100_000 + "\n", "line 2 is damaged: .*nests too deeply"),
+        (b"\xff\n", "is damaged"),
+    ],
+    ids=["cut", "list", "no step", "text", "rate", "deep", "bytes"],
+)
+def test_a_damaged_line_of_the_metrics_is_named_and_the_file_stays(line, complaint, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + (line if isinstance(line, bytes) else line.encode()) + b'{"step": 2}\n'
+    file.write_bytes(content)
+    with pytest.raises(PeftError, match=f"metrics.jsonl.*{complaint}"):
+        cut(file, 1)
+    with pytest.raises(PeftError, match=f"metrics.jsonl.*{complaint}"):
+        read_metrics(file)
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_tensorboard(tmp_path):
@@ -107,3 +132,14 @@ def test_identity(tmp_path):
         claim_folder(tmp_path / "run", run_identity({**lora, "rank": 4}, params))
     with pytest.raises(PeftError, match="model is"):
         claim_folder(tmp_path / "run", run_identity(lora, {"w": jnp.zeros((3, 2))}))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"method": ', '{"a":' * 900 + "1" + "}" * 900, "\0"])
+def test_a_damaged_identity_is_named(content, tmp_path):
+    identity = run_identity({"name": "lora"}, {"w": jnp.zeros(2)})
+    claim_folder(tmp_path, identity)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(PeftError, match=r"run.json|belongs to another run") as error:
+        claim_folder(tmp_path, identity)
+    assert len(str(error.value)) < 1000
+    assert (tmp_path / "run.json").read_text() == content

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from peftjax.errors import PeftError
-from peftjax.io.files import read_json
+from peftjax.io.files import checked, read_json
+from peftjax.patterns import fullmatches, match
 from peftjax.tree import nearest
 
 CONFIG = "adapter_config.json"
@@ -105,6 +107,33 @@ TIED_EMBEDDING = "embed_tokens"
 OUTPUT_LAYER = "lm_head"
 
 
+_Rank = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Alpha = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+_Layer = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+
+
+@dataclass(frozen=True)
+class _File:
+    """The fields of `adapter_config.json` that say something of the tensors; null is a field's default."""
+
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8.0
+    rank_pattern: dict[str, _Rank] = field(default_factory=dict)
+    alpha_pattern: dict[str, _Alpha] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: _Layer | list[_Layer] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
+    ensure_weight_tying: bool = False
+    task_type: str | None = None
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What `adapter_config.json` says, checked."""
@@ -142,7 +171,8 @@ class LoraConfig:
         """Whether a list or a pattern asks for a module; 'all-linear' asks for every one."""
         if self.exclude_modules is not None and _asked_for(self.exclude_modules, module):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+        saved = {"before": r"(^|.*\.)", "after": r"($|\..*)"}
+        if any(match(name, module, **saved) for name in self.modules_to_save):
             return False
         if self.target_modules is None or self.target_modules == "all-linear":
             return self.target_modules is not None
@@ -184,38 +214,33 @@ def read_config(folder: Path) -> LoraConfig:
             raise PeftError(
                 f"{file} sets {name}, which this reader does not know; closest: {nearest(name, FIELDS)}"
             )
-    values = {**FIELDS, **{name: value for name, value in given.items() if value is not None}}
     for name in VARIANTS:
-        if values[name]:
+        if given.get(name):
             raise PeftError(f"{file} sets {name}: peftjax has no such variant of LoRA")
-    _require_plain_start(file, values["init_lora_weights"])
-    if values["bias"] not in ("none", "all", "lora_only"):
-        raise PeftError(f"{file} has bias {values['bias']!r}; PEFT knows 'none', 'all' and 'lora_only'")
-    try:
-        return LoraConfig(
-            rank=int(values["r"]),
-            alpha=float(values["lora_alpha"]),
-            rank_pattern={str(k): int(v) for k, v in values["rank_pattern"].items()},
-            alpha_pattern={str(k): float(v) for k, v in values["alpha_pattern"].items()},
-            rslora=bool(values["use_rslora"]),
-            dora=bool(values["use_dora"]),
-            dropout=float(values["lora_dropout"]),
-            bias=values["bias"],
-            lora_bias=bool(values["lora_bias"]),
-            target_modules=values["target_modules"],
-            exclude_modules=values["exclude_modules"] or None,
-            layers=_tuple(values["layers_to_transform"]),
-            layers_pattern=_tuple(values["layers_pattern"]),
-            modules_to_save=_tuple(values["modules_to_save"]),
-            tied=bool(values["ensure_weight_tying"]),
-            task=values["task_type"],
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise PeftError(f"{file} has a field of the wrong type: {error}") from error
+    _require_plain_start(file, given.get("init_lora_weights", True))
+    held = checked(_File, {name: value for name, value in given.items() if value is not None}, file)
+    return LoraConfig(
+        rank=held.r,
+        alpha=held.lora_alpha,
+        rank_pattern=held.rank_pattern,
+        alpha_pattern=held.alpha_pattern,
+        rslora=held.use_rslora,
+        dora=held.use_dora,
+        dropout=held.lora_dropout,
+        bias=held.bias,
+        lora_bias=held.lora_bias,
+        target_modules=held.target_modules,
+        exclude_modules=held.exclude_modules or None,
+        layers=_tuple(held.layers_to_transform),
+        layers_pattern=_tuple(held.layers_pattern),
+        modules_to_save=_tuple(held.modules_to_save),
+        tied=held.ensure_weight_tying,
+        task=held.task_type,
+    )
 
 
 def _require_plain_start(file: Path, start: Any) -> None:
-    if start in PLAIN_STARTS:
+    if start is None or start in PLAIN_STARTS:
         return
     raise PeftError(
         f"{file} has init_lora_weights {start!r}: its factors belong to a residual of the base that is not "
@@ -226,14 +251,14 @@ def _require_plain_start(file: Path, start: Any) -> None:
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if match(key, module, before=r"(.*\.)?(", after=")$"):
             return value
     return default
 
 
 def _asked_for(names: Names, module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return fullmatches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -241,8 +266,8 @@ def _layer_of(module: str, patterns: tuple[str, ...]) -> int | None:
     for pattern in patterns or (r"[^.]*",):
         # The first number counts: one further in is an expert's.
         lead = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if match := re.match(rf"{lead}{pattern}\.(\d+)\.", module):
-            return int(match.group(1))
+        if found := match(pattern, module, before=lead, after=r"\.(\d+)\."):
+            return int(found.group(found.re.groups))  # the pattern may have groups of its own
     return None
 
 

@@ -18,6 +18,7 @@ from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, sampl
 from peftjax.train.data.dataset import Split, TextDataset
 from peftjax.train.data.files import file_split
 from peftjax.train.data.tfds import PREFIX
+from peftjax.train.info import Info
 from peftjax.train.options import (
     DOCSTRINGS,
     DataOptions,
@@ -87,15 +88,15 @@ def prepare(
 
 
 def saved_batches(
-    info: Mapping[str, Any], texts: DataOptions, folder: Path, batch_size: int
+    info: Info, texts: DataOptions, folder: Path, batch_size: int
 ) -> tuple[Iterable[Batch], dict[str, Any]]:
     """The batches to evaluate a saved adapter on, and what to report of them.
 
     Raises:
         PeftError: the data cannot be read, or has a label the classifier does not know.
     """
-    split = _evaluation_part(texts, tuple(info["labels"]))
-    tokenised = _tokenised(split, folder, info["max_length"])
+    split = _evaluation_part(texts, tuple(info.labels))
+    tokenised = _tokenised(split, folder, info.max_length)
     return evaluation_batches(tokenised, batch_size), {"texts": len(split)}
 
 

@@ -13,10 +13,11 @@ from peftjax.losses import Batch
 from peftjax.models.vocabulary import require_ids
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.language.batches import evaluation_batches, training_batches
-from peftjax.train.data.language.dataset import LanguageDataset, RowOptions
+from peftjax.train.data.language.dataset import LanguageDataset
 from peftjax.train.data.language.open import open_language_data, open_language_rows
 from peftjax.train.data.language.rows import TokenRows
 from peftjax.train.data.language.truncation import Cut
+from peftjax.train.info import Info
 from peftjax.train.options import DataOptions, RunOptions, model_folder, open_model, open_tokenizer
 from peftjax.train.tasks.find import language_options
 from peftjax.train.tasks.prepared import Prepared
@@ -68,7 +69,7 @@ def prepare(
 
 
 def saved_batches(
-    info: Mapping[str, Any], texts: DataOptions, folder: Path, batch_size: int
+    info: Info, texts: DataOptions, folder: Path, batch_size: int
 ) -> tuple[Iterable[Batch], dict[str, Any]]:
     """The batches to evaluate a saved adapter on, made as in training, and what to report of them.
 
@@ -78,8 +79,8 @@ def saved_batches(
     rows, cut = open_language_rows(
         texts.data,
         open_tokenizer(folder),
-        max_length=info["max_length"],
-        options=language_options(texts, RowOptions(**info.get("rows", {}))),
+        max_length=info.max_length,
+        options=language_options(texts, info.rows),
     )
     return evaluation_batches(rows, batch_size), _counts(rows, cut)
 
