@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from peftjax import compat
 from peftjax.adapt.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight, reshape, slice_features, transpose
+from peftjax.weights.shrunk import Shrunk
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -35,6 +36,25 @@ def _add(eqn: Any, operands: list[Any]) -> Any:
     # Position embeddings: `table[None, :length] + x`.
     plain = [as_activation(v) if isinstance(v, Weight) else v for v in operands]
     return None if any(v is None for v in plain) else compat.bind(eqn, plain)
+
+
+def _scaled(eqn: Any, operands: list[Any]) -> Weight | None:
+    # A number times a weight is multiplied where the outputs of its product are.
+    weight, factor = operands if isinstance(operands[0], Weight) else reversed(operands)
+    if eqn.primitive.name == "div" and weight is not operands[0]:
+        return None
+    if isinstance(factor, Weight) or jnp.ndim(factor) or not jnp.issubdtype(weight.dtype, jnp.floating):
+        return None
+    number = jnp.asarray(factor, jnp.promote_types(weight.dtype, jnp.float32))
+    return _times(weight, 1 / number if eqn.primitive.name == "div" else number)
+
+
+def _negated(eqn: Any, operands: list[Any]) -> Weight:
+    return _times(operands[0], jnp.float32(-1.0))
+
+
+def _times(weight: Weight, number: Array) -> Weight:
+    return Shrunk(weight, jnp.broadcast_to(number, weight.layout.stack), weight.layout)
 
 
 def _squeeze(eqn: Any, operands: list[Any]) -> Any:
@@ -151,6 +171,9 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "slice": _slice,
     "split": _split,
     "add": _add,
+    "mul": _scaled,
+    "div": _scaled,
+    "neg": _negated,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
     "sharding_constraint": _constrain,
