@@ -1,14 +1,19 @@
-"""Equations that only look at a weight another way: the result is a structured weight again."""
+"""Equations that only look at a weight another way: the result is a structured weight again.
+
+Single rows, and rows that the model adds to activations, are plain arrays.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from peftjax import compat
+from peftjax.adapt.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight, reshape, slice_features, transpose
+from peftjax.weights.shrunk import Shrunk
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -19,19 +24,49 @@ def _reshape(eqn: Any, operands: list[Any]) -> Weight | None:
     return reshape(operands[0], eqn.params["new_sizes"])
 
 
-def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Weight | None:
+def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Any:
     shape = eqn.params["shape"]
-    same_size = math.prod(shape) == math.prod(operands[0].shape)
-    return reshape(operands[0], shape) if same_size else None
+    if math.prod(shape) == math.prod(operands[0].shape):
+        return reshape(operands[0], shape)
+    rows = as_activation(operands[0])
+    return None if rows is None else compat.bind(eqn, [rows, *operands[1:]])
 
 
-def _squeeze(eqn: Any, operands: list[Any]) -> Weight | None:
+def _add(eqn: Any, operands: list[Any]) -> Any:
+    # Position embeddings: `table[None, :length] + x`.
+    plain = [as_activation(v) if isinstance(v, Weight) else v for v in operands]
+    return None if any(v is None for v in plain) else compat.bind(eqn, plain)
+
+
+def _scaled(eqn: Any, operands: list[Any]) -> Weight | None:
+    # A number times a weight is multiplied where the outputs of its product are.
+    weight, factor = operands if isinstance(operands[0], Weight) else reversed(operands)
+    if eqn.primitive.name == "div" and weight is not operands[0]:
+        return None
+    if isinstance(factor, Weight) or jnp.ndim(factor) or not jnp.issubdtype(weight.dtype, jnp.floating):
+        return None
+    number = jnp.asarray(factor, jnp.promote_types(weight.dtype, jnp.float32))
+    return _times(weight, 1 / number if eqn.primitive.name == "div" else number)
+
+
+def _negated(eqn: Any, operands: list[Any]) -> Weight:
+    return _times(operands[0], jnp.float32(-1.0))
+
+
+def _times(weight: Weight, number: Array) -> Weight:
+    return Shrunk(weight, jnp.broadcast_to(number, weight.layout.stack), weight.layout)
+
+
+def _squeeze(eqn: Any, operands: list[Any]) -> Any:
     weight = operands[0]
     for position in sorted(eqn.params["dimensions"], reverse=True):
-        if weight.layout.axes[position].kind == "s":
+        if not isinstance(weight, Weight):
+            weight = jnp.squeeze(weight, position)
+        elif weight.layout.axes[position].kind == "s":
             weight = weight.map_stack(position, lambda part, axis: jnp.squeeze(part, axis), None)
         else:
-            weight = reshape(weight, weight.shape[:position] + weight.shape[position + 1 :])
+            view = reshape(weight, weight.shape[:position] + weight.shape[position + 1 :])
+            weight = only_member(weight, position) if view is None else view
         if weight is None:
             return None
     return weight
@@ -42,14 +77,20 @@ def _convert(eqn: Any, operands: list[Any]) -> Weight | None:
     return operands[0].cast(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
-def _slice(eqn: Any, operands: list[Any]) -> Weight | None:
+def _slice(eqn: Any, operands: list[Any]) -> Any:
     weight = operands[0]
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * weight.ndim
     for position, cut in enumerate(map(range, starts, limits, strides)):
-        weight = _cut(weight, position, cut)
-        if weight is None:
+        if not isinstance(weight, Weight):
+            weight = slice_features(weight, position, cut)
+            continue
+        view = _cut(weight, position, cut)
+        if view is None and len(cut) == 1 and is_table(weight):
+            view = look_up(weight, position, jnp.array([cut.start]))
+        if view is None:
             return None
+        weight = view
     return weight
 
 
@@ -74,19 +115,30 @@ def _split(eqn: Any, operands: list[Any]) -> list[Weight] | None:
     return parts
 
 
-def _dynamic_slice(eqn: Any, operands: list[Any]) -> Weight | None:
+def _dynamic_slice(eqn: Any, operands: list[Any]) -> Any:
     weight, *starts = operands
     if not isinstance(weight, Weight):
         return None
-    for position, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"])):
-        if weight is None or size == weight.shape[position]:
+    cuts = [
+        (position, start, size)
+        for position, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"]))
+        if size != weight.shape[position]
+    ]
+    rows = [cut for cut in cuts if weight.layout.axes[cut[0]].kind in ("i", "o")]
+    for position, start, size in cuts:
+        if weight is None or (position, start, size) in rows:
             continue
         weight = weight.map_stack(
             position,
             lambda part, axis, cut=(start, size): lax.dynamic_slice_in_dim(part, *cut, axis=axis),
             size,
         )
-    return weight
+    if weight is None or not rows:
+        return weight
+    if len(rows) > 1 or not is_table(weight):
+        return None
+    position, start, size = rows[0]
+    return look_up(weight, position, jnp.reshape(start, (1,)), size)
 
 
 def _unstack(eqn: Any, operands: list[Any]) -> list[Weight] | None:
@@ -136,6 +188,10 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _convert,
     "slice": _slice,
     "split": _split,
+    "add": _add,
+    "mul": _scaled,
+    "div": _scaled,
+    "neg": _negated,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
     "all_gather": _all_gather,

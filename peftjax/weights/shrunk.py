@@ -17,7 +17,7 @@ from peftjax.weights.base import (
     structured,
 )
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -34,6 +34,10 @@ class Shrunk(Weight):
         places = [self.layout.positions("s").index(p) for p in sorted(self.layout.positions("s"))]
         factor = lax.transpose(self.factor, places).reshape(sizes)
         return (dense(self.base) * factor).astype(self.dtype)
+
+    def supports(self, rule: Rule) -> bool:
+        """Whatever the base supports."""
+        return not isinstance(self.base, Weight) or self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """The base's product, scaled."""

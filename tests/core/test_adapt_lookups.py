@@ -2,9 +2,11 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
@@ -98,3 +100,43 @@ def test_a_member_outside_the_stack_is_filled_and_poisons_nothing():
     got = jax.grad(lambda w: jnp.sum(jnp.sin(pj.adapt(fn)(w))))(weight)
     wanted = jax.grad(lambda w: jnp.sum(jnp.sin(fn(w.dense()))))(weight)
     assert_close((got.a, got.b), (wanted.a, wanted.b), 1e-5)
+
+
+TOKENS = jnp.array([1, 3, 14, -2])
+SMALL = jnp.ones((2, 4, 6))
+FEW = {
+    "under vmap": lambda t: jax.vmap(lambda n: t[n])(TOKENS),
+    "under two vmaps": lambda t: jax.vmap(jax.vmap(lambda n: t[n], out_axes=-1))(IDS),
+    "windows under vmap": lambda t: jax.vmap(lambda n: lax.dynamic_slice_in_dim(t, n, 4))(TOKENS),
+    "in a scan": lambda t: lax.scan(lambda c, n: (c, t[n]), 0, TOKENS)[1],
+    "one row": lambda t: t[3],
+    "one column": lambda t: t[:, 2],
+    "one number": lambda t: t[3, 2],
+    "a window from where a cache ends": lambda t: lax.dynamic_slice(t, (TOKENS[1], 0), (4, 6)),
+    "positions of a batch": lambda t: t[None, :4] + SMALL,
+    "positions without a batch axis": lambda t: SMALL + t[:4],
+    "equinox": lambda t: jax.vmap(eqx.nn.Embedding(weight=t))(TOKENS % 10),
+}
+
+
+@pytest.mark.parametrize("use", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("name", METHODS)
+def test_few_rows_are_plain_and_those_of_the_merged_table(name, use):
+    if name == "dora" and use in (FEW["positions of a batch"], FEW["positions without a batch axis"]):
+        pytest.skip("a slice of a table's rows is no weight with DoRA's lengths")
+    method, frozen, trainable = of_method(name)
+    got = pj.adapt(lambda p: use(p["embedding"]))(method.apply(frozen, trainable))
+    assert_close(got, use(method.merge(frozen, trainable)["embedding"]), 1e-5)
+
+
+def test_the_axes_of_layers_are_not_taken_for_rows():
+    layers = {"w": {"q": jnp.ones((3, 6, 6))}}
+    uses = [
+        lambda p, x: x @ p["w"]["q"][1],
+        lambda p, x: x @ lax.dynamic_index_in_dim(p["w"]["q"], TOKENS[0], 0, False),
+    ]
+    for use in uses:
+        assert pj.layouts_of(use, layers, SMALL) == {"^w/q": "sio"}
+        method = pj.lora(rank=2, targets=".*", layouts={"q": "ioo"})
+        with pytest.raises(pj.PeftError, match="w/q: "):
+            pj.adapt(use)(method.apply(*method.init(KEY, layers)), SMALL)

@@ -243,6 +243,43 @@ def test_named_scopes_are_kept_in_the_order_in_which_they_lie():
     assert "inner" in text
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w, s, x: x @ (w * 0.5),
+        lambda w, s, x: x @ (s * w).T,
+        lambda w, s, x: x @ (-w / s),
+        lambda w, s, x: (2 * w)[jnp.array([1, 3])],
+        lambda w, s, x: lax.scan(lambda c, _: (jnp.tanh(c @ (w * s)), None), x, length=2)[0],
+    ],
+    ids=["number", "transposed", "divided", "lookup", "scan"],
+)
+@pytest.mark.parametrize("make", [low_rank, scaled])
+def test_a_number_times_a_weight_is_a_weight(make, fn):
+    weight, s = make("io", (D, D)), jnp.float32(0.7)
+
+    def losses(run, value):
+        return jax.value_and_grad(lambda w, s: jnp.sum(jnp.sin(run(w, s, X))), (0, 1))(value, s)
+
+    got, (of_parts, of_s) = losses(pj.adapt(fn), weight)
+    want, (whole, wanted_s) = losses(fn, weight.dense())
+    parts = jax.vjp(lambda w: w.dense(), weight)[1](whole)[0]
+    assert_close([got, of_s], [want, wanted_s], 1e-4)
+    inner, wanted = (w.base if make is scaled else w for w in (of_parts, parts))
+    assert_close([inner.a, inner.b], [wanted.a, wanted.b], 1e-4)
+
+
+def test_the_experts_of_a_scaled_stack_are_scaled():
+    weight, x = low_rank("sio", (E, D, D)), jnp.ones((E, 4, D))
+    for fn in (
+        lambda w: jnp.einsum("etd,edf->etf", x, 0.5 * w),
+        lambda w: jnp.einsum("td,edf->tef", X, -w),
+        lambda w: lax.ragged_dot(X, w / 4.0, jnp.array([1, 2, 1])),
+        lambda w: X @ (w * 3.0)[1],
+    ):
+        assert_close(pj.adapt(fn)(weight), fn(weight.dense()), 1e-4)
+
+
 def chosen(p):
     return lax.cond(X[0, 0] > 0, lambda: p["a"], lambda: p["b"])
 
