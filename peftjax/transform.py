@@ -202,11 +202,39 @@ def all_slots_but(names: Collection[str], trainable: Trainable) -> dict[str, dic
 
 
 def at_prefix(updates: Any, prefix: tuple[str, ...], fn: Callable[[Any], Any]) -> Any:
-    """`updates` with the subtree at `prefix` passed through `fn`."""
+    """`updates` with the weights `{path: {slot: ...}}` at `prefix` passed through `fn`.
+
+    What optax has masked out of it (`optax.multi_transform`) stays, and is not shown to `fn`.
+    """
+    if isinstance(updates, optax.MaskedNode):
+        return updates
     if not prefix:
-        return fn(updates)
+        return {**updates, **fn(_unmasked(updates))}
     head, *rest = prefix
     return {**updates, head: at_prefix(updates[head], tuple(rest), fn)}
+
+
+def own_at(tree: Any, prefix: tuple[str, ...]) -> dict[str, Any]:
+    """The weights `{path: {slot: ...}}` at `prefix`, without those that optax has masked out."""
+    for name in prefix:
+        tree = {} if isinstance(tree, optax.MaskedNode) else tree[name]
+    return {} if isinstance(tree, optax.MaskedNode) else _unmasked(tree)
+
+
+def require_together(who: str, own: Mapping[str, Any]) -> None:
+    """Raise a PeftError when an optimizer is given some slots of a weight and not the others."""
+    for path, slots in own.items():
+        here = [name for name, slot in slots.items() if not isinstance(slot, optax.MaskedNode)]
+        if len(here) < len(slots):
+            raise PeftError(
+                f"{who}: of {path!r} this optimizer is given {', '.join(here)} and not "
+                f"{', '.join(sorted(slots.keys() - set(here)))}; in optax.multi_transform or optax.masked, "
+                "give all arrays of a weight the same label"
+            )
+
+
+def _unmasked(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: slots for path, slots in own.items() if jax.tree.leaves(slots)}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.errors import PeftError
+from peftjax.weights.explicit import whole
 
 Side = Literal["input", "output"]
 _EXACT = lax.Precision.HIGHEST  # float32 products, also where the default is bfloat16 or TF32
@@ -196,7 +197,7 @@ def _one_by_one(fn: Callable[[Any], Array], arrays: Any) -> Array:
     leaf = jax.tree.leaves(arrays)[0]
     for _ in range(leaf.ndim - 2):
         fn = _mapped(fn)
-    return fn(arrays)
+    return fn(jax.tree.map(whole, arrays))
 
 
 def _mapped(fn: Callable[[Any], Array]) -> Callable[[Any], Array]:

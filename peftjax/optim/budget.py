@@ -36,7 +36,7 @@ from jax import Array, lax
 
 from peftjax.errors import PeftError
 from peftjax.optim.allocation import allocate, capacities, scores
-from peftjax.transform import at_prefix
+from peftjax.transform import at_prefix, own_at, require_together
 
 LEVEL = "sparsity"
 """The slot of a matrix's level, beside its factors `a` and `b`."""
@@ -118,7 +118,8 @@ def share_budget(
         tx: the optimizer.
         budget: how much may be kept, and when.
         prefix: where `{path: {"a", "b", "sparsity", ...}}` lies in the trainable; `a` is `[*stack, P, q, n]`,
-            `b` is `[*stack, P, q, m]` and the level `[*stack]`.
+            `b` is `[*stack, P, q, m]` and the level `[*stack]`. Of weights that
+            `optax.multi_transform` shares out, those of one group share a budget.
 
     Raises:
         PeftError: in `update`, when it is not given the parameters.
@@ -126,7 +127,8 @@ def share_budget(
     tx = optax.masked(tx, lambda params: _without_levels(params, prefix))
 
     def init(params: Any) -> BudgetState:
-        zeros = jax.tree.map(jnp.zeros_like, _factors(_own(params, prefix)))
+        require_together("budget", own_at(params, prefix))
+        zeros = jax.tree.map(jnp.zeros_like, _factors(own_at(params, prefix)))
         again = jax.tree.map(jnp.zeros_like, zeros)
         return BudgetState(jnp.zeros((), jnp.int32), zeros, again, tx.init(params))
 
@@ -134,9 +136,11 @@ def share_budget(
         if params is None:
             raise PeftError("budget: the update needs the parameters; call tx.update(grads, state, params)")
         updates, inner = tx.update(grads, state.inner, params, **extra)
-        own = _own(params, prefix)
-        moved = optax.apply_updates(_factors(own), _factors(_own(updates, prefix)))
-        averages = _averages(budget, state, moved, _factors(_own(grads, prefix)))
+        own = own_at(params, prefix)
+        if not own:  # every weight is masked out: another optimizer's
+            return updates, state._replace(step=state.step + 1, inner=inner)
+        moved = optax.apply_updates(_factors(own), _factors(own_at(updates, prefix)))
+        averages = _averages(budget, state, moved, _factors(own_at(grads, prefix)))
         step = state.step + 1
         epoch, rest = step // budget.allocate_every, step % budget.allocate_every
         due = (rest == 0) & (epoch > budget.init_warmup) & (epoch < budget.epochs)
@@ -169,12 +173,6 @@ def _averages(budget: Budget, state: BudgetState, moved: Any, grads: Any) -> tup
         lambda old, i, mean: b2 * old + (1.0 - b2) * jnp.abs(i - mean), state.deviation, found, importance
     )
     return importance, deviation
-
-
-def _own(tree: Any, prefix: tuple[str, ...]) -> Mapping[str, Mapping[str, Any]]:
-    for name in prefix:
-        tree = tree[name]
-    return tree
 
 
 def _factors(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

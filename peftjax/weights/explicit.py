@@ -35,6 +35,12 @@ def like(x: Array, y: Array) -> Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def whole(x: Array) -> Array:
+    """`x` on every device, for what has no rule for a divided axis: decompositions, sorts, flat reshapes."""
+    sharding = _explicit(x)
+    return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def is_explicit(x: Array) -> bool:
     """Whether the sharding of x is part of its type."""
     return _explicit(x) is not None

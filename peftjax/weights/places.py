@@ -44,18 +44,25 @@ def put_rows(w: Array, rows: Array, values: Array, layout: Layout) -> Array:
     values = values.reshape(*rows.shape, *layout.sizes("o"))
     values = lax.transpose(values, (*range(rows.ndim), *(rows.ndim + outputs.index(p) for p in order)))
     values = jnp.moveaxis(values, range(rows.ndim), range(lead, lead + rows.ndim))
-    return w.at[index].set(values.astype(w.dtype), mode="drop", unique_indices=True)
+    return _put(w, index, values)
 
 
 def take_entries(w: Array, rows: Array, columns: Array, layout: Layout) -> Array:
     """Entries (row, column) `[*stack, K]` of an array in this layout, zeros past the end."""
-    return w.at[_entry_index(layout, rows, columns)].get(mode="fill", fill_value=0)
+    kept = keeping(w, (None,) * rows.ndim)
+    return w.at[_entry_index(layout, rows, columns)].get(mode="fill", fill_value=0, out_sharding=kept)
 
 
 def put_entries(w: Array, rows: Array, columns: Array, values: Array, layout: Layout) -> Array:
     """`w` with distinct entries (row, column) exchanged for `values [*stack, K]`; past the end is none."""
     index = _entry_index(layout, rows, columns)
-    return w.at[index].set(values.astype(w.dtype), mode="drop", unique_indices=True)
+    return _put(w, index, values)
+
+
+def _put(w: Array, index: tuple[Any, ...], values: Array) -> Array:
+    kept = keeping(w, range(w.ndim))
+    as_is = {} if kept is None else {"out_sharding": kept}
+    return w.at[index].set(values.astype(w.dtype), mode="drop", unique_indices=True, **as_is)
 
 
 def _row_index(layout: Layout, rows: Array) -> tuple[tuple[Any, ...], int, list[int]]:

@@ -16,6 +16,7 @@ from peftjax.methods import targets
 from peftjax.methods.targets import Target
 from peftjax.weights.arrange import to_canonical, to_logical
 from peftjax.weights.base import Weight
+from peftjax.weights.explicit import like, whole
 
 Start = Callable[[Array, "ScaledTarget", Any], tuple[Array, Array, Any]]
 Bias = Literal["none", "adapted", "all"]
@@ -116,10 +117,10 @@ def plain_matrices(who: str, target: Target, leaf: Any) -> Float[Array, "*stack 
         )
     if target.layers is not None and len(target.layers) < target.layout.stack[0]:
         raise PeftError(f"{who}: {target.path!r} is stacked; this start takes all of its layers")
-    return to_canonical(leaf, target.layout).astype(jnp.float32)
+    return to_canonical(whole(leaf), target.layout).astype(jnp.float32)
 
 
 def residual(leaf: Array, a: Array, b: Array, target: ScaledTarget) -> Array:
     """`leaf - scale · aᵀb` in the leaf's dtype: the base under which the factors start as a no-op."""
     delta = target.scale * jnp.einsum("...rn,...rm->...nm", a, b)
-    return (leaf.astype(jnp.float32) - to_logical(delta, target.layout)).astype(leaf.dtype)
+    return (leaf.astype(jnp.float32) - like(to_logical(delta, target.layout), leaf)).astype(leaf.dtype)

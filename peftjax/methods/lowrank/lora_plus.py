@@ -11,6 +11,7 @@ ratio 16 is the one the authors recommend.
 
 from typing import Any
 
+import jax
 import optax
 
 from peftjax.errors import PeftError
@@ -37,7 +38,10 @@ def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
     ) -> optax.GradientTransformation:
         def scale(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             return {
-                path: {name: ratio * u if name == "b" else u for name, u in slots.items()}
+                path: {
+                    name: jax.tree.map(lambda u: ratio * u, part) if name == "b" else part
+                    for name, part in slots.items()
+                }
                 for path, slots in own.items()
             }
 

@@ -20,7 +20,7 @@ import optax
 from jax import Array
 
 from peftjax.errors import PeftError
-from peftjax.transform import at_prefix
+from peftjax.transform import at_prefix, own_at, require_together
 
 Slots = Mapping[str, Array]
 STEERED = ("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched")
@@ -160,9 +160,8 @@ def steered(
     inner = optax.masked(tx, trained)
 
     def held(values: Any, params: Any) -> Any:
-        own = params
-        for name in prefix:
-            own = own[name]
+        own = own_at(params, prefix)
+        require_together("switchlora", own)
 
         def of_path(mine: Mapping[str, Slots]) -> dict[str, dict[str, Array]]:
             return {path: _held(slots, own[path]) for path, slots in mine.items()}

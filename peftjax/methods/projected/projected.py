@@ -38,7 +38,16 @@ from peftjax.methods.projected.refresh import Loss, new_bases, with_gradients
 from peftjax.methods.rest import REST, with_targets, without_targets
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments, follow_bases, gradient_sums
-from peftjax.transform import Frozen, Params, Renewal, Trainable, Transform, all_slots_but, at_prefix
+from peftjax.transform import (
+    Frozen,
+    Params,
+    Renewal,
+    Trainable,
+    Transform,
+    all_slots_but,
+    at_prefix,
+    require_together,
+)
 
 Write = Literal["refresh", "step"]
 """When what is learned is put into the weights."""
@@ -113,7 +122,8 @@ def projected(
                     "and end it with trainable = method.close(frozen, trainable)"
                 )
             return {
-                path: {s: g / scale if s == Z else g for s, g in g_of.items()} for path, g_of in own.items()
+                path: {s: jax.tree.map(lambda g: g / scale, g) if s == Z else g for s, g in g_of.items()}
+                for path, g_of in own.items()
             }
 
         def only(*names: str) -> Callable[[Any], Any]:
@@ -133,6 +143,8 @@ def projected(
         return optax.GradientTransformationExtraArgs(init, whole.update)
 
     def all_opened(trainable: Trainable) -> Trainable:
+        if at_steps:
+            require_together(name, trainable)
         return {path: opened(slots) for path, slots in trainable.items()}
 
     def open_all(frozen: Frozen, trainable: Trainable) -> Trainable:

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from peftjax.errors import PeftError
-from peftjax.transform import at_prefix
+from peftjax.transform import at_prefix, own_at, require_together
 
 
 class ReselectState(NamedTuple):
@@ -41,7 +41,9 @@ def reselecting(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> ReselectState:
-        limit = {path: _limit(slots, threshold) for path, slots in _own(params, prefix).items()}
+        own = own_at(params, prefix)
+        require_together("sara", own)
+        limit = {path: _limit(slots, threshold) for path, slots in own.items()}
         return ReselectState(tx.init(params), jnp.zeros((), jnp.int32), limit)
 
     def update(
@@ -51,7 +53,7 @@ def reselecting(
             raise PeftError(
                 "sara: its optimizer reads the values; call tx.update(gradients, state, trainable)"
             )
-        own, inner = _own(params, prefix), state.inner
+        own, inner = own_at(params, prefix), state.inner
         keep = {path: slots["keep"] for path, slots in own.items()}
         if at is not None:
             due = state.count == at
@@ -71,12 +73,6 @@ def reselecting(
         return at_prefix(updates, prefix, steered), ReselectState(inner, state.count + 1, state.limit)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _own(params: Any, prefix: tuple[str, ...]) -> dict[str, dict[str, Array]]:
-    for name in prefix:
-        params = params[name]
-    return params
 
 
 def _limit(slots: dict[str, Array], threshold: float | None) -> Array:

@@ -42,6 +42,7 @@ from peftjax.transform import Frozen, MethodInfo, Trainable, Transform, all_slot
 from peftjax.tree import Targets
 from peftjax.weights.arrange import to_canonical
 from peftjax.weights.base import dense
+from peftjax.weights.explicit import whole
 from peftjax.weights.layout import Layout
 from peftjax.weights.places import NOWHERE, put_entries, take_entries
 from peftjax.weights.sparse_entries import SparseEntries
@@ -162,7 +163,7 @@ def _check(
 
 def _smallest(path: str, layout: Layout, w: Array, density: float | None, threshold: float | None) -> Entries:
     """The entries of smallest |w|; in a stack filled up with none where a matrix has fewer below."""
-    sizes = to_canonical(jnp.abs(w.astype(jnp.float32)), layout)
+    sizes = to_canonical(jnp.abs(whole(w).astype(jnp.float32)), layout)
     if threshold is None:
         return largest_entries(-sizes, layout, entry_count("sara", path, layout, 0, density))
     if isinstance(w, jax.core.Tracer):

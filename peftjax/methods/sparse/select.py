@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from peftjax.errors import PeftError
+from peftjax.weights.explicit import whole
 from peftjax.weights.layout import Layout
 
 Entries = tuple[Array, Array]
@@ -40,7 +41,7 @@ def random_entries(key: Array, layout: Layout, count: int) -> Entries:
 
 def largest_entries(scores: Array, layout: Layout, count: int) -> Entries:
     """The entries with the largest scores `[*stack, in, out]` of each matrix; the earlier of equals."""
-    return _unstacked(_largest(scores.reshape(-1, *layout.matrix), count), layout)
+    return _unstacked(_largest(whole(scores).reshape(-1, *layout.matrix), count), layout)
 
 
 def structured_entries(who: str, path: str, layout: Layout, count: int) -> Entries:
