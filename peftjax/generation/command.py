@@ -13,10 +13,9 @@ from peftjax.errors import PeftError
 from peftjax.generation.sampling import choice
 from peftjax.generation.text import chat_ids, prompt_ids, stream, write
 from peftjax.io.adapter import load_adapter
-from peftjax.io.files import read_json
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.chat import compile_template
-from peftjax.models.load import CONFIG_FILE, FAMILIES, load
+from peftjax.models.load import load, read_family
 from peftjax.models.tokenizer import Tokenizer, load_tokenizer
 from peftjax.train.data.columns import pick_column, warn_of_unused
 from peftjax.train.data.files import all_rows
@@ -140,8 +139,8 @@ def _folder(options: GenerateOptions) -> Path:
     if name is None:
         raise PeftError("generate needs a model: give its folder with --model")
     folder = model_folder(name)
-    family = FAMILIES.get(read_json(folder / CONFIG_FILE).get("model_type"))
-    if family is not None and HEAD not in family.heads:
+    family, _ = read_family(folder)
+    if HEAD not in family.heads:
         raise PeftError(
             f"{folder} is a {family.name}, an encoder, and has nothing to generate; give a decoder"
         )

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peftjax.errors import PeftError
-from peftjax.io.files import replacing
+from peftjax.io.files import read_as, replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,6 +34,17 @@ DTYPE_CODES = {
     np.dtype(np.uint8): "U8",
     np.dtype(np.bool_): "BOOL",
 }
+
+
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+"""Ends of the names of weights in formats that are not read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """What is read of the index of a sharded checkpoint: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def find_tensors(path: str | os.PathLike[str]) -> dict[str, Path]:
@@ -54,11 +65,21 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Path]:
             return dict.fromkeys(handle.keys(), file)
     index = path / INDEX_FILE
     if not index.is_file():
-        raise PeftError(f"no {SINGLE_FILE} or {INDEX_FILE} in {path}")
+        others = sorted(file.name for file in path.glob("*") if file.suffix in OTHER_FORMATS)
+        remedy = (
+            f"; {others[0]} is of a format that is not read: load it with transformers and write it again by "
+            "save_pretrained(folder)"
+            if others
+            else ""
+        )
+        raise PeftError(f"no {SINGLE_FILE} or {INDEX_FILE} in {path}{remedy}")
     try:
-        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PeftError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+        shards = read_as(ShardIndex, index).weight_map
+    except PeftError as error:
+        raise PeftError(f"not the index of a sharded checkpoint: {error}") from error
+    for shard in shards.values():
+        if Path(shard).name != shard:
+            raise PeftError(f"{index} places tensors in {shard!r}, which is no file of its folder")
     held = {}
     for shard in sorted(set(shards.values())):
         with _opened(path / shard) as handle:
@@ -186,7 +207,7 @@ def write_tensors(
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
         handle = safe_open(file, framework="np")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise PeftError(f"{file} is not a complete safetensors file: {error}") from error
     with handle:
         yield handle

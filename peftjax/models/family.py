@@ -98,11 +98,18 @@ def label_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in the content of a `config.json`, in order; else as many as `num_labels`, or two."""
+    """The labels in the content of a `config.json`, in order; else as many as `num_labels`, or two.
+
+    Raises:
+        PeftError: when they are not numbered from 0 on.
+    """
     if not values.get("id2label"):
         return label_names((), values.get("num_labels") or 2)
-    by_index = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
-    return tuple(label for _, label in by_index)
+    labels = {int(index): str(label) for index, label in values["id2label"].items() if index.isdecimal()}
+    if sorted(labels) != list(range(len(values["id2label"]))):
+        keys = list(values["id2label"])[:4]
+        raise PeftError(f"config.json: id2label must have the keys '0', '1' and so on, not {keys}")
+    return tuple(labels[index] for index in range(len(labels)))
 
 
 def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
 from peftjax.errors import PeftError
-from peftjax.io.files import read_json, replacing
+from peftjax.io.files import checked, read_json, replacing
 from peftjax.io.safetensors import SINGLE_FILE, Tensor, describe_tensors, find_tensors, write_tensors
 from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
@@ -33,6 +33,7 @@ from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
+from peftjax.models.schemas import of_family
 from peftjax.models.shared import copies, names_in_file, settle
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
@@ -218,16 +219,18 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
     """The family of a checkpoint, and the content of its `config.json`.
 
     Raises:
-        PeftError: the file cannot be read, or is of no supported family.
+        PeftError: the file cannot be read, is of no supported family, or has a setting of another type or
+            out of range.
     """
     values = read_json(folder / CONFIG_FILE)
     name = values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         text = f"{name}_text"
         hint = f"; the language model alone, {text}, is" if text in FAMILIES else ""
         raise PeftError(
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
+    checked(of_family(name), values, folder / CONFIG_FILE)
     return FAMILIES[name], values
 
 

@@ -270,5 +270,5 @@ def test_a_tokenizer_of_another_model_is_refused(decoder, data, tmp_path, capsys
     tokenizer.add_special_tokens(["the dog"])
     tokenizer.save(str(folder / "tokenizer.json"))
     text = refused(capsys, *command_of(folder, data, tmp_path / "run"))
-    assert "the model knows" in text
+    assert "use the model's own tokenizer" in text
     assert not (tmp_path / "run").exists()

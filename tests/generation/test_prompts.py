@@ -85,7 +85,7 @@ def test_a_prompt_of_the_command_line_is_any_text(tokenizer):
     ],
 )
 def test_the_separator_is_the_adapters(tmp_path, tokenizer, monkeypatch, info, prompt, file):
-    monkeypatch.setattr("peftjax.generation.command.read_config", lambda folder: {"info": info})
+    monkeypatch.setattr("peftjax.train.info.read_config", lambda folder: {"info": info})
     (made,) = _prompts(GenerateOptions(prompt="the cat", adapter=tmp_path), tokenizer)
     assert tokenizer.decode(made.ids) == prompt
     prompts = write(tmp_path / "p.jsonl", {"prompt": "the cat"})

@@ -192,7 +192,7 @@ def test_labels_are_for_labelled_heads(saved):
         ({"hidden_act": "gelu_neww"}, "'gelu_neww'.*gelu_new"),
         ({"is_decoder": True}, "is_decoder"),
         ({"hidden_size": 15}, "hidden_size 15"),
-        ({"hidden_size": "16"}, "hidden_size must be a positive integer"),
+        ({"hidden_size": "16"}, "'hidden_size': Expected `int`, got `str`"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob"),
         ({"layer_norm_eps": "1e-12"}, "layer_norm_eps"),
     ],
