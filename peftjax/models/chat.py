@@ -1,29 +1,36 @@
 """Chat templates: a conversation as the one text that a model was tuned on.
 
 A template is a Jinja program of the checkpoint's author. It is run in Jinja's sandbox, with the
-functions and settings that `transformers.apply_chat_template` gives it, so the text is the same.
+functions and settings that `transformers.apply_chat_template` gives it, so the text is the same; and in a
+process of its own, so that one that loops or multiplies strings ends by itself (see `chat_worker`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from peftjax.errors import PeftError
-
-if TYPE_CHECKING:
-    import jinja2
+from peftjax.models import chat_worker
+from peftjax.models.chat_worker import END_NAME, SECONDS, START_NAME
 
 Message = Mapping[str, Any]
 """`role`, `content`, and what else the template reads, such as `tool_calls`."""
 
 # Noncharacters of Unicode: they stand around the assistant's words while these are looked for.
 _START, _END = "\ufdd0", "\ufdd1"
-_START_NAME, _END_NAME = "peftjax_generation_start", "peftjax_generation_end"
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,17 @@ class ChatTemplate:
     """A compiled chat template.
 
     Attributes:
-        compiled: Jinja's form of it.
+        worker: the process that runs it.
         variables: what it sees beside the messages: the special tokens by name.
         marks_generation: whether the template says itself, by `{% generation %}`, which parts of the
             text the assistant generates.
+        now: the clock of `strftime_now`.
     """
 
-    compiled: jinja2.Template
+    worker: _Worker
     variables: Mapping[str, Any]
     marks_generation: bool
+    now: Callable[[], datetime]
 
 
 def compile_template(
@@ -55,23 +64,86 @@ def compile_template(
     Raises:
         PeftError: when the source is not Jinja.
     """
-    from jinja2 import meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    worker = _Worker(source)
+    return ChatTemplate(worker, dict(special_tokens), worker.start(), now)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_generation_extension(), "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
-    try:
-        names = meta.find_undeclared_variables(environment.parse(source))
-        compiled = environment.from_string(source)
-    except Exception as error:  # Jinja folds constants as it compiles, so 1 // 0 can fail here too.
-        raise PeftError(f"the chat template is not valid Jinja: {error or type(error).__name__}") from error
-    return ChatTemplate(compiled, dict(special_tokens), _START_NAME in names)
+
+class _Worker:
+    """The process of one template; one that ended is started again for the next conversation."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.process: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
+
+    def start(self) -> bool:
+        """Compile the template in a new process; whether it marks what the assistant generates."""
+        command = [sys.executable, "-P", os.path.abspath(chat_worker.__file__)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        weakref.finalize(self, _end, self.process)
+        answer = self._ask({"source": self.source})
+        if "error" in answer:
+            self._end()
+            raise PeftError(f"the chat template is not valid Jinja: {answer['error']}")
+        return answer["marks"]
+
+    def render(self, variables: Mapping[str, Any], now: datetime) -> str:
+        with self.lock:
+            if self.process is None:
+                self.start()
+            answer = self._ask({"variables": variables, "now": now.isoformat()})
+        if "error" in answer:
+            raise PeftError(f"the chat template cannot render the conversation: {answer['error']}")
+        return answer["text"]
+
+    def _ask(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a line; an error where the process ended, or took too long and is ended."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            line = json.dumps(given, default=str).encode() + b"\n"
+        except (ValueError, TypeError, RecursionError) as error:
+            return {"error": str(error)}
+        pieces: list[bytes] = []
+        end = time.monotonic() + SECONDS
+        complete = False
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            output = self.process.stdout.fileno()
+            while not complete:
+                ready = select.select([output], [], [], max(0.0, end - time.monotonic()))[0]
+                piece = os.read(output, 1 << 20) if ready else b""
+                if not piece:
+                    break
+                pieces.append(piece)
+                complete = piece.endswith(b"\n")
+        except OSError:
+            pass
+        finally:
+            if not complete:  # An interrupt too: the answer to come would be taken for the next one's.
+                self._end()
+        if not complete:
+            return {"error": f"it takes more than {SECONDS} seconds, or ended its process"}
+        return json.loads(b"".join(pieces))
+
+    def _end(self) -> None:
+        if self.process is not None:
+            _end(self.process)
+        self.process = None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def render(
@@ -94,22 +166,17 @@ def render(
     Raises:
         PeftError: when the template refuses the conversation or fails on it.
     """
-    try:
-        return template.compiled.render(
-            {
-                **template.variables,
-                _START_NAME: "",
-                _END_NAME: "",
-                **variables,
-                "messages": [_present(message) for message in messages],
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
-    except Exception as error:  # A program of somebody else can fail in every way: 1 // 0, endless recursion.
-        what = str(error) or type(error).__name__
-        raise PeftError(f"the chat template cannot render the conversation: {what}") from error
+    seen = {
+        **template.variables,
+        START_NAME: "",
+        END_NAME: "",
+        **variables,
+        "messages": [_present(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return template.worker.render(seen, template.now())
 
 
 def render_marked(
@@ -126,7 +193,7 @@ def render_marked(
         PeftError: as `render`, or when the template changes the text of a block after the block.
     """
     text = render(template, messages, **options)
-    marked = render(template, messages, **options, **{_START_NAME: _START, _END_NAME: _END})
+    marked = render(template, messages, **options, **{START_NAME: _START, END_NAME: _END})
     pieces = re.split(f"([{_START}{_END}])", marked)
     if "".join(pieces[0::2]) != text or pieces[1::2] != [_START, _END] * (len(pieces) // 4):
         raise PeftError(
@@ -141,31 +208,3 @@ def render_marked(
 
 def _present(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    """JSON as it stands: Jinja's own filter escapes HTML."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _generation_extension() -> type:
-    """The tag `{% generation %}`: its body, between two variables that `render` fills."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            start, end = (nodes.Output([nodes.Name(name, "load")]) for name in (_START_NAME, _END_NAME))
-            return nodes.Scope([start, *body, end]).set_lineno(line)
-
-    return Generation

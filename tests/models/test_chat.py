@@ -74,3 +74,23 @@ def test_a_block_that_is_changed_afterwards_is_an_error():
 def test_a_bad_or_hostile_template_is_an_error(source, says):
     with pytest.raises(PeftError, match=says):
         render(compile_template(source, {}), tiny.CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{{ 'a' * 10000000000 }}", "MiB of memory"),
+        ("{{ messages[0].content * 2000000 }}", "longer than"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1 seconds",
+        ),
+    ],
+)
+def test_a_template_without_bounds_ends_and_the_next_conversation_is_rendered(monkeypatch, source, says):
+    template = compile_template("{% if messages | length > 1 %}" + source + "{% else %}x{% endif %}", {})
+    monkeypatch.setattr("peftjax.models.chat.SECONDS", 1)
+    with pytest.raises(PeftError, match=says):
+        render(template, tiny.CHAT)
+    monkeypatch.undo()
+    assert render(template, tiny.CHAT[:1]) == "x"

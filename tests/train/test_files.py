@@ -117,6 +117,41 @@ def test_missing_file_and_latin1(tmp_path):
 
 
 def test_label_unseen_in_training(tmp_path, held):
-    train = write(tmp_path / "train.csv", "text,label\nx,10\n")
+    train = write(tmp_path / "train.csv", "text,label\nx,10\ny,1\n")
     with pytest.raises(PeftError, match=r"dev.csv, line 3: the label '2' does not occur"):
         file_dataset(train, held)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+def test_a_column_name_that_stands_twice_is_an_error(tmp_path, name):
+    comma = "," if name.endswith(".csv") else "\t"
+    file = write(tmp_path / name, comma.join(["text", "label", "text"]) + "\n" + comma.join("a1b") + "\n")
+    with pytest.raises(PeftError, match=f"{name}: the header has the column 'text' twice"):
+        list(read_rows(file))
+
+
+def test_a_column_of_parquet_that_stands_twice_is_an_error(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(PeftError, match=r"t.parquet: the header has the column 'text' twice"):
+        list(read_rows(tmp_path / "t.parquet"))
+
+
+def test_one_class_only_is_an_error(tmp_path, held):
+    train = write(tmp_path / "train.csv", "text,label\nx,10\ny,10\n")
+    with pytest.raises(PeftError, match=r"train.csv: every row has the label '10'; .* two classes"):
+        file_dataset(train, held)
+
+
+def test_rows_without_a_label_are_named_and_minus_one_may_be_the_opposite_of_one(tmp_path):
+    unlabelled = write(tmp_path / "test.csv", "text,label\nx,-1\ny,0\nz,1\n")
+    with pytest.raises(PeftError, match=r"test.csv: some rows have the label -1.*leave such rows out"):
+        file_dataset(unlabelled, unlabelled)
+    train = write(tmp_path / "train.csv", "text,label\nx,0\ny,1\n")
+    with pytest.raises(PeftError, match=r"test.csv, line 2: the label -1 marks a row without a label"):
+        file_dataset(train, unlabelled)
+    signs = write(tmp_path / "signs.csv", "text,label\nx,-1\ny,1\n")
+    assert file_dataset(signs, signs).label_names == ("-1", "1")

@@ -9,6 +9,8 @@ from peftjax.errors import PeftError
 
 TEXT_GUESSES = ("text", "sentence", "content")
 LABEL_GUESSES = ("label", "class", "category")
+UNLABELLED = "-1"
+"""The label of a row without one, as in the test files of GLUE."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,16 @@ def shown(value: object, length: int = 60) -> str:
     """A value as an error shows it: its repr, shortened."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def check_header(names: Sequence[str], source: object) -> None:
+    """Refuse a header that has a name twice: one of the two columns would be lost.
+
+    Raises:
+        PeftError: the sentence names the column.
+    """
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        raise PeftError(f"{source}: the header has the column {twice[0]!r} twice; rename one of them")
 
 
 def pick_column(
@@ -81,6 +93,27 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
+def class_names(labels: Collection[str], source: object) -> tuple[str, ...]:
+    """The classes that training labels make, sorted as `sorted_names` does.
+
+    Raises:
+        PeftError: when there are fewer than two, or -1 stands among them where it is not the opposite of 1.
+    """
+    names = sorted_names(labels)
+    if len(names) < 2:
+        raise PeftError(
+            f"{source}: every row has the label {names[0]!r}; a classifier needs two classes or more"
+            if names
+            else f"{source} has no labels"
+        )
+    if UNLABELLED in names and set(names) != {UNLABELLED, "1"}:
+        raise PeftError(
+            f"{source}: some rows have the label {UNLABELLED}, which marks a row without a label; leave such "
+            "rows out, or write the class as a word"
+        )
+    return names
+
+
 def label_indices(rows: Sequence[LabelledText], names: Sequence[str]) -> tuple[int, ...]:
     """The index in `names` of each row's label.
 
@@ -91,6 +124,11 @@ def label_indices(rows: Sequence[LabelledText], names: Sequence[str]) -> tuple[i
     for row in rows:
         if row.label not in index:
             shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+            if row.label == UNLABELLED:
+                raise PeftError(
+                    f"{row.place}: the label {UNLABELLED} marks a row without a label; leave such rows out "
+                    f"(the labels of the training data are {shown})"
+                )
             raise PeftError(
                 f"{row.place}: the label {row.label!r} does not occur in the training data, whose "
                 f"labels are {shown}"

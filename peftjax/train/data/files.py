@@ -34,11 +34,12 @@ def file_dataset(
 
     Raises:
         PeftError: a file that is missing, empty, malformed or of an unknown format, a column that
-            does not exist, a row without its column, or an evaluation label never trained on.
+            does not exist or stands twice, a row without its column or its label (-1), fewer than two
+            classes, or an evaluation label never trained on.
     """
     train = Path(train)
     trained = _read(train, text_column, label_column)
-    names = cols.sorted_names(row.label for row in trained)
+    labels = {row.label for row in trained}
     if evaluation is not None:
         held = _read(Path(evaluation), text_column, label_column)
     else:
@@ -46,6 +47,7 @@ def file_dataset(
         trained = [row for row in trained if not is_held_out(row.text)]
         if not held or not trained:
             raise PeftError(f"{train} has too few rows to hold some out: give an evaluation file")
+    names = cols.class_names(labels, train)
     return TextDataset(train.stem, _split(trained, names), _split(held, names), names)
 
 
@@ -158,6 +160,7 @@ def _csv(path: Path) -> Rows:
         reader = csv.reader(file, strict=True)
         try:
             header = _next_record(reader) or []
+            cols.check_header(header, path)
             while (fields := _next_record(reader)) is not None:
                 if fields:
                     yield reader.line_num, _named(header, fields, f"{path}, line {reader.line_num}")
@@ -177,6 +180,7 @@ def _next_record(reader: Iterator[list[str]]) -> list[str] | None:
 def _tsv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         header = next(file, "").rstrip("\r\n").split("\t")
+        cols.check_header(header, path)
         for number, line in enumerate(file, start=2):
             if fields := line.rstrip("\r\n"):
                 yield number, _named(header, fields.split("\t"), f"{path}, line {number}")
@@ -195,10 +199,13 @@ def _parquet(path: Path) -> Rows:
     number = 0
     try:
         table = parquet.ParquetFile(path)
+        cols.check_header(table.schema_arrow.names, path)
         for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield number, {name: _without_nulls(value) for name, value in row.items()}
+    except PeftError:
+        raise
     except (ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise PeftError(f"{path} is not a Parquet file: {what}") from None

@@ -49,7 +49,7 @@ def tfds_dataset(
     names = (
         tuple(class_names)
         if class_names is not None
-        else cols.sorted_names(row.label for row in rows[train_split])
+        else cols.class_names({row.label for row in rows[train_split]}, source)
     )
     if class_names is not None:
         rows = {split: _by_name(found, names) for split, found in rows.items()}
