@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peftjax.errors import PeftError
-from peftjax.io.files import replacing
+from peftjax.io.files import read_as, replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,6 +34,13 @@ DTYPE_CODES = {
     np.dtype(np.uint8): "U8",
     np.dtype(np.bool_): "BOOL",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """What the index of a sharded checkpoint holds: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def find_tensors(path: str | os.PathLike[str]) -> dict[str, Path]:
@@ -56,9 +63,9 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Path]:
     if not index.is_file():
         raise PeftError(f"no {SINGLE_FILE} or {INDEX_FILE} in {path}")
     try:
-        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PeftError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+        shards = read_as(_Index, index).weight_map
+    except PeftError as error:
+        raise PeftError(f"{index} is not the index of a sharded checkpoint: {error}") from error
     held = {}
     for shard in sorted(set(shards.values())):
         with _opened(path / shard) as handle:
