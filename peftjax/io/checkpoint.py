@@ -7,6 +7,8 @@ temporary name and renamed when it is complete, so the newest one is never half-
 damaged later is found by its checksums, set aside, and the newest whole one taken instead.
 """
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -35,6 +37,10 @@ Checkpoints = ocp.CheckpointManager
 
 _ARRAY_ITEMS = ("trainable", "optimizer")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's names of folders end that are being written
+_REFUSALS = tuple(
+    os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+)
 # Orbax writes into them when the checksums are recorded already; nothing of a run is in them.
 _WITHOUT_CHECKSUM = (COMPLETE, "commit_success.txt")
 
@@ -82,7 +88,7 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
         keep_best: checkpoints with the highest score to keep (the earlier of equals), besides.
 
     Raises:
-        PeftError: there are checkpoints, and none is whole.
+        PeftError: there are checkpoints, and none is whole; or the last one cannot be written.
     """
     directory = Path(directory).absolute()
     last = ocp.checkpoint_managers.LatestN(keep_last)
@@ -99,8 +105,11 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
         options=options,
         item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
     )
-    with manager:
+    try:
         yield manager
+    finally:
+        with _writing(directory):
+            manager.close()
 
 
 def _record_checksums(directory: Path) -> None:
@@ -117,16 +126,46 @@ def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) 
         checkpoints: of the run.
         state: to write.
         score: an evaluation's result, higher is better; without one it cannot be a best one.
+
+    Raises:
+        PeftError: it or the one before cannot be written: the disk is full, the folder read-only.
     """
-    checkpoints.save(
-        state.step,
-        metrics={"score": None if score is None else float(score)},
-        args=ocp.args.Composite(
-            trainable=ocp.args.StandardSave(arrays_by_path(state.trainable)),
-            optimizer=ocp.args.StandardSave(arrays_by_path((state.opt_state, state.key))),
-            run=ocp.args.JsonSave({"step": state.step, "data": state.data, "progress": state.progress}),
-        ),
-    )
+    with _writing(checkpoints.directory):
+        checkpoints.save(
+            state.step,
+            metrics={"score": None if score is None else float(score)},
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(arrays_by_path(state.trainable)),
+                optimizer=ocp.args.StandardSave(arrays_by_path((state.opt_state, state.key))),
+                run=ocp.args.JsonSave({"step": state.step, "data": state.data, "progress": state.progress}),
+            ),
+        )
+
+
+@contextmanager
+def _writing(directory: object) -> Iterator[None]:
+    """What the operating system refuses Orbax, now or in the background since the last call, is named."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := _refusal(error)) is None:
+            raise
+        raise PeftError(
+            f"cannot write a checkpoint to {directory}: {reason}; the earlier ones are whole: make room or "
+            "allow writing there, and the same command goes on from the newest"
+        ) from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """The operating system's reason in an error or in what it came from; TensorStore has it in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        for reason in _REFUSALS:
+            if reason in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def restore_latest(checkpoints: Checkpoints, like: RunState) -> RunState | None:
@@ -187,8 +226,13 @@ def restore_trainable(checkpoints: Checkpoints, step: int, like: PyTree[Array]) 
 
 
 def complete_steps(checkpoints: Checkpoints) -> list[int]:
-    """The steps of the checkpoints, ascending, after waiting for the one being written."""
-    checkpoints.wait_until_finished()
+    """The steps of the checkpoints, ascending, after waiting for the one being written.
+
+    Raises:
+        PeftError: that one cannot be written.
+    """
+    with _writing(checkpoints.directory):
+        checkpoints.wait_until_finished()
     return sorted(checkpoints.all_steps())
 
 

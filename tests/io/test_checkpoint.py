@@ -1,3 +1,7 @@
+import errno
+import os
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -22,6 +26,55 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(jax.random.bits(found.key), jax.random.bits(saved.key))
     for part in ("trainable", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(found, part), getattr(saved, part))
+
+
+@contextmanager
+def no_file_larger_than(size):
+    """As on a full disk, the operating system refuses to write on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def large(step):
+    values = np.random.default_rng(0).normal(size=10**6).astype(np.float32)  # does not compress
+    return replace(state(step), trainable={"w": jnp.asarray(values)})
+
+
+def fill(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, replace(large(1), trainable={"w": jnp.zeros(10**6)}))
+        assert checkpoint.complete_steps(checkpoints) == [1]
+        with no_file_larger_than(10**6):
+            checkpoint.save(checkpoints, large(2))
+            checkpoint.complete_steps(checkpoints)
+
+
+def test_when_the_disk_is_full_the_earlier_checkpoint_stays(tmp_path):
+    with pytest.raises(PeftError, match=r"cannot write a checkpoint to .*: File too large; the earlier"):
+        fill(tmp_path)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoint.complete_steps(checkpoints) == [1]
+        assert checkpoint.restore_latest(checkpoints, large(0)).step == 1
+        checkpoint.save(checkpoints, large(2))
+        assert checkpoint.complete_steps(checkpoints) == [2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_what_the_operating_system_refuses_while_saving_is_one_sentence(number, tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state(1))
+
+        def refuse(*args, **options):
+            raise ValueError("not written") from OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(checkpoints, "save", refuse)
+        with pytest.raises(PeftError, match=os.strerror(number)):
+            checkpoint.save(checkpoints, state(2))
+        assert checkpoint.complete_steps(checkpoints) == [1]
 
 
 def test_arrays_may_be_donated_while_they_are_written(tmp_path):

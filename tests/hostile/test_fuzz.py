@@ -1,0 +1,188 @@
+"""Damaged files, with a fixed seed: each is read, or refused with a PeftError, and within seconds.
+
+The model folder's own files (config.json, tokenizer) are not in the table yet.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import damaged_bytes, damaged_json, damaged_lines, damaged_tensors
+
+import peftjax as pj
+from peftjax.cli import _parse
+from peftjax.errors import PeftError
+from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.io.peft.config import read_config
+from peftjax.io.safetensors import describe_tensors, find_tensors, read_tensors, write_tensors
+from peftjax.models.weight_map import linear
+from peftjax.train.data.files import file_dataset, read_rows
+from peftjax.train.data.language.conversations import read_conversations
+from peftjax.train.identity import claim_folder
+from peftjax.train.info import read_info
+from peftjax.train.metrics import cut, read_metrics
+
+CASES = 300
+SECONDS = 10  # of a case; a tenth of it is usual
+PARAMS = {
+    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)},
+    "up": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
+}
+TABLE = [*linear("head", "head"), *linear("up", "up")]
+IDENTITY = {"method": {"name": "lora", "rank": 2}, "model": "0" * 64, "training": {"seed": 0}}
+INFO = {
+    "model": "m",
+    "head": "classifier",
+    "labels": ["a", "b"],
+    "max_length": 64,
+    "task": "language",
+    "rows": {"separator": " ", "packed": True},
+}
+YAML = "rank: 2\nlearning_rate: 1e-3\ntargets: [query, value]\nsteps: 5\nmodel: m\npacked: true\n"
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def adapter(folder):
+    method = pj.chain(pj.lora(rank=2, rank_pattern={"up": 1}, targets="head|up"), pj.train(["head/bias"]))
+    save_adapter(folder, method, *method.init(jax.random.key(0), PARAMS), seed=0, info=INFO)
+
+
+def peft(folder):
+    pj.export_peft(folder, TABLE, *exported())
+
+
+def exported():
+    method = pj.lora(rank=2, targets=["head"])
+    return method, *method.init(jax.random.key(0), PARAMS)
+
+
+def shards(folder):
+    tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.int8)}
+    write_tensors(folder / "x.safetensors", tensors, {"format": "pt"})
+    index = {"metadata": {"total_size": 28}, "weight_map": dict.fromkeys(tensors, "x.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def read_shards(folder):
+    found = find_tensors(folder)
+    describe_tensors(found)
+    dict(read_tensors(found))
+
+
+def read_options(folder):
+    _parse(["train", "--config", str(folder / "run.yaml")])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: how a good one is made, damaged and read."""
+
+    file: str
+    make: Callable[[Path], object]
+    damage: Callable
+    read: Callable[[Path], object]
+
+
+ROWS = "".join(json.dumps({"text": f"t {i}", "label": "ab"[i % 2]}) + "\n" for i in range(80))
+CSV = "text,label\n" + "".join(f'"t, {i}",{"ab"[i % 2]}\n' for i in range(80))
+CHATS = "".join(json.dumps({"messages": CHAT, "tools": []}) + "\n" for _ in range(3))
+METRICS = '{"step": 1, "loss": 0.5, "tokens_per_second": null}\n{"step": 2, "tokens_per_second": 5.0}\n'
+KINDS = [
+    Kind("adapter.json", adapter, damaged_json, lambda f: load_adapter(f, PARAMS)),
+    Kind("adapter.json", adapter, damaged_json, read_info),
+    Kind("adapter.safetensors", adapter, damaged_tensors, lambda f: load_adapter(f, PARAMS)),
+    Kind("adapter_config.json", peft, damaged_json, read_config),
+    Kind("adapter_config.json", peft, damaged_json, lambda f: pj.import_peft(f, TABLE, PARAMS)),
+    Kind("adapter_model.safetensors", peft, damaged_tensors, lambda f: pj.import_peft(f, TABLE, PARAMS)),
+    Kind("run.json", lambda f: claim_folder(f, IDENTITY), damaged_json, lambda f: claim_folder(f, IDENTITY)),
+    Kind(
+        "metrics.jsonl", text("metrics.jsonl", METRICS), damaged_lines, lambda f: cut(f / "metrics.jsonl", 1)
+    ),
+    Kind(
+        "metrics.jsonl",
+        text("metrics.jsonl", METRICS),
+        damaged_lines,
+        lambda f: read_metrics(f / "metrics.jsonl"),
+    ),
+    Kind("run.yaml", text("run.yaml", YAML), damaged_bytes, read_options),
+    Kind(
+        "rows.jsonl",
+        text("rows.jsonl", ROWS),
+        damaged_lines,
+        lambda f: file_dataset(str(f / "rows.jsonl"), None),
+    ),
+    Kind("rows.csv", text("rows.csv", CSV), damaged_bytes, lambda f: file_dataset(str(f / "rows.csv"), None)),
+    Kind(
+        "chats.jsonl",
+        text("chats.jsonl", CHATS),
+        damaged_lines,
+        lambda f: read_conversations(f / "chats.jsonl"),
+    ),
+    Kind(
+        "rows.json",
+        text("rows.json", json.dumps([{"text": "a"}] * 3)),
+        damaged_json,
+        lambda f: read_rows(f / "rows.json"),
+    ),
+    Kind("x.safetensors", shards, damaged_tensors, read_shards),
+    Kind("model.safetensors.index.json", shards, damaged_json, read_shards),
+]
+
+
+def check(kind, cases, tmp_path):
+    good, work = tmp_path / "good", tmp_path / "work"
+    good.mkdir()
+    kind.make(good)
+    kind.read(good)
+    content = (good / kind.file).read_bytes()
+
+    @settings(
+        max_examples=cases,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(st.data())
+    def run(data):
+        damaged = kind.damage(data.draw, content)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(good, work)
+        (work / kind.file).write_bytes(damaged)
+        start = time.process_time()
+        with warnings.catch_warnings(), contextlib.suppress(PeftError):
+            warnings.simplefilter("ignore")
+            kind.read(work)
+        assert time.process_time() - start < SECONDS
+
+    run()
+
+
+NAMES = [f"{number}-{kind.file}" for number, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_damaged_file_is_read_or_refused(kind, tmp_path):
+    check(kind, CASES // len(KINDS) + 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_ten_times_as_many(kind, tmp_path):
+    check(kind, 10 * CASES // len(KINDS) + 1, tmp_path)
