@@ -43,8 +43,9 @@ def find_targets(
     layers_pattern: str | None,
     rank_pattern: Mapping[str, int] | None,
     layouts: Mapping[str, str] | None,
+    one_way: bool = False,
 ) -> list[Target]:
-    """Every weight that the options ask for.
+    """Every weight that the options ask for; `one_way` as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a pattern or a layer number is not
@@ -63,7 +64,7 @@ def find_targets(
         tree.require_patterns_used(who, patterns, paths)
     found = []
     for path in paths:
-        layout = layout_of(path, leaves, layouts)
+        layout = layout_of(path, leaves, layouts, one_way=one_way)
         own_rank = tree.pattern_value(path, rank_pattern, rank)
         if own_rank < 1:
             raise PeftError(f"{who}: rank must be positive, got {own_rank} for {path!r}")

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.lax import GatherScatterMode
 from jax.sharding import PartitionSpec
 
+from peftjax.errors import PeftError
 from peftjax.tree import Opaque
 from peftjax.weights.explicit import like
 from peftjax.weights.layout import Layout, Side
@@ -359,10 +360,22 @@ def contract(x: Array, w: Any, rule: Rule) -> Array:
     """Apply a rule to an activation and an array or a structured weight: the one way weights act."""
     if not isinstance(w, Weight):
         return rule(x, w)
+    _require_way(w, rule)
     if isinstance(rule, Gather):
         return _looked_up(x, w, rule)
     method = {Dot: w.dot, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
     return method(_promoted(x, w, rule), rule)
+
+
+def _require_way(w: Weight, rule: Rule) -> None:
+    """Raise a PeftError where an activation meets the outputs of a weight whose axes are guessed."""
+    met = rule.w_contract if isinstance(rule, Dot) else (rule.axis,) if isinstance(rule, Gather) else ()
+    if w.layout.one_way and set(met) & set(w.layout.positions("o")):
+        raise PeftError(
+            f"{w.layout.name}: an activation meets the side that was taken for the output, since the name "
+            "does not tell the axes: give those of the parameter, such as "
+            f"layouts={{{w.layout.name!r}: 'oi'}}, or layouts=peftjax.layouts_of(f, params, *inputs)"
+        )
 
 
 def _looked_up(indices: Array, w: Weight, rule: Gather) -> Array:

@@ -29,10 +29,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """The logical axes of a weight and the name it has in the parameter tree."""
+    """The logical axes of a weight and the name it has in the parameter tree.
+
+    With `one_way` an activation may meet the inputs only: which side they are is a guess that the weight's
+    method depends on, so that `x @ w.T` must be an error and not another method.
+    """
 
     axes: tuple[Axis, ...]
     name: str = "weight"
+    one_way: bool = False
 
     @classmethod
     def parse(cls, letters: str, shape: Sequence[int], name: str = "weight") -> "Layout":
@@ -199,6 +204,11 @@ def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[
 # How parameters are named by the modules of Flax; the last component is the parameter's own name.
 _ATTENTION_INPUTS = ("query", "key", "value", "qkv")
 _ATTENTION_OUTPUTS = ("out",)
+
+
+def tells_its_layout(path: str) -> bool:
+    """Whether a parameter's name is one whose axes are known by the conventions of Flax and Equinox."""
+    return path.rsplit("/", 1)[-1] in ("kernel", "weight", "embedding", "embeddings")
 
 
 def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = None) -> str:

@@ -4,6 +4,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from support import KEY, all_but_slow, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
@@ -193,3 +194,26 @@ def test_layouts_of_reads_the_orientation_from_the_use():
     letters = pj.layouts_of(lambda p, x: x @ p["w"].T, {"w": w}, x)
     trained = pj.dora(rank=2, layouts=letters).init(jax.random.key(0), {"w": w})[1]
     assert trained["w"]["magnitude"].shape == (5,)
+
+
+@pytest.mark.parametrize("method", [pj.dora, pj.lora_fa, pj.paca])
+def test_a_guessed_side_is_held_to_where_the_method_depends_on_it(method):
+    """`x @ w.T` of a matrix whose name does not tell that it is [out, in]."""
+    params = {"proj": {"w": jax.random.normal(jax.random.key(0), (5, 8))}}
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+
+    def transposed(params, x):
+        return x @ params["proj"]["w"].T
+
+    def run(fn, x, **options):
+        made = method(rank=2, **options)
+        frozen, trainable = made.init(jax.random.key(2), params)
+        return pj.adapt(fn)(made.apply(frozen, trainable), x)
+
+    with pytest.raises(pj.PeftError, match=r"proj/w: an activation meets the side .*layouts_of"):
+        run(transposed, x)
+    expected = transposed(params, x)
+    for layouts in (pj.layouts_of(transposed, params, x), {"w": "oi"}):
+        np.testing.assert_allclose(run(transposed, x, layouts=layouts), expected, atol=1e-5)
+    straight = run(lambda params, x: x @ params["proj"]["w"], x[:, :5])
+    np.testing.assert_allclose(straight, x[:, :5] @ params["proj"]["w"], atol=1e-5)

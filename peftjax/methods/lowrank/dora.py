@@ -36,7 +36,7 @@ def dora(**options: Any) -> Transform:
         PeftError: as `lora`.
     """
     options = checked_options("dora", options, leave_out=("init",))
-    return low_rank("dora", options, start_uniform, wrap=Wrap(_init, _apply))
+    return low_rank("dora", options, start_uniform, wrap=Wrap(_init, _apply), one_way=True)
 
 
 def _init(target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]]:

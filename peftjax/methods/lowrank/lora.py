@@ -138,6 +138,7 @@ def low_rank(
     wrap: Wrap | None = None,
     rslora: bool = False,
     train_a: bool = True,
+    one_way: bool = False,
     optimizer: Callable[..., optax.GradientTransformation] | None = None,
 ) -> Transform:
     """A method whose weights are `base + scale · aᵀb`, as a `Transform`.
@@ -149,6 +150,7 @@ def low_rank(
         wrap: what is put around each low-rank weight, with its own slots.
         rslora: scale by alpha / sqrt(r), where the method has no such option.
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
+        one_way: whether the method depends on which side of a weight is the input.
         optimizer: the method's hook on the optimizer.
     """
     dropout, bias = options["dropout"], options["bias"]
@@ -157,7 +159,7 @@ def low_rank(
         "alpha_pattern", "layouts",
     )  # fmt: skip
     where = {key: options[key] for key in names}
-    where["rslora"] = options.get("rslora", rslora)
+    where |= {"rslora": options.get("rslora", rslora), "one_way": one_way}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         plan = find_targets(params, who=name, **where)

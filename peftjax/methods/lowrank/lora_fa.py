@@ -53,13 +53,14 @@ def lora_fa(*, nearest_gradient: bool = False, **options: Any) -> Transform:
         return a, b, leaf
 
     if not nearest_gradient:
-        return low_rank("lora_fa", options, start, train_a=False)
+        return low_rank("lora_fa", options, start, train_a=False, one_way=True)
     method = low_rank(
         "lora_fa",
         {**options, "nearest_gradient": True},
         start,
         wrap=Wrap(lambda target, base: ({}, {}), _with_nearest_gradient),
         train_a=False,
+        one_way=True,
     )
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:

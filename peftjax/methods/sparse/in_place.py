@@ -52,8 +52,9 @@ def find_weights(
     exclude: Targets | None,
     layouts: Mapping[str, str] | None,
     in_place: bool,
+    one_way: bool = False,
 ) -> dict[str, Layout]:
-    """The layout of every weight that the options ask for, by path.
+    """The layout of every weight that the options ask for, by path; `one_way` as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; or a weight to be changed in place is
@@ -68,7 +69,7 @@ def find_weights(
                 f"{who}: {path!r} is a {type(leaves[path]).__name__}, which cannot be changed in place; "
                 "set in_place=False"
             )
-    return {path: layout_of(path, leaves, layouts) for path in paths}
+    return {path: layout_of(path, leaves, layouts, one_way=one_way) for path in paths}
 
 
 def writer(put: Put) -> Callable[[Frozen, Trainable | None], Frozen]:

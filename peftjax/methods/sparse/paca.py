@@ -85,7 +85,13 @@ def paca(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
-            params, who="paca", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+            params,
+            who="paca",
+            targets=targets,
+            exclude=exclude,
+            layouts=layouts,
+            in_place=in_place,
+            one_way=True,
         )
         for patterns in (rank_pattern, alpha_pattern, given):
             tree.require_patterns_used("paca", patterns, list(found))
