@@ -8,6 +8,7 @@ import tiny_language as tiny
 from peftjax.errors import PeftError
 from peftjax.generation.command import GenerateOptions, _prompts
 from peftjax.models.chat import compile_template
+from peftjax.train import info as noted
 from peftjax.train.data.language.completions import read_completions, tokenise_completions
 from peftjax.train.data.language.conversations import read_conversations, tokenise_conversations
 
@@ -85,7 +86,7 @@ def test_a_prompt_of_the_command_line_is_any_text(tokenizer):
     ],
 )
 def test_the_separator_is_the_adapters(tmp_path, tokenizer, monkeypatch, info, prompt, file):
-    monkeypatch.setattr("peftjax.train.info.read_config", lambda folder: {"info": info})
+    monkeypatch.setattr(noted, "read_config", lambda folder: {"info": info})
     (made,) = _prompts(GenerateOptions(prompt="the cat", adapter=tmp_path), tokenizer)
     assert tokenizer.decode(made.ids) == prompt
     prompts = write(tmp_path / "p.jsonl", {"prompt": "the cat"})
