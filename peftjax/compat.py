@@ -156,7 +156,7 @@ def by_platform(
 
     Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
     is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
-    XLA may partition, in every other and on other platforms; `always` takes the
+    XLA may partition, in every other, in one for `jax.export` and on other platforms; `always` takes the
     kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one.
     Derivatives are those of `plain`.
     """
@@ -356,8 +356,14 @@ def _over_stack(primitive: Any, arrays: Sequence[Any], axes: Sequence[int | None
 
 
 def _lowered(plain: Any, kernel: Any, always: bool, ctx: Any, *values: Any, **static: Any) -> Any:
-    body = kernel if always or _on_one_device(ctx.module_context.axis_context) else plain
+    context = ctx.module_context
+    body = kernel if always or (not _exported(context) and _on_one_device(context.axis_context)) else plain
     return mlir.lower_fun(body, multiple_results=True)(ctx, *values, **static)
+
+
+def _exported(context: Any) -> bool:
+    """Whether `jax.export` lowers the code, which must run with later versions: no kernel promises that."""
+    return getattr(context.lowering_parameters, "for_export", False)
 
 
 def _on_one_device(context: Any) -> bool:
