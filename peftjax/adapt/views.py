@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 from peftjax import compat
+from peftjax.adapt.arithmetic import negated, plus, summed, times
 from peftjax.adapt.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight, reshape, slice_features, transpose
-from peftjax.weights.shrunk import Shrunk
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -30,31 +30,6 @@ def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Any:
         return reshape(operands[0], shape)
     rows = as_activation(operands[0])
     return None if rows is None else compat.bind(eqn, [rows, *operands[1:]])
-
-
-def _add(eqn: Any, operands: list[Any]) -> Any:
-    # Position embeddings: `table[None, :length] + x`.
-    plain = [as_activation(v) if isinstance(v, Weight) else v for v in operands]
-    return None if any(v is None for v in plain) else compat.bind(eqn, plain)
-
-
-def _scaled(eqn: Any, operands: list[Any]) -> Weight | None:
-    # A number times a weight is multiplied where the outputs of its product are.
-    weight, factor = operands if isinstance(operands[0], Weight) else reversed(operands)
-    if eqn.primitive.name == "div" and weight is not operands[0]:
-        return None
-    if isinstance(factor, Weight) or jnp.ndim(factor) or not jnp.issubdtype(weight.dtype, jnp.floating):
-        return None
-    number = jnp.asarray(factor, jnp.promote_types(weight.dtype, jnp.float32))
-    return _times(weight, 1 / number if eqn.primitive.name == "div" else number)
-
-
-def _negated(eqn: Any, operands: list[Any]) -> Weight:
-    return _times(operands[0], jnp.float32(-1.0))
-
-
-def _times(weight: Weight, number: Array) -> Weight:
-    return Shrunk(weight, jnp.broadcast_to(number, weight.layout.stack), weight.layout)
 
 
 def _squeeze(eqn: Any, operands: list[Any]) -> Any:
@@ -188,10 +163,12 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _convert,
     "slice": _slice,
     "split": _split,
-    "add": _add,
-    "mul": _scaled,
-    "div": _scaled,
-    "neg": _negated,
+    "add": plus,
+    "sub": plus,
+    "mul": times,
+    "div": times,
+    "neg": negated,
+    "reduce_sum": summed,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
     "all_gather": _all_gather,
