@@ -41,10 +41,15 @@ def at_equation(eqn: Any) -> AbstractContextManager:
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes)
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Apply an equation's primitive, with its parameters and context, to other operands."""
+def context_of(eqn: Any) -> AbstractContextManager:
+    """The mesh and other settings of JAX under which the equation was made."""
+    return eqn.ctx.manager
+
+
+def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Apply an equation's primitive, with its parameters (some of them others) and context, to operands."""
     with eqn.ctx.manager:
-        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -132,15 +137,25 @@ def varying_alike(tree: Any) -> Any:
     """The tree, every leaf cast to vary over all the manual mesh axes that one of them varies over."""
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
 
-    def cast(leaf: Any) -> Any:
-        missing = tuple(sorted(axes - _varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+    return jax.tree.map(lambda leaf: made_to_vary(leaf, axes), tree)
 
-    return jax.tree.map(cast, tree)
+
+def newly_varying(eqn: Any) -> frozenset:
+    """The manual mesh axes over which the equation makes its operand vary."""
+    return _varying_of(eqn.outvars[0].aval) - _varying_of(eqn.invars[0].aval)
+
+
+def made_to_vary(x: Any, axes: frozenset) -> Any:
+    """An array cast to vary over these manual mesh axes too."""
+    missing = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _varying(x: Any) -> frozenset:
-    aval = jax.typeof(x)
+    return _varying_of(jax.typeof(x))
+
+
+def _varying_of(aval: Any) -> frozenset:
     kind = getattr(aval, "manual_axis_type", None)  # named vma before
     return aval.vma if kind is None else kind.varying
 

@@ -73,7 +73,8 @@ class Evaluator:
         elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
         elif rule := PRODUCTS.get(name):
-            results = rule(eqn, self.uses.told_apart(operands))
+            with compat.context_of(eqn):
+                results = rule(eqn, self.uses.told_apart(operands))
         else:
             results = None
         if results is not None:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import compat
 from peftjax.adapt.arithmetic import negated, plus, summed, times
@@ -149,10 +151,37 @@ def _each_part(eqn: Any, operands: list[Any]) -> Weight:
     return operands[0].elementwise(lambda part: compat.bind(eqn, [part])[0])
 
 
+def _vary(eqn: Any, operands: list[Any]) -> Weight:
+    # A part that is divided where the weight is not, such as rows that follow the batch, varies already.
+    axes = compat.newly_varying(eqn)
+    if not axes:
+        return _each_part(eqn, operands)
+    return operands[0].elementwise(lambda part: compat.made_to_vary(part, axes))
+
+
 def _constrain(eqn: Any, operands: list[Any]) -> Weight:
     # The constraint speaks of the logical axes: it holds for the base; the factors follow from use.
     weight = operands[0]
     return weight.on_base(lambda base: compat.bind(eqn, [base])[0])
+
+
+def _reshard(eqn: Any, operands: list[Any]) -> Weight | None:
+    # Each part goes where its part of the whole sharding says.
+    weight, target = operands[0], eqn.params["dst_sharding"]
+    specs = weight.part_specs(target.spec)
+    if specs is None:
+        return None
+    parts, tree = jax.tree.flatten(weight)
+    own = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    moved = [
+        compat.bind(eqn, [part], dst_sharding=NamedSharding(target.mesh, _of_rank(spec, part.ndim)))[0]
+        for part, spec in zip(parts, own, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def _of_rank(spec: PartitionSpec, rank: int) -> PartitionSpec:
+    return PartitionSpec(*spec, *(None,) * (rank - len(spec)))
 
 
 VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
@@ -173,11 +202,12 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "unstack": _unstack,
     "all_gather": _all_gather,
     "sharding_constraint": _constrain,
+    "reshard": _reshard,
     "stop_gradient": _each_part,
     "optimization_barrier": _each_part,
     "copy": _each_part,
     "copy_p": _each_part,
     "name": _each_part,
-    "pvary": _each_part,
-    "pcast": _each_part,
+    "pvary": _vary,
+    "pcast": _vary,
 }
