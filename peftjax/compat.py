@@ -13,6 +13,9 @@ from jax.experimental import topologies
 from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
+
+Pull = Callable[..., Sequence[Any]]
 
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__))
 
@@ -38,10 +41,15 @@ def at_equation(eqn: Any) -> AbstractContextManager:
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes)
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Apply an equation's primitive, with its parameters and context, to other operands."""
+def context_of(eqn: Any) -> AbstractContextManager:
+    """The mesh and other settings of JAX under which the equation was made."""
+    return eqn.ctx.manager
+
+
+def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Apply an equation's primitive, with its parameters (some of them others) and context, to operands."""
     with eqn.ctx.manager:
-        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -129,15 +137,25 @@ def varying_alike(tree: Any) -> Any:
     """The tree, every leaf cast to vary over all the manual mesh axes that one of them varies over."""
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
 
-    def cast(leaf: Any) -> Any:
-        missing = tuple(sorted(axes - _varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+    return jax.tree.map(lambda leaf: made_to_vary(leaf, axes), tree)
 
-    return jax.tree.map(cast, tree)
+
+def newly_varying(eqn: Any) -> frozenset:
+    """The manual mesh axes over which the equation makes its operand vary."""
+    return _varying_of(eqn.outvars[0].aval) - _varying_of(eqn.invars[0].aval)
+
+
+def made_to_vary(x: Any, axes: frozenset) -> Any:
+    """An array cast to vary over these manual mesh axes too."""
+    missing = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _varying(x: Any) -> frozenset:
-    aval = jax.typeof(x)
+    return _varying_of(jax.typeof(x))
+
+
+def _varying_of(aval: Any) -> frozenset:
     kind = getattr(aval, "manual_axis_type", None)  # named vma before
     return aval.vma if kind is None else kind.varying
 
@@ -153,8 +171,9 @@ def by_platform(
 
     Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
     is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
-    XLA may partition, in every other and on other platforms; `always` takes the kernel in every program
-    for its platform. All arrays lead with axes of a stack: `vmap` adds one.
+    XLA may partition, in every other, in one for `jax.export` and on other platforms; `always` takes the
+    kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one.
+    Derivatives are those of `plain`.
     """
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
@@ -162,6 +181,7 @@ def by_platform(
     compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
     primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
+    ad.primitive_jvps[primitive] = partial(_derivative_of_plain, primitive, plain)
     batching.primitive_batchers[primitive] = partial(_over_stack, primitive)
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=True))
     for platform, kernel in kernels.items():
@@ -192,6 +212,24 @@ def one_equation(
     return primitive.bind
 
 
+def transpose_of(pull: Pull, linear: Pull, residuals: Any, tangents: Any, outputs: Any) -> list[Any]:
+    """The tangents of some outputs: what a linear map makes of tangents, given as the map's transpose.
+
+    It is one equation, which reverse mode turns into `pull` and which keeps the residuals alone. Forward
+    mode runs the transpose of `linear`, and so does what differentiates the tangents again.
+
+    Args:
+        pull: `(residuals, *cotangents of the outputs) -> cotangents, one for each of the tangents`.
+        linear: `pull`, or what of it is linear in the cotangents.
+        residuals: arrays.
+        tangents: floating-point arrays.
+        outputs: the arrays whose tangents these are; not kept.
+    """
+    static = {"pull": pull, "linear": linear, "num_residuals": len(residuals)}
+    types = tuple(jax.typeof(out) for out in outputs)
+    return _transposed.bind(*residuals, *tangents, **static, types=types)
+
+
 def with_constants(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
     """`fn` as `(constants, *args) -> flat outputs`, and the constants: the arrays that it closes over."""
     jaxpr, constants = open_jaxpr(jax.make_jaxpr(fn)(*args))
@@ -213,6 +251,95 @@ def grid_size(params: dict[str, Any]) -> int | None:
     """How often a `pallas_call` equation runs its body; None where that is not known."""
     grid = params["grid_mapping"].grid
     return math.prod(grid) if all(isinstance(length, int) for length in grid) else None
+
+
+def _derivative_of_plain(
+    primitive: Any, plain: Any, primals: Sequence[Any], tangents: Sequence[Any], **static: Any
+) -> tuple[Any, Any]:
+    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents]
+    some = jax.jvp(
+        lambda *moved: plain(*_filled_in(primals, moving, moved), **static),
+        tuple(v for v, m in zip(primals, moving) if m),
+        tuple(t for t, m in zip(tangents, moving) if m),
+    )[1]
+    return primitive.bind(*primals, **static), [
+        ad.Zero(jax.typeof(t)) if t.dtype == jax.dtypes.float0 else t for t in some
+    ]
+
+
+def _filled_in(values: Sequence[Any], moving: Sequence[bool], moved: Sequence[Any]) -> list[Any]:
+    given = iter(moved)
+    return [next(given) if moves else value for value, moves in zip(values, moving)]
+
+
+def _push(*operands: Any, linear: Pull, num_residuals: int, types: Any, **_: Any) -> list[Any]:
+    residuals, tangents = operands[:num_residuals], operands[num_residuals:]
+    zeros = [_zeros(aval) for aval in types]
+    # Linear as the map is, its transpose is its derivative anywhere.
+    zeros, tangents = varying_alike((zeros, list(tangents), list(residuals)))[:2]
+    made, push = jax.vjp(lambda *cts: list(linear(list(residuals), *cts)), *zeros)
+    return list(push([jax.numpy.asarray(t, m.dtype) for t, m in zip(tangents, made)]))
+
+
+def _zeros(aval: Any) -> Any:
+    sharding = getattr(aval, "sharding", None)
+    zeros = jax.numpy.zeros(aval.shape, aval.dtype)
+    explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(zeros, sharding) if explicit else zeros
+
+
+def _derivative_of_push(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:
+    """Along the tangents the same map, along the residuals whatever its derivative is."""
+    n = static["num_residuals"]
+    out = _transposed.bind(*primals, **static)
+    along = [jax.numpy.zeros_like(v) for v in out]
+    if any(type(t) is not ad.Zero for t in tangents[n:]):
+        moved = [ad.instantiate_zeros(t) for t in tangents[n:]]
+        along = _transposed.bind(*primals[:n], *moved, **{**static, "pull": static["linear"]})
+    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents[:n]]
+    if any(moving):
+        of_residuals = jax.jvp(
+            lambda *some: _push(*_filled_in(primals[:n], moving, some), *primals[n:], **static),
+            tuple(v for v, m in zip(primals[:n], moving) if m),
+            tuple(t for t, m in zip(tangents[:n], moving) if m),
+        )[1]
+        along = [a + b for a, b in zip(along, of_residuals)]
+    return out, along
+
+
+def _pull(cotangents: Sequence[Any], *operands: Any, pull: Pull, num_residuals: int, **_: Any) -> list[Any]:
+    found = pull(list(operands[:num_residuals]), *map(ad.instantiate_zeros, cotangents))
+    of_tangents = zip(operands[num_residuals:], found, strict=True)
+    return [None] * num_residuals + [ct if ad.is_undefined_primal(t) else None for t, ct in of_tangents]
+
+
+def _over_axis(operands: Sequence[Any], axes: Sequence[int | None], **static: Any) -> tuple[Any, Any]:
+    """Mapped residuals stay where they are; every tangent gets the axis, so that each has a cotangent."""
+    n, number = static["num_residuals"], len(static["types"])
+    (size,) = {x.shape[axis] for x, axis in zip(operands, axes) if axis is not None}
+    tangents = [
+        jax.numpy.broadcast_to(t, (size, *t.shape)) if axis is None else jax.numpy.moveaxis(t, axis, 0)
+        for t, axis in zip(operands[n:], axes[n:])
+    ]
+
+    def mapped(pull: Pull) -> Pull:
+        return jax.vmap(pull, in_axes=(list(axes[:n]), *[0] * number), axis_size=size)
+
+    static = {**static, "pull": mapped(static["pull"]), "linear": mapped(static["linear"])}
+    types = [jax.ShapeDtypeStruct((size, *aval.shape), aval.dtype) for aval in static["types"]]
+    static["types"] = tuple(_types(lambda *outs: list(outs), types))
+    return _transposed.bind(*operands[:n], *tangents, **static), [0] * number
+
+
+_transposed = jex.Primitive("transposed")
+_transposed.multiple_results = True
+_transposed.bodies = {None: _push}
+_transposed.def_impl(_push)
+_transposed.def_abstract_eval(lambda *avals, types, **static: list(types))
+ad.primitive_jvps[_transposed] = _derivative_of_push
+ad.primitive_transposes[_transposed] = _pull
+batching.primitive_batchers[_transposed] = _over_axis
+mlir.register_lowering(_transposed, mlir.lower_fun(_push, multiple_results=True))
 
 
 def _types(f: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> list[Any]:
@@ -244,8 +371,14 @@ def _over_stack(primitive: Any, arrays: Sequence[Any], axes: Sequence[int | None
 
 
 def _lowered(plain: Any, kernel: Any, always: bool, ctx: Any, *values: Any, **static: Any) -> Any:
-    body = kernel if always or _on_one_device(ctx.module_context.axis_context) else plain
+    context = ctx.module_context
+    body = kernel if always or (not _exported(context) and _on_one_device(context.axis_context)) else plain
     return mlir.lower_fun(body, multiple_results=True)(ctx, *values, **static)
+
+
+def _exported(context: Any) -> bool:
+    """Whether `jax.export` lowers the code, which must run with later versions: no kernel promises that."""
+    return getattr(context.lowering_parameters, "for_export", False)
 
 
 def _on_one_device(context: Any) -> bool:

@@ -1,7 +1,7 @@
 """Equations that hold other jaxprs: the weights go inside, structured."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +16,7 @@ from peftjax.adapt.subfunction import call_once_traced
 from peftjax.adapt.uses import draws, in_step
 from peftjax.reversible import reversible
 from peftjax.weights.base import Weight, dense
+from peftjax.weights.per_row import PerRow
 
 if TYPE_CHECKING:
     from peftjax.adapt.evaluate import Evaluator
@@ -257,6 +258,8 @@ def _shard_map(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | N
     flat: list[Any] = []
     flat_specs: list[PartitionSpec] = []
     rebuild: list[Callable[[list[Any]], Any]] = []
+    plain = [(v.shape, spec) for v, spec in zip(operands, specs) if not isinstance(v, Weight)]
+    operands = [_rows_divided(v, plain) if isinstance(v, Weight) else v for v in operands]
     for value, spec, variable in zip(operands, specs, eqn.params["jaxpr"].invars):
         parts, part_specs, tree = _sharded_parts(value, spec)
         if parts is None:
@@ -280,6 +283,15 @@ def _shard_map(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | N
         check_vma=eqn.params["check_vma"],
         axis_names=set(eqn.params["newly_manual_axes"]),
     )(*flat)
+
+
+def _rows_divided(weight: Weight, activations: list[Any]) -> Weight:
+    """The weight, what of it is mixed per row divided as the batch of these (shape, spec) is."""
+    if isinstance(weight, PerRow):
+        weight = weight.divided_with(activations)
+    parts = {f.name: getattr(weight, f.name) for f in fields(weight)}
+    inner = {n: _rows_divided(part, activations) for n, part in parts.items() if isinstance(part, Weight)}
+    return replace(weight, **inner) if inner else weight
 
 
 def _sharded_parts(value: Any, spec: PartitionSpec) -> tuple[list[Any] | None, list[Any], Any]:

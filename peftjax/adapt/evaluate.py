@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from peftjax import compat
+from peftjax.adapt.arithmetic import sums_of_squares
 from peftjax.adapt.control import CONTROL
 from peftjax.adapt.products import PRODUCTS
 from peftjax.adapt.uses import Uses
@@ -39,10 +40,17 @@ class Evaluator:
         def read(atom: Any) -> Any:
             return atom.val if compat.is_literal(atom) else env[atom]
 
+        done: set[int] = set()
         for eqn in jaxpr.eqns:
+            if id(eqn) in done:
+                continue
             operands = [read(atom) for atom in eqn.invars]
             with compat.at_equation(eqn):
-                env.update(zip(eqn.outvars, self.apply(eqn, operands)))
+                if lengths := sums_of_squares(jaxpr, eqn, operands):
+                    env.update(lengths[0])
+                    done |= lengths[1]
+                else:
+                    env.update(zip(eqn.outvars, self.apply(eqn, operands)))
         return [read(atom) for atom in jaxpr.outvars]
 
     def call(self, jaxpr: Any) -> Callable[..., list[Any]]:
@@ -65,7 +73,8 @@ class Evaluator:
         elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
         elif rule := PRODUCTS.get(name):
-            results = rule(eqn, self.uses.told_apart(operands))
+            with compat.context_of(eqn):
+                results = rule(eqn, self.uses.told_apart(operands))
         else:
             results = None
         if results is not None:

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import compat
+from peftjax.adapt.arithmetic import negated, plus, summed, times
 from peftjax.adapt.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight, reshape, slice_features, transpose
-from peftjax.weights.shrunk import Shrunk
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
@@ -30,31 +32,6 @@ def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Any:
         return reshape(operands[0], shape)
     rows = as_activation(operands[0])
     return None if rows is None else compat.bind(eqn, [rows, *operands[1:]])
-
-
-def _add(eqn: Any, operands: list[Any]) -> Any:
-    # Position embeddings: `table[None, :length] + x`.
-    plain = [as_activation(v) if isinstance(v, Weight) else v for v in operands]
-    return None if any(v is None for v in plain) else compat.bind(eqn, plain)
-
-
-def _scaled(eqn: Any, operands: list[Any]) -> Weight | None:
-    # A number times a weight is multiplied where the outputs of its product are.
-    weight, factor = operands if isinstance(operands[0], Weight) else reversed(operands)
-    if eqn.primitive.name == "div" and weight is not operands[0]:
-        return None
-    if isinstance(factor, Weight) or jnp.ndim(factor) or not jnp.issubdtype(weight.dtype, jnp.floating):
-        return None
-    number = jnp.asarray(factor, jnp.promote_types(weight.dtype, jnp.float32))
-    return _times(weight, 1 / number if eqn.primitive.name == "div" else number)
-
-
-def _negated(eqn: Any, operands: list[Any]) -> Weight:
-    return _times(operands[0], jnp.float32(-1.0))
-
-
-def _times(weight: Weight, number: Array) -> Weight:
-    return Shrunk(weight, jnp.broadcast_to(number, weight.layout.stack), weight.layout)
 
 
 def _squeeze(eqn: Any, operands: list[Any]) -> Any:
@@ -174,10 +151,37 @@ def _each_part(eqn: Any, operands: list[Any]) -> Weight:
     return operands[0].elementwise(lambda part: compat.bind(eqn, [part])[0])
 
 
+def _vary(eqn: Any, operands: list[Any]) -> Weight:
+    # A part that is divided where the weight is not, such as rows that follow the batch, varies already.
+    axes = compat.newly_varying(eqn)
+    if not axes:
+        return _each_part(eqn, operands)
+    return operands[0].elementwise(lambda part: compat.made_to_vary(part, axes))
+
+
 def _constrain(eqn: Any, operands: list[Any]) -> Weight:
     # The constraint speaks of the logical axes: it holds for the base; the factors follow from use.
     weight = operands[0]
     return weight.on_base(lambda base: compat.bind(eqn, [base])[0])
+
+
+def _reshard(eqn: Any, operands: list[Any]) -> Weight | None:
+    # Each part goes where its part of the whole sharding says.
+    weight, target = operands[0], eqn.params["dst_sharding"]
+    specs = weight.part_specs(target.spec)
+    if specs is None:
+        return None
+    parts, tree = jax.tree.flatten(weight)
+    own = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    moved = [
+        compat.bind(eqn, [part], dst_sharding=NamedSharding(target.mesh, _of_rank(spec, part.ndim)))[0]
+        for part, spec in zip(parts, own, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def _of_rank(spec: PartitionSpec, rank: int) -> PartitionSpec:
+    return PartitionSpec(*spec, *(None,) * (rank - len(spec)))
 
 
 VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
@@ -188,19 +192,22 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _convert,
     "slice": _slice,
     "split": _split,
-    "add": _add,
-    "mul": _scaled,
-    "div": _scaled,
-    "neg": _negated,
+    "add": plus,
+    "sub": plus,
+    "mul": times,
+    "div": times,
+    "neg": negated,
+    "reduce_sum": summed,
     "dynamic_slice": _dynamic_slice,
     "unstack": _unstack,
     "all_gather": _all_gather,
     "sharding_constraint": _constrain,
+    "reshard": _reshard,
     "stop_gradient": _each_part,
     "optimization_barrier": _each_part,
     "copy": _each_part,
     "copy_p": _each_part,
     "name": _each_part,
-    "pvary": _each_part,
-    "pcast": _each_part,
+    "pvary": _vary,
+    "pcast": _vary,
 }

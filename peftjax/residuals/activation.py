@@ -12,9 +12,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
+from peftjax.derivatives import with_backward
 from peftjax.kernels.packed_residuals import GROUP, Grid
 
 Function = Callable[[Array], Array]
@@ -42,27 +43,18 @@ def activate(x: Array, f: Function, grid: Grid | None, *, group: int = GROUP) ->
         grid: of its derivative; None for one that is 0 or 1.
         group: half of it is how far apart two codes of a byte lie.
     """
-    return _activate(f, grid, group, x.dtype, x)
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        wide = lax.stop_gradient(x).astype(jnp.float32)
+        slope = jax.jvp(f, (wide,), (jnp.ones_like(wide),))[1]
+        codes = jnp.packbits(slope > 0.5, axis=-1) if grid is None else grid.encode(slope, group=group)
+        return activate(x, f, grid, group=group), codes
+
+    return with_backward(f, forward, partial(_backward, grid, group, x.dtype))(x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _activate(f: Function, grid: Grid | None, group: int, dtype: DTypeLike, x: Array) -> Array:
-    return f(x)
-
-
-def _forward(f: Function, grid: Grid | None, group: int, dtype: DTypeLike, x: Array) -> tuple[Array, Array]:
-    wide = x.astype(jnp.float32)
-    slope = jax.jvp(f, (wide,), (jnp.ones_like(wide),))[1]
-    return f(x), jnp.packbits(slope > 0.5, axis=-1) if grid is None else grid.encode(slope, group=group)
-
-
-def _backward(
-    f: Function, grid: Grid | None, group: int, dtype: DTypeLike, kept: Array, g: Array
-) -> tuple[Array]:
+def _backward(grid: Grid | None, group: int, dtype: DTypeLike, kept: Array, g: Array) -> tuple[Array]:
     width = g.shape[-1]
     if grid is None:
         return (jnp.where(jnp.unpackbits(kept, axis=-1, count=width), g, 0).astype(dtype),)
     return ((g.astype(jnp.float32) * grid.decode(kept, width, group=group)).astype(dtype),)
-
-
-_activate.defvjp(_forward, _backward)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from peftjax.derivatives import with_backward
 from peftjax.kernels.packed_residuals import Code, decode
 
 Function = Callable[..., Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def again_from_codes(
     f: Function, x: tuple[Array, ...], codes: tuple[Code | Array, ...], rest: tuple[Any, ...] = ()
 ) -> Array:
@@ -28,11 +28,14 @@ def again_from_codes(
         codes: of them.
         rest: trees of arrays; those of floats are differentiated too.
     """
-    return f(*x, *rest)
 
+    def plain(x: tuple[Array, ...], codes: Any, rest: tuple[Any, ...]) -> Array:
+        return f(*x, *rest)
 
-def _forward(f: Function, x: tuple, codes: tuple, rest: tuple) -> tuple[Array, tuple]:
-    return f(*x, *rest), (codes, rest)
+    def forward(x: tuple[Array, ...], codes: Any, rest: tuple[Any, ...]) -> tuple[Array, tuple]:
+        return again_from_codes(f, x, codes, rest), (codes, rest)
+
+    return with_backward(plain, forward, partial(_backward, f))(x, codes, rest)
 
 
 def _backward(f: Function, kept: tuple, g: Array) -> tuple[Any, None, Any]:
@@ -52,6 +55,3 @@ def _backward(f: Function, kept: tuple, g: Array) -> tuple[Any, None, Any]:
     for n, value in zip(floats, d_floats):
         cotangents[n] = value
     return dx, None, jax.tree.unflatten(structure, cotangents)
-
-
-again_from_codes.defvjp(_forward, _backward)

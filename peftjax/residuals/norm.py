@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from peftjax.derivatives import with_backward
 from peftjax.kernels.packed_residuals import Code, decode
 from peftjax.residuals.linear import with_tangent_of
 
@@ -71,7 +72,7 @@ def normalise(
         r: from `statistics`.
         fine: of x̂, for the gradient of `scale`; by default `code`.
     """
-    y = _normalise(norm, x.dtype, x, *lax.stop_gradient((scale, bias)), code, r)
+    y = _normalise(norm, x, *lax.stop_gradient((scale, bias)), code, r)
     again = jax.checkpoint(partial(scaled, norm), prevent_cse=False)
     return with_tangent_of(y, again(code if fine is None else fine, scale, bias))
 
@@ -82,17 +83,14 @@ def scaled(norm: Norm, code: Code | Array, scale: Array, bias: Array | None) -> 
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(norm.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise(
-    norm: Norm, dtype: DTypeLike, x: Array, scale: Array, bias: Array | None, code: Any, r: Array
-) -> Array:
-    return norm.plain(x, scale, bias)
+def _normalise(norm: Norm, *args: Any) -> Array:
+    def plain(x: Array, scale: Array, bias: Array | None, code: Any, r: Array) -> Array:
+        return norm.plain(x, scale, bias)
 
+    def forward(x: Array, scale: Array, bias: Array | None, code: Any, r: Array) -> tuple[Array, tuple]:
+        return _normalise(norm, x, scale, bias, code, r), (scale, code, r)
 
-def _forward(
-    norm: Norm, dtype: DTypeLike, x: Array, scale: Array, bias: Array | None, code: Any, r: Array
-) -> tuple[Array, tuple]:
-    return norm.plain(x, scale, bias), (scale, code, r)
+    return with_backward(plain, forward, partial(_backward, norm, args[0].dtype))(*args)
 
 
 def _backward(norm: Norm, dtype: DTypeLike, kept: tuple, g: Array) -> tuple:
@@ -103,6 +101,3 @@ def _backward(norm: Norm, dtype: DTypeLike, kept: tuple, g: Array) -> tuple:
     if norm.centred:
         dx = dx - jnp.mean(t, axis=-1, keepdims=True)
     return (r * dx).astype(dtype), None, None, None, None
-
-
-_normalise.defvjp(_forward, _backward)

@@ -6,8 +6,8 @@ Two streams `(x1, x2)` of one shape pass through L layers of two functions each,
 
     x2 = (y2 - G(y1)) / β    x1 = (y1 - F(x2)) / λ
 
-`reversible` is one equation in a jaxpr, which holds F and G of a layer as jaxprs. Differentiated, it is one
-`custom_vjp` over a scan: the forward scan keeps the last pair of streams (with `every`, the pair after
+`reversible` is one equation in a jaxpr, which holds F and G of a layer as jaxprs. Differentiated, it has a
+backward pass of its own: the forward scan keeps the last pair of streams (with `every`, the pair after
 every `every` layers, counted from the last), the backward scan makes F and G of each layer again, inverts
 them and pulls the cotangents back. Beside those pairs backward reads its own operands and nothing else.
 Operands that nothing is differentiated by have no tangent and get no cotangent: none is computed.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax import compat
+from peftjax.derivatives import with_backward
 from peftjax.reversible.coupling import Coupling, Pair, Plan
 
 Branch = Callable[[Any, Any, Array], Array]
@@ -104,7 +105,6 @@ def _differentiable(moving: Sequence[bool], operands: Sequence[Any], *, f: Any, 
         given = iter(values)
         return [next(given) if moves else operand for operand, moves in zip(operands, moving)]
 
-    @jax.custom_vjp
     def stack(*values: Any) -> list[Array]:
         return _run(*whole(values), f=f, g=g, plan=plan)
 
@@ -117,8 +117,7 @@ def _differentiable(moving: Sequence[bool], operands: Sequence[Any], *, f: Any, 
         found = _pull_back(f, g, plan, moving, kept, others, tuple(cotangents))
         return tuple(ct for ct, moves in zip(found, moving) if moves)
 
-    stack.defvjp(forward, backward)
-    return stack
+    return with_backward(stack, forward, backward)
 
 
 def _pull_back(

@@ -1,10 +1,12 @@
 """Several low-rank adapters on one weight, each row of a batch using its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from peftjax.errors import PeftError
 from peftjax.weights.arrange import side_of
@@ -18,9 +20,10 @@ class PerRow(Weight):
     """`w_b = base + a[rows_b]ᵀ b[rows_b]` for row b of the batch; a row of -1 is the base alone.
 
     `a [*stack, n, r, in]`, `b [*stack, n, r, out]` (scales folded into b, smaller ranks padded with
-    zeros), `rows [*stack, B]` int32. The batch is the free axis `axis` of the activation, or the first
-    one, with the batch outermost where that is 0 and innermost where it is 1, when the model has flattened
-    batch and tokens. Without `axis` it is the one free axis of B members; none or several are an error.
+    zeros), `rows [*stack, B]` int32, which `shard_map` divides over the axes `over` of the mesh. The
+    batch is the free axis `axis` of the activation, or the first one, with the batch outermost where that
+    is 0 and innermost where it is 1, when the model has flattened batch and tokens. Without `axis` it is
+    the one free axis of B members; none or several are an error.
     """
 
     base: Any = logical()
@@ -29,6 +32,7 @@ class PerRow(Weight):
     rows: Array = canonical()
     layout: Layout = static()
     axis: int | None = static(None)
+    over: Any = static(None)
 
     def dense(self) -> Array:
         """There is none: every row of the batch has a weight of its own."""
@@ -80,6 +84,49 @@ class PerRow(Weight):
         y = ungroup(y).reshape(*indices.shape[:-1], *(self.shape[p] for p in kept))
         y = lax.transpose(y, (*range(lead), *(lead + kept.index(p) for p in sorted(kept))))
         return found + y.reshape(found.shape).astype(found.dtype)
+
+    def part_specs(self, spec: PartitionSpec) -> "PerRow | None":
+        """As other weights', the rows divided as the batch is."""
+        specs = super().part_specs(spec)
+        stack = () if specs is None else tuple(specs.rows)[: len(self.layout.stack)]
+        return None if specs is None else replace(specs, rows=PartitionSpec(*stack, self.over))
+
+    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> "PerRow":
+        """The weight with its rows divided as `shard_map` divides the batch of these shapes.
+
+        Raises:
+            PeftError: it cannot be told whether, or over what, the batch is divided.
+        """
+        batch = self.rows.shape[-1]
+        exact, flattened = set(), set()  # over what an axis of B members is divided, or one of a multiple
+        unclear = None
+        for shape, spec in activations:
+            divided = (*spec, *(None,) * (len(shape) - len(spec)))
+            at = [n for n, size in enumerate(shape) if size == batch]
+            if self.axis is not None:
+                at = [self.axis] if self.axis in at else []
+            if len(at) > 1 and any(divided[n] is not None for n in at):
+                unclear = shape, spec
+            elif at:
+                exact.add(divided[at[0]])
+            elif shape and shape[0] % batch == 0 and divided[0] is not None and self.axis != 1:
+                flattened.add(divided[0])  # the batch outermost; innermost, every part has all of it
+                unclear = unclear or ((shape, spec) if self.axis is None else None)
+        if unclear and not exact:
+            raise PeftError(
+                f"{self.layout.name}: adapters are mixed over a batch of {batch} rows, and shard_map divides "
+                f"an activation {tuple(unclear[0])} as {unclear[1]}, in which the batch is not to be told "
+                "from the other axes; say which one it is: mix(adapters, rows, axis=0), or axis=1 with the "
+                "sequence first"
+            )
+        over = exact or flattened
+        if len(over) > 1:
+            raise PeftError(
+                f"{self.layout.name}: adapters are mixed over a batch of {batch} rows, and shard_map divides "
+                f"axes of that size in several ways, {sorted(map(str, over))}; call peftjax.mix and "
+                "peftjax.adapt inside of it, with its own rows"
+            )
+        return replace(self, over=next(iter(over), None))
 
     def _grouped(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """`[*free, n]` as `[B, tokens, n]`, and how such a result gets the free axes back, flattened."""

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
+from peftjax.weights.arrange import side_of, side_to_logical
 from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
+from peftjax.weights.diagonal import rescaled, scaled_input, scaled_result
 from peftjax.weights.layout import Layout
+from peftjax.weights.lengths import array_squares, rows_through
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
@@ -56,26 +58,9 @@ class ScaledColumns(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """The low-rank product, scaled where the outputs are."""
-        gain = side_to_logical(self.gain(), self.layout, "o")
         if side_of(self.layout, rule.w_contract) == "o":
-            scales = lax.squeeze(gain, [p for p in range(self.ndim) if p not in rule.w_contract])
-            order = sorted(rule.w_contract)
-            scales = lax.transpose(scales, [order.index(p) for p in rule.w_contract])
-            shape = [1] * x.ndim
-            for axis, size in zip(rule.x_contract, scales.shape):
-                shape[axis] = size
-            at = sorted(range(len(rule.x_contract)), key=lambda n: rule.x_contract[n])
-            return contract(x * lax.transpose(scales, at).reshape(shape).astype(x.dtype), self.base, rule)
-        y = contract(x, self.base, rule)
-        used = {*rule.w_contract, *rule.w_batch}
-        left = [p for p in range(self.ndim) if p not in used]
-        shape = [1] * y.ndim
-        for axis, p in zip(outputs_in_result(rule, self.layout, y.ndim), left):
-            shape[axis] = gain.shape[p]
-        for axis, p in enumerate(rule.w_batch):
-            shape[axis] = gain.shape[p]
-        gain = lax.transpose(gain, (*rule.w_batch, *left, *rule.w_contract))
-        return _rescaled(y, gain.reshape(shape))
+            return contract(scaled_input(x, self.gain(), rule, self.layout, "o"), self.base, rule)
+        return scaled_result(contract(x, self.base, rule), self.gain(), rule, self.layout, "o")
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The low-rank rows, scaled."""
@@ -85,20 +70,20 @@ class ScaledColumns(Weight):
             gains = contract(indices, gain, rule)
         else:
             gains = lax.squeeze(gain, (rule.axis,))
-        return _rescaled(rows, gains)
+        return rescaled(rows, gains)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """The low-rank convolution, its channels scaled."""
         y = contract(x, self.base, rule)
         shape = [1] * y.ndim
         shape[rule.dimension_numbers.out_spec[1]] = -1
-        return _rescaled(y, self.gain().reshape(shape))
+        return rescaled(y, self.gain().reshape(shape))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The low-rank ragged product, each row scaled by its expert's lengths."""
         y = contract(x, self.base, rule)
         gain = jnp.repeat(self.gain(), rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
-        return _rescaled(y, gain)
+        return rescaled(y, gain)
 
     def cast(self, dtype: Any) -> "ScaledColumns":
         """The low-rank weight in another dtype; lengths stay as exact as they are."""
@@ -131,32 +116,4 @@ class ScaledColumns(Weight):
 
 def column_squares(w: Any, layout: Layout) -> Array:
     """The squared length of every column (over all inputs) of a weight, float32 `[*stack, out]`."""
-    squares = jnp.square(dense(w).astype(jnp.float32))
-    order = (*layout.positions("s"), *layout.positions("i"), *layout.positions("o"))
-    n_stack, n_in = len(layout.stack), len(layout.positions("i"))
-    summed = lax.transpose(squares, order).sum(axis=range(n_stack, n_stack + n_in))
-    return summed.reshape(*layout.stack, -1)
-
-
-@jax.checkpoint
-def _rescaled(y: Array, gain: Array) -> Array:
-    # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
-    return (y * gain).astype(y.dtype)
-
-
-def rows_through(a: Array, base: Any, layout: Layout) -> Array:
-    """`a W` for rows a `[*stack, r, in]`: float32 `[*stack, r, out]`, by the base's own rule."""
-    n_stack, inputs = len(layout.stack), layout.positions("i")
-    x = a.reshape(*a.shape[:-1], *(layout.shape[p] for p in inputs)).astype(base.dtype)
-    rule = Dot(
-        x_contract=tuple(n_stack + 1 + n for n in range(len(inputs))),
-        w_contract=inputs,
-        x_batch=tuple(range(n_stack)),
-        w_batch=layout.positions("s"),
-        preferred=jnp.float32,
-    )
-    y = contract(x, base, rule)  # [*stack, r, unit and output axes in logical order]
-    outputs = layout.positions("o")
-    left = sorted((*outputs, *layout.positions("1")))
-    at = [n_stack + 1 + left.index(p) for p in (*layout.positions("1"), *outputs)]
-    return lax.transpose(y, (*range(n_stack + 1), *at)).reshape(*a.shape[:-1], -1)
+    return array_squares(dense(w), layout, "i")

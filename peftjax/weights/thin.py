@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.derivatives import with_backward
 from peftjax.weights.explicit import keeping
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def thin_dot(
     z: Array, second: Array, dimension_numbers: Any, precision: Any, preferred_element_type: Any
 ) -> Array:
@@ -18,27 +18,23 @@ def thin_dot(
 
     Backward keeps both; the gradient of `second` is summed in float32 and has its dtype.
     """
+    options = (dimension_numbers, precision, preferred_element_type)
+
+    def forward(z: Array, second: Array) -> tuple[Array, tuple[Array, Array]]:
+        return thin_dot(z, second, *options), (z, second)
+
+    return with_backward(partial(_dot, *options), forward, partial(_backward, *options))(z, second)
+
+
+def _dot(dims: Any, precision: Any, preferred: Any, z: Array, second: Array) -> Array:
     return lax.dot_general(
-        z,
-        second.astype(z.dtype),
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
+        z, second.astype(z.dtype), dims, precision=precision, preferred_element_type=preferred
     )
-
-
-def _forward(z: Array, second: Array, *options: Any) -> tuple[Array, tuple[Array, Array]]:
-    return thin_dot(z, second, *options), (z, second)
 
 
 def _backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) -> tuple[Array, Array]:
     z, second = kept
-    _, pull = jax.vjp(
-        lambda z: lax.dot_general(
-            z, second.astype(z.dtype), dims, precision=precision, preferred_element_type=preferred
-        ),
-        z,
-    )
+    _, pull = jax.vjp(lambda z: _dot(dims, precision, preferred, z, second), z)
     (_, (rank,)), (of_z, of_second) = dims
     free = tuple(n for n in range(z.ndim - 1) if n not in of_z)
     n_batch = len(of_z)
@@ -51,6 +47,3 @@ def _backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) ->
         out_sharding=keeping(second, (*of_second, *range(rank, second.ndim))),
     )
     return pull(g)[0], jnp.moveaxis(summed, range(n_batch), of_second).astype(second.dtype)
-
-
-thin_dot.defvjp(_forward, _backward)

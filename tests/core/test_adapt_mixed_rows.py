@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
@@ -53,3 +55,47 @@ def test_the_only_axis_of_its_size_is_the_batch():
 def test_a_batch_that_cannot_be_told_is_asked_for(shape):
     with pytest.raises(PeftError, match=r"w: adapters are mixed over a batch of 4 rows.*axis=0"):
         pj.adapt(product)(mixed(), jnp.ones(shape))
+
+
+def divided(spec):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(product, mesh=mesh, in_specs=(P(), spec), out_specs=spec)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])  # 2: half of the batch; 4: the batch
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_are_divided_with_the_batch_in_a_shard_map(axis, tokens):
+    x = jax.random.normal(KEY, (4, tokens, 8))
+    given = jnp.moveaxis(x, 0, axis)
+    spec = P("data") if axis == 0 else P(None, "data")
+    out = jax.jit(pj.adapt(divided(spec)))(mixed(axis), given)
+    assert_close(jnp.moveaxis(out, axis, 0), wanted(x), 1e-5)
+    if axis == 1 and tokens % 2:
+        return  # a part of a row of tokens
+    flat = given.reshape(-1, 8)
+    out = jax.jit(pj.adapt(divided(P("data"))))(mixed(axis), flat).reshape(*given.shape[:2], 6)
+    assert_close(jnp.moveaxis(out, axis, 0), wanted(x), 1e-5)
+
+
+def test_a_sequence_that_is_divided_leaves_the_rows_whole():
+    x = jax.random.normal(KEY, (4, 6, 8))
+    out = jax.jit(pj.adapt(divided(P(None, "data"))))(mixed(), x)
+    assert_close(out, wanted(x), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 8), (8, 8)])
+def test_a_divided_batch_that_cannot_be_told_is_asked_for(shape):
+    with pytest.raises(PeftError, match=r"w: adapters .* of 4 rows, and shard_map.*axis=0"):
+        pj.adapt(divided(P("data")))(mixed(), jnp.ones(shape))
+
+
+def test_a_divided_array_that_may_be_the_batch_or_not_is_an_error():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    both = jax.shard_map(
+        lambda w, x, other: x @ w + other.sum(),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=P("data"),
+    )
+    with pytest.raises(PeftError, match=r"w: .* axes of that size in several ways.* inside of it"):
+        pj.adapt(both)(mixed(0), jnp.ones((4, 3, 8)), jnp.ones((4, 5)))

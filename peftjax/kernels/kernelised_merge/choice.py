@@ -10,6 +10,9 @@ around it, so that forward and backward choose on their own, and vmap makes a lo
 `pallas`: the kernels everywhere, on a CPU the Mosaic ones interpreted; a program that XLA is to partition
 is then an error of JAX. `reference`: jnp everywhere.
 
+`jax.export` gets the reference under `auto`, for one platform or several: a stored program must run with
+later versions, and the code of a kernel promises nothing of that kind.
+
 Mesh axes of type Explicit always take the reference: they are known while tracing, and shardings are
 then part of the types.
 """

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax import compat
+from peftjax.derivatives import with_backward
 from peftjax.kernels.kernelised_merge import choice
 from peftjax.kernels.kernelised_merge.choice import Implementation
 from peftjax.kernels.kernelised_merge.map import Map, check
@@ -73,8 +74,8 @@ def sparse_update(
     float32. scalars: `[*stack]` under each name of `map.scalars`. t: `[*stack]`, from `threshold`.
 
     The gradient is that of a, b and the scalars; t and the sparsifier's factor are constants. The backward
-    pass keeps a, b, the scalars and t, and nothing with n·m elements. First derivatives in reverse mode;
-    `implementation="reference"` can be differentiated again.
+    pass keeps a, b, the scalars and t, and nothing with n·m elements. Forward mode and higher derivatives
+    are those of the reference, t and the factor being constants in them too.
 
     implementation: see `choice`; `auto` takes a kernel where the program runs on one TPU or GPU.
 
@@ -86,19 +87,15 @@ def sparse_update(
     return _sparse_update(map, implementation, *compat.varying_alike((a, b, dict(scalars), t)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sparse_update(map: Map, implementation: Implementation, *operands: Any) -> Array:
-    return choice.forward(*operands, map=map, implementation=implementation)
+    def keep(*operands: Any) -> tuple[Array, tuple]:
+        return _sparse_update(map, implementation, *operands), operands
 
-
-def _keep(map: Map, implementation: Implementation, *operands: Any) -> tuple[Array, tuple]:
-    return _sparse_update(map, implementation, *operands), operands
+    value = partial(choice.forward, map=map, implementation=implementation)
+    return with_backward(value, keep, partial(_gradients, map, implementation))(*operands)
 
 
 def _gradients(map: Map, implementation: Implementation, kept: tuple, g: Array) -> tuple:
     of_a, of_b, of_scalars = choice.backward(*kept, g, map=map, implementation=implementation)
     gradients = (of_a, of_b, of_scalars, jnp.zeros_like(kept[3]))
     return jax.tree.map(lambda gradient, primal: gradient.astype(primal.dtype), gradients, kept)
-
-
-_sparse_update.defvjp(_keep, _gradients)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from peftjax.kernels.kernelised_merge import selection, tile
 from peftjax.kernels.kernelised_merge.map import Map
@@ -13,7 +13,7 @@ from peftjax.kernels.kernelised_merge.map import Map
 def forward(a: Array, b: Array, scalars: Mapping[str, Array], t: Array, map: Map) -> Array:
     """The sparsified update, float32 `[*stack, n, m]`."""
     *_, part = _whole(a, b, scalars, map)
-    return part.dw * tile.multiplier(part.dw, _spread(t), map)
+    return part.dw * _factor(part.dw, t, map)
 
 
 def backward(
@@ -21,7 +21,7 @@ def backward(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The gradients of a, b and the scalars, float32, from g, that of the sparsified update."""
     rows, columns, spread, part = _whole(a, b, scalars, map)
-    g = g * tile.multiplier(part.dw, _spread(t), map)
+    g = g * _factor(part.dw, t, map)
     row_sum = jnp.sum(g * part.softmax, -1, keepdims=True) if map.mixed else None
     by_head, of_scalars = tile.pulled(g, part, row_sum, spread, map)
     of_rows = [tile.to_rows(h, x, y, map) for h, x, y in zip(by_head, rows, columns)]
@@ -49,6 +49,11 @@ def _whole(
         d = tile.combined(tile.measures(rows, columns, map), spread, map)
         log_sum = jax.nn.logsumexp(d / spread["gamma"], axis=-1, keepdims=True)
     return rows, columns, spread, tile.parts(rows, columns, spread, log_sum, map)
+
+
+def _factor(dw: Array, t: Array, map: Map) -> Array:
+    """The sparsifier's multiplier, a constant of every derivative."""
+    return tile.multiplier(*lax.stop_gradient((dw, _spread(t))), map)
 
 
 def _spread(value: Array) -> Array:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from peftjax.derivatives import with_backward
 from peftjax.methods.lowrank.factors import is_embedding
 from peftjax.methods.lowrank.lora import STARTS, Wrap, checked_options, low_rank
 from peftjax.methods.targets import Target, all_layers
@@ -83,22 +84,16 @@ def _with_nearest_gradient(target: Target, weight: LowRank, slots: Any) -> LowRa
     return replace(weight, b=_times_in_backward(weight.b, inverse))
 
 
-@jax.custom_vjp
 def _times_in_backward(b: Array, matrix: Array) -> Array:
-    """`b`, whose gradient is multiplied by the matrix."""
-    return b
-
-
-def _forward(b: Array, matrix: Array) -> tuple[Array, Array]:
-    return b, matrix
+    """`b`, whose gradient is multiplied by the matrix; forward mode has `b`'s own derivative."""
+    return with_backward(
+        lambda b, matrix: b, lambda b, matrix: (b, matrix), _backward, linear=lambda matrix, g: (g, None)
+    )(b, matrix)
 
 
 def _backward(matrix: Array, gradient: Array) -> tuple[Array, Array]:
     nearest = jnp.matmul(matrix, gradient.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return nearest.astype(gradient.dtype), jnp.zeros_like(matrix)
-
-
-_times_in_backward.defvjp(_forward, _backward)
 
 
 METHOD = MethodInfo(

@@ -5,7 +5,8 @@ going back is exact. Sums and combinations are exact too: the factors are put si
 
     Σ_i w_i s_i a_iᵀ b_i  =  [a_1; a_2; ...]ᵀ [w_1 s_1 b_1; w_2 s_2 b_2; ...]
 
-and a smaller rank is the best one, from the singular values of that product (found from the factors).
+and a smaller rank is the best one, from the singular values of that product (found from the factors). A
+larger rank adds directions in which the product is zero and which can learn (`grow`).
 Rows that are trained (PaCA) are such a product too; trained entries (SHiRA, SaRA) can be summed.
 """
 
@@ -18,13 +19,17 @@ from jax import Array
 
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
+from peftjax.methods.multi.grow import adapted, default_key, grown, revived
+from peftjax.methods.targets import Target
 from peftjax.transform import Frozen, Params, Trainable, Transform
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.per_row import PerRow
 from peftjax.weights.rows import TrainedRows
+from peftjax.weights.scaled import ScaledColumns
 from peftjax.weights.sparse_entries import SparseEntries
 
 Adapter = tuple[Transform, Frozen, Trainable]
@@ -79,56 +84,99 @@ def mix(adapters: Sequence[Adapter], rows: Array, *, axis: int | None = None) ->
 
 
 def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, rank: int | None = None
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    rank: int | None = None,
+    key: Array | None = None,
 ) -> tuple[Transform, Trainable]:
-    """One LoRA adapter equal to the weighted sum of several: `(method, trainable)`.
+    """One LoRA adapter equal to the weighted sum of several, or to one: `(method, trainable)`.
 
     Args:
         adapters: `(method, frozen, trainable)` each, on the same base parameters.
         weights: one factor each; all 1 by default.
-        rank: None keeps the sum exact (the ranks add up, to at most that of the matrix); a number keeps
-            the best approximation of that rank, singular values of the sum being `√σ` on both factors.
+        rank: None keeps the sum exact (the ranks add up, to at most that of the matrix). A smaller number
+            than that of the sum keeps the best approximation of that rank, singular values being `√σ` on both
+            factors. A larger one (of each weight, to at most that of its matrix) is exact too: the factors
+            stay, and directions are added that start as those of a fresh LoRA do. This is how the rank grows
+            in the middle of training, that of a single DoRA too.
+        key: of the directions that start afresh; without one `jax.random.key(0)`, so that they are the same
+            whenever it is called.
 
     Returns:
-        A `lora` transform with scale 1 on exactly the adapted weights, and its trainable.
+        A `lora` transform (`dora` for one of it) with scale 1 on exactly the adapted weights, and its
+        trainable. Each direction of it can learn: one whose product is zero has one random factor.
 
     Raises:
         PeftError: as `add`; or when the rank is not positive.
     """
     if rank is not None and rank < 1:
         raise PeftError(f"combine: rank must be positive, got {rank}")
-    for adapter in adapters:
-        _added_leaves(*adapter, (LowRank,))
-    params = add(adapters, weights)
-    leaves = {path: leaf for path, leaf in tree.named_leaves(params).items() if isinstance(leaf, LowRank)}
+    key = default_key() if key is None else key
+    scaled = {} if rank is None else _one_dora(adapters, weights, rank)
+    if scaled:
+        leaves = {path: _sum_of([(leaf.base, 1.0)]) for path, leaf in scaled.items()}
+    else:
+        for adapter in adapters:
+            _added_leaves(*adapter, (LowRank,))
+        params = tree.named_leaves(add(adapters, weights))
+        leaves = {path: leaf for path, leaf in params.items() if isinstance(leaf, LowRank)}
     factors = {}
     for path, leaf in leaves.items():
-        full = min(leaf.layout.matrix)  # a product has no higher rank, however many ranks add up
-        if rank is None and leaf.a.shape[-2] <= full:
+        own, full = leaf.a.shape[-2], min(leaf.layout.matrix)  # a product has no higher rank than `full`
+        wanted = min(own if rank is None else rank, full)
+        if wanted > own:
+            factors[path] = grown(leaf.a, leaf.b, wanted, key, leaf.layout)
+        elif rank is None and own <= full:
             factors[path] = (leaf.a, leaf.b)
         else:
-            factors[path] = _truncated(leaf.a, leaf.b, full if rank is None else rank)
-    return as_lora(factors, {path: leaf.layout for path, leaf in leaves.items()})
+            factors[path] = _truncated(leaf.a, leaf.b, wanted, key, leaf.layout)
+    layouts = {path: leaf.layout for path, leaf in leaves.items()}
+    return as_lora(factors, layouts, {path: leaf.magnitude for path, leaf in scaled.items()})
 
 
 def as_lora(
-    factors: Mapping[str, tuple[Array, Array]], layouts: Mapping[str, Layout]
+    factors: Mapping[str, tuple[Array, Array]],
+    layouts: Mapping[str, Layout],
+    magnitudes: Mapping[str, Array] | None = None,
 ) -> tuple[Transform, Trainable]:
     """A `lora` transform with scale 1 on exactly these weights, and its trainable.
 
     Args:
         factors: `a [*stack, r, in]` and `b [*stack, r, out]` by path; ranks may differ.
         layouts: of the same weights.
+        magnitudes: `[*stack, out]` of the same weights, which make it `dora`.
     """
     ranks = {f"^{re.escape(path)}": a.shape[-2] for path, (a, _) in factors.items()}
-    method = lora(
+    method = (dora if magnitudes else lora)(
         rank=max(ranks.values()),
         targets="|".join(re.escape(path) for path in factors),
         rank_pattern=ranks,
         alpha_pattern={name: float(r) for name, r in ranks.items()},
         layouts={f"^{re.escape(path)}": layouts[path].letters for path in factors},
     )
-    return method, {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
+    trainable = {path: {"a": a, "b": b} for path, (a, b) in factors.items()}
+    for path, magnitude in (magnitudes or {}).items():
+        trainable[path]["magnitude"] = magnitude
+    return method, trainable
+
+
+def _one_dora(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, rank: int
+) -> dict[str, ScaledColumns]:
+    """The weights of a single DoRA on whole stacks, of at most this rank; empty for anything else."""
+    if len(adapters) != 1 or list(weights or [1.0]) != [1.0]:
+        return {}
+    ((method, frozen, trainable),) = adapters
+    bases = tree.named_leaves(frozen.params)
+    leaves = tree.named_leaves(method.apply(frozen, trainable))
+    changed = {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
+    grows = all(
+        isinstance(leaf, ScaledColumns) and leaf.base.base is bases[path] and leaf.base.a.shape[-2] <= rank
+        for path, leaf in changed.items()
+    )
+    whole = all(isinstance(target, Target) and target.layers is None for target in frozen.plan)
+    return changed if grows and whole else {}
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
@@ -210,13 +258,12 @@ def _padded(leaf: LowRank | None, like: LowRank, rank: int) -> tuple[Array, Arra
     return jnp.pad(leaf.a, missing), jnp.pad(leaf.scale * leaf.b, missing)
 
 
-def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """Factors of rank at most `rank` closest to `aᵀb`, from the SVD of its `R x R` core."""
+def _truncated(a: Array, b: Array, rank: int, key: Array, layout: Layout) -> tuple[Array, Array]:
+    """Factors of this rank closest to `aᵀb`, from the SVD of its `R x R` core."""
     q_a, r_a = jnp.linalg.qr(a.swapaxes(-1, -2))
     q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
     u, sizes, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
-    kept = min(rank, sizes.shape[-1])
-    root = jnp.sqrt(sizes[..., :kept])[..., None]
-    left = (q_a @ u[..., :kept]).swapaxes(-1, -2)
-    right = (q_b @ vt[..., :kept, :].swapaxes(-1, -2)).swapaxes(-1, -2)
-    return root * left, root * right
+    root = jnp.sqrt(sizes[..., :rank])[..., None]
+    left = (q_a @ u[..., :rank]).swapaxes(-1, -2)
+    right = (q_b @ vt[..., :rank, :].swapaxes(-1, -2)).swapaxes(-1, -2)
+    return revived((root * left, root * right), sizes[..., :rank], adapted(a, b), key, layout)

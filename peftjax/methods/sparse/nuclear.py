@@ -6,21 +6,22 @@ R = λ Σ_i σ_i(P),  P the matrix of the trained entries and zeros,  P = U Σ V
 from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.derivatives import with_backward
 from peftjax.weights.layout import Layout
 
 Polar = Literal["newton_schulz", "svd"]
 _ITERATIONS = 12
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def penalised(
     strength: float, polar: Polar, layout: Layout, values: Array, keep: Array, rows: Array, columns: Array
 ) -> Array:
     """`values [*stack, K]`; backward adds the gradient of the penalty to theirs.
+
+    Forward mode has the values alone, of which the penalty is no part; along a gradient it has both.
 
     Args:
         strength: λ.
@@ -32,13 +33,17 @@ def penalised(
         rows: of the entries.
         columns: of the entries.
     """
-    return values
 
+    def unchanged(values: Array, *places: Array) -> Array:
+        return values
 
-def _forward(
-    strength: float, polar: Polar, layout: Layout, *arrays: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    return arrays[0], arrays
+    # The values that leave are plain: a derivative of a gradient does not add the penalty a second time.
+    return with_backward(
+        unchanged,
+        lambda *arrays: (arrays[0], arrays),
+        partial(_backward, strength, polar, layout),
+        linear=lambda kept, g: (g, None, None, None),
+    )(values, keep, rows, columns)
 
 
 def _backward(strength: float, polar: Polar, layout: Layout, kept: tuple, g: Array) -> tuple:
@@ -52,9 +57,6 @@ def _backward(strength: float, polar: Polar, layout: Layout, kept: tuple, g: Arr
 
     parts = tuple(part.reshape(-1, part.shape[-1]) for part in kept)
     return g + strength * lax.map(of_matrix, parts).reshape(g.shape), None, None, None
-
-
-penalised.defvjp(_forward, _backward)
 
 
 def exact_polar_factor(matrix: Array) -> Array:

@@ -1,0 +1,135 @@
+"""A weight times one number for each input or each output: a norm's gain, a normalised weight, a scale."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
+from peftjax.weights.base import (
+    Weight,
+    canonical,
+    cast,
+    contract,
+    dense,
+    lazily_merged,
+    logical,
+    static,
+    structured,
+)
+from peftjax.weights.layout import Layout, Side
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+
+
+@structured
+class Diagonal(Weight):
+    """`w = base`, its inputs times `by_input [*stack, in]` and its outputs times `by_output [*stack, out]`.
+
+    A product scales x, or the result. What no scaling of these equals is merged in the layer.
+    """
+
+    base: Any = logical()
+    layout: Layout = static()
+    by_input: Array | None = canonical("i", default=None)
+    by_output: Array | None = canonical("o", default=None)
+
+    def dense(self) -> Array:
+        """The product, in the base's dtype."""
+        w = dense(self.base)
+        for side in ("i", "o"):
+            if (factor := self.factor(side)) is not None:
+                w = w * side_to_logical(factor, self.layout, side)
+        return w.astype(self.dtype)
+
+    def factor(self, side: Side) -> Array | None:
+        """The numbers of one side."""
+        return self.by_input if side == "i" else self.by_output
+
+    def supports(self, rule: Rule) -> bool:
+        """Whatever the base supports."""
+        return not isinstance(self.base, Weight) or self.base.supports(rule)
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """The base's product with x scaled, the result scaled."""
+        side = side_of(self.layout, rule.w_contract)
+        every_matrix = set(self.layout.positions("s")) <= set(rule.w_batch)
+        if side is None or (self.factor(side) is not None and not every_matrix):
+            return lazily_merged(rule, x, self)
+        if (entering := self.factor(side)) is not None:
+            x = scaled_input(x, entering, rule, self.layout, side)
+        y = contract(x, self.base, rule)
+        other: Side = "o" if side == "i" else "i"
+        leaving = self.factor(other)
+        return y if leaving is None else scaled_result(y, leaving, rule, self.layout, other)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """The base's rows, scaled."""
+        if self.layout.stack:
+            return lazily_merged(rule, indices, self)
+        rows = contract(indices, self.base, rule)
+        for side in ("i", "o"):
+            if (factor := self.factor(side)) is None:
+                continue
+            factor = side_to_logical(factor, self.layout, side)
+            looked_up = rule.axis in self.layout.positions(side)
+            rows = rescaled(
+                rows, contract(indices, factor, rule) if looked_up else lax.squeeze(factor, (rule.axis,))
+            )
+        return rows
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """The base's convolution, its channels scaled."""
+        if self.by_input is not None or self.layout.positions("o") != (rule.dimension_numbers.rhs_spec[0],):
+            return lazily_merged(rule, x, self)
+        shape = [1] * x.ndim
+        shape[rule.dimension_numbers.out_spec[1]] = -1
+        return rescaled(contract(x, self.base, rule), self.by_output.reshape(shape))
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """The base's ragged product, each row scaled by its expert's numbers."""
+        if self.by_input is not None:
+            x = rescaled(x, _of_rows(self.by_input, x, rule))
+        y = contract(x, self.base, rule)
+        return y if self.by_output is None else rescaled(y, _of_rows(self.by_output, x, rule))
+
+    def cast(self, dtype: Any) -> "Diagonal":
+        """The base in another dtype; the numbers stay as exact as they are."""
+        return replace(self, base=cast(self.base, dtype))
+
+
+def scaled_input(x: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
+    """X times one number `[*stack, n]` for each member of the side that it meets; its matrices lie in x."""
+    numbers = side_to_logical(numbers, layout, side)
+    met, axes = (*rule.w_batch, *rule.w_contract), (*rule.x_batch, *rule.x_contract)
+    rest = [p for p in range(numbers.ndim) if p not in met]
+    numbers = lax.transpose(lax.squeeze(numbers, rest), [sorted(met).index(p) for p in met])
+    numbers = lax.transpose(numbers, sorted(range(len(axes)), key=lambda n: axes[n]))
+    shape = [1] * x.ndim
+    for axis, size in zip(sorted(axes), numbers.shape):
+        shape[axis] = size
+    return rescaled(x, numbers.reshape(shape))
+
+
+def scaled_result(y: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
+    """A product's result times one number `[*stack, n]` for each member of the side that x did not meet."""
+    numbers = side_to_logical(numbers, layout, side)
+    left = [p for p in range(numbers.ndim) if p not in {*rule.w_contract, *rule.w_batch}]
+    shape = [1] * y.ndim
+    for axis, p in zip(outputs_in_result(rule, layout, y.ndim), left):
+        shape[axis] = numbers.shape[p]
+    for axis, p in enumerate(rule.w_batch):
+        shape[axis] = numbers.shape[p]
+    numbers = lax.transpose(numbers, (*rule.w_batch, *left, *rule.w_contract))
+    return rescaled(y, numbers.reshape(shape))
+
+
+@jax.checkpoint
+def rescaled(y: Array, gain: Array) -> Array:
+    """`y · gain` in the dtype of y."""
+    # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
+    return (y * gain).astype(y.dtype)
+
+
+def _of_rows(numbers: Array, x: Array, rule: RaggedDot) -> Array:
+    return numbers.repeat(rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
