@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -168,7 +169,12 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; bad input is one sentence on standard error and exit code 2."""
+    """Run one command; bad input is one sentence on standard error and exit code 2.
+
+    Args:
+        arguments: without the program's name; by default the process's own, which an interrupt then ends.
+    """
+    of_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_path=False)
@@ -185,7 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(f"{where}{error.strerror or error}")
     except KeyboardInterrupt as error:
         _say_interrupted(command, console)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        if of_process:
+            _end_at_once(code)
+        sys.exit(code)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End the process without the interpreter's clean-up, which can crash under a step that still runs."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _refuse(sentence: str) -> NoReturn:
