@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.addFilter(_without_traceback)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     command = None
     try:
@@ -205,8 +206,15 @@ def _end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What a library logs of an exception that it raises too: its line alone, and of an interrupt nothing."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    record.exc_info = record.exc_text = None
+    return not isinstance(error, KeyboardInterrupt)
+
+
 def _refuse(sentence: str) -> NoReturn:
-    print(f"peftjax: {' '.join(sentence.splitlines())}", file=sys.stderr)
+    print(f"peftjax: {' '.join(str(PeftError(sentence)).splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
