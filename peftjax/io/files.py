@@ -88,7 +88,7 @@ def require_file(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except OSError:
+    except (OSError, ValueError):  # of a zero byte
         return  # reading it says why
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise PeftError(f"cannot read {path}: it is a pipe or a device and no file")

@@ -17,6 +17,7 @@ from mutations import damaged_bytes, damaged_json, damaged_lines, damaged_tensor
 
 import peftjax as pj
 from peftjax.cli import _parse
+from peftjax.errors import PeftError
 from peftjax.io.adapter import load_adapter, save_adapter
 from peftjax.io.peft.config import read_config
 from peftjax.io.safetensors import describe_tensors, find_tensors, read_tensors, write_tensors
@@ -190,6 +191,14 @@ def test_a_damaged_file_is_read_or_refused(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
     check_accidents(kind, tmp_path)
+
+
+def test_a_zero_byte_in_the_name_of_a_shard_is_refused(tmp_path):
+    shards(tmp_path)
+    index = {"weight_map": {"a": "x\0.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PeftError, match="is not a complete safetensors file"):
+        read_shards(tmp_path)
 
 
 @pytest.mark.slow
