@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = None
     try:
         command = _parse(arguments)
-        with ends_within(lambda: _say_interrupted(command, console)):
+        with ends_within(lambda: _say_interrupted(command, console)), _without_late_ends():
             _RUN[type(command)](command, console)
     except PeftError as error:
         _refuse(str(error))
@@ -211,6 +211,23 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     record.exc_info = record.exc_text = None
     return not isinstance(error, KeyboardInterrupt)
+
+
+@contextlib.contextmanager
+def _without_late_ends() -> Iterator[None]:
+    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
+    hook = sys.unraisablehook
+
+    def heard(raised: Any) -> None:
+        error = raised.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(raised)
+
+    sys.unraisablehook = heard
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _refuse(sentence: str) -> NoReturn:
