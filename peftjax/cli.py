@@ -4,10 +4,11 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -168,15 +169,21 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; bad input is one sentence on standard error and exit code 2."""
+    """Run one command; bad input is one sentence on standard error and exit code 2.
+
+    Args:
+        arguments: without the program's name; by default the process's own, which an interrupt then ends.
+    """
+    of_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.addFilter(_without_traceback)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     command = None
     try:
         command = _parse(arguments)
-        with ends_within(lambda: _say_interrupted(command, console)):
+        with ends_within(lambda: _say_interrupted(command, console)), _without_late_ends():
             _RUN[type(command)](command, console)
     except PeftError as error:
         _refuse(str(error))
@@ -185,11 +192,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(f"{where}{error.strerror or error}")
     except KeyboardInterrupt as error:
         _say_interrupted(command, console)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        if of_process:
+            _end_at_once(code)
+        sys.exit(code)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End the process without the interpreter's clean-up, which can crash under a step that still runs."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What a library logs of an exception that it raises too: its line alone, and of an interrupt nothing."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    record.exc_info = record.exc_text = None
+    return not isinstance(error, KeyboardInterrupt)
+
+
+@contextlib.contextmanager
+def _without_late_ends() -> Iterator[None]:
+    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
+    hook = sys.unraisablehook
+
+    def heard(raised: Any) -> None:
+        error = raised.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(raised)
+
+    sys.unraisablehook = heard
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _refuse(sentence: str) -> NoReturn:
-    print(f"peftjax: {' '.join(sentence.splitlines())}", file=sys.stderr)
+    print(f"peftjax: {' '.join(str(PeftError(sentence)).splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -69,7 +69,6 @@ def save_adapter(
         info: JSON values to keep beside it, e.g. label names.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{part}/{name}": np.asarray(leaf)
         for part, values in (("trainable", trainable), ("state", frozen.state))

@@ -100,11 +100,12 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
     )
     set_unreadable_aside(directory)
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAY_ITEMS}
-    manager = ocp.CheckpointManager(
-        directory,
-        options=options,
-        item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
-    )
+    with _writing(directory), _opening(directory):
+        manager = ocp.CheckpointManager(
+            directory,
+            options=options,
+            item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
+        )
     try:
         yield manager
     finally:
@@ -273,6 +274,19 @@ def _restore(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> dic
         **{name: found[name] for name in wanted},
         "run": {f.name: getattr(run, f.name) for f in fields(run)},
     }
+
+
+@contextmanager
+def _opening(directory: Path) -> Iterator[None]:
+    """Orbax reads small files of all checkpoints when it starts, and may ask more of them than we know."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise PeftError(
+            f"the checkpoints in {directory} cannot be opened: {what}; move that folder away to train from "
+            "the start"
+        ) from error
 
 
 @contextmanager

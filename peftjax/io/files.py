@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,16 +18,48 @@ from peftjax.errors import PeftError
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Give a temporary name beside each of `paths`; move them all into place if the body succeeds.
 
-    The files that were there stay untouched when the body raises.
+    Their folders are made where absent. The files that were there stay untouched when the body raises.
+
+    Raises:
+        PeftError: they cannot be written.
     """
     temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths)
     try:
-        yield temporaries
-        for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
+        with writing(paths[0]):
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporaries
+            for temporary, path in zip(temporaries, paths):
+                os.replace(temporary, path)
     finally:
         for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it says nothing that the error before has not said
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the operating system refuses in the body is one sentence about `path`, a file or a folder.
+
+    Raises:
+        PeftError: the disk or a quota is full, the folder read-only, a name too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _Unwritten(path, error.strerror or str(error)) from error
+    except _Unwritten as error:  # of a temporary name: the caller knows the one that was meant
+        raise _Unwritten(path, error.reason) from error
+
+
+class _Unwritten(PeftError):
+    """A file or a folder cannot be written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"cannot write {path}: {reason}; make room, allow writing there, or choose another folder"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -35,6 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         PeftError: when the file is absent or holds no JSON object.
     """
+    require_file(file)
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -44,6 +78,20 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise PeftError(f"{file} holds no JSON object")
     return values
+
+
+def require_file(path: Path) -> None:
+    """Refuse a pipe or a device, which could be read for ever.
+
+    Raises:
+        PeftError: there is something of that name that is neither a file nor a folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # of a zero byte
+        return  # reading it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise PeftError(f"cannot read {path}: it is a pipe or a device and no file")
 
 
 def parse_json(text: str) -> Any:

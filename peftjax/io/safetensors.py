@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peftjax.errors import PeftError
-from peftjax.io.files import read_as, replacing
+from peftjax.io.files import read_as, replacing, require_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -205,6 +205,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
+    require_file(file)
     try:
         handle = safe_open(file, framework="np")
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:

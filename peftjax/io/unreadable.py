@@ -2,19 +2,33 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from peftjax.errors import PeftError
 from peftjax.io.checksums import damage
-from peftjax.io.files import read_json
+from peftjax.io.files import read_as
 
 COMPLETE = "_CHECKPOINT_METADATA"  # Orbax writes it into a folder it has finished
 _MISSING = f"{COMPLETE} is missing"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """What Orbax checks when it reads `_CHECKPOINT_METADATA` again, which no checksum covers."""
+
+    item_handlers: dict[str, str] | str | None = None
+    metrics: dict[str, Any] | None = None
+    performance_metrics: dict[str, float | None] | None = None
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] | None = None
 
 
 class Unreadable(PeftError):
@@ -57,7 +71,7 @@ def what_is_wrong(folder: Path, *, all_bytes: bool = True) -> str | None:
     if not (folder / COMPLETE).exists():
         return _MISSING
     try:
-        read_json(folder / COMPLETE)
+        read_as(_Marker, folder / COMPLETE)
     except PeftError as error:
         return str(error)
     return damage(folder, all_bytes=all_bytes)

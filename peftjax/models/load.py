@@ -209,7 +209,6 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         "architectures": [family.heads[model.head_name].architecture],
     }
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights_file, to_hf(params, family.table(model)), {"format": "pt"})

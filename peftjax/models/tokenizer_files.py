@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from peftjax.errors import PeftError
-from peftjax.io.files import checked, read_as, read_json
+from peftjax.io.files import checked, read_as, read_json, require_file
 
 SETTINGS_FILE = "tokenizer_config.json"
 OLD_SETTINGS_FILE = "special_tokens_map.json"
@@ -209,6 +209,7 @@ def _chat_templates(given: str | list[NamedTemplate] | dict[str, str] | None, fo
 
 
 def _text(file: Path) -> str:
+    require_file(file)
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

@@ -42,7 +42,6 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
                     "run; choose another output folder"
                 )
         return
-    directory.mkdir(parents=True, exist_ok=True)
     with replacing(path) as (temporary,):
         temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftjax.errors import PeftError
-from peftjax.io.files import checked, parse_json, replacing
+from peftjax.io.files import checked, parse_json, replacing, require_file, writing
+from peftjax.train.tensorboard import open_board
 
 Values = Mapping[str, float | int | None]
 Write = Callable[[int, Values], None]
@@ -22,31 +23,31 @@ def open_metrics(directory: Path | None, step: int, *, tensorboard: bool) -> Ite
 
     Lines of later steps are removed first: they come from before an interruption, and the same
     steps are about to be repeated. `tensorboard` events go to the folder `tensorboard`.
+
+    Raises:
+        PeftError: a line cannot be written, or an old one is damaged.
     """
     if directory is None:
         yield lambda step, values: None
         return
     path = directory / FILE
     cut(path, step)
-    board = None
-    if tensorboard:
-        from tensorboardX import SummaryWriter
-
-        board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-    with path.open("a", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        board = stack.enter_context(open_board(directory / "tensorboard", step)) if tensorboard else None
+        with writing(path):
+            # Without a buffer, which would be written once more, and fail again, when the file is closed.
+            file = stack.enter_context(path.open("ab", buffering=0))
 
         def write(step: int, values: Values) -> None:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-            file.flush()
+            line = (json.dumps({"step": step, **values}) + "\n").encode()
+            with writing(path):
+                while line:
+                    line = line[file.write(line) :]
             for name, value in values.items():
                 if board is not None and value is not None:
-                    board.add_scalar(name, value, step)
+                    board(name, value, step)
 
-        try:
-            yield write
-        finally:
-            if board is not None:
-                board.close()
+        yield write
 
 
 def cut(path: Path, step: int) -> None:
@@ -57,6 +58,7 @@ def cut(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
+    require_file(path)
     with (
         _named(path),
         replacing(path) as (kept,),
@@ -81,6 +83,7 @@ def read_metrics(path: Path) -> list[Line]:
     Raises:
         PeftError: it cannot be read, or a line of it is damaged.
     """
+    require_file(path)
     with _named(path), path.open(encoding="utf-8") as file:
         return [line for _, line in _lines(path, file)]
 
@@ -105,3 +108,5 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise PeftError(f"{path} is damaged: {error}; remove the file") from error
+    except OSError as error:
+        raise PeftError(f"cannot read {path}: {error.strerror}") from error

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from peftjax.errors import PeftError
+from peftjax.io.files import require_file
 
 _LARGEST = 2**20  # bytes
 Scalar = str | bool | int | float | None
@@ -39,6 +40,7 @@ def read_options(file: Path) -> dict[str, Scalar | list[Scalar]]:
     Raises:
         PeftError: the file cannot be read or is no mapping of names to such values.
     """
+    require_file(file)
     try:
         if file.stat().st_size > _LARGEST:
             raise PeftError(f"the options file {file} is larger than {_LARGEST:,} bytes")

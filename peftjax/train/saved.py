@@ -11,6 +11,7 @@ import numpy as np
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_parameters
+from peftjax.io.files import replacing
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save, stored_dtypes
@@ -120,7 +121,8 @@ def merge_saved(adapter: Path, output: Path, *, model: str | None = None) -> Pat
     save(output, tuned.model, _rounded(merged, stored_dtypes(tuned.folder, tuned.model)))
     for name in _BESIDE_THE_WEIGHTS:
         if (tuned.folder / name).is_file():
-            shutil.copyfile(tuned.folder / name, output / name)
+            with replacing(output / name) as (temporary,):
+                shutil.copyfile(tuned.folder / name, temporary)
     return output
 
 

@@ -1,16 +1,20 @@
 """Each command as a user runs it: what it leaves, what it prints, what it refuses."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from checkpoints import no_file_larger_than
 from command import refused, run
 from support import assert_close
 
 import peftjax as pj
+from peftjax import cli
 from peftjax.cli import COMMANDS, main
+from peftjax.errors import PeftError
 from peftjax.models.load import load
 from peftjax.train.saved import open_tuned
 
@@ -333,3 +337,35 @@ def test_the_adapter_applies_in_ones_own_code(trained):
     batch = {"input_ids": jnp.array([[2, 4, 5, 3], [2, 12, 13, 3]])}
     logits = jax.jit(lambda t, f: pj.adapt(tuned.model)(method.apply(f, t), batch))(trainable, frozen)
     assert [tuned.adapter.info["labels"][n] for n in logits.argmax(-1)] == ["good", "bad"]
+
+
+def test_a_train_whose_disk_is_full_prints_no_traceback(trained, tmp_path, capsys):
+    _, command = trained
+    given = [*command, "--no-probe", "--steps", "4", "--save-every", "2", "--output", tmp_path / "run"]
+    with no_file_larger_than(2000), pytest.raises(SystemExit) as ended:
+        main([str(part) for part in given])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "cannot write a checkpoint to" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_what_a_library_logs_of_an_exception_has_no_traceback_and_of_an_interrupt_nothing(
+    monkeypatch, capsys
+):
+    def methods(command, console):
+        for error in (KeyboardInterrupt(), ValueError("x")):
+            try:
+                raise error
+            except BaseException:
+                logging.getLogger("orbax").exception("it failed with %r", error)
+        raise PeftError("the disk is full")
+
+    monkeypatch.setitem(cli._RUN, cli.Methods, methods)
+    assert refused(capsys, "methods") == "peftjax: the disk is full"
+    with pytest.raises(SystemExit):
+        main(["methods"])
+    said = capsys.readouterr().err
+    assert "it failed with ValueError('x')" in said
+    assert "KeyboardInterrupt" not in said
+    assert "Traceback" not in said

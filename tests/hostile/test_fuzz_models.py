@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 import tokenizers
-from kinds import Kind, check
+from kinds import Kind, check, check_accidents
 from mutations import damaged_json
 
 from peftjax.models.load import read_family
@@ -121,6 +121,11 @@ KINDS |= {file: Kind(file, tokenizer, damaged_json, read_tokenizer) for file in 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     check(KINDS[name], CASES // len(KINDS) + 1, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", *TOKENIZERS])
+def test_what_is_no_file_is_refused_at_once(name, tmp_path):
+    check_accidents(KINDS[name], tmp_path)
 
 
 @pytest.mark.slow

@@ -1,14 +1,12 @@
 import errno
 import os
-import resource
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import opened, state
+from checkpoints import no_file_larger_than, opened, state
 
 from peftjax.errors import PeftError
 from peftjax.io import checkpoint
@@ -26,17 +24,6 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(jax.random.bits(found.key), jax.random.bits(saved.key))
     for part in ("trainable", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(found, part), getattr(saved, part))
-
-
-@contextmanager
-def no_file_larger_than(size):
-    """As on a full disk, the operating system refuses to write on."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def large(step):

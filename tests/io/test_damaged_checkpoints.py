@@ -49,6 +49,9 @@ DAMAGES = {
     "scores damaged": lambda folder: (folder / "metrics" / "metrics").write_text('{"score": '),
     "checksums damaged": lambda folder: cut(folder / "checksums.json"),
     "marker emptied": lambda folder: (folder / "_CHECKPOINT_METADATA").write_bytes(b""),
+    "marker of another type": lambda folder: (folder / "_CHECKPOINT_METADATA").write_text(
+        '{"custom_metadata": "a"}'
+    ),
     "marker deleted": lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
 }
 

@@ -1,6 +1,7 @@
 """JSON files are checked against a schema when they are read; errors name the file and the field."""
 
 import dataclasses
+import os
 from typing import Annotated
 
 import msgspec
@@ -44,3 +45,17 @@ def test_an_object_becomes_its_schema_and_unknown_fields_are_left(tmp_path):
     file.write_text('{"rank": 3, "scale": 2, "other": 1}')
     assert read_as(Options, file) == Options(rank=3, scale=2.0)
     assert read_json(file)["other"] == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "options.json")
+    with pytest.raises(PeftError, match=r"options.json: it is a pipe or a device"):
+        read_json(tmp_path / "options.json")
+
+
+def test_an_error_that_shows_a_long_value_is_cut_in_the_middle():
+    text = str(PeftError(f"rank is {'9' * 50_000}, but has to be at most 3"))
+    assert len(text) < 2000
+    assert text.startswith("rank is 999")
+    assert text.endswith("999, but has to be at most 3")
+    assert str(PeftError("short")) == "short"

@@ -5,6 +5,7 @@ import pytest
 
 from peftjax.errors import PeftError
 from peftjax.train.data.files import file_dataset, read_rows
+from peftjax.train.data.language.corpus import read_corpus
 
 
 def write(path, text):
@@ -155,3 +156,17 @@ def test_rows_without_a_label_are_named_and_minus_one_may_be_the_opposite_of_one
         file_dataset(train, unlabelled)
     signs = write(tmp_path / "signs.csv", "text,label\nx,-1\ny,1\n")
     assert file_dataset(signs, signs).label_names == ("-1", "1")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_a_zero_byte_in_a_table_is_named_with_its_line(name, tmp_path):
+    mark = "," if name == "rows.csv" else "\t"
+    (tmp_path / name).write_text(f"text{mark}label\na{mark}b\nc\0{mark}d\n")
+    with pytest.raises(PeftError, match=rf"{name}, line 3 has a zero byte"):
+        file_dataset(tmp_path / name)
+
+
+def test_utf_16_without_a_mark_is_no_running_text(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat", encoding="utf-16-le")
+    with pytest.raises(PeftError, match="zero byte"):
+        read_corpus(tmp_path / "text.txt")

@@ -50,3 +50,20 @@ def test_what_is_saved_counts_finished_checkpoints_only(tmp_path):
     for name in ("4", "10"):
         (tmp_path / "checkpoints" / name / "_CHECKPOINT_METADATA").write_text("{}")
     assert "step 10 is saved in" in what_is_saved(tmp_path)
+
+
+# The clean-up that is left out ends the process with SIGABRT here; in earnest it crashed under a step.
+CRASHES_AT_EXIT = """
+import atexit, os, signal, sys
+from peftjax import cli
+atexit.register(os.abort)
+cli._RUN[cli.Methods] = lambda command, console: signal.raise_signal(signal.SIGTERM)
+sys.argv = ["peftjax", "methods"]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_does_not_clean_up():
+    ended = subprocess.run([sys.executable, "-c", CRASHES_AT_EXIT], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "peftjax: interrupted\n")

@@ -150,7 +150,6 @@ def export_peft(
         "use_rslora": rslora,
     }
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS, folder / CONFIG) as (tensor_file, config_file):
         text = json.dumps(_told(values), indent=2, sort_keys=True)
         config_file.write_text(text + "\n", encoding="utf-8")

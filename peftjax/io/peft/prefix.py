@@ -72,7 +72,6 @@ def export_prefix(
         "task_type": "CAUSAL_LM",
         "token_dim": width,
     }
-    path.mkdir(parents=True, exist_ok=True)
     with replacing(path / TENSORS, path / CONFIG) as (tensor_file, config_file):
         config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(tensor_file, {NAME: np.asarray(both.reshape(length, -1))}, {"format": "pt"})

@@ -5,7 +5,7 @@ CSV is read with its quotes, TSV without any (a quote is a character of the text
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from peftjax.errors import PeftError
@@ -155,9 +155,25 @@ def _json(path: Path) -> Rows:
         yield number, row
 
 
+def refuse_zero(text: str, place: object) -> None:
+    """Refuse text with a zero byte: UTF-16, or a piece that was never written; each would pass for UTF-8.
+
+    Raises:
+        PeftError: the text has one.
+    """
+    if "\0" in text:
+        raise PeftError(f"{place} has a zero byte: it is damaged, or not UTF-8 text")
+
+
+def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        refuse_zero(line, f"{path}, line {number}")
+        yield line
+
+
 def _csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(file, path), strict=True)
         try:
             header = _next_record(reader) or []
             cols.check_header(header, path)
@@ -179,9 +195,10 @@ def _next_record(reader: Iterator[list[str]]) -> list[str] | None:
 
 def _tsv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        header = next(file, "").rstrip("\r\n").split("\t")
+        lines = _lines(file, path)
+        header = next(lines, "").rstrip("\r\n").split("\t")
         cols.check_header(header, path)
-        for number, line in enumerate(file, start=2):
+        for number, line in enumerate(lines, start=2):
             if fields := line.rstrip("\r\n"):
                 yield number, _named(header, fields.split("\t"), f"{path}, line {number}")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from peftjax.errors import PeftError
+from peftjax.io.files import require_file
 from peftjax.models.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES, pick_column, shown, warn_of_unused
-from peftjax.train.data.files import HELD_OUT_SHARE, all_rows
+from peftjax.train.data.files import HELD_OUT_SHARE, all_rows, refuse_zero
 from peftjax.train.data.language.completions import end_of_text
 from peftjax.train.data.language.example import Example
 
@@ -60,12 +61,15 @@ def tokenise_corpus(documents: Sequence[str], tokenizer: Tokenizer) -> list[Exam
 
 
 def _plain_text(path: Path) -> str:
+    require_file(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PeftError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PeftError(f"{path} is not UTF-8 text ({error.reason})") from None
+    refuse_zero(text, path)
+    return text
 
 
 def _column(path: Path, text_column: str | None) -> list[str]:
