@@ -56,6 +56,8 @@ class GenerateOptions:
     """The decoder's Hugging Face folder; by default the one that the adapter was trained on."""
     adapter: Path | None = None
     """The folder of an adapter trained on it; it runs unmerged."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
     prompt: str | None = None
     """The text to continue, or with --chat what the user says."""
     prompts: Path | None = None
@@ -148,8 +150,15 @@ def _folder(options: GenerateOptions) -> Path:
 
 
 def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
-    size = None if options.adapter is None else read_noted(options.adapter).vocab_size
-    model, params = load(folder, head=HEAD, vocab_size=size, dtype=options.dtype, param_dtype=options.dtype)
+    noted = Noted() if options.adapter is None else read_noted(options.adapter)
+    model, params = load(
+        folder,
+        head=HEAD,
+        vocab_size=noted.vocab_size,
+        untie=options.untie or noted.untied,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+    )
     if options.adapter is None:
         return model, params
     adapter = load_adapter(options.adapter, params)

@@ -15,6 +15,7 @@ from peftjax.models.family import Family
 from peftjax.models.weight_map import Weight
 
 WORD_TABLE = "embed/word/embedding"
+OUTPUT_LAYER = "head/output/kernel"
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,32 @@ def names_in_file(family: Family, model: Backbone) -> dict[str, tuple[str, ...]]
         names = (*known(own, path), table[path], *known(others, path))
         found[table[path]] = tuple(dict.fromkeys(names))
     return found
+
+
+def names_to_read(family: Family, model: Backbone, *, untie: bool = False) -> dict[str, tuple[str, ...]]:
+    """As `names_in_file`; with `untie`, an output layer that a file lacks is read from the word table."""
+    found = names_in_file(family, model)
+    table = {weight.path: weight.name for weight in family.table(model)}
+    if not untie or getattr(model.config, "tied", True) or OUTPUT_LAYER not in table:
+        return found
+    word, own = table[WORD_TABLE], table[OUTPUT_LAYER]
+    return {**found, own: (own, *found.get(word, (word,)))}
+
+
+def untied(family: Family, config: Any, head: str) -> Any:
+    """The configuration with an output layer that is a parameter of its own.
+
+    Raises:
+        PeftError: the head has none.
+    """
+    if not any(_is_output(weight) for weight in family.heads[head].tied):
+        having = [name for name, spec in family.heads.items() if any(map(_is_output, spec.tied))]
+        known = f"heads that have: {', '.join(having)}" if having else "no head of the family has"
+        raise PeftError(
+            f"the head {head!r} of a {family.name} has no output layer tied to the word table, to be untied; "
+            f"{known}"
+        )
+    return dataclasses.replace(config, tied=False)
 
 
 def settle(family: Family, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:

@@ -8,6 +8,9 @@ from support import noisy
 import peftjax as pj
 from peftjax import tree
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
+from peftjax.models.load import save
+from peftjax.train.exchange import export_saved, import_saved
+from peftjax.train.saved import merge_saved, open_tuned
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -279,3 +282,70 @@ def test_what_peft_saved_computes_the_same_here(case, tmp_path):
     model, params = pj.load(folder)
     method, frozen, trainable = pj.import_peft(tmp_path, model, params)
     close(ours(model, method.apply(frozen, trainable), batch), theirs(adapted, batch))
+
+
+SMALL = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+# class -> (configuration of a tied model, its embedding and output layer, what is adapted)
+TIED = {
+    "LlamaForCausalLM": (
+        lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+        ["embed_tokens", "lm_head"],
+        "q_proj",
+    ),
+    "GPT2LMHeadModel": (lambda: transformers.GPT2Config(**SMALL), ["wte", "lm_head"], "c_attn"),
+    "BertForMaskedLM": (
+        lambda: transformers.BertConfig(**TEXT, intermediate_size=24, max_position_embeddings=32),
+        ["word_embeddings", "predictions.decoder"],
+        "query",
+    ),
+}
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both", "the output layer alone"])
+@pytest.mark.parametrize("name", TIED)
+def test_tables_of_a_tied_model_that_peft_trained_apart(name, both, tmp_path):
+    config, tables, target = TIED[name]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
+    options = {"target_modules": [target], "modules_to_save": tables if both else tables[1:]}
+    model = peft.get_peft_model(load_theirs(tmp_path / "base", name), peft.LoraConfig(r=2, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(pj.PeftError, match=r"is the weight of .* load the model with untie=True \(--untie\)"):
+        pj.import_peft(tmp_path / "adapter", *pj.load(tmp_path / "base"))
+    backbone, params = pj.load(tmp_path / "base", untie=True)
+    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
+    want = theirs(model, IDS)
+    close(ours(backbone, method.apply(frozen, trainable), IDS), want)
+    pj.export_peft(tmp_path / "again", backbone, method, frozen, trainable)
+    again = peft.PeftModel.from_pretrained(load_theirs(tmp_path / "base", name), str(tmp_path / "again"))
+    close(theirs(again, IDS), want)
+    save(tmp_path / "merged", backbone, method.merge(frozen, trainable))
+    close(theirs(load_theirs(tmp_path / "merged", name), IDS), want)
+
+
+def test_an_adapter_of_untied_tables_is_imported_evaluated_merged_and_exported(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter", untie=True)
+    tuned = open_tuned(tmp_path / "adapter")  # the adapter says that the model is untied
+    params = tuned.adapter.method.apply(tuned.adapter.frozen, tuned.adapter.trainable)
+    want = theirs(model, IDS)
+    close(ours(tuned.model, params, IDS), want)
+    merge_saved(tmp_path / "adapter", tmp_path / "merged")
+    close(theirs(load_theirs(tmp_path / "merged", "LlamaForCausalLM"), IDS), want)
+    export_saved(tmp_path / "adapter", tmp_path / "exported")
+    base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "exported")), IDS), want)

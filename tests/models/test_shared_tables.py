@@ -103,6 +103,40 @@ def test_the_bias_of_the_output_layer_that_is_called_wins(kind, prefix, tmp_path
     assert f"not used from {tmp_path}: {prefix}bias" in caplog.text
 
 
+def test_an_untied_output_layer_starts_as_a_copy_of_the_table_and_is_saved(tied, tmp_path):
+    name, model, params, folder = tied
+    untied, own = load(folder, head=model.head_name, untie=True)
+    assert not untied.config.tied
+    kernel = own["head"].pop("output")["kernel"]
+    np.testing.assert_array_equal(kernel, params["embed"]["word"]["embedding"].T)
+    jax.tree.map(np.testing.assert_array_equal, own, params)
+    own["head"]["output"] = {"kernel": kernel + 1}
+    assert lacking(folder, untied, untie=True) == set()
+    assert stored_dtypes(folder, untied, untie=True)["head/output/kernel"] == np.float32
+    save(tmp_path / "apart", untied, own)
+    assert json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert name in find_tensors(tmp_path / "apart")
+    again, loaded = load(tmp_path / "apart", head=model.head_name)
+    assert not again.config.tied
+    jax.tree.map(np.testing.assert_array_equal, loaded, own)
+    larger = load(folder, head=model.head_name, untie=True, vocab_size=70)[1]
+    assert larger["head"]["output"]["kernel"].shape[1] == len(larger["embed"]["word"]["embedding"]) == 70
+
+
+def test_a_model_that_is_untied_by_its_file_keeps_its_output_layer_under_untie(tmp_path, random_decoder):
+    model, params = random_decoder({"model_type": "gpt2", **GPT2, "tie_word_embeddings": False})
+    save(tmp_path, model, params)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, untie=True)[1], params)
+
+
+def test_a_head_without_an_output_layer_is_not_untied(tmp_path, random_decoder):
+    save(tmp_path, *random_decoder({"model_type": "gpt2", **GPT2}))
+    with pytest.raises(
+        PeftError, match=r"'none' of a gpt2 has no output layer .* heads that have: causal_lm"
+    ):
+        load(tmp_path, head="none", untie=True)
+
+
 MADLAD = {**VALUES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SIDES = tuple(f"{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
 

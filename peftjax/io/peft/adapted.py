@@ -101,9 +101,9 @@ def read_adapted(
             modules = ", ".join(repr(names.written(module_of(name))) for name in weights)
             raise PeftError(
                 f"{path!r} is the weight of several modules of this model ({modules}), and the adapter "
-                "changes them apart: leave it out, or train without it (PEFT keeps two together where the "
-                f"embedding is called {TIED_EMBEDDING!r}, both are target_modules and ensure_weight_tying is "
-                "True)"
+                f"changes them apart: {names.untying(path)}leave it out, or train without it (PEFT keeps two "
+                f"together where the embedding is called {TIED_EMBEDDING!r}, both are target_modules and "
+                "ensure_weight_tying is True)"
             )
     _require_targets(config, file, names, leaves, known)
     _require_bases(file, names, leaves)

@@ -15,6 +15,8 @@ from peftjax.models.weight_map import Slot, Weight, slots_of
 from peftjax.weights.layout import Layout
 
 Model = Backbone | Sequence[Weight]
+UNTIE = "load the model with untie=True (--untie), "
+"""The remedy where an adapter changes an output layer and the table that it is tied to apart."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Names:
         names = self.sharing(path)
         tied = len(names) == 2 and self.tied[names[1]].weight.kind == "tied"
         return tied and module_of(names[0]).endswith(TIED_EMBEDDING)
+
+    def untying(self, path: str) -> str:
+        """`UNTIE` where a parameter is an output layer too, else nothing."""
+        weights = (slot.weight for slot in self.tied.values() if slot.path == path)
+        return UNTIE if any(weight.kind == "tied" for weight in weights) else ""
 
     def in_module(self, module: str) -> list[str]:
         """The tensors of a module and of the modules inside it."""

@@ -128,7 +128,7 @@ def _require_ties(config: LoraConfig, file: Tensors, names: Names, known: Mappin
         modules = " and of ".join(repr(names.written(module_of(name))) for name in weights)
         how = "gives each another" if len(given) == len(weights) else f"exchanges {len(given)} of them"
         raise PeftError(
-            f"{path!r} is the weight of {modules} in this model, and the adapter {how}: leave it out, or "
-            f"train without it (PEFT keeps two together where the embedding is called {TIED_EMBEDDING!r} and "
-            "ensure_weight_tying is True)"
+            f"{path!r} is the weight of {modules} in this model, and the adapter {how}: "
+            f"{names.untying(path)}leave it out, or train without it (PEFT keeps two together where the "
+            f"embedding is called {TIED_EMBEDDING!r} and ensure_weight_tying is True)"
         )
