@@ -127,6 +127,8 @@ class Import:
     """Tokens of a text at most, when the adapter is evaluated; by default its task's."""
     leave_out: tuple[str, ...] = ()
     """Modules of the file that are not read."""
+    vocab_size: int | None = None
+    """Resize the base model's vocabulary to so many tokens, as the adapter's training did."""
     untie: bool = False
     """Load the model with a tied output layer as a parameter of its own, for an adapter that changes it apart
     from the word table."""
@@ -320,6 +322,7 @@ def _import(command: Import, console: Console) -> None:
         max_length=command.max_length,
         leave_out=command.leave_out,
         untie=command.untie,
+        vocab_size=command.vocab_size,
     )
     _show(command.json, result, lambda: report.print_values(result))
 

@@ -16,7 +16,7 @@ from peftjax.io.peft.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
 from peftjax.models.load import lacking, load, read_family
 from peftjax.models.shared import untied
-from peftjax.train.config import DEFAULTS
+from peftjax.train.config import DEFAULTS, require_numbers
 from peftjax.train.options import LANGUAGE_HEAD, model_folder
 from peftjax.train.saved import open_tuned
 from peftjax.tree import nearest
@@ -73,6 +73,7 @@ def import_saved(
     max_length: int | None = None,
     leave_out: Sequence[str] = (),
     untie: bool = False,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Write an adapter of PEFT's as a folder that `eval`, `merge` and `export` take.
 
@@ -85,6 +86,7 @@ def import_saved(
         max_length: tokens of a text at most, when the adapter is evaluated; by default the task's.
         leave_out: modules of the file that are not read.
         untie: as of `load`, for an adapter that changes a tied output layer apart from the word table.
+        vocab_size: as of `load`, for an adapter that was trained with a resized vocabulary.
 
     Returns:
         What was made: the adapter's folder, its method and its head.
@@ -93,6 +95,7 @@ def import_saved(
         PeftError: as `load` and `import_peft`; it is not clear which head is meant; the labels are not
             as many as the classifier's outputs.
     """
+    require_numbers({"max_length": max_length})
     task = read_config(peft).task
     file = read_file(peft, leave_out)
     folder = model_folder(model)
@@ -117,6 +120,7 @@ def import_saved(
         head=head,
         num_labels=outputs,
         redraw_head=True,
+        vocab_size=vocab_size,
         untie=untie,
         key=jax.random.key(0),
         replaced=replaced,
@@ -130,6 +134,7 @@ def import_saved(
         "task": purpose,
         "labels": known,
         "max_length": max_length or DEFAULTS[purpose]["max_length"],
+        **({} if vocab_size is None else {"vocab_size": vocab_size}),
         **({"untied": True} if untie else {}),
     }
     save_adapter(output, method, frozen, trainable, seed=0, info=info)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
+from peftjax.weights.arrange import along_result, side_of, side_to_logical
 from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
@@ -67,15 +67,7 @@ class ScaledColumns(Weight):
             at = sorted(range(len(rule.x_contract)), key=lambda n: rule.x_contract[n])
             return contract(x * lax.transpose(scales, at).reshape(shape).astype(x.dtype), self.base, rule)
         y = contract(x, self.base, rule)
-        used = {*rule.w_contract, *rule.w_batch}
-        left = [p for p in range(self.ndim) if p not in used]
-        shape = [1] * y.ndim
-        for axis, p in zip(outputs_in_result(rule, self.layout, y.ndim), left):
-            shape[axis] = gain.shape[p]
-        for axis, p in enumerate(rule.w_batch):
-            shape[axis] = gain.shape[p]
-        gain = lax.transpose(gain, (*rule.w_batch, *left, *rule.w_contract))
-        return _rescaled(y, gain.reshape(shape))
+        return _rescaled(y, along_result(gain, rule, self.layout, y.ndim))
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The low-rank rows, scaled."""
