@@ -17,6 +17,7 @@ from peftjax.models.backbone import Backbone, Params
 from peftjax.models.chat import compile_template
 from peftjax.models.load import load, read_family
 from peftjax.models.tokenizer import Tokenizer, load_tokenizer
+from peftjax.train.config import require_numbers
 from peftjax.train.data.columns import pick_column, warn_of_unused
 from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.conversations import (
@@ -105,9 +106,7 @@ def run_generate(options: GenerateOptions, show: Callable[[str], None] | None = 
     """
     if (options.prompt is None) == (options.prompts is None):
         raise PeftError("generate needs a prompt or a file of prompts, one of the two: --prompt or --prompts")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise PeftError(f"{name} must be 1 or more, not {getattr(options, name)}")
+    require_numbers(vars(options))
     chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     choose = choice(**chosen)
     folder = _folder(options)

@@ -14,7 +14,7 @@ from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_param
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save, stored_dtypes
-from peftjax.train.config import Task
+from peftjax.train.config import Task, require_numbers
 from peftjax.train.info import Info, read_info
 from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
 from peftjax.train.step import make_evaluate
@@ -96,10 +96,11 @@ def evaluate_saved(
 
     Raises:
         PeftError: the data cannot be read, is not for the adapter's task, or has a label the classifier
-            does not know.
+            does not know; a batch size that cannot be.
     """
     if data.eval_data is not None:
         raise PeftError("eval takes the texts to evaluate on as data, and no eval_data")
+    require_numbers({"batch_size": batch_size})
     info = read_info(adapter)
     task = _task(info)
     check_data(data, task)
