@@ -68,6 +68,8 @@ class Eval:
     """The base model's folder, where it is not the one the adapter was trained on."""
     batch_size: int = 64
     """Texts at a time."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
     json: bool = False
     """Print the scores as JSON."""
 
@@ -82,6 +84,8 @@ class Merge:
     """The adapter's folder."""
     model: str | None = None
     """The base model's folder, where it is not the one the adapter was trained on."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -100,6 +104,8 @@ class Export:
     """The base model's name to write into the configuration; by default its folder."""
     leave_out: tuple[str, ...] = ()
     """Parameters or modules that are not written though they are trained, such as 'head'."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -122,6 +128,11 @@ class Import:
     """Tokens of a text at most, when the adapter is evaluated; by default its task's."""
     leave_out: tuple[str, ...] = ()
     """Modules of the file that are not read."""
+    vocab_size: int | None = None
+    """Resize the base model's vocabulary to so many tokens, as the adapter's training did."""
+    untie: bool = False
+    """Load the model with a tied output layer as a parameter of its own, for an adapter that changes it apart
+    from the word table."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -315,13 +326,17 @@ def _train(command: Train, console: Console) -> None:
 
 def _eval(command: Eval, console: Console) -> None:
     scores = evaluate_saved(
-        command.adapter, command.texts, model=command.model, batch_size=command.batch_size
+        command.adapter,
+        command.texts,
+        model=command.model,
+        batch_size=command.batch_size,
+        untie=command.untie,
     )
     _show(command.json, scores, lambda: report.print_values(scores))
 
 
 def _merge(command: Merge, console: Console) -> None:
-    merge_saved(command.adapter, command.output, model=command.model)
+    merge_saved(command.adapter, command.output, model=command.model, untie=command.untie)
     result = {"adapter": str(command.adapter), "merged": str(command.output)}
     _show(command.json, result, lambda: report.print_values(result))
 
@@ -333,6 +348,7 @@ def _export(command: Export, console: Console) -> None:
         model=command.model,
         base=command.base,
         leave_out=command.leave_out,
+        untie=command.untie,
     )
     result = {"adapter": str(command.adapter), "exported": str(command.output)}
     _show(command.json, result, lambda: report.print_values(result))
@@ -347,6 +363,8 @@ def _import(command: Import, console: Console) -> None:
         labels=command.labels,
         max_length=command.max_length,
         leave_out=command.leave_out,
+        untie=command.untie,
+        vocab_size=command.vocab_size,
     )
     _show(command.json, result, lambda: report.print_values(result))
 

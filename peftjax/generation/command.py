@@ -17,6 +17,7 @@ from peftjax.models.backbone import Backbone, Params
 from peftjax.models.chat import compile_template
 from peftjax.models.load import load, read_family
 from peftjax.models.tokenizer import Tokenizer, load_tokenizer
+from peftjax.train.config import require_numbers
 from peftjax.train.data.columns import pick_column, warn_of_unused
 from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.conversations import (
@@ -56,6 +57,8 @@ class GenerateOptions:
     """The decoder's Hugging Face folder; by default the one that the adapter was trained on."""
     adapter: Path | None = None
     """The folder of an adapter trained on it; it runs unmerged."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
     prompt: str | None = None
     """The text to continue, or with --chat what the user says."""
     prompts: Path | None = None
@@ -103,9 +106,7 @@ def run_generate(options: GenerateOptions, show: Callable[[str], None] | None = 
     """
     if (options.prompt is None) == (options.prompts is None):
         raise PeftError("generate needs a prompt or a file of prompts, one of the two: --prompt or --prompts")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise PeftError(f"{name} must be 1 or more, not {getattr(options, name)}")
+    require_numbers(vars(options))
     chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     choose = choice(**chosen)
     folder = _folder(options)
@@ -148,8 +149,15 @@ def _folder(options: GenerateOptions) -> Path:
 
 
 def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
-    size = None if options.adapter is None else read_noted(options.adapter).vocab_size
-    model, params = load(folder, head=HEAD, vocab_size=size, dtype=options.dtype, param_dtype=options.dtype)
+    noted = Noted() if options.adapter is None else read_noted(options.adapter)
+    model, params = load(
+        folder,
+        head=HEAD,
+        vocab_size=noted.vocab_size,
+        untie=options.untie or noted.untied,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+    )
     if options.adapter is None:
         return model, params
     adapter = load_adapter(options.adapter, params)

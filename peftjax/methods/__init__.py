@@ -1,11 +1,12 @@
 """The registry: every method by its name. A new method is one file and one line here."""
 
-import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftjax.chain import chain
 from peftjax.errors import PeftError
+from peftjax.io.files import checked
 from peftjax.methods.blocks import adapters, coded_residuals, lst, mam, meft, prefix, s2a, sherl, unipt, vqt
 from peftjax.methods.lowrank import (
     dora,
@@ -18,6 +19,7 @@ from peftjax.methods.lowrank import (
     rslora,
     switchlora,
 )
+from peftjax.methods.options import check_options, require_shallow
 from peftjax.methods.projected import galore, natural_galore
 from peftjax.methods.select import plain, rows
 from peftjax.methods.sparse import paca, sara, shira, snell, snella
@@ -62,30 +64,29 @@ COMPANIONS: dict[str, MethodInfo] = {info.name: info for info in (coded_residual
 KNOWN = {**METHODS, **COMPANIONS}
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """The options of a chain."""
+
+    methods: list[dict[str, Any]] = field(default_factory=list)
+
+
 def build(config: Mapping[str, Any]) -> Transform:
     """The method that a saved configuration describes: `{"name": ..., option: value, ...}`.
 
     Raises:
-        PeftError: the name or an option is unknown.
+        PeftError: the name or an option is unknown, an option is missing, of another type or out of range, or
+            methods nest too deeply.
     """
+    require_shallow(config)
     options = dict(config)
     name = options.pop("name", None)
     if name == "chain":
-        return chain(*(build(method) for method in options.get("methods", ())))
-    if name not in KNOWN:
+        return chain(*map(build, checked(_Chain, options, "chain").methods))
+    if not isinstance(name, str) or name not in KNOWN:
         raise PeftError(f"no method is called {name!r}; closest: {nearest(str(name), KNOWN)}")
-    factory = KNOWN[name].factory
-    parameters = inspect.signature(factory).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for option in options:
-        if option not in parameters and not takes_any:
-            raise PeftError(
-                f"{name}: unknown option {option!r}; closest: {nearest(option, parameters) or 'it has none'}"
-            )
-    try:
-        return factory(**options)
-    except TypeError as error:
-        raise PeftError(f"{name}: {error}") from error
+    check_options(name, KNOWN[name].factory, options)
+    return KNOWN[name].factory(**options)
 
 
 def describe(method: Transform) -> dict[str, Any]:

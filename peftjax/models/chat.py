@@ -43,12 +43,15 @@ class ChatTemplate:
         marks_generation: whether the template says itself, by `{% generation %}`, which parts of the
             text the assistant generates.
         now: the clock of `strftime_now`.
+        reads_calls: whether the template reads the `tool_calls` of a message; where it does not, they are the
+            text of a message that has no other.
     """
 
     worker: _Worker
     variables: Mapping[str, Any]
     marks_generation: bool
     now: Callable[[], datetime]
+    reads_calls: bool = True
 
 
 def compile_template(
@@ -65,7 +68,7 @@ def compile_template(
         PeftError: when the source is not Jinja.
     """
     worker = _Worker(source)
-    return ChatTemplate(worker, dict(special_tokens), worker.start(), now)
+    return ChatTemplate(worker, dict(special_tokens), worker.start(), now, "tool_calls" in source)
 
 
 class _Worker:
@@ -171,7 +174,7 @@ def render(
         START_NAME: "",
         END_NAME: "",
         **variables,
-        "messages": [_present(message) for message in messages],
+        "messages": [_present(message, template.reads_calls) for message in messages],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -206,5 +209,10 @@ def render_marked(
     return text, list(zip(ends[1:-1:2], ends[2:-1:2]))
 
 
-def _present(message: Message) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None}
+def _present(message: Message, reads_calls: bool) -> dict[str, Any]:
+    present = {key: value for key, value in message.items() if value is not None}
+    given = present.get("tool_calls")
+    if not reads_calls and given and isinstance(given, list) and not present.get("content"):
+        calls = [call.get("function", call) if isinstance(call, dict) else call for call in given]
+        present["content"] = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+    return present

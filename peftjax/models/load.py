@@ -34,7 +34,7 @@ from peftjax.models.qwen3 import QWEN3
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
 from peftjax.models.schemas import of_family
-from peftjax.models.shared import copies, names_in_file, settle
+from peftjax.models.shared import copies, names_to_read, settle, untied
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
@@ -57,6 +57,7 @@ def load(
     num_labels: int | None = None,
     vocab_size: int | None = None,
     redraw_head: bool = False,
+    untie: bool = False,
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str | None = None,
@@ -74,6 +75,8 @@ def load(
         vocab_size: rows of the word table and of the output layer, where the checkpoint is to be resized: new
             ones are the mean of those it has. By default as many as the checkpoint's table has.
         redraw_head: whether layers of the task head that have another size in the checkpoint are drawn anew.
+        untie: whether an output layer that is tied to the word table becomes a parameter of its own, a copy
+            of the table, so that the two can be trained apart; `save` then writes both.
         dtype: compute dtype of the model.
         param_dtype: dtype the parameters are stored in.
         remat: checkpoint policy of the blocks, see `Backbone`.
@@ -86,7 +89,8 @@ def load(
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
-            for a head that has none; a sharding that is absent from its tree or does not divide a parameter.
+            for a head that has none; a head without an output layer to untie; a sharding that is absent from
+            its tree or does not divide a parameter.
     """
     folder = Path(path)
     family, values = read_family(folder)
@@ -99,6 +103,8 @@ def load(
     if num_labels is not None:
         config = config.with_num_labels(num_labels)
     head = head or _head_of(family, values)
+    if untie and head in family.heads:
+        config = untied(family, config, head)
     in_file = model = family.build(config, head=head, dtype=dtype, remat=remat)
     if vocab_size is not None:
         require_vocabulary(vocab_size)
@@ -124,7 +130,7 @@ def load(
         ignored=family.ignored,
         task_weights=family.heads[head].task_weights,
         place=lambda path, shape: None if path in grown else place(path, shape),
-        others=names_in_file(family, model),
+        others=names_to_read(family, model, untie=untie),
         skipped=other,
     )
     leaves = dict(loaded.params)
@@ -146,20 +152,20 @@ def load(
     for path in set(loaded.fresh) - set(fresh):
         empty = jnp.zeros(shapes[path].shape, param_dtype)
         leaves[path] = jax.device_put(empty, place(path, empty.shape))
-    again = copies(family, model, tensors, folder)
+    again = copies(family, model, tensors)
     unused = [name for name in loaded.unused if family.canonical(name) not in again]
     if unused:
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
 
 
-def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
+def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = False) -> set[str]:
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     held = {family.canonical(name) for name in find_tensors(path)}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
-    others = names_in_file(family, model)
+    others = names_to_read(family, model, untie=untie)
     absent = {slot.path for name, slot in slots.items() if held.isdisjoint(others.get(name, (name,)))}
     tensors = {
         family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
@@ -167,20 +173,24 @@ def lacking(path: str | os.PathLike[str], model: Backbone) -> set[str]:
     return absent | _of_another_size(model, family, tensors, redraw=True)
 
 
-def stored_dtypes(path: str | os.PathLike[str], model: Backbone) -> dict[str, np.dtype]:
+def stored_dtypes(
+    path: str | os.PathLike[str], model: Backbone, *, untie: bool = False
+) -> dict[str, np.dtype]:
     """The dtype in which a checkpoint holds each of a model's parameters; of layers that differ, the widest.
 
     Parameters that it lacks have no entry.
     """
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
-    slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
-    for name, names in names_in_file(family, model).items():
-        slots |= {other: slots[name] for other in names if name in slots}
+    others = names_to_read(family, model, untie=untie)
+    tensors = {
+        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
+    }
     found: dict[str, np.dtype] = {}
-    for name, tensor in describe_tensors(find_tensors(path)).items():
-        if (slot := slots.get(family.canonical(name))) is not None and isinstance(tensor.dtype, np.dtype):
-            found[slot.path] = np.dtype(jnp.promote_types(found.get(slot.path, tensor.dtype), tensor.dtype))
+    for name, slot in slots_of({p: s.shape for p, s in specs.items()}, family.table(model)).items():
+        read = next((tensors[other] for other in others.get(name, (name,)) if other in tensors), None)
+        if read is not None and isinstance(read.dtype, np.dtype):
+            found[slot.path] = np.dtype(jnp.promote_types(found.get(slot.path, read.dtype), read.dtype))
     return found
 
 

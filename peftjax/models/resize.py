@@ -14,9 +14,9 @@ from peftjax.errors import PeftError
 from peftjax.io.safetensors import Tensor
 from peftjax.models.backbone import Backbone
 from peftjax.models.family import Family
-from peftjax.models.shared import WORD_TABLE, names_in_file
+from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE, names_in_file
 
-VOCABULARY_AXES = {WORD_TABLE: 0, "head/output/kernel": 1, "head/bias": 0}
+VOCABULARY_AXES = {WORD_TABLE: 0, DECODER_TABLE: 0, OUTPUT_LAYER: 1, "head/bias": 0}
 """The axis of the vocabulary in the parameters that have one."""
 LARGEST_VOCABULARY = 5_000_000
 """Words of a vocabulary at most: several times those of any checkpoint, and no memory is asked for more."""

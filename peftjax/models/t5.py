@@ -91,7 +91,8 @@ class T5Embed(nn.Module):
         config, decoder = self.config, self.side == "decoder"
         ids = decoder_ids(config, batch, self.head) if decoder else batch["input_ids"]
         init = nn.initializers.normal(config.initializer_factor)
-        table = nn.Embed(config.vocab_size, config.d_model, embedding_init=init, name="word")
+        own = "decoder_word" if decoder and config.apart else "word"
+        table = nn.Embed(config.vocab_size, config.d_model, embedding_init=init, name=own)
         # Cast the rows looked up, not the table, whose copy would be larger.
         names = (
             ("decoder_input_ids", "decoder_attention_mask") if decoder else ("input_ids", "attention_mask")
@@ -237,7 +238,8 @@ def weights(model: Backbone) -> tuple[Weight, ...]:
     """Every parameter with its Hugging Face name; of an encoder alone, without `encoder/`."""
     gated, positions = model.config.gated, "block.0.layer.0.SelfAttention.relative_attention_bias"
     shared = (
-        embedding("embed/word", "shared"),
+        embedding("embed/word", "encoder.embed_tokens" if model.config.apart else "shared"),
+        embedding("embed/decoder_word", "decoder.embed_tokens"),
         embedding("embed/encoder_positions", f"encoder.{positions}"),
         embedding("embed/decoder_positions", f"decoder.{positions}"),
     )

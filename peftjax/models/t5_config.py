@@ -46,6 +46,7 @@ class T5Config:
         layer_norm_epsilon: added to the mean square.
         initializer_factor: factor of the deviation of new parameters.
         tied: whether the output layer is the embedding table.
+        apart: whether encoder and decoder each have an embedding table, which `config.json` never says.
         scaled_output: whether the states are multiplied by `D ** -0.5` before the output layer (T5 1.0).
         pad_token_id: stands in `decoder_input_ids` for a label that is no token.
         eos_token_ids: a classifier reads the last one of these.
@@ -75,6 +76,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     tied: bool = True
+    apart: bool = False
     scaled_output: bool = True
     pad_token_id: int | None = 0
     eos_token_ids: tuple[int, ...] = (1,)
@@ -142,7 +144,7 @@ def read_config(values: Mapping[str, Any]) -> T5Config:
     eos = values.get("eos_token_id", 1)
     tied = values.get("tie_word_embeddings") is not False
     names = {field.name for field in dataclasses.fields(T5Config)}
-    settings = {name: values[name] for name in names & values.keys()}
+    settings = {name: values[name] for name in (names - {"apart"}) & values.keys()}
     settings |= {
         "activation": values.get("dense_act_fn", activation),
         "gated": values.get("is_gated_act", gated),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +159,7 @@ def read_weights(
             so is then any other module of the head that it lacks altogether.
         place: sharding of the parameter at a path, by its shape; None is the default device.
         others: all names that stand for a tensor, by its name in `weights`; the first that the checkpoint
-            holds is read.
+            holds is read, and may be read for several.
         skipped: paths that are not read and are `fresh`.
 
     Raises:
@@ -179,17 +180,20 @@ def read_weights(
         if slot.path not in skipped
     }
     missing = [name for name, names in held.items() if not names]
-    fresh = _fresh({slots[name].path for name in missing}, set(shapes), task_weights)
+    wanted = {name: sources[names[0]] for name, names in held.items() if names}
+    copied = {source for source, count in Counter(wanted.values()).items() if count > 1}
+    own = set(shapes) - {slots[name].path for name, source in wanted.items() if source in copied}
+    fresh = _fresh({slots[name].path for name in missing}, own, task_weights)
     fresh |= set(skipped)
     lost = [name for name in missing if slots[name].path not in fresh]
     if lost:
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
         raise PeftError(f"{folder} lacks {count}: {_abridged(lost)}")
-    wanted = {sources[names[0]]: slots[name] for name, names in held.items() if names}
-    tensors = describe_tensors({source: files[source] for source in wanted})
+    read = set(wanted.values())
+    tensors = describe_tensors({source: files[source] for source in sources.values() if source in read})
     parts: dict[str, dict[int | None, Tensor]] = {}
-    for source, tensor in tensors.items():
-        slot = wanted[source]
+    for name, source in wanted.items():
+        slot, tensor = slots[name], tensors[source]
         _require_fit(tensor, slot.shape(shapes[slot.path]))
         parts.setdefault(slot.path, {})[slot.layer] = tensor
     table = {slot.path: slot.weight for slot in slots.values()}
@@ -200,7 +204,7 @@ def read_weights(
         for path in ordered
     }
     unused = tuple(
-        source for name, source in sources.items() if source not in wanted and not re.fullmatch(ignored, name)
+        source for name, source in sources.items() if source not in read and not re.fullmatch(ignored, name)
     )
     return Loaded(leaves, tuple(sorted(fresh)), unused)
 

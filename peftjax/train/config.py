@@ -151,11 +151,19 @@ _AT_LEAST_ONE = (
     "log_every",
     "save_every",
     "keep_last",
+    "max_new_tokens",
+    "top_k",
 )
 _POSITIVE = ("epochs", "learning_rate", "clip_norm")
-_NOT_NEGATIVE = ("weight_decay", "keep_best", "seed")
+_NOT_NEGATIVE = ("weight_decay", "keep_best", "seed", "temperature")
 # What counts steps and rows in 32 bits has to hold them; a seed is a number of 64 bits.
-_LARGEST = {**dict.fromkeys(_AT_LEAST_ONE, 2**31 - 1), "keep_best": 2**31 - 1, "seed": 2**63 - 1}
+# A cache is made for as many tokens as are asked for.
+_LARGEST = {
+    **dict.fromkeys(_AT_LEAST_ONE, 2**31 - 1),
+    "keep_best": 2**31 - 1,
+    "seed": 2**63 - 1,
+    "max_new_tokens": 1_000_000,
+}
 _CHOICES = {
     "optimizer": get_args(Optimizer),
     "schedule": get_args(Schedule),
@@ -176,18 +184,7 @@ def validate(config: TrainConfig) -> None:
             near = difflib.get_close_matches(str(values[name]), choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise PeftError(f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}")
-    for names, allowed, rule in (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),
-        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "at least 0"),
-        (("warmup_ratio",), lambda value: 0 <= value <= 1, "from 0 to 1"),
-    ):
-        for name in names:
-            if values[name] is not None and not allowed(values[name]):
-                raise PeftError(f"{name} is {values[name]}, but has to be {rule}")
-    for name, largest in _LARGEST.items():
-        if values[name] is not None and values[name] > largest:
-            raise PeftError(f"{name} is {values[name]:.6g}, but has to be at most {largest}")
+    require_numbers(values)
     if config.batch_size % config.grad_accumulation:
         raise PeftError(
             f"batch_size {config.batch_size} cannot be computed in grad_accumulation "
@@ -198,3 +195,24 @@ def validate(config: TrainConfig) -> None:
             f"the optimizer {config.optimizer} has no weight_decay ({config.weight_decay} given): "
             "choose adamw or lion, or 0"
         )
+
+
+def require_numbers(values: Mapping[str, Any]) -> None:
+    """Check the numbers among the options of a command, which mean the same in all of them; None is none.
+
+    Raises:
+        PeftError: names the first that cannot be, and what it can be.
+    """
+    for names, allowed, rule in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_POSITIVE, lambda value: 0 < value < math.inf, "a positive number"),
+        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "at least 0"),
+        (("warmup_ratio",), lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (("top_p",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ):
+        for name in names:
+            if values.get(name) is not None and not allowed(values[name]):
+                raise PeftError(f"{name} is {values[name]}, but has to be {rule}")
+    for name, largest in _LARGEST.items():
+        if values.get(name) is not None and values[name] > largest:
+            raise PeftError(f"{name} is {values[name]:.6g}, but has to be at most {largest}")

@@ -15,7 +15,8 @@ from peftjax.io.peft.names import Names, module_of, names_of
 from peftjax.io.peft.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
 from peftjax.models.load import lacking, load, read_family
-from peftjax.train.config import DEFAULTS
+from peftjax.models.shared import untied
+from peftjax.train.config import DEFAULTS, require_numbers
 from peftjax.train.options import LANGUAGE_HEAD, model_folder
 from peftjax.train.saved import open_tuned
 from peftjax.tree import nearest
@@ -28,6 +29,7 @@ def export_saved(
     model: str | None = None,
     base: str | None = None,
     leave_out: Sequence[str] = (),
+    untie: bool = False,
 ) -> Path:
     """Write a saved adapter as a folder for `PeftModel.from_pretrained`.
 
@@ -39,11 +41,12 @@ def export_saved(
         model: the base model's folder, where it has moved since.
         base: the base model's name in the adapter's configuration; by default its folder.
         leave_out: paths that are not written though they are trained.
+        untie: as of `open_tuned`.
 
     Raises:
         PeftError: as `open_tuned` and `export_peft`.
     """
-    tuned = open_tuned(adapter, model)
+    tuned = open_tuned(adapter, model, untie=untie)
     held = tuned.adapter
     _, initial = held.method.init(jax.random.key(held.seed), tuned.params)
     export_peft(
@@ -54,7 +57,7 @@ def export_saved(
         held.trainable,
         base=base or str(tuned.folder),
         initial=initial,
-        also=lacking(tuned.folder, tuned.model),
+        also=lacking(tuned.folder, tuned.model, untie=tuned.untied),
         leave_out=leave_out,
     )
     return output
@@ -69,6 +72,8 @@ def import_saved(
     labels: Sequence[str] = (),
     max_length: int | None = None,
     leave_out: Sequence[str] = (),
+    untie: bool = False,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Write an adapter of PEFT's as a folder that `eval`, `merge` and `export` take.
 
@@ -80,6 +85,8 @@ def import_saved(
         labels: the labels' names in the order of the classifier's outputs; by default the base's.
         max_length: tokens of a text at most, when the adapter is evaluated; by default the task's.
         leave_out: modules of the file that are not read.
+        untie: as of `load`, for an adapter that changes a tied output layer apart from the word table.
+        vocab_size: as of `load`, for an adapter that was trained with a resized vocabulary.
 
     Returns:
         What was made: the adapter's folder, its method and its head.
@@ -88,6 +95,7 @@ def import_saved(
         PeftError: as `load` and `import_peft`; it is not clear which head is meant; the labels are not
             as many as the classifier's outputs.
     """
+    require_numbers({"max_length": max_length})
     task = read_config(peft).task
     file = read_file(peft, leave_out)
     folder = model_folder(model)
@@ -97,6 +105,8 @@ def import_saved(
         head = _head_of(peft, file, task, family, config)
     elif head not in family.heads:
         raise PeftError(f"{folder} has no head {head!r}; closest: {nearest(head, family.heads)}")
+    if untie:
+        config = untied(family, config, head)
     names = _names(family, config, head)
     spec = family.heads[head]
     outputs = _outputs(file, names, spec)
@@ -106,7 +116,14 @@ def import_saved(
         slot.path for name in file.plain if (slot := names.slots.get(names.canonical(name))) is not None
     }
     backbone, params = load(
-        folder, head=head, num_labels=outputs, redraw_head=True, key=jax.random.key(0), replaced=replaced
+        folder,
+        head=head,
+        num_labels=outputs,
+        redraw_head=True,
+        vocab_size=vocab_size,
+        untie=untie,
+        key=jax.random.key(0),
+        replaced=replaced,
     )
     method, frozen, trainable = import_peft(peft, backbone, params, leave_out=leave_out, freeze_tables=False)
     known = list(labels or backbone.config.labels) if spec.labelled else []
@@ -117,6 +134,8 @@ def import_saved(
         "task": purpose,
         "labels": known,
         "max_length": max_length or DEFAULTS[purpose]["max_length"],
+        **({} if vocab_size is None else {"vocab_size": vocab_size}),
+        **({"untied": True} if untie else {}),
     }
     save_adapter(output, method, frozen, trainable, seed=0, info=info)
     return {"adapter": str(output), "method": method.name, "head": head}

@@ -29,6 +29,8 @@ class Noted:
     """How its texts became rows."""
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
     """Rows of the model's table, where the training resized it."""
+    untied: bool = False
+    """Whether the training gave a tied output layer a parameter of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

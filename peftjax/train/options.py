@@ -65,6 +65,9 @@ class ModelOptions:
     redraw_head: bool = False
     """Draw layers of the task head anew that have another size in the checkpoint, such as a classifier of
     other labels."""
+    untie: bool = False
+    """Give an output layer that is tied to the word table a parameter of its own, a copy of the table, so
+    that the two are trained apart."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ def open_model(
         num_labels=num_labels,
         vocab_size=options.vocab_size,
         redraw_head=options.redraw_head,
+        untie=options.untie,
         dtype=dtype,
         remat=remat,
         key=key,

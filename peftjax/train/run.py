@@ -77,6 +77,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         **run_identity(describe(method), params),
         "data": prepared.data,
         "training": _training(config),
+        **({"untied": True} if options.base.untie else {}),
     }
     # What is trained whole is a copy already: the one that was loaded is not needed any more.
     prepared = dataclasses.replace(prepared, params=None)
@@ -111,6 +112,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         "head": model.head_name,
         "max_length": config.max_length,
         **({} if options.base.vocab_size is None else {"vocab_size": options.base.vocab_size}),
+        **({"untied": True} if options.base.untie else {}),
         **prepared.info,
     }
     adapter = options.output / ADAPTER

@@ -15,7 +15,7 @@ from peftjax.io.files import replacing
 from peftjax.losses import classification
 from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save, stored_dtypes
-from peftjax.train.config import Task
+from peftjax.train.config import Task, require_numbers
 from peftjax.train.info import Info, read_info
 from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
 from peftjax.train.step import make_evaluate
@@ -44,38 +44,46 @@ class Tuned:
     params: Params
     adapter: Adapter
     folder: Path  # the base model's
+    untied: bool = False  # whether its tied output layer was given a parameter of its own
 
 
-def open_tuned(adapter: Path, model: str | None = None) -> Tuned:
+def open_tuned(adapter: Path, model: str | None = None, *, untie: bool = False) -> Tuned:
     """The model that an adapter was trained on, and the adapter.
 
     Args:
         adapter: folder that `run` or `save_adapter` wrote.
         model: the base model's folder, where it has moved since.
+        untie: as of `load`, where the adapter does not say it.
 
     Raises:
         PeftError: the adapter was not made by `run`, or does not fit the model.
     """
     config = read_config(adapter)
     info = read_info(adapter)
-    folder = model_folder(model or info.model)
+    folder, untie = model_folder(model or info.model), untie or info.untied
     backbone, params = load(
         folder,
         head=info.head,
         num_labels=len(info.labels) or None,
         vocab_size=info.vocab_size,
         redraw_head=True,  # as the training did, else there would be no adapter
+        untie=untie,
         key=jax.random.key(config["seed"]),
         replaced=trained_parameters(adapter),
     )
     if info.labels:
         named = dataclasses.replace(backbone.config, labels=tuple(info.labels))
         backbone = dataclasses.replace(backbone, config=named)
-    return Tuned(backbone, params, load_adapter(adapter, params), folder)
+    return Tuned(backbone, params, load_adapter(adapter, params), folder, untie)
 
 
 def evaluate_saved(
-    adapter: Path, data: DataOptions, *, model: str | None = None, batch_size: int = 64
+    adapter: Path,
+    data: DataOptions,
+    *,
+    model: str | None = None,
+    batch_size: int = 64,
+    untie: bool = False,
 ) -> dict:
     """The scores of a saved adapter, on texts prepared as in its training.
 
@@ -85,40 +93,42 @@ def evaluate_saved(
             evaluation part.
         model: the base model's folder, where it has moved since.
         batch_size: texts at a time.
+        untie: as of `open_tuned`.
 
     Raises:
         PeftError: the data cannot be read, is not for the adapter's task, or has a label the classifier
-            does not know.
+            does not know; a batch size that cannot be.
     """
     if data.eval_data is not None:
         raise PeftError("eval takes the texts to evaluate on as data, and no eval_data")
+    require_numbers({"batch_size": batch_size})
     info = read_info(adapter)
     task = _task(info)
     check_data(data, task)
     folder = model_folder(model or info.model)
     batches, counts = TASKS[task].saved_batches(info, data, folder, batch_size)
-    tuned = open_tuned(adapter, model)
+    tuned = open_tuned(adapter, model, untie=untie)
     method = tuned.adapter.method
     evaluate = make_evaluate(method.model(tuned.model), method, classification)
     scores = evaluate(tuned.adapter.trainable, tuned.adapter.frozen, batches)
     return {"adapter": str(adapter), "data": data.data, **counts, **TASKS[task].named_scores(scores)}
 
 
-def merge_saved(adapter: Path, output: Path, *, model: str | None = None) -> Path:
+def merge_saved(adapter: Path, output: Path, *, model: str | None = None, untie: bool = False) -> Path:
     """Write the merged model as a Hugging Face folder, tokenizer included; the base stays as it is.
 
     Each parameter is merged in float32 and written in the dtype that the base's file has, rounded once; what
-    the base lacks has the dtype that all others share, or float32.
+    the base lacks has the dtype that all others share, or float32. The others are those of `open_tuned`.
 
     Raises:
         PeftError: a merged parameter is not finite, or too large for the base's dtype; the output is the
             base model's own folder.
     """
-    tuned = open_tuned(adapter, model)
+    tuned = open_tuned(adapter, model, untie=untie)
     if output.resolve() == tuned.folder.resolve():
         raise PeftError(f"{output} is the base model's folder; choose another output folder")
     merged = tuned.adapter.method.merge(tuned.adapter.frozen, tuned.adapter.trainable, safe=True)
-    save(output, tuned.model, _rounded(merged, stored_dtypes(tuned.folder, tuned.model)))
+    save(output, tuned.model, _rounded(merged, stored_dtypes(tuned.folder, tuned.model, untie=tuned.untied)))
     for name in _BESIDE_THE_WEIGHTS:
         if (tuned.folder / name).is_file():
             with replacing(output / name) as (temporary,):

@@ -68,3 +68,15 @@ def outputs_in_result(rule: Dot, layout: Layout, result_ndim: int) -> tuple[int,
     n_left = sum(p not in used for p in range(len(layout.axes)))
     first = len(rule.w_batch) if rule.weight_first else result_ndim - n_left
     return tuple(range(first, first + n_left))
+
+
+def along_result(v: Array, rule: Dot, layout: Layout, result_ndim: int) -> Array:
+    """Numbers of the side that x did not meet, from `side_to_logical`, broadcastable against the product."""
+    used = {*rule.w_contract, *rule.w_batch}
+    left = [p for p in range(len(layout.axes)) if p not in used]
+    shape = [1] * result_ndim
+    for axis, p in zip(outputs_in_result(rule, layout, result_ndim), left):
+        shape[axis] = v.shape[p]
+    for axis, p in enumerate(rule.w_batch):
+        shape[axis] = v.shape[p]
+    return lax.transpose(v, (*rule.w_batch, *left, *rule.w_contract)).reshape(shape)

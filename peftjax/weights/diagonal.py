@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from peftjax.weights.arrange import outputs_in_result, side_of, side_to_logical
+from peftjax.weights.arrange import along_result, side_of, side_to_logical
 from peftjax.weights.base import (
     Weight,
     canonical,
@@ -114,14 +114,7 @@ def scaled_input(x: Array, numbers: Array, rule: Dot, layout: Layout, side: Side
 def scaled_result(y: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
     """A product's result times one number `[*stack, n]` for each member of the side that x did not meet."""
     numbers = side_to_logical(numbers, layout, side)
-    left = [p for p in range(numbers.ndim) if p not in {*rule.w_contract, *rule.w_batch}]
-    shape = [1] * y.ndim
-    for axis, p in zip(outputs_in_result(rule, layout, y.ndim), left):
-        shape[axis] = numbers.shape[p]
-    for axis, p in enumerate(rule.w_batch):
-        shape[axis] = numbers.shape[p]
-    numbers = lax.transpose(numbers, (*rule.w_batch, *left, *rule.w_contract))
-    return rescaled(y, numbers.reshape(shape))
+    return rescaled(y, along_result(numbers, rule, layout, y.ndim))
 
 
 @jax.checkpoint

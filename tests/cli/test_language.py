@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from support import assert_close
 import peftjax as pj
 from peftjax.cli import main
 from peftjax.io import checkpoint
-from peftjax.models.load import load, save
+from peftjax.models.load import FAMILIES, load, save
 from peftjax.models.tokenizer import load_tokenizer
 from peftjax.train.saved import open_tuned
 
@@ -163,6 +164,28 @@ def test_merge_writes_a_folder_that_stands_alone(trained, decoder, tmp_path, cap
     model, params = load(merged, head="causal_lm")
     adapted = pj.adapt(lambda p, b: tuned.model(p, b).dense())(rewritten, batch)
     assert_close(model(params, batch).dense(), adapted)
+
+
+@pytest.mark.slow
+def test_a_tied_decoder_is_trained_untied_and_opened_so_again(decoder, data, tmp_path, capsys):
+    base = shutil.copytree(decoder, tmp_path / "base")
+    model, params = load(base)
+    kernel = params["head"].pop("output")["kernel"]
+    tied = FAMILIES["llama"].build(replace(model.config, tied=True))
+    save(base, tied, {**params, "embed": {"word": {"embedding": kernel.T}}})
+    command = ["train", "--model", base, "--data", data / "train.jsonl", "--output", tmp_path / "run"]
+    run(capsys, *command, *STEPS[2:], "--steps", "2", "--method", "full", "--untie")
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["untied"] is True
+    run(capsys, "merge", "--adapter", adapter, "--output", tmp_path / "merged")
+    again, merged = load(tmp_path / "merged")
+    assert not again.config.tied
+    assert np.abs(merged["head"]["output"]["kernel"] - merged["embed"]["word"]["embedding"].T).max() > 1e-3
+    asked = ["--prompt", "the cat", "--separator=", "--max-new-tokens", "3", "--json"]
+    of_adapter = run(capsys, "generate", "--adapter", adapter, *asked)
+    assert of_adapter == run(capsys, "generate", "--model", tmp_path / "merged", *asked)
+    sentence = refused(capsys, *command, *STEPS[2:], "--steps", "2", "--method", "full")
+    assert "belongs to another run" in sentence
 
 
 @pytest.mark.slow

@@ -123,3 +123,20 @@ def test_a_failed_write_leaves_the_old_adapter(saved):
     with pytest.raises(PeftError, match="no float8_e4m3fn"):
         save_adapter(saved, method, frozen, unwritable, seed=0)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_wrong_option_in_adapter_json_is_one_sentence_that_names_it(tmp_path):
+    method = pj.lora(rank=2)
+    save_adapter(tmp_path, method, *method.init(KEY, PARAMS), seed=0)
+    file = tmp_path / CONFIG
+    config = json.loads(file.read_text())
+    for option, value, message in (
+        ("rank", "2", r"lora: option 'rank': Expected `int`, got `str` \('2'\)"),
+        ("rank", 10**30, "lora: option 'rank'"),
+        ("layers", {"a": 1}, "lora: option 'layers'"),
+        ("layouts", {"up": 3}, r"lora: option 'layouts': .*Expected `str`, got `int` \({'up': 3}\)"),
+        ("bias", None, "lora: option 'bias' is None, and can be 'none', 'adapted'"),
+    ):
+        file.write_text(json.dumps({**config, "method": {**config["method"], option: value}}))
+        with pytest.raises(PeftError, match=f"{CONFIG}: {message}"):
+            load_adapter(tmp_path, PARAMS)

@@ -8,6 +8,9 @@ from support import noisy
 import peftjax as pj
 from peftjax import tree
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
+from peftjax.models.load import save
+from peftjax.train.exchange import export_saved, import_saved
+from peftjax.train.saved import merge_saved, open_tuned
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -279,3 +282,224 @@ def test_what_peft_saved_computes_the_same_here(case, tmp_path):
     model, params = pj.load(folder)
     method, frozen, trainable = pj.import_peft(tmp_path, model, params)
     close(ours(model, method.apply(frozen, trainable), batch), theirs(adapted, batch))
+
+
+def bert_config():
+    return transformers.BertConfig(**TEXT, intermediate_size=24, max_position_embeddings=32)
+
+
+def small_t5():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    return transformers.T5Config(**sizes)
+
+
+def llama_config(tied):
+    return transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+
+
+SMALL = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+# class -> (configuration of a tied model, its embedding and output layer, what is adapted)
+TIED = {
+    "LlamaForCausalLM": (
+        lambda: llama_config(True),
+        ["embed_tokens", "lm_head"],
+        "q_proj",
+    ),
+    "GPT2LMHeadModel": (lambda: transformers.GPT2Config(**SMALL), ["wte", "lm_head"], "c_attn"),
+    "BertForMaskedLM": (
+        bert_config,
+        ["word_embeddings", "predictions.decoder"],
+        "query",
+    ),
+    "T5ForConditionalGeneration": (small_t5, ["embed_tokens", "lm_head"], "q"),
+}
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both", "the output layer alone"])
+@pytest.mark.parametrize("name", TIED)
+def test_tables_of_a_tied_model_that_peft_trained_apart(name, both, tmp_path):
+    config, tables, target = TIED[name]
+    batch = TOKENS if name.startswith("T5") else IDS
+    torch.manual_seed(0)
+    getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
+    options = {"target_modules": [target], "modules_to_save": tables if both else tables[1:]}
+    model = peft.get_peft_model(load_theirs(tmp_path / "base", name), peft.LoraConfig(r=2, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(pj.PeftError, match=r"is the weight of .* load the model with untie=True \(--untie\)"):
+        pj.import_peft(tmp_path / "adapter", *pj.load(tmp_path / "base"))
+    backbone, params = pj.load(tmp_path / "base", untie=True)
+    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
+    want = theirs(model, batch)
+    close(ours(backbone, method.apply(frozen, trainable), batch), want)
+    pj.export_peft(tmp_path / "again", backbone, method, frozen, trainable)
+    again = peft.PeftModel.from_pretrained(load_theirs(tmp_path / "base", name), str(tmp_path / "again"))
+    close(theirs(again, batch), want)
+    save(tmp_path / "merged", backbone, method.merge(frozen, trainable))
+    close(theirs(load_theirs(tmp_path / "merged", name), batch), want)
+
+
+def test_an_adapter_of_untied_tables_is_imported_evaluated_merged_and_exported(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter", untie=True)
+    tuned = open_tuned(tmp_path / "adapter")  # the adapter says that the model is untied
+    params = tuned.adapter.method.apply(tuned.adapter.frozen, tuned.adapter.trainable)
+    want = theirs(model, IDS)
+    close(ours(tuned.model, params, IDS), want)
+    merge_saved(tmp_path / "adapter", tmp_path / "merged")
+    close(theirs(load_theirs(tmp_path / "merged", "LlamaForCausalLM"), IDS), want)
+    export_saved(tmp_path / "adapter", tmp_path / "exported")
+    base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "exported")), IDS), want)
+
+
+# Class, configuration, what is adapted, rows, whether the model is loaded untied.
+ROWS = {
+    "tied": ("LlamaForCausalLM", lambda: llama_config(True), "q_proj", [5, 3, 49], False),
+    "untied": ("LlamaForCausalLM", lambda: llama_config(False), "q_proj", [5, 3], False),
+    "both layers": (
+        "LlamaForCausalLM",
+        lambda: llama_config(False),
+        "q_proj",
+        {"embed_tokens": [5, 3], "lm_head": [7]},
+        False,
+    ),
+    "a tied layer apart": (
+        "LlamaForCausalLM",
+        lambda: llama_config(True),
+        "q_proj",
+        {"embed_tokens": [5, 3], "lm_head": [7, 4, 1]},
+        True,
+    ),
+    "tied, loaded untied": ("LlamaForCausalLM", lambda: llama_config(True), "q_proj", [5, 3], True),
+    "gpt2": ("GPT2LMHeadModel", lambda: transformers.GPT2Config(**SMALL), "c_attn", [4], False),
+    "t5": ("T5ForConditionalGeneration", small_t5, "q", [4, 6], False),
+    "bert": (
+        "BertForMaskedLM",
+        bert_config,
+        "query",
+        {"word_embeddings": [4], "position_embeddings": [1]},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_tables_that_peft_trains_by_themselves(case, tmp_path):
+    name, config, target, indices, untie = ROWS[case]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=2, target_modules=[target], trainable_token_indices=indices)
+    model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    batch = TOKENS if case == "t5" else {"input_ids": np.array([[5, 3, 4, 9, 7, 6]], np.int32)}
+    want = theirs(model, batch)
+    backbone, params = pj.load(tmp_path / "base", untie=untie)
+    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
+    close(ours(backbone, method.apply(frozen, trainable), batch), want)
+    assert np.abs(want - ours(backbone, params, batch)).max() > 1e-2
+    again = pj.import_peft(tmp_path / "adapter", backbone, method.merge(frozen, trainable))[0]
+    assert again.config == method.config
+    pj.export_peft(tmp_path / "ours", backbone, method, frozen, trainable)
+    base = load_theirs(tmp_path / "base", name)
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")), batch), want)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_biases_that_an_adapter_gives_to_layers_without_one(name, tmp_path):
+    t5 = name.startswith("T5")
+    torch.manual_seed(0)
+    getattr(transformers, name)(small_t5() if t5 else llama_config(False)).save_pretrained(tmp_path / "base")
+    targets = ["q", "k", "o", "wo"] if t5 else ["q_proj", "o_proj", "down_proj", "lm_head"]
+    options = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, lora_bias=True)
+    model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    batch = TOKENS if t5 else IDS
+    want = theirs(model, batch)
+    backbone, params = pj.load(tmp_path / "base")
+    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
+    close(ours(backbone, method.apply(frozen, trainable), batch), want)
+    with pytest.raises(pj.PeftError, match=r"adds a bias to this layer, which has none .* cannot be merged"):
+        method.merge(frozen, trainable)
+    pj.export_peft(tmp_path / "ours", backbone, method, frozen, trainable)
+    base = load_theirs(tmp_path / "base", name)
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")), batch), want)
+
+
+PARAMETERS = {
+    "llama": ("LlamaForCausalLM", lambda: llama_config(False), ["mlp.up_proj.weight", "embed_tokens.weight"]),
+    "gpt2": ("GPT2LMHeadModel", lambda: transformers.GPT2Config(**SMALL), ["c_attn.weight", "c_fc.weight"]),
+    "bert": ("BertForMaskedLM", bert_config, ["query.weight", "position_embeddings.weight"]),
+}
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_factors_that_peft_gives_to_parameters_themselves(case, tmp_path):
+    name, config, parameters = PARAMETERS[case]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[] if case == "gpt2" else ["o_proj" if case == "llama" else "key"],
+        target_parameters=parameters,
+        rank_pattern={parameters[0]: 3},
+    )
+    model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    want = theirs(model, IDS)
+    backbone, params = pj.load(tmp_path / "base")
+    method, frozen, trainable = pj.import_peft(tmp_path / "adapter", backbone, params)
+    close(ours(backbone, method.apply(frozen, trainable), IDS), want)
+    assert np.abs(want - ours(backbone, params, IDS)).max() > 1e-2
+    pj.export_peft(tmp_path / "ours", backbone, method, frozen, trainable)
+    base = load_theirs(tmp_path / "base", name)
+    close(theirs(peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")), IDS), want)
+
+
+def test_an_adapter_of_a_resized_vocabulary_is_imported_with_its_size(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(llama_config(True)).save_pretrained(tmp_path / "base")
+    base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
+    base.resize_token_embeddings(53)
+    options = peft.LoraConfig(
+        r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[50, 51, 52]
+    )
+    model = peft.get_peft_model(base, options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(pj.PeftError, match=r"vocab_size=53 \(--vocab-size\)|vocab_size=N"):
+        import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter")
+    import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter", vocab_size=53)
+    tuned = open_tuned(tmp_path / "adapter")
+    params = tuned.adapter.method.apply(tuned.adapter.frozen, tuned.adapter.trainable)
+    batch = {"input_ids": np.array([[5, 52, 4, 50, 7, 51]], np.int32)}
+    close(ours(tuned.model, params, batch), theirs(model, batch))

@@ -337,7 +337,7 @@ BAD_CONFIGS = [
     ({"use_qalora": True}, "sets use_qalora"),
     ({"kasa_config": {"beta": 1}}, "sets kasa_config"),
     ({"layer_replication": [[0, 2]]}, "sets layer_replication"),
-    ({"trainable_token_indices": [1]}, "sets trainable_token_indices"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices asks for rows that are not in the file"),
     ({"use_dorra": True}, "closest: 'use_dora'"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "loftq"}, "residual of the base"),
@@ -426,7 +426,7 @@ def test_what_is_left_out_must_be_there(tmp_path):
     ("method", "message"),
     [
         (pj.train(["head"]), "no weight has low-rank factors"),
-        (pj.rows([1], targets=["embed"]), "is a TrainedRows"),
+        (pj.rows([1], targets=["embed"]), "no weight has low-rank factors"),
         (
             pj.chain(pj.lora(rank=2, targets=["up"]), pj.dora(rank=2, targets=["down"])),
             "use_dora is for all modules",

@@ -181,3 +181,8 @@ def test_it_is_what_a_side_network_asks_for():
 def test_no_batch_is_an_error():
     with pytest.raises(PeftError, match="fisher_information: there is no batch"):
         pj.fisher_information(loss, PARAMS, [])
+
+
+def test_a_reduction_beyond_the_width_is_refused():
+    with pytest.raises(PeftError, match="lst: reduction 1000000 leaves nothing of a width of"):
+        pj.lst(reduction=1_000_000).init(KEY, backbone("llama").params)

@@ -103,6 +103,45 @@ def test_the_bias_of_the_output_layer_that_is_called_wins(kind, prefix, tmp_path
     assert f"not used from {tmp_path}: {prefix}bias" in caplog.text
 
 
+def test_an_untied_output_layer_starts_as_a_copy_of_the_table_and_is_saved(tied, tmp_path):
+    name, model, params, folder = tied
+    untied, own = load(folder, head=model.head_name, untie=True)
+    assert not untied.config.tied
+    kernel = own["head"].pop("output")["kernel"]
+    np.testing.assert_array_equal(kernel, params["embed"]["word"]["embedding"].T)
+    if model.encoder is not None:
+        np.testing.assert_array_equal(kernel.T, own["embed"].pop("decoder_word")["embedding"])
+    jax.tree.map(np.testing.assert_array_equal, own, params)
+    own = load(folder, head=model.head_name, untie=True)[1]
+    own["head"]["output"] = {"kernel": kernel + 1}
+    if model.encoder is not None:  # equal tables of the stacks are one table again
+        own["embed"]["decoder_word"]["embedding"] += 2
+    assert lacking(folder, untied, untie=True) == set()
+    assert stored_dtypes(folder, untied, untie=True)["head/output/kernel"] == np.float32
+    save(tmp_path / "apart", untied, own)
+    assert json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert name in find_tensors(tmp_path / "apart")
+    again, loaded = load(tmp_path / "apart", head=model.head_name)
+    assert not again.config.tied
+    jax.tree.map(np.testing.assert_array_equal, loaded, own)
+    larger = load(folder, head=model.head_name, untie=True, vocab_size=70)[1]
+    assert larger["head"]["output"]["kernel"].shape[1] == len(larger["embed"]["word"]["embedding"]) == 70
+
+
+def test_a_model_that_is_untied_by_its_file_keeps_its_output_layer_under_untie(tmp_path, random_decoder):
+    model, params = random_decoder({"model_type": "gpt2", **GPT2, "tie_word_embeddings": False})
+    save(tmp_path, model, params)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, untie=True)[1], params)
+
+
+def test_a_head_without_an_output_layer_is_not_untied(tmp_path, random_decoder):
+    save(tmp_path, *random_decoder({"model_type": "gpt2", **GPT2}))
+    with pytest.raises(
+        PeftError, match=r"'none' of a gpt2 has no output layer .* heads that have: causal_lm"
+    ):
+        load(tmp_path, head="none", untie=True)
+
+
 MADLAD = {**VALUES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SIDES = tuple(f"{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
 
@@ -123,13 +162,44 @@ def test_t5s_table_is_read_under_any_of_its_names(names, head, tmp_path, random_
         assert "not used" not in caplog.text
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_tables_of_t5s_stacks_that_differ_are_refused(side, tmp_path, random_decoder):
+# What a file holds beside the rest -> the tables that transformers gives encoder, decoder and output layer.
+TABLES = {
+    "shared encoder": ("encoder", "shared", "shared"),
+    "shared decoder": ("shared", "decoder", "shared"),
+    "shared encoder decoder": ("encoder", "decoder", "shared"),
+    "encoder decoder": ("encoder", "decoder", "encoder"),
+    "encoder decoder lm_head": ("encoder", "decoder", "lm_head"),
+    "shared lm_head": ("shared", "shared", "lm_head"),
+    "decoder lm_head": ("decoder", "decoder", "lm_head"),
+}
+NUMBERS = {"shared": 3, "encoder": 1, "decoder": 2, "lm_head": 4}
+
+
+def spelt(name):
+    return f"{name}.embed_tokens.weight" if name in ("encoder", "decoder") else f"{name}.weight"
+
+
+@pytest.mark.parametrize("held", TABLES)
+def test_tables_of_t5s_stacks_that_differ_are_each_used(held, tmp_path, random_decoder, caplog):
     model, params = random_decoder(VALUES, "seq2seq_lm")
     save(tmp_path, model, params)
-    edit(tmp_path, lambda tensors: {**tensors, side: tensors["shared.weight"] + 1})
-    with pytest.raises(PeftError, match=rf"holds {side} and .* with other numbers"):
-        load(tmp_path, head="seq2seq_lm")
+    table = np.asarray(params["embed"]["word"]["embedding"])
+    tables = {spelt(name): table + NUMBERS[name] for name in held.split()}
+    edit(tmp_path, lambda t: {n: x for n, x in t.items() if n != "shared.weight"} | tables)
+    encoder, decoder, output = (table + NUMBERS[name] for name in TABLES[held])
+    for _ in range(2):  # and saved so
+        again, loaded = load(tmp_path, head="seq2seq_lm")
+        embed = loaded["embed"]
+        np.testing.assert_array_equal(embed["word"]["embedding"], encoder)
+        np.testing.assert_array_equal(embed.get("decoder_word", embed["word"])["embedding"], decoder)
+        kernel = embed["word"]["embedding"].T if again.config.tied else loaded["head"]["output"]["kernel"]
+        np.testing.assert_array_equal(kernel.T, output)
+        assert not lacking(tmp_path, again)
+        save(tmp_path, again, loaded)
+    apart = TABLES[held][0] != TABLES[held][1]
+    assert ("have other numbers: each stack uses its own" in caplog.text) == apart
+    alone = load(tmp_path, head="encoder")[1]
+    np.testing.assert_array_equal(alone["embed"]["word"]["embedding"], encoder)
 
 
 def test_more_layers_than_config_json_has_are_named(tmp_path, random_decoder, decoders, caplog):

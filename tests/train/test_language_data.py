@@ -10,6 +10,7 @@ import tiny_language as tiny
 
 from peftjax.errors import PeftError
 from peftjax.models.chat import compile_template, render
+from peftjax.train.data.language import conversations
 from peftjax.train.data.language.batches import evaluation_batches, make_batch, training_batches
 from peftjax.train.data.language.completions import Completion, read_completions, tokenise_completions
 from peftjax.train.data.language.conversations import (
@@ -654,3 +655,36 @@ def test_bad_files_and_options(tmp_path, tokenizer, row, options, says):
     held = None if "hold" in says else path
     with pytest.raises(PeftError, match=says):
         open_language_data(path, tokenizer, max_length=16, eval_data=held, options=LanguageOptions(**options))
+
+
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+CALLING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+CALLING += "[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}</s>{% endfor %}"
+CALLING += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def sharegpt(tmp_path, call):
+    turns = [("human", "how is it?"), ("function_call", call), ("observation", "sun"), ("gpt", "fine")]
+    row = {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    return read_conversations(write_jsonl(tmp_path / "chats.jsonl", [row]))[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [(CALLING, ("[weather Rome]", "fine")), (tiny.CHATML, (json.dumps(CALL), "fine"))],
+    ids=["a template that reads calls", "one that reads content alone"],
+)
+def test_a_function_call_of_sharegpt_is_learnt_as_the_assistants(source, texts, tmp_path, tokenizer):
+    chat = sharegpt(tmp_path, json.dumps(CALL))
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    template = compile_template(source, tokenizer.special_tokens)
+    text = "".join(conversations._pieces(chat, template))
+    learnt = conversations._pieces(chat, template)[1::2]
+    assert all(own in piece for own, piece in zip(texts, learnt, strict=True))
+    assert "sun" in text
+    assert "how is it?" not in "".join(learnt)
+
+
+def test_a_function_call_that_is_no_call_is_text(tmp_path):
+    call = sharegpt(tmp_path, "{}").messages[1]
+    assert call == {"role": "assistant", "content": "{}"}

@@ -1,5 +1,8 @@
 """From options to a method, and what becomes of a new head."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,7 @@ import pytest
 import peftjax as pj
 from peftjax import tree
 from peftjax.errors import PeftError
+from peftjax.methods import KNOWN, build, describe
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.train.options import (
@@ -121,3 +125,53 @@ def test_a_head_that_is_adapted_keeps_what_the_seed_drew(model_and_params):
 def test_options_without_a_use_are_refused():
     with pytest.raises(PeftError, match="takes no text_column"):
         open_data(DataOptions(text_column="body"))
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "message"),
+    [
+        ("lora", "rank=x", "lora: option 'rank': Expected `int`, got `str` ('x')"),
+        ("lora", "rank=true", "lora: option 'rank': Expected `int`, got `bool` (True)"),
+        (
+            "lora",
+            "rank=1000000000",
+            "lora: option 'rank' has 1000000000; whole numbers are at most 1,000,000",
+        ),
+        (
+            "lora",
+            "init=gauss",
+            "lora: option 'init' is 'gauss', and can be 'uniform', 'gaussian', 'orthogonal'",
+        ),
+        (
+            "lora",
+            "rank_pattern={up: 0.5}",
+            "Expected `int`, got `float` ({'up': 0.5})",
+        ),
+        ("lora", "alpha=.inf", "the method's option 'alpha' is inf"),
+        ("lora", "alpha_pattern={up: .nan}", "lora: option 'alpha_pattern' has nan; numbers are finite"),
+        ("dora", "targets=3", "dora: option 'targets': Expected `str | array`, got `int` (3)"),
+        ("rows", "targets=up", "rows: the option 'indices' is missing"),
+        ("lst", "side=3", "lst: option 'side': Expected `object | null`, got `int` (3)"),
+        ("unipt", "factor=[2]", "unipt: option 'factor': Expected `int`, got `array` ([2])"),
+    ],
+)
+def test_an_option_that_cannot_be_says_what_it_is_and_can_be(method, option, message):
+    with pytest.raises(PeftError, match=re.escape(message)):
+        make_method(MethodOptions(method=method, method_options=(option,)))
+
+
+def test_chains_of_files_are_lists_of_methods_that_end():
+    for methods, message in ((3, "Expected `array`"), ([3], "Expected `object`")):
+        with pytest.raises(PeftError, match=message):
+            build({"name": "chain", "methods": methods})
+    config = {"name": "lora"}
+    for _ in range(100):
+        config = {"name": "chain", "methods": [config]}
+    with pytest.raises(PeftError, match="nests too deeply"):
+        build(config)
+
+
+@pytest.mark.parametrize("info", KNOWN.values(), ids=lambda info: info.name)
+def test_what_describes_a_method_makes_it_again(info):
+    method = info.factory(**info.example)
+    assert build(json.loads(json.dumps(describe(method)))).config == method.config

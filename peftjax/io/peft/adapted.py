@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.peft.config import TIED_EMBEDDING, LoraConfig
 from peftjax.io.peft.factors import MAGNITUDE, factor_names, from_file, magnitude_shape
 from peftjax.io.peft.names import Names, module_of, require_one_stack
 from peftjax.io.peft.tensors import PREFIX, Tensors
+from peftjax.methods.lowrank.lora import SHIFT
 from peftjax.models.weight_map import Slot
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
@@ -28,6 +30,8 @@ class Layer:
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None
+    shift: np.ndarray | None = None
+    """The bias that the file gives a layer which has none."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Adapted:
         values = {name: np.array(slot) for name, slot in slots.items()}
         values["a"][...] = 0.0
         values["b"][...] = 0.0
+        if SHIFT in values:
+            values[SHIFT][...] = 0.0
         for number, layer in self.layers.items():
             row = ... if number is None else chosen.index(number) if chosen is not None else number
             rank, factor = len(layer.a), layer.scale / self.scale
@@ -63,6 +69,8 @@ class Adapted:
             values["b"][row][:rank] = layer.b if factor == 1.0 else layer.b * np.float64(factor)
             if layer.magnitude is not None:
                 values["magnitude"][row] = layer.magnitude
+            if layer.shift is not None:
+                values[SHIFT][row] = layer.shift
         return {name: jnp.asarray(value, slots[name].dtype) for name, value in values.items()}
 
 
@@ -88,7 +96,15 @@ def read_adapted(
         layout = shapes.setdefault(slot.path, layout_of(slot.path, leaves, layouts))
         require_one_stack(slot, name, layout)
         layer = _layer(config, f"{PREFIX}{module}", config.rank_of(module), slot, layout, tensors)
-        scaled = Layer(*layer[:2], config.scale_of(module), layer[2])
+        scale = config.scale_of(module)
+        own_bias = names.canonical(f"{module}.bias") in names.slots
+        bias = f"{tree.module_of(slot.path)}/bias"
+        if not own_bias and "lora_B.bias" in tensors and bias in leaves:
+            raise PeftError(
+                f"{module!r} has a lora_B.bias, and the table names no bias of its own to add it to, {bias!r}"
+            )
+        shift = None if own_bias else _shift(scale, f"{PREFIX}{module}", slot, layout, tensors)
+        scaled = Layer(*layer[:2], scale, layer[2], shift)
         known.add(name)
         if name in names.slots:
             found.setdefault(slot.path, {})[slot.layer] = scaled
@@ -101,9 +117,9 @@ def read_adapted(
             modules = ", ".join(repr(names.written(module_of(name))) for name in weights)
             raise PeftError(
                 f"{path!r} is the weight of several modules of this model ({modules}), and the adapter "
-                "changes them apart: leave it out, or train without it (PEFT keeps two together where the "
-                f"embedding is called {TIED_EMBEDDING!r}, both are target_modules and ensure_weight_tying is "
-                "True)"
+                f"changes them apart: {names.untying(path)}leave it out, or train without it (PEFT keeps two "
+                f"together where the embedding is called {TIED_EMBEDDING!r}, both are target_modules and "
+                "ensure_weight_tying is True)"
             )
     _require_targets(config, file, names, leaves, known)
     _require_bases(file, names, leaves)
@@ -122,17 +138,22 @@ def _layer(
     layout: Layout,
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    wanted = [*factor_names(slot.weight), *([MAGNITUDE] if config.dora else [])]
+    weight = slot.weight
+    if config.by_parameter(module.removeprefix(PREFIX)):
+        # A parameter of two axes is a linear weight to PEFT, whatever its module makes of it.
+        inputs_first = (layout.letters.replace("s", "") == "io") != weight.transpose
+        weight = replace(weight, kind="tied" if inputs_first else "linear")
+    wanted = [*factor_names(weight), *([MAGNITUDE] if config.dora else [])]
     for name in wanted:
         if name not in tensors:
             raise PeftError(f"tensor {f'{module}.{name}'!r} is missing")
     if extra := sorted(tensors.keys() - {*wanted, "lora_B.bias"}):
         without = "" if config.dora else " without use_dora"
         raise PeftError(
-            f"tensor {f'{module}.{extra[0]}'!r} does not go with the {slot.weight.kind} weight "
+            f"tensor {f'{module}.{extra[0]}'!r} does not go with the {weight.kind} weight "
             f"{slot.path!r}{without}"
         )
-    a, b = from_file(slot.weight, layout, tensors, rank, module)
+    a, b = from_file(weight, layout, tensors, rank, module)
     a, b = _at_most(a.astype(np.float32), b.astype(np.float32), min(layout.matrix))
     if not config.dora:
         return a, b, None
@@ -143,6 +164,20 @@ def _layer(
             f"{list(shape)}"
         )
     return a, b, magnitude.astype(np.float32).reshape(-1)
+
+
+def _shift(
+    scale: float, module: str, slot: Slot, layout: Layout, tensors: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+    """What a `lora_B.bias` adds to the layer."""
+    if (bias := tensors.get("lora_B.bias")) is None:
+        return None
+    if bias.shape != (layout.matrix[1],) or slot.weight.kind not in ("linear", "convolution"):
+        raise PeftError(
+            f"tensor '{module}.lora_B.bias' has shape {list(bias.shape)}; {slot.path!r}, a "
+            f"{slot.weight.kind} weight with {layout.matrix[1]} outputs, has no place for it"
+        )
+    return (scale * bias).astype(np.float32)
 
 
 def _at_most(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,11 +210,16 @@ def _require_targets(
         matrix = leaves[slot.path].ndim - (slot.layer is not None) >= 2
         # PEFT decides by the module's class what 'all-linear' means for a head; in a backbone it is all.
         linear = slot.weight.kind == "linear" and names.prefix != "" and module.startswith(names.prefix)
-        if parameter != "weight" or not matrix or (config.target_modules == "all-linear" and not linear):
-            continue
         spelt = module.removeprefix(names.prefix) if bare else module
-        if config.targets(spelt) and name not in adapted and not file.leaves_out(spelt):
-            raise PeftError(f"target_modules asks for {spelt!r}, whose factors are missing in the file")
+        by_parameter = config.by_parameter(spelt)
+        every = config.target_modules == "all-linear"
+        if parameter != "weight" or not matrix or (every and not linear and not by_parameter):
+            continue
+        if name in adapted or file.leaves_out(spelt):
+            continue
+        for asked, field in ((config.targets(spelt), "target_modules"), (by_parameter, "target_parameters")):
+            if asked:
+                raise PeftError(f"{field} asks for {spelt!r}, whose factors are missing in the file")
 
 
 def _require_bases(file: Tensors, names: Names, leaves: Mapping[str, Any]) -> None:

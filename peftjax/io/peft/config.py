@@ -87,8 +87,6 @@ VARIANTS = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -109,6 +107,7 @@ OUTPUT_LAYER = "lm_head"
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 _Alpha = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+_Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
@@ -132,6 +131,8 @@ class _File:
     modules_to_save: str | list[str] | None = None
     ensure_weight_tying: bool = False
     task_type: str | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,39 @@ class LoraConfig:
     modules_to_save: tuple[str, ...]
     tied: bool
     task: str | None
+    tokens: Mapping[str, tuple[int, ...]]
+    """Rows that are trained by themselves, by the end of their table's module; '' is the input embedding."""
+
+    parameters: tuple[str, ...] = ()
+    """Parameters that have factors of their own, by the end of their name."""
+
+    def by_parameter(self, module: str) -> bool:
+        """Whether the factors of a module are those of its weight as a parameter, `weight + scale · B·A`."""
+        name = f"{module}.weight"
+        return any(name == part or name.endswith(f".{part}") for part in self.parameters)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The trained rows of a module's table.
+
+        Raises:
+            PeftError: none are.
+        """
+        found = [rows for end, rows in self.tokens.items() if module.endswith(end)]
+        if not found:
+            raise PeftError(f"the file has trained rows of {module!r}; trainable_token_indices names none")
+        return found[-1]
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        return _pattern_value(self.rank_pattern, module, self.rank)
+        return _pattern_value(self.rank_pattern, self._key_of(module), self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module's adapter."""
-        return _pattern_value(self.alpha_pattern, module, self.alpha)
+        return _pattern_value(self.alpha_pattern, self._key_of(module), self.alpha)
+
+    def _key_of(self, module: str) -> str:
+        """What patterns match: a module, or a parameter."""
+        return f"{module}.weight" if self.by_parameter(module) else module
 
     def scale_of(self, module: str) -> float:
         """The factor of a module's product `B·A`."""
@@ -236,7 +262,15 @@ def read_config(folder: Path) -> LoraConfig:
         modules_to_save=_tuple(held.modules_to_save),
         tied=held.ensure_weight_tying,
         task=held.task_type,
+        tokens=_tokens(held.trainable_token_indices),
+        parameters=_tuple(held.target_parameters),
     )
+
+
+def _tokens(given: list[int] | dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+    if isinstance(given, list):
+        given = {"": given}
+    return {end: tuple(rows) for end, rows in (given or {}).items() if rows}
 
 
 def _require_plain_start(file: Path, start: Any) -> None:

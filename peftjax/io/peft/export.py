@@ -20,7 +20,8 @@ from peftjax.io.peft.config import CONFIG, FIELDS, OF_ALL_VERSIONS, TASK_MODULES
 from peftjax.io.peft.factors import MAGNITUDE, magnitude_shape, rank_in_file, to_file
 from peftjax.io.peft.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.io.peft.prefix import export_prefix
-from peftjax.io.peft.tensors import PREFIX
+from peftjax.io.peft.tensors import PREFIX, TOKENS
+from peftjax.io.peft.tokens import written_tokens
 from peftjax.io.peft.trained import (
     Factors,
     changed_parameters,
@@ -29,6 +30,7 @@ from peftjax.io.peft.trained import (
     lies_in,
     method_parts,
     on_residuals,
+    trained_rows,
     without,
 )
 from peftjax.io.safetensors import write_tensors
@@ -64,8 +66,9 @@ def export_peft(
     LoRA, rsLoRA, LoRA+, LoRA-FA and DoRA are written as they are, one module a layer of a stack; rows
     of zeros in both factors are left out. PiSSA and OLoRA, whose base is a residual, become the LoRA of
     twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `train` trains are
-    `modules_to_save`, biases as PEFT writes them. Of a `prefix` the keys and values are written that its
-    MLP gives; PEFT's means the same on decoders with rotary positions and no window.
+    `modules_to_save`, biases as PEFT writes them, `rows` of a table `trainable_token_indices`. Of a `prefix`
+    the keys and values are written that its MLP gives; PEFT's means the same on decoders with rotary
+    positions and no window.
 
     Args:
         path: the folder; made if absent. Both files are complete before either replaces what was there.
@@ -91,14 +94,17 @@ def export_peft(
         export_prefix(Path(path), model, method, trainable, base)
         return
     leaves = tree.named_leaves(method.apply(frozen, trainable))
-    factors, trained = changed_parameters(frozen, leaves)
+    rows = trained_rows(frozen, leaves)
+    factors, trained = changed_parameters(
+        frozen, {name: leaf for name, leaf in leaves.items() if name not in rows}
+    )
     for name in also:
         if name in factors and not lies_in(name, leave_out):
             raise PeftError(f"{name!r} has an adapter and is to be written as it is; train it instead")
     trained |= {*also}
-    factors, trained = without(leave_out, factors, trained)
+    factors, trained, rows = without(leave_out, factors, trained, rows)
     names = names_of(model, leaves)
-    for name in (*factors, *trained):
+    for name in (*factors, *trained, *rows):
         if name in names.unnamed:
             raise PeftError(
                 f"{name!r} was trained, but {names.architecture} has no such tensor; "
@@ -136,6 +142,8 @@ def export_peft(
         for module, own in modules.items()
         for name, tensor in own.tensors.items()
     }
+    tokens = {names.written(module): own for module, own in written_tokens(rows, names).items()}
+    tensors |= {f"{PREFIX}{module}.{TOKENS}": own.values for module, own in tokens.items()}
     written = {names.written(module): own for module, own in modules.items()}
     values |= _ranks(written) | {
         "base_model_name_or_path": base,
@@ -143,9 +151,11 @@ def export_peft(
             names.kept_together(path) for path in names.tied_weights() & (factors.keys() | trained)
         ),
         "fan_in_fan_out": _fan_in_fan_out(names, factors, modules),
+        "lora_bias": any(own.shift is not None for own in factors.values()),
         "lora_dropout": max((part.get("dropout", 0.0) for part in method_parts(config)), default=0.0),
         "target_modules": sorted(written),
         "task_type": task,
+        "trainable_token_indices": {module: list(own.indices) for module, own in tokens.items()} or None,
         "use_dora": bool(dora),
         "use_rslora": rslora,
     }
@@ -165,13 +175,15 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
 def _modules(names: Names, factors: Mapping[str, Factors], rslora: bool) -> dict[str, _Module]:
     """Every adapted module: a layer each of the stacks, without the layers that have only zeros."""
     modules = {}
+    with_bias = any(own.shift is not None for own in factors.values())
     for name, slot in (*names.slots.items(), *names.tied.items()):
-        if slot.path in factors and (module := _module(name, slot, factors[slot.path], rslora)) is not None:
+        own = factors.get(slot.path)
+        if own is not None and (module := _module(name, slot, own, rslora, with_bias)) is not None:
             modules[module_of(name)] = module
     return modules
 
 
-def _module(name: str, slot: Slot, own: Factors, rslora: bool) -> _Module | None:
+def _module(name: str, slot: Slot, own: Factors, rslora: bool, with_bias: bool) -> _Module | None:
     require_one_stack(slot, name, own.layout)
     row = ... if slot.layer is None else slot.layer
     a, b = own.a[row], own.b[row]
@@ -183,8 +195,10 @@ def _module(name: str, slot: Slot, own: Factors, rslora: bool) -> _Module | None
             f"{slot.path!r} has DoRA's magnitudes and is the output layer {name!r} too, whose lengths PEFT "
             "takes along the other axis; use LoRA there, or merge"
         )
+    shift = None if own.shift is None else own.shift[row]
     if not filled.any():
-        if magnitude is None or np.array_equal(magnitude, own.untouched[row]):
+        same = magnitude is None or np.array_equal(magnitude, own.untouched[row])
+        if same and (shift is None or not shift.any()):
             return None
         filled[0] = True
     a, b = a[filled], b[filled]
@@ -195,6 +209,15 @@ def _module(name: str, slot: Slot, own: Factors, rslora: bool) -> _Module | None
     tensors = to_file(slot.weight, own.layout, a, b)
     if magnitude is not None:
         tensors[MAGNITUDE] = magnitude.reshape(magnitude_shape(slot.weight, own.layout))
+    if with_bias:
+        if magnitude is not None or slot.weight.kind not in ("linear", "convolution"):
+            raise PeftError(
+                f"{slot.path!r} is adapted beside layers that the adapter gives a bias (bias='added'), and "
+                "PEFT's lora_bias goes neither with DoRA nor with embeddings: train them apart"
+            )
+        scale = alpha / rank_power(rank, rslora)
+        shift = np.zeros(own.layout.matrix[1], np.float32) if shift is None else shift
+        tensors["lora_B.bias"] = (shift / np.float64(scale)).astype(np.float32)
     return _Module(rank, clean(alpha), tensors)
 
 

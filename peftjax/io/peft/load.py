@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftjax.io.peft.names import Model, names_of
 from peftjax.io.peft.plain import read_plain, untrained_tables
 from peftjax.io.peft.prefix import import_prefix, is_prefix
 from peftjax.io.peft.tensors import read_file
+from peftjax.io.peft.tokens import Rows, read_tokens, tokens_method
 from peftjax.methods import build
 from peftjax.transform import Frozen, Params, Trainable, Transform
 
@@ -38,11 +40,11 @@ def import_peft(
 ) -> tuple[Transform, Frozen, Trainable]:
     """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
 
-    The method is `prefix`, without an MLP, or `lora`, `rslora` or `dora`, in a chain with `train` where the
-    file holds parameters trained as they are. Layers of one of our stacks may have different ranks,
-    different scales or no adapter: ranks are filled up with rows of zeros in both factors, which stay zero
-    in training, and scales go into `b`. A rank larger than the matrix is brought down to it, with the same
-    product.
+    The method is `prefix`, without an MLP, or `lora`, `rslora` or `dora`, in a chain with `rows` for each
+    table that `trainable_token_indices` trains rows of, and with `train` where the file holds parameters
+    trained as they are. Layers of one of our stacks may have different ranks, different scales or no adapter:
+    ranks are filled up with rows of zeros in both factors, which stay zero in training, and scales go into
+    `b`. A rank larger than the matrix is brought down to it, with the same product.
 
     Args:
         path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -72,6 +74,7 @@ def import_peft(
         adapted = read_adapted(config, file, names, leaves, layouts)
         plain = read_plain(config, file, names, leaves)
         stored = untrained_tables(config, file, names)
+        tokens = read_tokens(config, file, names, leaves)
     except PeftError as error:
         raise PeftError(f"{folder}: {error}") from error
     tables = {path: plain.pop(path) for path in sorted(stored & plain.keys())}
@@ -83,19 +86,28 @@ def import_peft(
         )
     elif tables:
         plain |= tables
+    for path in tokens.keys() & plain.keys():  # a table that is trained whole has its rows inside
+        plain[path] = tokens.pop(path).put_into(plain[path])
     bias, of_bias = _bias(config, leaves, adapted, plain)
     options = _options(config, adapted, bias, layouts)
     rest = [name for name in plain if name not in of_bias]
-    if not rest:
-        method = build(options)
+    parts = [options] if adapted else []
+    parts += [tokens_method(path, rows) for path, rows in tokens.items()]
+    parts += [{"name": "train", "targets": "|".join(map(re.escape, rest))}] if rest else []
+    values = [lambda fresh: _filled(fresh, adapted, plain, options)] if adapted else []
+    values += [partial(_of_rows, path, rows) for path, rows in tokens.items()]
+    values += [lambda fresh: {name: jnp.asarray(plain[name], leaf.dtype) for name, leaf in fresh.items()}]
+    if len(parts) == 1:
+        method = build(parts[0])
         frozen, fresh = method.init(jax.random.key(0), params)
-        return method, frozen, _filled(fresh, adapted, plain, options)
-    train = {"name": "train", "targets": "|".join(map(re.escape, rest))}
-    method = build({"name": "chain", "methods": [options, train]})
+        return method, frozen, values[0](fresh)
+    method = build({"name": "chain", "methods": parts})
     frozen, fresh = method.init(jax.random.key(0), params)
-    values = {name: jnp.asarray(plain[name], leaf.dtype) for name, leaf in fresh["train"].items()}
-    own = _filled(fresh[options["name"]], adapted, plain, options)
-    return method, frozen, {options["name"]: own, "train": values}
+    return method, frozen, {name: fill(fresh[name]) for (name, _), fill in zip(frozen.plan, values)}
+
+
+def _of_rows(path: str, rows: Rows, fresh: Trainable) -> Trainable:
+    return {path: {"values": jnp.asarray(rows.values, fresh[path]["values"].dtype)}}
 
 
 def _bias(
@@ -104,6 +116,8 @@ def _bias(
     """The low-rank method's option `bias`, and the biases that it then trains."""
     every = {name for name in leaves if name.rsplit("/", 1)[-1] == "bias"}
     own = {f"{tree.module_of(name)}/bias" for name in adapted} & every
+    if any(layer.shift is not None for adapter in adapted.values() for layer in adapter.layers.values()):
+        return "added", own & plain.keys()
     if config.bias == "all" and every and every <= plain.keys():
         return "all", every
     if (config.bias == "lora_only" or config.lora_bias) and own and own <= plain.keys():
@@ -152,6 +166,6 @@ def _filled(
     return {
         name: adapted[name].filled(slots, options["layers"])
         if name in adapted
-        else {"value": jnp.asarray(plain[name], slots["value"].dtype)}
+        else {"value": jnp.asarray(plain.get(name, slots["value"]), slots["value"].dtype)}
         for name, slots in fresh.items()
     }

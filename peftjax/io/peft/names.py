@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftjax import tree
 from peftjax.errors import PeftError
 from peftjax.io.peft.config import TIED_EMBEDDING
 from peftjax.models.backbone import Backbone
+from peftjax.models.family import Family
 from peftjax.models.load import FAMILIES
+from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE
 from peftjax.models.weight_map import Slot, Weight, slots_of
 from peftjax.weights.layout import Layout
 
 Model = Backbone | Sequence[Weight]
+UNTIE = "load the model with untie=True (--untie), "
+"""The remedy where an adapter changes an output layer and the table that it is tied to apart."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Names:
         bare: whether the class's own names lack it.
         canonical: the table's spelling of a name.
         in_memory: the spelling of `transformers`' models.
+        uncalled_slots: where the tensors of `uncalled` lie.
+        untied: a table with each parameter that is the same one where the model is not loaded with `untie`.
     """
 
     slots: Mapping[str, Slot]
@@ -44,6 +50,8 @@ class Names:
     bare: bool = False
     canonical: Callable[[str], str] = str
     in_memory: Callable[[str], str] = str
+    uncalled_slots: Mapping[str, Slot] = field(default_factory=dict)
+    untied: tuple[tuple[str, str], ...] = ()
 
     def written(self, name: str) -> str:
         """The class's own spelling of a name of the table."""
@@ -62,6 +70,11 @@ class Names:
         names = self.sharing(path)
         tied = len(names) == 2 and self.tied[names[1]].weight.kind == "tied"
         return tied and module_of(names[0]).endswith(TIED_EMBEDDING)
+
+    def untying(self, path: str) -> str:
+        """`UNTIE` where a parameter is an output layer too, else nothing."""
+        weights = (slot.weight for slot in self.tied.values() if slot.path == path)
+        return UNTIE if any(weight.kind == "tied" for weight in weights) else ""
 
     def in_module(self, module: str) -> list[str]:
         """The tensors of a module and of the modules inside it."""
@@ -140,6 +153,8 @@ def names_of(model: Model, params: Any) -> Names:
     if head.bare:
         slots = {name: slot for name, slot in slots.items() if name.startswith(family.prefix)}
     tied = {name: slot for name, slot in _of_known(shapes, head.tied).items() if name not in slots}
+    word = next((slot for slot in slots.values() if slot.path == WORD_TABLE), None)
+    without_calls = {name: word for name in head.uncalled if word is not None}
     for uncalled in head.uncalled & slots.keys():
         path = slots.pop(uncalled).path
         # What is called first stands for the parameter.
@@ -156,7 +171,17 @@ def names_of(model: Model, params: Any) -> Names:
         head.bare,
         lambda name: family.canonical(_alone(name)),
         head.in_memory or family.in_memory,
+        without_calls,
+        _untied(model, family, shapes),
     )
+
+
+def _untied(model: Backbone, family: Family, shapes: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The word table with each parameter that has its numbers in a model as `config.json` has it."""
+    values = getattr(model.config, "values", {})
+    tied = not values or family.read_config({**values, "model_type": model.config.model_type}).tied
+    own = () if getattr(model.config, "tied", True) or not tied else (OUTPUT_LAYER,)
+    return tuple((WORD_TABLE, path) for path in (DECODER_TABLE, *own) if path in shapes)
 
 
 def _alone(name: str) -> str:

@@ -24,8 +24,8 @@ def read_plain(
     A `lora_B.bias` becomes its part of the module's own bias: `bias + scale · lora_B.bias`.
 
     Raises:
-        PeftError: a tensor has no place, another shape, or is missing; a module has a `lora_B.bias` and
-            no bias; a parameter that several modules share is changed for one of them.
+        PeftError: a tensor has no place, another shape, or is missing; a parameter that several modules share
+            is changed for one of them.
     """
     values: dict[str, np.ndarray] = {}
     known = {names.canonical(name): name for name in file.plain}
@@ -46,10 +46,7 @@ def read_plain(
             continue
         name = names.canonical(f"{module}.bias")
         if name not in names.slots:
-            raise PeftError(
-                f"{module!r} has a lora_B.bias and no bias of its own to add it to; train the adapter with "
-                "lora_bias=False"
-            )
+            continue  # it becomes a bias of the adapter's own
         view = _view(values, names.slots[name], leaves)
         if shift.shape != view.shape:
             raise PeftError(
@@ -63,7 +60,9 @@ def _resizing(path: str, tensor: np.ndarray) -> str:
     """What to do about a vocabulary of another size."""
     if path not in VOCABULARY_AXES:
         return ""
-    return f"; the adapter's vocabulary was resized: load the model with vocab_size={len(tensor)}"
+    return (
+        f"; the adapter's vocabulary was resized: load the model with vocab_size={len(tensor)} (--vocab-size)"
+    )
 
 
 def untrained_tables(config: LoraConfig, file: Tensors, names: Names) -> set[str]:
@@ -128,7 +127,7 @@ def _require_ties(config: LoraConfig, file: Tensors, names: Names, known: Mappin
         modules = " and of ".join(repr(names.written(module_of(name))) for name in weights)
         how = "gives each another" if len(given) == len(weights) else f"exchanges {len(given)} of them"
         raise PeftError(
-            f"{path!r} is the weight of {modules} in this model, and the adapter {how}: leave it out, or "
-            f"train without it (PEFT keeps two together where the embedding is called {TIED_EMBEDDING!r} and "
-            "ensure_weight_tying is True)"
+            f"{path!r} is the weight of {modules} in this model, and the adapter {how}: "
+            f"{names.untying(path)}leave it out, or train without it (PEFT keeps two together where the "
+            f"embedding is called {TIED_EMBEDDING!r} and ensure_weight_tying is True)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,15 @@ from peftjax.io.safetensors import find_tensors, read_tensors
 from peftjax.tree import nearest
 
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)"
 )
 # In a state dict that was saved by hand the adapter's name stands in the keys, as in `lora_A.default.weight`.
 _NAMED = re.compile(
-    r"(.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save))\.([^.]+?)(\.weight|\.bias)?"
+    r"(.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save"
+    r"|trainable_tokens_delta))\.([^.]+?)(\.weight|\.bias)?"
 )
 
 
@@ -33,12 +35,14 @@ class Tensors:
         factors: the adapter's tensors of each module.
         plain: parameters, trained as they are.
         bases: weights that PEFT saved beside the adapters of their own module.
+        tokens: trained rows of each table.
         left_out: the modules and tensors that the caller asked not to read.
     """
 
     factors: Mapping[str, Mapping[str, np.ndarray]]
     plain: Mapping[str, np.ndarray]
     bases: Mapping[str, np.ndarray]
+    tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def leaves_out(self, name: str) -> bool:
@@ -73,10 +77,15 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
             del left[name]
     held = dict(read_tensors({name: names[name] for name in left.values()}))
     factors: dict[str, dict[str, np.ndarray]] = {}
-    plain, bases = {}, {}
+    plain, bases, tokens = {}, {}, {}
     for name, full in left.items():
         tensor = held[full]
-        if match := _FACTOR.fullmatch(name):
+        if name.endswith(f".{TOKENS}"):
+            tokens[name.removesuffix(f".{TOKENS}")] = tensor
+        elif match := re.fullmatch(r"(.+)\.token_adapter\.base_layer\.(\w+)", name):
+            # A table that was saved beside its rows, as those are that `save_embedding_layers` stores.
+            plain[f"{match[1]}.{match[2]}"] = tensor
+        elif match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name or "token_adapter" in name:
             raise PeftError(f"{file}: tensor {name!r} belongs to a variant of LoRA that peftjax has not")
@@ -88,9 +97,9 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
                 raise PeftError(f"{file}: tensor {name!r} has no {match[1]}.{match[3]} beside it")
         else:
             plain[name] = tensor
-    if not factors:
+    if not factors and not tokens:
         raise PeftError(f"{file} holds no LoRA factors")
-    return Tensors(factors, plain, bases, tuple(leave_out))
+    return Tensors(factors, plain, bases, tokens, tuple(leave_out))
 
 
 def _without_adapter_name(file: Path, names: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from peftjax.methods import METHODS
 from peftjax.transform import Frozen, Trainable
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.rows import TrainedRows
 from peftjax.weights.scaled import ScaledColumns
+from peftjax.weights.shifted import Shifted
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,17 @@ class Factors:
     scale: float
     magnitude: np.ndarray | None
     untouched: np.ndarray | None  # the magnitudes of a layer that no one adapts
+    shift: np.ndarray | None = None  # the bias of a layer that has none
+
+
+def trained_rows(frozen: Frozen, leaves: Mapping[str, Any]) -> dict[str, TrainedRows]:
+    """The plain parameters of which some rows are trained."""
+    kept = tree.named_leaves(frozen.params)
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if isinstance(leaf, TrainedRows) and leaf.base is kept.get(path)
+    }
 
 
 def changed_parameters(frozen: Frozen, leaves: Mapping[str, Any]) -> tuple[dict[str, Factors], set[str]]:
@@ -51,7 +64,9 @@ def changed_parameters(frozen: Frozen, leaves: Mapping[str, Any]) -> tuple[dict[
 
 
 def _factors(path: str, leaf: Any) -> Factors:
-    magnitude = untouched = None
+    if isinstance(leaf, Shifted):
+        return replace(_factors(path, leaf.base), shift=np.asarray(leaf.shift))
+    magnitude = untouched = shift = None
     if isinstance(leaf, ScaledColumns):
         magnitude, untouched = np.asarray(leaf.magnitude), np.sqrt(np.asarray(leaf.base_squares))
         leaf = leaf.base
@@ -61,14 +76,15 @@ def _factors(path: str, leaf: Any) -> Factors:
             "adapter and save the model instead"
         )
     a, b, scale = np.asarray(leaf.a), np.asarray(leaf.b), leaf.scale
-    if isinstance(leaf.base, LowRank | ScaledColumns):
+    if isinstance(leaf.base, LowRank | ScaledColumns | Shifted):
         inner = _factors(path, leaf.base)
+        shift = inner.shift
         if magnitude is not None or inner.magnitude is not None:
             raise PeftError(f"{path!r} has DoRA over or under another adapter; merge one of them first")
         a = np.concatenate([inner.a, a], axis=-2)
         b = np.concatenate([inner.scale * inner.b, scale * b], axis=-2)
         scale = 1.0
-    return Factors(leaf.layout, a, b, scale, magnitude, untouched)
+    return Factors(leaf.layout, a, b, scale, magnitude, untouched, shift)
 
 
 def lies_in(name: str, parts: Sequence[str]) -> bool:
@@ -77,27 +93,33 @@ def lies_in(name: str, parts: Sequence[str]) -> bool:
 
 
 def without(
-    paths: Sequence[str], factors: Mapping[str, Factors], trained: set[str]
-) -> tuple[dict[str, Factors], set[str]]:
-    """Both without the parameters in `paths`.
+    paths: Sequence[str],
+    factors: Mapping[str, Factors],
+    trained: set[str],
+    rows: Mapping[str, TrainedRows],
+) -> tuple[dict[str, Factors], set[str], dict[str, TrainedRows]]:
+    """All three without the parameters in `paths`.
 
     Raises:
         PeftError: a path names none of them.
     """
     for part in paths:
-        hits = [name for name in (*factors, *trained) if lies_in(name, (part,))]
+        hits = [name for name in (*factors, *trained, *rows) if lies_in(name, (part,))]
         if not hits:
-            near = tree.nearest(part, [*factors, *trained])
+            near = tree.nearest(part, [*factors, *trained, *rows])
             raise PeftError(f"leave_out: {part!r} is not trained; closest: {near}")
-    kept = {name: own for name, own in factors.items() if not lies_in(name, paths)}
-    return kept, {name for name in trained if not lies_in(name, paths)}
+    return (
+        {name: own for name, own in factors.items() if not lies_in(name, paths)},
+        {name for name in trained if not lies_in(name, paths)},
+        {name: own for name, own in rows.items() if not lies_in(name, paths)},
+    )
 
 
 def difference(now: Factors, first: Factors) -> Factors:
     """`scale (aᵀb − a₀ᵀb₀)` as factors of twice the rank."""
     a = np.concatenate([now.a, first.a], axis=-2)
     b = np.concatenate([now.b, -first.b], axis=-2)
-    return Factors(now.layout, a, b, now.scale, None, None)
+    return Factors(now.layout, a, b, now.scale, None, None, now.shift)
 
 
 def method_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

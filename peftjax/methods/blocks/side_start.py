@@ -76,7 +76,10 @@ def start(
         PeftError: scores do not fit the parameters; as `stacks_of` and `used_layers`.
     """
     scored = _scored(who, params, scores)
-    first = encoded = _embedded(params["embed"], scored["embed"], stacks_of(who, params)[0].width, reduction)
+    width = stacks_of(who, params)[0].width
+    if reduction > width:
+        raise PeftError(f"{who}: reduction {reduction} leaves nothing of a width of {width}")
+    first = encoded = _embedded(params["embed"], scored["embed"], width, reduction)
     sides: dict[str, Part] = {}
     # The decoder's cross-attention reads what the encoder ends with.
     for stack in reversed(stacks_of(who, params)):

@@ -19,7 +19,7 @@ from peftjax.weights.base import Weight
 from peftjax.weights.explicit import like, whole
 
 Start = Callable[[Array, "ScaledTarget", Any], tuple[Array, Array, Any]]
-Bias = Literal["none", "adapted", "all"]
+Bias = Literal["none", "adapted", "all", "added"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ they merge exactly; the usual PyTorch library trains an ungrouped `a` there and 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -28,6 +29,7 @@ from peftjax.methods.lowrank.factors import (
     Bias,
     Start,
     find_targets,
+    is_embedding,
     start_gaussian,
     start_orthogonal,
     start_uniform,
@@ -37,6 +39,10 @@ from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.tree import Targets
 from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.shifted import Shifted
+
+SHIFT = "shift"
+"""The slot of a bias that the method adds to a layer."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def lora(
         layouts: axes by pattern, a letter per axis: 's' stack, 'i' input, 'o' output.
         rslora: scale by alpha / sqrt(r) (arXiv 2312.03732).
         init: how `a` starts; 'orthogonal' starts both factors with product zero and needs an even r.
-        bias: train no bias, those of the adapted modules, or all.
+        bias: train no bias ('none'), those of the adapted modules ('adapted'), or all; 'added' gives adapted
+            linear layers and convolutions that have none a bias too, which cannot be merged into the model.
         dropout: on the adapter's input, when `apply` is given a key.
 
     Raises:
@@ -123,8 +130,8 @@ def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str
         raise PeftError(f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}")
     if not 0.0 <= options["dropout"] < 1.0:
         raise PeftError(f"{name}: dropout must lie in [0, 1), got {options['dropout']}")
-    if options["bias"] not in ("none", "adapted", "all"):
-        raise PeftError(f"{name}: bias must be 'none', 'adapted' or 'all', got {options['bias']!r}")
+    if options["bias"] not in get_args(Bias):
+        raise PeftError(f"{name}: bias must be 'none', 'adapted', 'all' or 'added', got {options['bias']!r}")
     if options["rank"] < 1:
         raise PeftError(f"{name}: rank must be positive, got {options['rank']}")
     return options
@@ -171,6 +178,8 @@ def low_rank(
             a, b, bases[target.path] = start(key_for(key, target.path), target, leaves[target.path])
             trainable[target.path] = {"a": a, "b": b} if train_a else {"b": b}
             state[target.path] = {} if train_a else {"a": a}
+            if bias == "added" and _lacks_bias(target, leaves):
+                trainable[target.path][SHIFT] = jnp.zeros((*target.stack, target.layout.matrix[1]))
             if wrap is not None:
                 slots, kept = wrap.init(target, bases[target.path])
                 trainable[target.path] |= slots
@@ -196,21 +205,31 @@ def low_rank(
                 dropout if key is not None else 0.0,
                 keys_of_matrices(key, target) if dropout > 0.0 else None,
             )
-            rewritten[target.path] = weight if wrap is None else wrap.apply(target, weight, slots)
+            weight = weight if wrap is None else wrap.apply(target, weight, slots)
+            if SHIFT in slots:
+                weight = Shifted(weight, all_layers(slots[SHIFT], target), target.layout)
+            rewritten[target.path] = weight
         return tree.replace(params, rewritten)
 
     hook = {} if optimizer is None else {"optimizer": optimizer}
     return Transform(name, options, init, apply, **hook)
 
 
+def _lacks_bias(target: Target, leaves: Mapping[str, Any]) -> bool:
+    """Whether a layer could have a bias and has none."""
+    module = tree.module_of(target.path)
+    has_bias = any(tree.module_of(path) == module for path in tree.biases(leaves))
+    return not has_bias and not is_embedding(target.path)
+
+
 def _biases(name: str, params: Any, plan: Sequence[Target], bias: Bias) -> list[str]:
     if bias == "none":
         return []
     paths = tree.biases(params)
-    if bias == "adapted":
+    if bias in ("adapted", "added"):
         modules = {tree.module_of(target.path) for target in plan}
         paths = [path for path in paths if tree.module_of(path) in modules]
-    if not paths:
+    if not paths and bias != "added":
         raise PeftError(f"{name}: bias={bias!r} was asked for but the model has no such bias")
     return paths
 

@@ -70,7 +70,7 @@ def paca(
         raise PeftError(f"paca: rank and alpha must be positive, got {rank} and {alpha}")
     if isinstance(selection, str) and selection != "random":
         raise PeftError(f"paca: selection must be 'random' or row numbers by pattern, got {selection!r}")
-    given = {} if isinstance(selection, str) else {p: np.asarray(rows) for p, rows in selection.items()}
+    given = {} if isinstance(selection, str) else {p: _numbers(rows) for p, rows in selection.items()}
     config = {
         "rank": rank,
         "alpha": alpha,
@@ -162,6 +162,15 @@ def _rows(key: Array, path: str, layout: Layout, rank: int, given: np.ndarray | 
     for _ in layout.stack:
         draw = jax.vmap(draw)
     return draw(jax.random.split(key, layout.stack) if layout.stack else key)
+
+
+def _numbers(rows: Any) -> np.ndarray:
+    """The rows as an array; nothing for what is none, which fits no weight."""
+    try:
+        found = np.asarray(rows)
+    except ValueError:  # lists of different lengths
+        return np.empty(0)
+    return np.empty(0) if found.dtype == object else found
 
 
 METHOD = MethodInfo(

@@ -34,7 +34,10 @@ _SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": ASSISTANT,
 }
+_CALL = "function_call"
+"""ShareGPT's word for an assistant that calls tools: `{"name": ..., "arguments": ...}`, or a list of them."""
 
 _LEARNING = ("weight", "train")
 """Of a message: OpenAI's and axolotl's words for whether it is learnt."""
@@ -81,11 +84,11 @@ def read_conversations(
 ) -> list[Conversation]:
     """The chats of a file: a list of messages, or its JSON, in each row.
 
-    A message is {role, content} or ShareGPT's {from, value}. Without a column of messages, those of a
-    prompt and of a completion are one chat, of which only the completion is learnt. A column `tools`
-    (a list of JSON schemas, or its JSON) goes to the chat template, and a string in a column
-    `system` becomes the first message. Of a message, `weight: 0` and `train: false` say that it is
-    not to be learnt. Columns of no use are named in the log.
+    A message is {role, content} or ShareGPT's {from, value}, where `function_call` is the assistant's.
+    Without a column of messages, those of a prompt and of a completion are one chat, of which only the
+    completion is learnt. A column `tools` (a list of JSON schemas, or its JSON) goes to the chat template,
+    and a string in a column `system` becomes the first message. Of a message, `weight: 0` and `train: false`
+    say that it is not to be learnt. Columns of no use are named in the log.
 
     Args:
         path: the file.
@@ -272,6 +275,9 @@ def _message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     rest = {name: value for name, value in message.items() if name not in _LEARNING}
     if rest.get("role") is None and rest.get("from") is not None:
         role, known = rest.pop("from"), dict(_SHAREGPT_ROLES)
+        if role == _CALL and (calls := _calls(rest.get("value", rest.get("content")))):
+            rest = {**rest, "content": "", "tool_calls": calls}
+            rest.pop("value", None)
         what = f"is from {shown(role)}"
     else:
         role, known = rest.pop("role", None), {name: name for name in ROLES}
@@ -289,6 +295,21 @@ def _message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     if content is not None and not isinstance(content, str | list):
         raise PeftError(f"{place}: the content of a message is {shown(content)}, not a string")
     return {"role": known[role], **rest}
+
+
+def _calls(said: object) -> list[dict[str, Any]]:
+    """The calls of tools that a message holds, as chat templates take them; none where it has other text."""
+    try:
+        calls = parse_json(said) if isinstance(said, str) else said
+    except ValueError:
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        return []
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+        for call in calls
+    ]
 
 
 def read_tools(given: object, place: str) -> tuple[Mapping[str, Any], ...] | None:
