@@ -72,6 +72,13 @@ def _squeeze(eqn: Any, operands: list[Any]) -> Any:
     return weight
 
 
+def _rev(eqn: Any, operands: list[Any]) -> Weight | None:
+    weight = operands[0]
+    for position in eqn.params["dimensions"]:
+        weight = None if weight is None else weight.reverse(position)
+    return weight
+
+
 def _convert(eqn: Any, operands: list[Any]) -> Weight | None:
     dtype = eqn.params["new_dtype"]
     return operands[0].cast(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
@@ -185,6 +192,7 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "squeeze": _squeeze,
+    "rev": _rev,
     "convert_element_type": _convert,
     "slice": _slice,
     "split": _split,

@@ -78,7 +78,8 @@ class LowRank(Weight):
     def conv(self, x: Array, rule: Conv) -> Array:
         """The base's convolution plus one of the same geometry to r channels and a 1x1 one to all.
 
-        With groups, each group meets the same `a` and its own part of `b`, which is exactly
+        Where x meets the outputs, as in the gradient of a convolution, the 1x1 one comes first. With
+        groups, each group meets the same `a` and its own part of `b`, which is exactly
         `base + scale · aᵀb` seen as a grouped kernel.
         """
 
@@ -121,8 +122,7 @@ def low_rank_supports(layout: Layout, rule: Rule) -> bool:
     if isinstance(rule, Gather):
         return side_of(layout, (rule.axis,)) is not None and not layout.stack
     if isinstance(rule, Conv):
-        out_axis = rule.dimension_numbers.rhs_spec[0]
-        return layout.positions("o") == (out_axis,) and not layout.stack
+        return conv_order(layout, rule) is not None and not layout.stack
     return layout.letters == "sio"
 
 
@@ -229,16 +229,19 @@ def low_rank_ragged_dot(
 def low_rank_conv(
     x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: Layout, enter: Enter = _plainly
 ) -> Array:
-    """`scale` times a convolution of the rule's geometry to r channels and a 1x1 one to all outputs."""
+    """`scale` times two convolutions with r channels between them, one of the rule's geometry, one 1x1."""
+    order = conv_order(layout, rule)
+    assert order is not None
+    side, window_first = order
     numbers, groups, options = rule.dimension_numbers, rule.feature_group_count, dict(rule.options)
     out_axis, in_axis, *window = numbers.rhs_spec
-    inputs = layout.positions("i")
-    thin = a.reshape(-1, *(layout.shape[p] for p in inputs)).astype(x.dtype)
-    thin = jnp.moveaxis(thin, tuple(range(thin.ndim)), (out_axis, *inputs))
-    z = enter(rule, x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
-    wide = jnp.expand_dims((b if in_axis < out_axis else b.T).astype(x.dtype), tuple(window))
+    met, left = (a, b) if side == "i" else (b, a)
+    first = _as_kernel(met, layout, side, out_axis).astype(x.dtype)
+    first = jnp.concatenate([first] * groups, axis=out_axis)  # groups · r channels
+    second = _as_kernel(left, layout, "o" if side == "i" else "i", in_axis).astype(x.dtype)
+    at_ease = numbers.out_spec if window_first else numbers.lhs_spec
     pointwise = Conv(
-        numbers._replace(lhs_spec=numbers.out_spec),
+        numbers._replace(lhs_spec=at_ease, out_spec=at_ease),
         (
             ("window_strides", (1,) * len(window)),
             ("padding", ((0, 0),) * len(window)),
@@ -247,4 +250,24 @@ def low_rank_conv(
         ),
         groups,
     )
-    return pointwise((scale * z).astype(x.dtype), wide)
+    enters, leaves = (rule, pointwise) if window_first else (pointwise, rule)
+    return leaves((scale * enter(enters, x, first)).astype(x.dtype), second)
+
+
+def conv_order(layout: Layout, rule: Conv) -> tuple[Side, bool] | None:
+    """The side whose factor a convolved activation meets first, and whether the window, an input, is there.
+
+    None where the outputs are not one feature axis of the kernel.
+    """
+    out_axis, in_axis = rule.dimension_numbers.rhs_spec[:2]
+    if layout.positions("o") == (out_axis,):
+        return "i", True
+    return ("o", False) if layout.positions("o") == (in_axis,) else None
+
+
+def _as_kernel(factor: Array, layout: Layout, side: Side, rank_axis: int) -> Array:
+    """A factor `[r, n]` as the kernel of a convolution, its rank along a feature axis that it has not."""
+    axes = (rank_axis, *layout.positions(side))
+    kernel = factor.reshape(-1, *layout.sizes(side))
+    kernel = lax.transpose(kernel, sorted(range(len(axes)), key=axes.__getitem__))
+    return lax.expand_dims(kernel, [p for p in range(len(layout.axes)) if p not in axes])

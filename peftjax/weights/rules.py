@@ -96,3 +96,12 @@ class RaggedDot:
 
 
 Rule = Dot | Gather | Conv | RaggedDot
+
+
+def met_axes(rule: Rule) -> tuple[int, ...]:
+    """The axes of the weight that an activation meets with its features."""
+    if isinstance(rule, Dot):
+        return rule.w_contract
+    if isinstance(rule, Gather):
+        return (rule.axis,)
+    return (rule.dimension_numbers.rhs_spec[1],) if isinstance(rule, Conv) else ()

@@ -88,11 +88,13 @@ class ScaledColumns(Weight):
         return _rescaled(rows, gains)
 
     def conv(self, x: Array, rule: Conv) -> Array:
-        """The low-rank convolution, its channels scaled."""
+        """The low-rank convolution, its channels scaled, or those of x where it meets the outputs."""
+        numbers, gain = rule.dimension_numbers, self.gain()
+        if self.layout.positions("o") == (numbers.rhs_spec[1],):
+            gains = jnp.tile(gain, rule.feature_group_count)
+            return contract(_rescaled(x, _along(gains, numbers.lhs_spec[1], x.ndim)), self.base, rule)
         y = contract(x, self.base, rule)
-        shape = [1] * y.ndim
-        shape[rule.dimension_numbers.out_spec[1]] = -1
-        return _rescaled(y, self.gain().reshape(shape))
+        return _rescaled(y, _along(gain, numbers.out_spec[1], y.ndim))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The low-rank ragged product, each row scaled by its expert's lengths."""
@@ -142,6 +144,11 @@ def column_squares(w: Any, layout: Layout) -> Array:
 def _rescaled(y: Array, gain: Array) -> Array:
     # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
     return (y * gain).astype(y.dtype)
+
+
+def _along(numbers: Array, axis: int, ndim: int) -> Array:
+    """Numbers that vary along one axis of an array."""
+    return lax.expand_dims(numbers, [n for n in range(ndim) if n != axis])
 
 
 def rows_through(a: Array, base: Any, layout: Layout) -> Array:
