@@ -97,10 +97,10 @@ def _conv_general_dilated(eqn: Any, operands: list[Any]) -> Array | None:
 
 def _ragged_dot_general(eqn: Any, operands: list[Any]) -> Array | None:
     x, weight, group_sizes = operands
-    plain = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    if eqn.params["ragged_dot_dimension_numbers"] != plain or eqn.params["group_offset"] is not None:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    if len(numbers.rhs_group_dimensions) != 1 or eqn.params["group_offset"] is not None:
         return None
-    rule = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
+    rule = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"], numbers)
     return _apply(x, weight, rule)
 
 

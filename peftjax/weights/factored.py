@@ -69,8 +69,8 @@ class Factored(Weight):
         return low_rank_conv(x, self.a, self.b, self.scale, rule, self.layout)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """`scale · ragged(ragged(x, aᵀ), b)`."""
-        return low_rank_ragged_dot(x, self.a, self.b, self.scale, rule)
+        """Two ragged products with r numbers between them."""
+        return low_rank_ragged_dot(x, self.a, self.b, self.scale, rule, self.layout)
 
     def _sides(self, side: Side) -> tuple[Array, Array]:
         return (self.a, self.b) if side == "i" else (self.b, self.a)

@@ -1,6 +1,7 @@
 """`W + scale · aᵀb`, contracted in activation space: the dense sum is never formed in a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -89,12 +90,15 @@ class LowRank(Weight):
         return self._add(contract(x, self.base, rule), delta, x, "i")
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
+        """The base's ragged product plus `scale` times two with r numbers between them."""
+        side = side_of(self.layout, rule.w_contract)
+        assert side is not None
 
-        def delta(x: Array, a: Array, b: Array) -> Array:
-            return low_rank_ragged_dot(x, a, b, self.scale, rule, self._enter)
+        def delta(x: Array, first: Array, second: Array) -> Array:
+            a, b = (first, second) if side == "i" else (second, first)
+            return low_rank_ragged_dot(x, a, b, self.scale, rule, self.layout, self._enter)
 
-        return self._add(contract(x, self.base, rule), delta, x, "i")
+        return self._add(contract(x, self.base, rule), delta, x, side)
 
     def _sides(self, side: Side) -> tuple[Array, Array]:
         return (self.a, self.b) if side == "i" else (self.b, self.a)
@@ -123,7 +127,8 @@ def low_rank_supports(layout: Layout, rule: Rule) -> bool:
         return side_of(layout, (rule.axis,)) is not None and not layout.stack
     if isinstance(rule, Conv):
         return conv_order(layout, rule) is not None and not layout.stack
-    return layout.letters == "sio"
+    stacked = {rule.w_group, *rule.w_batch} == set(layout.positions("s")) and "1" not in layout.letters
+    return stacked and side_of(layout, rule.w_contract) is not None
 
 
 def _plainly(product: Product, x: Array, first: Array) -> Array:
@@ -219,11 +224,35 @@ def low_rank_gather(
 
 
 def low_rank_ragged_dot(
-    x: Array, a: Array, b: Array, scale: float, rule: RaggedDot, enter: Enter = _plainly
+    x: Array, a: Array, b: Array, scale: float, rule: RaggedDot, layout: Layout, enter: Enter = _plainly
 ) -> Array:
-    """`scale · ragged(ragged(x, aᵀ), b)`."""
-    z = enter(rule, x, a.swapaxes(-1, -2).astype(x.dtype))
-    return rule((scale * z).astype(x.dtype), b.astype(x.dtype))
+    """`scale` times two ragged products with r numbers between them."""
+    side = side_of(layout, rule.w_contract)
+    assert side is not None
+    (x_contract, _), (x_batch, w_batch) = rule.numbers.dot_dimension_numbers
+    (ragged,) = rule.numbers.lhs_ragged_dimensions
+    stack, met = layout.positions("s"), layout.positions(side)
+    left = layout.positions("o" if side == "i" else "i")
+    first, second = (a, b) if side == "i" else (b, a)
+    group, batch = stack.index(rule.w_group), tuple(stack.index(p) for p in w_batch)
+
+    def numbers(
+        of_x: tuple[int, ...], of_w: tuple[int, ...], in_x: tuple[int, ...], ragged: int
+    ) -> lax.RaggedDotDimensionNumbers:
+        return lax.RaggedDotDimensionNumbers(((of_x, of_w), (in_x, batch)), (ragged,), (group,))
+
+    n = len(stack)
+    first = jnp.moveaxis(first, n, -1).reshape(*layout.stack, *layout.sizes(side), -1).astype(x.dtype)
+    enters = replace(
+        rule, numbers=numbers(x_contract, tuple(n + met.index(p) for p in rule.w_contract), x_batch, ragged)
+    )
+    z = enter(enters, x, first)  # [batch, free axes of x, r]
+    free = [p for p in range(x.ndim) if p not in (*x_contract, *x_batch)]
+    second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
+    row = len(batch) + free.index(ragged)
+    leaves = replace(rule, numbers=numbers((z.ndim - 1,), (n,), tuple(range(len(batch))), row))
+    y, lead = leaves((scale * z).astype(x.dtype), second), z.ndim - 1
+    return lax.transpose(y, (*range(lead), *(lead + left.index(p) for p in sorted(left))))
 
 
 def low_rank_conv(

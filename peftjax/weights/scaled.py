@@ -51,7 +51,9 @@ class ScaledColumns(Weight):
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
     def supports(self, rule: Rule) -> bool:
-        """Whatever the low-rank weight inside supports; sliced inputs would change the lengths."""
+        """What the low-rank weight inside supports; of experts, matrices that meet rows of x."""
+        if isinstance(rule, RaggedDot) and not (rule.of_rows and self.layout.letters.count("o") == 1):
+            return False
         return self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
@@ -92,15 +94,18 @@ class ScaledColumns(Weight):
         numbers, gain = rule.dimension_numbers, self.gain()
         if self.layout.positions("o") == (numbers.rhs_spec[1],):
             gains = jnp.tile(gain, rule.feature_group_count)
-            return contract(_rescaled(x, _along(gains, numbers.lhs_spec[1], x.ndim)), self.base, rule)
+            return contract(_rescaled(x, _along(gains, (numbers.lhs_spec[1],), x.ndim)), self.base, rule)
         y = contract(x, self.base, rule)
-        return _rescaled(y, _along(gain, numbers.out_spec[1], y.ndim))
+        return _rescaled(y, _along(gain, (numbers.out_spec[1],), y.ndim))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """The low-rank ragged product, each row scaled by its expert's lengths."""
-        y = contract(x, self.base, rule)
-        gain = jnp.repeat(self.gain(), rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
-        return _rescaled(y, gain)
+        """The low-rank ragged product, each row of y, or of x where it meets the outputs, scaled."""
+        gain = rule.by_row(self.gain(), x)
+        if side_of(self.layout, rule.w_contract) == "i":
+            y = contract(x, self.base, rule)
+            return _rescaled(y, _along(gain, (rule.row_axis, y.ndim - 1), y.ndim))
+        axes = (*rule.numbers.lhs_ragged_dimensions, *rule.x_contract)
+        return contract(_rescaled(x, _along(gain, axes, x.ndim)), self.base, rule)
 
     def cast(self, dtype: Any) -> "ScaledColumns":
         """The low-rank weight in another dtype; lengths stay as exact as they are."""
@@ -146,9 +151,10 @@ def _rescaled(y: Array, gain: Array) -> Array:
     return (y * gain).astype(y.dtype)
 
 
-def _along(numbers: Array, axis: int, ndim: int) -> Array:
-    """Numbers that vary along one axis of an array."""
-    return lax.expand_dims(numbers, [n for n in range(ndim) if n != axis])
+def _along(numbers: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """Numbers that vary along the given axes of an array, in this order."""
+    numbers = lax.transpose(numbers, sorted(range(len(axes)), key=axes.__getitem__))
+    return lax.expand_dims(numbers, [n for n in range(ndim) if n not in axes])
 
 
 def rows_through(a: Array, base: Any, layout: Layout) -> Array:
