@@ -10,6 +10,7 @@ import numpy as np
 
 from peftjax import compat
 from peftjax.adapt.control import CONTROL
+from peftjax.adapt.joins import JOINS
 from peftjax.adapt.products import PRODUCTS
 from peftjax.adapt.uses import Uses
 from peftjax.adapt.views import VIEWS
@@ -65,9 +66,12 @@ class Evaluator:
         elif rule := VIEWS.get(name):
             results = rule(eqn, operands)
         elif rule := PRODUCTS.get(name):
-            results = rule(eqn, self.uses.told_apart(operands))
+            operands = self.uses.told_apart(operands)
+            results = rule(eqn, operands)
         else:
             results = None
+        if results is None and name in JOINS and not self.allows(eqn, operands):
+            results = JOINS[name](eqn, operands)
         if results is not None:
             return list(results) if isinstance(results, list | tuple) else [results]
         self.require_allowed(eqn, operands)
@@ -107,11 +111,18 @@ class Evaluator:
         """The user's line of the equation, or of the one around it: what JAX wrote itself has none."""
         return compat.source_line(eqn) or self.line
 
+    def allows(self, eqn: Any, operands: list[Any]) -> bool:
+        """Whether the user accepted the dense arrays of all weights in this equation."""
+        return all(self._accepts(eqn, value) for value in operands if isinstance(value, Weight))
+
+    def _accepts(self, eqn: Any, weight: Weight) -> bool:
+        names = (eqn.primitive.name, weight.layout.name)
+        return any(fullmatches(p, name) for p in self.allow_dense for name in names)
+
     def require_allowed(self, eqn: Any, operands: list[Any]) -> None:
         """Raise the error of strict mode unless the user accepted this primitive or parameter."""
         for weight in (value for value in operands if isinstance(value, Weight)):
-            names = (eqn.primitive.name, weight.layout.name)
-            if any(fullmatches(p, name) for p in self.allow_dense for name in names):
+            if self._accepts(eqn, weight):
                 continue
             line = self.line_of(eqn)
             raise PeftError(

@@ -20,8 +20,15 @@ def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
     return transpose(operands[0], eqn.params["permutation"])
 
 
+def reordered(eqn: Any, operands: list[Any]) -> Any:
+    """The operand of a `reshape`, which may have another order of its axes."""
+    order = eqn.params.get("dimensions")
+    return operands[0] if order is None else transpose(operands[0], order)
+
+
 def _reshape(eqn: Any, operands: list[Any]) -> Weight | None:
-    return reshape(operands[0], eqn.params["new_sizes"])
+    weight = reordered(eqn, operands)
+    return None if weight is None else reshape(weight, eqn.params["new_sizes"])
 
 
 def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Any:

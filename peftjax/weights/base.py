@@ -186,6 +186,25 @@ class Weight(Opaque):
 
         return self._rebuild(self.layout, lambda w: reverse(w, position), along_side)
 
+    def as_stack(self, position: int) -> Self | None:
+        """The same weight with one of several axes of its inputs, or of its outputs, read as a stack."""
+        axis, n = self.layout.axes[position], len(self.layout.stack)
+        sizes = self.layout.sizes(axis.kind)
+        if axis.kind not in ("i", "o") or len(sizes) < 2:
+            return None
+        place = self.layout.positions(axis.kind).index(position)
+        layout = self.layout.drop(position).with_stack(position, axis.size, n)
+
+        def stacked(part: Array, side: Side | None) -> Array:
+            if side != axis.kind:
+                whole = (*part.shape[:n], axis.size, *part.shape[n:])
+                return jnp.broadcast_to(jnp.expand_dims(part, n), whole)
+            apart = part.reshape(*part.shape[:-1], *sizes)
+            apart = jnp.moveaxis(apart, part.ndim - 1 + place, n)
+            return apart.reshape(*apart.shape[: part.ndim], -1)
+
+        return self._rebuild(layout, lambda w: w.as_stack(position) if isinstance(w, Weight) else w, stacked)
+
     def part_specs(self, spec: PartitionSpec) -> Self | None:
         """The same structure with the sharding of each part in its place, from that of the whole.
 
@@ -273,6 +292,11 @@ class Weight(Opaque):
             lambda w: w.stack_first() if isinstance(w, Weight) else w,
             lambda part, _: jnp.moveaxis(part, axis.place, 0),
         )
+
+    def members(self) -> tuple[Self, Any] | None:
+        """The weight with the stack axis at logical position 0 first, and its `in_axes` for a `vmap`."""
+        first = self.stack_first()
+        return None if first is None else (first, 0)
 
     @property
     def draws(self) -> bool:

@@ -117,6 +117,10 @@ class TrainedRows(Weight):
             return view
         return replace(view, rows=numbered_backwards(self.rows, self.layout, position))
 
+    def as_stack(self, position: int) -> "TrainedRows | None":
+        """A stack of outputs; the rows are numbered over all inputs."""
+        return super().as_stack(position) if self.layout.axes[position].kind == "o" else None
+
     def part_specs(self, spec: Any) -> "TrainedRows | None":
         """None where inputs are sharded: the rows are numbered over all of them."""
         full = (*spec, *(None,) * (self.ndim - len(spec)))

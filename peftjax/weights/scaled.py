@@ -117,6 +117,10 @@ class ScaledColumns(Weight):
             return None
         return super().slice_features(position, cut)
 
+    def as_stack(self, position: int) -> "ScaledColumns | None":
+        """A stack of outputs; one of inputs would change the lengths."""
+        return super().as_stack(position) if self.layout.axes[position].kind == "o" else None
+
     def part_specs(self, spec: PartitionSpec) -> "ScaledColumns | None":
         """As other weights'; the lengths are still those of whole columns."""
         specs = super().part_specs(spec)

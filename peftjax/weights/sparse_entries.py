@@ -81,6 +81,10 @@ class SparseEntries(Weight):
         name = "rows" if kind == "i" else "columns"
         return replace(view, **{name: numbered_backwards(getattr(self, name), self.layout, position)})
 
+    def as_stack(self, position: int) -> None:
+        """None: entries are numbered over all inputs and outputs."""
+        return None
+
     def part_specs(self, spec: Any) -> "SparseEntries | None":
         """None where inputs or outputs are sharded: entries are numbered over all of them."""
         full = (*spec, *(None,) * (self.ndim - len(spec)))
