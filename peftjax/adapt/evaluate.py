@@ -18,6 +18,7 @@ from peftjax.errors import PeftError
 from peftjax.patterns import fullmatches
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.explicit import type_of
+from peftjax.weights.mixture import Mixture
 
 # A rule takes (parameters of the equation, operands) and gives the results, or None when the operands'
 # structure would be lost. A control rule also takes the evaluator, to run the jaxprs inside it.
@@ -103,7 +104,7 @@ class Evaluator:
                 replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
             )
             out_tree, fixed = result
-            return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
+            return jax.tree.unflatten(out_tree, [_returned(next(outputs)) if f is None else f for f in fixed])
 
         return adapted
 
@@ -127,11 +128,30 @@ class Evaluator:
             line = self.line_of(eqn)
             raise PeftError(
                 f"{weight.layout.name}: {eqn.primitive.name!r}{f' at {line}' if line else ''} needs the "
-                f"dense array of this {type(weight).__name__} {weight.shape}, read with axes "
-                f"{weight.layout.letters!r}; exclude the parameter from the targets, give the right "
-                f"axes as layouts={{{weight.layout.name!r}: ...}}, or accept the cost with "
+                f"dense array of {_described(weight)}; exclude the parameter from the targets, give the "
+                f"right axes as layouts={{{weight.layout.name!r}: ...}}, or accept the cost with "
                 f"adapt(fn, allow_dense=[{eqn.primitive.name!r}])"
             )
+
+
+def _described(weight: Weight) -> str:
+    if isinstance(weight, Mixture):
+        return (
+            f"weights {weight.shape} that a 'dot_general' or a sum over the stack of experts made, read with "
+            f"axes {weight.read_as!r}"
+        )
+    return f"this {type(weight).__name__} {weight.shape}, read with axes {weight.layout.letters!r}"
+
+
+def _returned(output: Any) -> Any:
+    """What the function gives back; raise the error of a misread weight, which is none of its parameters."""
+    if isinstance(output, Mixture):
+        name = output.layout.name
+        raise PeftError(
+            f"{name}: the function returns {_described(output)}; give the right axes as "
+            f"layouts={{{name!r}: ...}}, or accept the cost with adapt(fn, allow_dense=['dot_general'])"
+        )
+    return output
 
 
 def _is_array(leaf: Any) -> bool:

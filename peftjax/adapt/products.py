@@ -16,7 +16,8 @@ def _apply(x: Any, weight: Any, rule: Rule) -> Array | None:
     return contract(x, weight, rule)
 
 
-def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+def dot_of(eqn: Any, operands: list[Any]) -> tuple[Dot, Any, Any]:
+    """The rule of a `dot_general`, the activation and the weight."""
     (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     weight_first = isinstance(operands[0], Weight)
     contracted, batch = (
@@ -38,6 +39,11 @@ def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
         out_sharding=eqn.params.get("out_sharding"),
     )
     x, weight = reversed(operands) if weight_first else operands
+    return rule, x, weight
+
+
+def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+    rule, x, weight = dot_of(eqn, operands)
     return _apply(x, weight, rule)
 
 

@@ -15,6 +15,7 @@ from peftjax.weights.low_rank import (
     low_rank_gather,
     low_rank_ragged_dot,
     low_rank_supports,
+    met_side,
 )
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
@@ -53,8 +54,7 @@ class Factored(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """`scale · (x·first)·second`, first being the factor of the side that x meets."""
-        side = side_of(self.layout, rule.w_contract)
-        assert side is not None
+        side = met_side(self.layout, rule)
         return low_rank_dot(x, *self._sides(side), self.scale, rule, self.layout, side)
 
     def gather(self, indices: Array, rule: Gather) -> Array:

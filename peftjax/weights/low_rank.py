@@ -60,8 +60,7 @@ class LowRank(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """`x·base + scale · (x·first)·second`, first being the factor of the side that x meets."""
-        side = side_of(self.layout, rule.w_contract)
-        assert side is not None
+        side = met_side(self.layout, rule)
 
         def delta(x: Array, first: Array, second: Array) -> Array:
             return low_rank_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
@@ -122,13 +121,21 @@ def low_rank_supports(layout: Layout, rule: Rule) -> bool:
     """Whether factors in this layout can take the rule without forming their product."""
     if isinstance(rule, Dot):
         stack = set(layout.positions("s"))
-        return side_of(layout, rule.w_contract) is not None and set(rule.w_batch) <= stack
+        met = tuple(p for p in rule.w_contract if p not in stack)
+        return side_of(layout, met) is not None and set(rule.w_batch) <= stack
     if isinstance(rule, Gather):
         return side_of(layout, (rule.axis,)) is not None and not layout.stack
     if isinstance(rule, Conv):
         return conv_order(layout, rule) is not None and not layout.stack
     stacked = {rule.w_group, *rule.w_batch} == set(layout.positions("s")) and "1" not in layout.letters
     return stacked and side_of(layout, rule.w_contract) is not None
+
+
+def met_side(layout: Layout, rule: Dot) -> Side:
+    """The side that an activation meets in a product that `low_rank_supports`."""
+    side = side_of(layout, tuple(p for p in rule.w_contract if layout.axes[p].kind != "s"))
+    assert side is not None
+    return side
 
 
 def _plainly(product: Product, x: Array, first: Array) -> Array:
@@ -145,7 +152,21 @@ def low_rank_dot(
     side: Side,
     enter: Enter = _plainly,
 ) -> Array:
-    """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
+    """`scale · (x·first)·second`; every product contracts or yields the rank axis.
+
+    A stack axis that is summed over is one that x has in the first product, and part of the rank in the
+    second.
+    """
+    summed = [(n, p) for n, p in zip(rule.x_contract, rule.w_contract) if layout.axes[p].kind == "s"]
+    if summed:
+        of_x, of_w = zip(*summed)
+        rule = replace(
+            rule,
+            x_contract=tuple(n for n in rule.x_contract if n not in of_x),
+            w_contract=tuple(p for p in rule.w_contract if p not in of_w),
+            x_batch=(*rule.x_batch, *of_x),
+            w_batch=(*rule.w_batch, *of_w),
+        )
     stack, entered = layout.positions("s"), layout.positions(side)
     first = first.reshape(*layout.stack, -1, *(layout.shape[p] for p in entered)).astype(x.dtype)
     rank = len(stack)
@@ -161,7 +182,33 @@ def low_rank_dot(
         return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
 
     z = (scale * enter(product, x, first)).astype(x.dtype)
-    return widened(z, second.astype(x.dtype), rule, layout, side)
+    second = second.astype(x.dtype)
+    if summed:
+        z, second, rule, layout = _into_rank(z, second, rule, layout, len(summed))
+    return widened(z, second, rule, layout, side)
+
+
+def _into_rank(
+    z: Array, second: Array, rule: Dot, layout: Layout, count: int
+) -> tuple[Array, Array, Dot, Layout]:
+    """The last `count` batch axes of the rule as part of the rank: it is summed with them."""
+    n, stack = len(rule.w_batch) - count, layout.positions("s")
+    gone = rule.w_batch[n:]
+    z = jnp.moveaxis(z, range(n, n + count), range(z.ndim - 1 - count, z.ndim - 1))
+    z = z.reshape(*z.shape[: z.ndim - 1 - count], -1)
+    last = len(stack)  # where the rank is
+    second = jnp.moveaxis(second, [stack.index(p) for p in gone], range(last - count, last))
+    second = second.reshape(*second.shape[: last - count], -1, second.shape[-1])
+    for position in sorted(gone, reverse=True):
+        layout = layout.drop(position)
+
+    def left(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(p - sum(q < p for q in gone) for p in axes)
+
+    rule = replace(
+        rule, x_batch=rule.x_batch[:n], w_batch=left(rule.w_batch[:n]), w_contract=left(rule.w_contract)
+    )
+    return z, second, rule, layout
 
 
 def widened(

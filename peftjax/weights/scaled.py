@@ -54,6 +54,8 @@ class ScaledColumns(Weight):
         """What the low-rank weight inside supports; of experts, matrices that meet rows of x."""
         if isinstance(rule, RaggedDot) and not (rule.of_rows and self.layout.letters.count("o") == 1):
             return False
+        if isinstance(rule, Dot) and side_of(self.layout, rule.w_contract) is None:
+            return False  # a sum over a stack, whose columns have lengths of their own
         return self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:

@@ -38,6 +38,8 @@ class Shrunk(Weight):
         """Whatever the base supports."""
         if isinstance(rule, RaggedDot) and not rule.of_rows:
             return False
+        if isinstance(rule, Dot) and any(self.layout.axes[p].kind == "s" for p in rule.w_contract):
+            return False  # a sum over matrices that have numbers of their own
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
