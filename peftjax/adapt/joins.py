@@ -10,10 +10,22 @@ import jax.numpy as jnp
 
 from peftjax.adapt.products import dot_of
 from peftjax.adapt.views import reordered
-from peftjax.weights.base import Weight
+from peftjax.weights.base import Weight, reshape
+from peftjax.weights.concatenated import concatenated
 from peftjax.weights.members import contract_summed, supports_summed
 from peftjax.weights.merged import regrouped
 from peftjax.weights.mixture import mixed_by
+
+
+def _concatenate(eqn: Any, operands: list[Any]) -> Any:
+    return concatenated(operands, eqn.params["dimension"])
+
+
+def _stack(eqn: Any, operands: list[Any]) -> Any:
+    # jax 0.10 and newer: `jnp.stack`.
+    axis = eqn.params["axis"]
+    parts = [reshape(part, (*part.shape[:axis], 1, *part.shape[axis:])) for part in operands]
+    return None if any(part is None for part in parts) else concatenated(parts, axis)
 
 
 def _reshape(eqn: Any, operands: list[Any]) -> Any:
@@ -48,6 +60,8 @@ def _reduce_sum(eqn: Any, operands: list[Any]) -> Any:
 
 
 JOINS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "concatenate": _concatenate,
+    "stack": _stack,
     "reshape": _reshape,
     "reduce_sum": _reduce_sum,
     "dot_general": _dot_general,
