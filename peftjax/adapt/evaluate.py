@@ -11,6 +11,7 @@ import numpy as np
 from peftjax import compat
 from peftjax.adapt.arithmetic import sums_of_squares
 from peftjax.adapt.control import CONTROL
+from peftjax.adapt.joins import JOINS
 from peftjax.adapt.products import PRODUCTS
 from peftjax.adapt.uses import Uses
 from peftjax.adapt.views import VIEWS
@@ -18,6 +19,7 @@ from peftjax.errors import PeftError
 from peftjax.patterns import fullmatches
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.explicit import type_of
+from peftjax.weights.mixture import Mixture
 
 # A rule takes (parameters of the equation, operands) and gives the results, or None when the operands'
 # structure would be lost. A control rule also takes the evaluator, to run the jaxprs inside it.
@@ -74,9 +76,12 @@ class Evaluator:
             results = rule(eqn, operands)
         elif rule := PRODUCTS.get(name):
             with compat.context_of(eqn):
-                results = rule(eqn, self.uses.told_apart(operands))
+                operands = self.uses.told_apart(operands)
+                results = rule(eqn, operands)
         else:
             results = None
+        if results is None and name in JOINS and not self.allows(eqn, operands):
+            results = JOINS[name](eqn, operands)
         if results is not None:
             return list(results) if isinstance(results, list | tuple) else [results]
         self.require_allowed(eqn, operands)
@@ -108,7 +113,7 @@ class Evaluator:
                 replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
             )
             out_tree, fixed = result
-            return jax.tree.unflatten(out_tree, [next(outputs) if f is None else f for f in fixed])
+            return jax.tree.unflatten(out_tree, [_returned(next(outputs)) if f is None else f for f in fixed])
 
         return adapted
 
@@ -116,20 +121,46 @@ class Evaluator:
         """The user's line of the equation, or of the one around it: what JAX wrote itself has none."""
         return compat.source_line(eqn) or self.line
 
+    def allows(self, eqn: Any, operands: list[Any]) -> bool:
+        """Whether the user accepted the dense arrays of all weights in this equation."""
+        return all(self._accepts(eqn, value) for value in operands if isinstance(value, Weight))
+
+    def _accepts(self, eqn: Any, weight: Weight) -> bool:
+        names = (eqn.primitive.name, weight.layout.name)
+        return any(fullmatches(p, name) for p in self.allow_dense for name in names)
+
     def require_allowed(self, eqn: Any, operands: list[Any]) -> None:
         """Raise the error of strict mode unless the user accepted this primitive or parameter."""
         for weight in (value for value in operands if isinstance(value, Weight)):
-            names = (eqn.primitive.name, weight.layout.name)
-            if any(fullmatches(p, name) for p in self.allow_dense for name in names):
+            if self._accepts(eqn, weight):
                 continue
             line = self.line_of(eqn)
             raise PeftError(
                 f"{weight.layout.name}: {eqn.primitive.name!r}{f' at {line}' if line else ''} needs the "
-                f"dense array of this {type(weight).__name__} {weight.shape}, read with axes "
-                f"{weight.layout.letters!r}; exclude the parameter from the targets, give the right "
-                f"axes as layouts={{{weight.layout.name!r}: ...}}, or accept the cost with "
+                f"dense array of {_described(weight)}; exclude the parameter from the targets, give the "
+                f"right axes as layouts={{{weight.layout.name!r}: ...}}, or accept the cost with "
                 f"adapt(fn, allow_dense=[{eqn.primitive.name!r}])"
             )
+
+
+def _described(weight: Weight) -> str:
+    if isinstance(weight, Mixture):
+        return (
+            f"weights {weight.shape} that a 'dot_general' or a sum over the stack of experts made, read with "
+            f"axes {weight.read_as!r}"
+        )
+    return f"this {type(weight).__name__} {weight.shape}, read with axes {weight.layout.letters!r}"
+
+
+def _returned(output: Any) -> Any:
+    """What the function gives back; raise the error of a misread weight, which is none of its parameters."""
+    if isinstance(output, Mixture):
+        name = output.layout.name
+        raise PeftError(
+            f"{name}: the function returns {_described(output)}; give the right axes as "
+            f"layouts={{{name!r}: ...}}, or accept the cost with adapt(fn, allow_dense=['dot_general'])"
+        )
+    return output
 
 
 def _is_array(leaf: Any) -> bool:

@@ -1,7 +1,7 @@
 """Find out how a model reads its weights, where their names do not tell."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,19 @@ from peftjax.tree import Targets
 from peftjax.weights.base import structured
 from peftjax.weights.layout import Layout, guess_layout
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.rules import Dot, Gather, Rule
+from peftjax.weights.rules import Rule, met_axes
 
 
 @structured
 class _EntersByInputs(LowRank):
-    """A low-rank weight that is refused where an activation meets its outputs."""
+    """A low-rank weight that is refused where an activation meets its outputs, or sums over its stack."""
+
+    may_mix: ClassVar[bool] = False
 
     def supports(self, rule: Rule) -> bool:
         """As the low-rank weight, but only where the inputs are contracted or looked up."""
-        entered = (
-            rule.w_contract if isinstance(rule, Dot) else (rule.axis,) if isinstance(rule, Gather) else ()
-        )
-        return super().supports(rule) and not set(entered) & set(self.layout.positions("o"))
+        met = {self.layout.axes[p].kind for p in met_axes(rule)}
+        return super().supports(rule) and not met & {"s", "o"}
 
 
 def layouts_of(
@@ -87,8 +87,13 @@ def _first_that_fits(
 
 
 def _readings(ndim: int) -> Iterator[str]:
-    """Stacks, then inputs, then outputs (outputs before inputs last), fewest stacks first."""
+    """Stacks, then inputs, then outputs (outputs before inputs last), fewest stacks first.
+
+    And the kernels of transposed convolutions: the window, outputs, inputs.
+    """
     for order in ("io", "oi"):
         for stacks in range(ndim - 1):
             for first in range(1, ndim - stacks):
                 yield "s" * stacks + order[0] * first + order[1] * (ndim - stacks - first)
+    if ndim > 2:
+        yield "i" * (ndim - 2) + "oi"

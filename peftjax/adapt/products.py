@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from jax import Array, lax
+from jax import Array
 
-from peftjax.adapt.lookups import is_table, look_up
+from peftjax.adapt.gathers import gathered
 from peftjax.weights.base import Weight, contract
 from peftjax.weights.rules import Conv, Dot, RaggedDot, Rule
 
@@ -16,7 +16,8 @@ def _apply(x: Any, weight: Any, rule: Rule) -> Array | None:
     return contract(x, weight, rule)
 
 
-def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+def dot_of(eqn: Any, operands: list[Any]) -> tuple[Dot, Any, Any]:
+    """The rule of a `dot_general`, the activation and the weight."""
     (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     weight_first = isinstance(operands[0], Weight)
     contracted, batch = (
@@ -38,41 +39,21 @@ def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
         out_sharding=eqn.params.get("out_sharding"),
     )
     x, weight = reversed(operands) if weight_first else operands
+    return rule, x, weight
+
+
+def _dot_general(eqn: Any, operands: list[Any]) -> Array | None:
+    rule, x, weight = dot_of(eqn, operands)
     return _apply(x, weight, rule)
 
 
 def _gather(eqn: Any, operands: list[Any]) -> Any:
     weight, indices = operands
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not isinstance(weight, Weight):
+        return None
     names = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
     options = {name: eqn.params[name] for name in names}
-    if not isinstance(weight, Weight) or numbers.operand_batching_dims:
-        return None
-    mapped = numbers.start_index_map
-    cut = mapped if len(mapped) == 1 else tuple(p for p in mapped if sizes[p] < weight.shape[p])
-    if len(cut) != 1 or any(n != weight.shape[p] for p, n in enumerate(sizes) if p != cut[0]):
-        return None
-    (axis,) = cut
-    if len(mapped) > 1 and weight.layout.axes[axis].kind != "s" and not is_table(weight):
-        return None
-    clips = options["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    if (len(mapped) > 1 or sizes[axis] != 1) and not clips:
-        return None  # a start outside may fill the whole slice
-    starts = indices[..., mapped.index(axis) : mapped.index(axis) + 1]
-    batch = indices.ndim - 1
-    rest = tuple(p for p in range(weight.ndim) if p not in numbers.collapsed_slice_dims)
-    if weight.layout.axes[axis].kind == "s":
-        plain = numbers.collapsed_slice_dims == (axis,)
-        plain = plain and numbers.offset_dims == tuple(range(batch, batch + len(rest)))
-        return weight.take_stack(axis, starts, tuple(options.items())) if plain else None
-    found = look_up(weight, axis, starts, sizes[axis], options)
-    if found is None:
-        return None
-    found = lax.squeeze(found, [batch + p for p in numbers.collapsed_slice_dims])
-    order: list[int] = [*range(batch)]
-    for offset, n in zip(numbers.offset_dims, range(batch, batch + len(rest))):
-        order.insert(offset, n)
-    return lax.transpose(found, order)
+    return gathered(weight, indices, eqn.params["dimension_numbers"], eqn.params["slice_sizes"], options)
 
 
 def _conv_general_dilated(eqn: Any, operands: list[Any]) -> Array | None:
@@ -97,10 +78,10 @@ def _conv_general_dilated(eqn: Any, operands: list[Any]) -> Array | None:
 
 def _ragged_dot_general(eqn: Any, operands: list[Any]) -> Array | None:
     x, weight, group_sizes = operands
-    plain = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    if eqn.params["ragged_dot_dimension_numbers"] != plain or eqn.params["group_offset"] is not None:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    if len(numbers.rhs_group_dimensions) != 1 or eqn.params["group_offset"] is not None:
         return None
-    rule = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
+    rule = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"], numbers)
     return _apply(x, weight, rule)
 
 

@@ -22,8 +22,15 @@ def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:
     return transpose(operands[0], eqn.params["permutation"])
 
 
+def reordered(eqn: Any, operands: list[Any]) -> Any:
+    """The operand of a `reshape`, which may have another order of its axes."""
+    order = eqn.params.get("dimensions")
+    return operands[0] if order is None else transpose(operands[0], order)
+
+
 def _reshape(eqn: Any, operands: list[Any]) -> Weight | None:
-    return reshape(operands[0], eqn.params["new_sizes"])
+    weight = reordered(eqn, operands)
+    return None if weight is None else reshape(weight, eqn.params["new_sizes"])
 
 
 def _broadcast_in_dim(eqn: Any, operands: list[Any]) -> Any:
@@ -46,6 +53,13 @@ def _squeeze(eqn: Any, operands: list[Any]) -> Any:
             weight = only_member(weight, position) if view is None else view
         if weight is None:
             return None
+    return weight
+
+
+def _rev(eqn: Any, operands: list[Any]) -> Weight | None:
+    weight = operands[0]
+    for position in eqn.params["dimensions"]:
+        weight = None if weight is None else weight.reverse(position)
     return weight
 
 
@@ -189,6 +203,7 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "squeeze": _squeeze,
+    "rev": _rev,
     "convert_element_type": _convert,
     "slice": _slice,
     "split": _split,

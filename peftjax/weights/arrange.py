@@ -80,3 +80,9 @@ def along_result(v: Array, rule: Dot, layout: Layout, result_ndim: int) -> Array
     for axis, p in enumerate(rule.w_batch):
         shape[axis] = v.shape[p]
     return lax.transpose(v, (*rule.w_batch, *left, *rule.w_contract)).reshape(shape)
+
+
+def along(numbers: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """Numbers that vary along the given axes of an array, in this order, broadcastable against it."""
+    numbers = lax.transpose(numbers, sorted(range(len(axes)), key=axes.__getitem__))
+    return lax.expand_dims(numbers, [n for n in range(ndim) if n not in axes])

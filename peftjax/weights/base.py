@@ -12,7 +12,7 @@ their own:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from peftjax.errors import PeftError
 from peftjax.tree import Opaque
 from peftjax.weights.explicit import like
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule, met_axes
 
 W = TypeVar("W", bound="type[Weight]")
 
@@ -69,6 +69,7 @@ class Weight(Opaque):
 
     base: Any
     layout: Layout
+    may_mix: ClassVar[bool] = True  # whether its stack may be summed over, as the experts of a router
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,6 +170,42 @@ class Weight(Opaque):
             lambda part, side: slice_features(part, part.ndim - 1, cut) if side == kind else part,
         )
 
+    def reverse(self, position: int) -> Self | None:
+        """`jnp.flip(w, position)`."""
+        axis = self.layout.axes[position]
+        if axis.kind == "1":
+            return self
+        if axis.kind == "s":
+            return self.map_stack(position, lambda part, at: lax.rev(part, (at,)), axis.size)
+        sizes, place = self.layout.sizes(axis.kind), self.layout.positions(axis.kind).index(position)
+
+        def along_side(part: Array, side: Side | None) -> Array:
+            if side != axis.kind:
+                return part
+            apart = part.reshape(*part.shape[:-1], *sizes)
+            return lax.rev(apart, (part.ndim - 1 + place,)).reshape(part.shape)
+
+        return self._rebuild(self.layout, lambda w: reverse(w, position), along_side)
+
+    def as_stack(self, position: int) -> Self | None:
+        """The same weight with one of several axes of its inputs, or of its outputs, read as a stack."""
+        axis, n = self.layout.axes[position], len(self.layout.stack)
+        sizes = self.layout.sizes(axis.kind)
+        if axis.kind not in ("i", "o") or len(sizes) < 2:
+            return None
+        place = self.layout.positions(axis.kind).index(position)
+        layout = self.layout.drop(position).with_stack(position, axis.size, n)
+
+        def stacked(part: Array, side: Side | None) -> Array:
+            if side != axis.kind:
+                whole = (*part.shape[:n], axis.size, *part.shape[n:])
+                return jnp.broadcast_to(jnp.expand_dims(part, n), whole)
+            apart = part.reshape(*part.shape[:-1], *sizes)
+            apart = jnp.moveaxis(apart, part.ndim - 1 + place, n)
+            return apart.reshape(*apart.shape[: part.ndim], -1)
+
+        return self._rebuild(layout, lambda w: w.as_stack(position) if isinstance(w, Weight) else w, stacked)
+
     def part_specs(self, spec: PartitionSpec) -> Self | None:
         """The same structure with the sharding of each part in its place, from that of the whole.
 
@@ -256,6 +293,11 @@ class Weight(Opaque):
             lambda w: w.stack_first() if isinstance(w, Weight) else w,
             lambda part, _: jnp.moveaxis(part, axis.place, 0),
         )
+
+    def members(self) -> tuple[Self, Any] | None:
+        """The weight with the stack axis at logical position 0 first, and its `in_axes` for a `vmap`."""
+        first = self.stack_first()
+        return None if first is None else (first, 0)
 
     @property
     def draws(self) -> bool:
@@ -346,6 +388,11 @@ def slice_features(w: Any, position: int, cut: range) -> Any:
     return lax.slice_in_dim(w, cut.start, cut.stop, cut.step, position)
 
 
+def reverse(w: Any, position: int) -> Any:
+    """An array, or a structured weight, the other way round along an axis."""
+    return w.reverse(position) if isinstance(w, Weight) else lax.rev(w, (position,))
+
+
 def dense(w: Any) -> Array:
     """The array itself, or the array that a structured weight stands for."""
     return w.dense() if isinstance(w, Weight) else w
@@ -369,8 +416,7 @@ def contract(x: Array, w: Any, rule: Rule) -> Array:
 
 def _require_way(w: Weight, rule: Rule) -> None:
     """Raise a PeftError where an activation meets the outputs of a weight whose axes are guessed."""
-    met = rule.w_contract if isinstance(rule, Dot) else (rule.axis,) if isinstance(rule, Gather) else ()
-    if w.layout.one_way and set(met) & set(w.layout.positions("o")):
+    if w.layout.one_way and set(met_axes(rule)) & set(w.layout.positions("o")):
         raise PeftError(
             f"{w.layout.name}: an activation meets the side that was taken for the output, since the name "
             "does not tell the axes: give those of the parameter, such as "

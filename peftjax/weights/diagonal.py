@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from peftjax.weights.arrange import along_result, side_of, side_to_logical
+from peftjax.weights.arrange import along, along_result, side_of, side_to_logical
 from peftjax.weights.base import (
     Weight,
     canonical,
@@ -87,11 +87,18 @@ class Diagonal(Weight):
         return rescaled(contract(x, self.base, rule), self.by_output.reshape(shape))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """The base's ragged product, each row scaled by its expert's numbers."""
-        if self.by_input is not None:
-            x = rescaled(x, _of_rows(self.by_input, x, rule))
+        """The base's ragged product, each row of x and of the result scaled by its expert's numbers."""
+        side = side_of(self.layout, rule.w_contract)
+        if side is None or not rule.of_rows or len(self.layout.axes) != 3:
+            return lazily_merged(rule, x, self)
+        entering, leaving = self.factor(side), self.factor("o" if side == "i" else "i")
+        if entering is not None:
+            axes = (*rule.numbers.lhs_ragged_dimensions, *rule.x_contract)
+            x = rescaled(x, along(rule.by_row(entering, x), axes, x.ndim))
         y = contract(x, self.base, rule)
-        return y if self.by_output is None else rescaled(y, _of_rows(self.by_output, x, rule))
+        if leaving is None:
+            return y
+        return rescaled(y, along(rule.by_row(leaving, x), (rule.row_axis, y.ndim - 1), y.ndim))
 
     def cast(self, dtype: Any) -> "Diagonal":
         """The base in another dtype; the numbers stay as exact as they are."""
@@ -122,7 +129,3 @@ def rescaled(y: Array, gain: Array) -> Array:
     """`y · gain` in the dtype of y."""
     # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
     return (y * gain).astype(y.dtype)
-
-
-def _of_rows(numbers: Array, x: Array, rule: RaggedDot) -> Array:
-    return numbers.repeat(rule.group_sizes, axis=0, total_repeat_length=x.shape[0])

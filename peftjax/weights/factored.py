@@ -15,6 +15,7 @@ from peftjax.weights.low_rank import (
     low_rank_gather,
     low_rank_ragged_dot,
     low_rank_supports,
+    met_side,
 )
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
@@ -53,8 +54,7 @@ class Factored(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """`scale · (x·first)·second`, first being the factor of the side that x meets."""
-        side = side_of(self.layout, rule.w_contract)
-        assert side is not None
+        side = met_side(self.layout, rule)
         return low_rank_dot(x, *self._sides(side), self.scale, rule, self.layout, side)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
@@ -69,8 +69,8 @@ class Factored(Weight):
         return low_rank_conv(x, self.a, self.b, self.scale, rule, self.layout)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """`scale · ragged(ragged(x, aᵀ), b)`."""
-        return low_rank_ragged_dot(x, self.a, self.b, self.scale, rule)
+        """Two ragged products with r numbers between them."""
+        return low_rank_ragged_dot(x, self.a, self.b, self.scale, rule, self.layout)
 
     def _sides(self, side: Side) -> tuple[Array, Array]:
         return (self.a, self.b) if side == "i" else (self.b, self.a)

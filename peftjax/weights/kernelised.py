@@ -96,6 +96,12 @@ class Kernelised(Weight):
             return None
         return super().slice_features(position, cut)
 
+    def as_stack(self, position: int) -> "Kernelised | None":
+        """As other weights'; a softmax over the outputs needs all of them."""
+        return (
+            None if self.map.mixed and self.layout.axes[position].kind == "o" else super().as_stack(position)
+        )
+
     def part_specs(self, spec: PartitionSpec) -> "Kernelised | None":
         """As other weights'; None where a softmax over the outputs would see some of them only."""
         if self.map.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):

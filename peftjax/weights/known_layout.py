@@ -28,4 +28,6 @@ def layout_of(
     guess = guess_layout(path, leaf.shape, getattr(bias, "shape", None))
     given = tree.pattern_value(path, layouts, None)
     layout = Layout.parse(given or guess, leaf.shape, path)
-    return replace(layout, one_way=one_way and given is None and not tells_its_layout(path))
+    # The kernels of transposed convolutions have the same names, and outputs before inputs.
+    told = tells_its_layout(path) and not tree.is_convolution(path, leaf.ndim)
+    return replace(layout, one_way=one_way and given is None and not told)

@@ -6,15 +6,18 @@ form, and follows the views (transpose, reshape, slices of the stack) that a mod
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 from peftjax.errors import PeftError
 from peftjax.tree import STACKS, is_convolution
 
-# "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis.
-Kind = Literal["s", "i", "o", "1"]
+# "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis, "m"
+# axes of several kinds in one.
+Kind = Literal["s", "i", "o", "1", "m"]
 Side = Literal["i", "o"]
 
 
@@ -119,7 +122,7 @@ class Layout:
         Axes of one kind may merge and split, unit axes may come and go; None when the new shape mixes
         kinds, breaks the canonical order, or merges or splits the stack.
         """
-        groups = _match_sizes(self.shape, tuple(shape))
+        groups = match_sizes(self.shape, tuple(shape))
         if groups is None:
             return None
         pieces: list[tuple[Kind, int, int, int]] = []  # kind, old place, order within it, size
@@ -162,7 +165,7 @@ def _renumber_after(axes: tuple[Axis, ...], kind: Kind, place: int, by: int) -> 
     )
 
 
-def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
+def match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
     """Group positions of `old` with sizes of `new` so that the products of each group are equal.
 
     Unit axes of `new` that no unit axis of `old` answers to form groups of their own.
@@ -199,6 +202,41 @@ def _match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[
                 return None
         groups.append((left, right))
     return groups
+
+
+def refined(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The coarsest shape that both shapes merge, and how many of its axes each of `new` is made of.
+
+    None where they have none, or an axis is empty. Unit axes of `old` are kept.
+    """
+    groups = match_sizes(old, new) if math.prod(old) else None
+    if groups is None:
+        return None
+    fine: list[int] = []
+    counts: list[int] = []
+    loose = 0  # unit axes of the old shape that go with the next axis of the new one
+    for positions, sizes in groups:
+        if not sizes:
+            fine += [1] * len(positions)
+            loose += len(positions)
+            continue
+        ends = list(accumulate(sizes, operator.mul))
+        found = [0] * len(sizes)
+        done = 1
+        for position in positions:
+            end = done * old[position]
+            cuts = sorted({e for e in ends if done < e < end} | {end})
+            for cut in cuts:
+                if cut % done:
+                    return None
+                fine.append(cut // done)
+                found[next(n for n, e in enumerate(ends) if e >= cut)] += 1
+                done = cut
+        found[0] += loose
+        counts, loose = [*counts, *found], 0
+    if loose and counts:
+        counts[-1] += loose
+    return (tuple(fine), tuple(counts)) if counts else None
 
 
 # How parameters are named by the modules of Flax; the last component is the parameter's own name.

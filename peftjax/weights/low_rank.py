@@ -1,6 +1,7 @@
 """`W + scale · aᵀb`, contracted in activation space: the dense sum is never formed in a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -59,8 +60,7 @@ class LowRank(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """`x·base + scale · (x·first)·second`, first being the factor of the side that x meets."""
-        side = side_of(self.layout, rule.w_contract)
-        assert side is not None
+        side = met_side(self.layout, rule)
 
         def delta(x: Array, first: Array, second: Array) -> Array:
             return low_rank_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
@@ -78,7 +78,8 @@ class LowRank(Weight):
     def conv(self, x: Array, rule: Conv) -> Array:
         """The base's convolution plus one of the same geometry to r channels and a 1x1 one to all.
 
-        With groups, each group meets the same `a` and its own part of `b`, which is exactly
+        Where x meets the outputs, as in the gradient of a convolution, the 1x1 one comes first. With
+        groups, each group meets the same `a` and its own part of `b`, which is exactly
         `base + scale · aᵀb` seen as a grouped kernel.
         """
 
@@ -88,12 +89,15 @@ class LowRank(Weight):
         return self._add(contract(x, self.base, rule), delta, x, "i")
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """`ragged(x, base) + scale · ragged(ragged(x, aᵀ), b)`."""
+        """The base's ragged product plus `scale` times two with r numbers between them."""
+        side = side_of(self.layout, rule.w_contract)
+        assert side is not None
 
-        def delta(x: Array, a: Array, b: Array) -> Array:
-            return low_rank_ragged_dot(x, a, b, self.scale, rule, self._enter)
+        def delta(x: Array, first: Array, second: Array) -> Array:
+            a, b = (first, second) if side == "i" else (second, first)
+            return low_rank_ragged_dot(x, a, b, self.scale, rule, self.layout, self._enter)
 
-        return self._add(contract(x, self.base, rule), delta, x, "i")
+        return self._add(contract(x, self.base, rule), delta, x, side)
 
     def _sides(self, side: Side) -> tuple[Array, Array]:
         return (self.a, self.b) if side == "i" else (self.b, self.a)
@@ -117,13 +121,21 @@ def low_rank_supports(layout: Layout, rule: Rule) -> bool:
     """Whether factors in this layout can take the rule without forming their product."""
     if isinstance(rule, Dot):
         stack = set(layout.positions("s"))
-        return side_of(layout, rule.w_contract) is not None and set(rule.w_batch) <= stack
+        met = tuple(p for p in rule.w_contract if p not in stack)
+        return side_of(layout, met) is not None and set(rule.w_batch) <= stack
     if isinstance(rule, Gather):
         return side_of(layout, (rule.axis,)) is not None and not layout.stack
     if isinstance(rule, Conv):
-        out_axis = rule.dimension_numbers.rhs_spec[0]
-        return layout.positions("o") == (out_axis,) and not layout.stack
-    return layout.letters == "sio"
+        return conv_order(layout, rule) is not None and not layout.stack
+    stacked = {rule.w_group, *rule.w_batch} == set(layout.positions("s")) and "1" not in layout.letters
+    return stacked and side_of(layout, rule.w_contract) is not None
+
+
+def met_side(layout: Layout, rule: Dot) -> Side:
+    """The side that an activation meets in a product that `low_rank_supports`."""
+    side = side_of(layout, tuple(p for p in rule.w_contract if layout.axes[p].kind != "s"))
+    assert side is not None
+    return side
 
 
 def _plainly(product: Product, x: Array, first: Array) -> Array:
@@ -140,7 +152,21 @@ def low_rank_dot(
     side: Side,
     enter: Enter = _plainly,
 ) -> Array:
-    """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
+    """`scale · (x·first)·second`; every product contracts or yields the rank axis.
+
+    A stack axis that is summed over is one that x has in the first product, and part of the rank in the
+    second.
+    """
+    summed = [(n, p) for n, p in zip(rule.x_contract, rule.w_contract) if layout.axes[p].kind == "s"]
+    if summed:
+        of_x, of_w = zip(*summed)
+        rule = replace(
+            rule,
+            x_contract=tuple(n for n in rule.x_contract if n not in of_x),
+            w_contract=tuple(p for p in rule.w_contract if p not in of_w),
+            x_batch=(*rule.x_batch, *of_x),
+            w_batch=(*rule.w_batch, *of_w),
+        )
     stack, entered = layout.positions("s"), layout.positions(side)
     first = first.reshape(*layout.stack, -1, *(layout.shape[p] for p in entered)).astype(x.dtype)
     rank = len(stack)
@@ -156,7 +182,33 @@ def low_rank_dot(
         return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
 
     z = (scale * enter(product, x, first)).astype(x.dtype)
-    return widened(z, second.astype(x.dtype), rule, layout, side)
+    second = second.astype(x.dtype)
+    if summed:
+        z, second, rule, layout = _into_rank(z, second, rule, layout, len(summed))
+    return widened(z, second, rule, layout, side)
+
+
+def _into_rank(
+    z: Array, second: Array, rule: Dot, layout: Layout, count: int
+) -> tuple[Array, Array, Dot, Layout]:
+    """The last `count` batch axes of the rule as part of the rank: it is summed with them."""
+    n, stack = len(rule.w_batch) - count, layout.positions("s")
+    gone = rule.w_batch[n:]
+    z = jnp.moveaxis(z, range(n, n + count), range(z.ndim - 1 - count, z.ndim - 1))
+    z = z.reshape(*z.shape[: z.ndim - 1 - count], -1)
+    last = len(stack)  # where the rank is
+    second = jnp.moveaxis(second, [stack.index(p) for p in gone], range(last - count, last))
+    second = second.reshape(*second.shape[: last - count], -1, second.shape[-1])
+    for position in sorted(gone, reverse=True):
+        layout = layout.drop(position)
+
+    def left(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(p - sum(q < p for q in gone) for p in axes)
+
+    rule = replace(
+        rule, x_batch=rule.x_batch[:n], w_batch=left(rule.w_batch[:n]), w_contract=left(rule.w_contract)
+    )
+    return z, second, rule, layout
 
 
 def widened(
@@ -219,26 +271,53 @@ def low_rank_gather(
 
 
 def low_rank_ragged_dot(
-    x: Array, a: Array, b: Array, scale: float, rule: RaggedDot, enter: Enter = _plainly
+    x: Array, a: Array, b: Array, scale: float, rule: RaggedDot, layout: Layout, enter: Enter = _plainly
 ) -> Array:
-    """`scale · ragged(ragged(x, aᵀ), b)`."""
-    z = enter(rule, x, a.swapaxes(-1, -2).astype(x.dtype))
-    return rule((scale * z).astype(x.dtype), b.astype(x.dtype))
+    """`scale` times two ragged products with r numbers between them."""
+    side = side_of(layout, rule.w_contract)
+    assert side is not None
+    (x_contract, _), (x_batch, w_batch) = rule.numbers.dot_dimension_numbers
+    (ragged,) = rule.numbers.lhs_ragged_dimensions
+    stack, met = layout.positions("s"), layout.positions(side)
+    left = layout.positions("o" if side == "i" else "i")
+    first, second = (a, b) if side == "i" else (b, a)
+    group, batch = stack.index(rule.w_group), tuple(stack.index(p) for p in w_batch)
+
+    def numbers(
+        of_x: tuple[int, ...], of_w: tuple[int, ...], in_x: tuple[int, ...], ragged: int
+    ) -> lax.RaggedDotDimensionNumbers:
+        return lax.RaggedDotDimensionNumbers(((of_x, of_w), (in_x, batch)), (ragged,), (group,))
+
+    n = len(stack)
+    first = jnp.moveaxis(first, n, -1).reshape(*layout.stack, *layout.sizes(side), -1).astype(x.dtype)
+    enters = replace(
+        rule, numbers=numbers(x_contract, tuple(n + met.index(p) for p in rule.w_contract), x_batch, ragged)
+    )
+    z = enter(enters, x, first)  # [batch, free axes of x, r]
+    free = [p for p in range(x.ndim) if p not in (*x_contract, *x_batch)]
+    second = second.reshape(*layout.stack, -1, *(layout.shape[p] for p in left)).astype(x.dtype)
+    row = len(batch) + free.index(ragged)
+    leaves = replace(rule, numbers=numbers((z.ndim - 1,), (n,), tuple(range(len(batch))), row))
+    y, lead = leaves((scale * z).astype(x.dtype), second), z.ndim - 1
+    return lax.transpose(y, (*range(lead), *(lead + left.index(p) for p in sorted(left))))
 
 
 def low_rank_conv(
     x: Array, a: Array, b: Array, scale: float, rule: Conv, layout: Layout, enter: Enter = _plainly
 ) -> Array:
-    """`scale` times a convolution of the rule's geometry to r channels and a 1x1 one to all outputs."""
+    """`scale` times two convolutions with r channels between them, one of the rule's geometry, one 1x1."""
+    order = conv_order(layout, rule)
+    assert order is not None
+    side, window_first = order
     numbers, groups, options = rule.dimension_numbers, rule.feature_group_count, dict(rule.options)
     out_axis, in_axis, *window = numbers.rhs_spec
-    inputs = layout.positions("i")
-    thin = a.reshape(-1, *(layout.shape[p] for p in inputs)).astype(x.dtype)
-    thin = jnp.moveaxis(thin, tuple(range(thin.ndim)), (out_axis, *inputs))
-    z = enter(rule, x, jnp.concatenate([thin] * groups, axis=out_axis))  # groups · r channels
-    wide = jnp.expand_dims((b if in_axis < out_axis else b.T).astype(x.dtype), tuple(window))
+    met, left = (a, b) if side == "i" else (b, a)
+    first = _as_kernel(met, layout, side, out_axis).astype(x.dtype)
+    first = jnp.concatenate([first] * groups, axis=out_axis)  # groups · r channels
+    second = _as_kernel(left, layout, "o" if side == "i" else "i", in_axis).astype(x.dtype)
+    at_ease = numbers.out_spec if window_first else numbers.lhs_spec
     pointwise = Conv(
-        numbers._replace(lhs_spec=numbers.out_spec),
+        numbers._replace(lhs_spec=at_ease, out_spec=at_ease),
         (
             ("window_strides", (1,) * len(window)),
             ("padding", ((0, 0),) * len(window)),
@@ -247,4 +326,24 @@ def low_rank_conv(
         ),
         groups,
     )
-    return pointwise((scale * z).astype(x.dtype), wide)
+    enters, leaves = (rule, pointwise) if window_first else (pointwise, rule)
+    return leaves((scale * enter(enters, x, first)).astype(x.dtype), second)
+
+
+def conv_order(layout: Layout, rule: Conv) -> tuple[Side, bool] | None:
+    """The side whose factor a convolved activation meets first, and whether the window, an input, is there.
+
+    None where the outputs are not one feature axis of the kernel.
+    """
+    out_axis, in_axis = rule.dimension_numbers.rhs_spec[:2]
+    if layout.positions("o") == (out_axis,):
+        return "i", True
+    return ("o", False) if layout.positions("o") == (in_axis,) else None
+
+
+def _as_kernel(factor: Array, layout: Layout, side: Side, rank_axis: int) -> Array:
+    """A factor `[r, n]` as the kernel of a convolution, its rank along a feature axis that it has not."""
+    axes = (rank_axis, *layout.positions(side))
+    kernel = factor.reshape(-1, *layout.sizes(side))
+    kernel = lax.transpose(kernel, sorted(range(len(axes)), key=axes.__getitem__))
+    return lax.expand_dims(kernel, [p for p in range(len(layout.axes)) if p not in axes])

@@ -4,6 +4,7 @@ Rows are numbered along the inputs and columns along the outputs, all axes of a 
 number past the end is no place at all: reading it gives zeros and writing it does nothing.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,15 @@ def numbered_in(numbers: Array, cut: range) -> Array:
     shifted = numbers - cut.start
     inside = (numbers >= cut.start) & (numbers < cut.stop) & (shifted % cut.step == 0)
     return jnp.where(inside, shifted // cut.step, NOWHERE)
+
+
+def numbered_backwards(numbers: Array, layout: Layout, position: int) -> Array:
+    """Places along a side as they are numbered when one of its axes is reversed."""
+    side = layout.axes[position].kind
+    sizes, place = layout.sizes(side), layout.positions(side).index(position)
+    step, size = math.prod(sizes[place + 1 :]), sizes[place]
+    along = numbers // step % size
+    return jnp.where(numbers < math.prod(sizes), numbers + (size - 1 - 2 * along) * step, numbers)
 
 
 """The number of a row that is in no matrix."""

@@ -24,7 +24,7 @@ from peftjax.weights.base import (
 from peftjax.weights.explicit import keeping, like
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, widened
-from peftjax.weights.places import numbered_in, put_rows, take_rows
+from peftjax.weights.places import numbered_backwards, numbered_in, put_rows, take_rows
 from peftjax.weights.resident import followed, resident
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.thin import thin_dot
@@ -109,6 +109,17 @@ class TrainedRows(Weight):
         if view is None or self.layout.axes[position].kind == "o":
             return view
         return replace(view, rows=numbered_in(self.rows, cut))
+
+    def reverse(self, position: int) -> "TrainedRows | None":
+        """The rows follow a reversed axis of the inputs."""
+        view = super().reverse(position)
+        if view is None or self.layout.axes[position].kind != "i":
+            return view
+        return replace(view, rows=numbered_backwards(self.rows, self.layout, position))
+
+    def as_stack(self, position: int) -> "TrainedRows | None":
+        """A stack of outputs; the rows are numbered over all inputs."""
+        return super().as_stack(position) if self.layout.axes[position].kind == "o" else None
 
     def part_specs(self, spec: Any) -> "TrainedRows | None":
         """None where inputs are sharded: the rows are numbered over all of them."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 
@@ -80,19 +81,74 @@ class Conv:
         )
 
 
+_OF_EXPERTS = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+
+
 @dataclass(frozen=True)
 class RaggedDot:
-    """A `ragged_dot`: rows of x `[n, in]`, grouped by expert, times a weight `[E, in, out]`."""
+    """A `ragged_dot`: rows of x, grouped by expert, times the experts' matrices in w.
+
+    By default x is `[n, in]` and w `[E, in, out]`; `numbers` says what else the axes are.
+    """
 
     group_sizes: Array
     precision: Any = None
     preferred: Any = None
+    numbers: lax.RaggedDotDimensionNumbers = _OF_EXPERTS
+
+    @property
+    def x_contract(self) -> tuple[int, ...]:
+        """The axes of x that are summed over."""
+        return tuple(self.numbers.dot_dimension_numbers[0][0])
+
+    @property
+    def w_contract(self) -> tuple[int, ...]:
+        """The axes of w that are summed over."""
+        return tuple(self.numbers.dot_dimension_numbers[0][1])
+
+    @property
+    def w_batch(self) -> tuple[int, ...]:
+        """The axes of w that x has too."""
+        return tuple(self.numbers.dot_dimension_numbers[1][1])
+
+    @property
+    def w_group(self) -> int:
+        """The axis of the experts."""
+        return self.numbers.rhs_group_dimensions[0]
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether w is a stack of matrices and one row of x says by its place which of them it meets."""
+        return len(self.x_contract) == 1 and not self.w_batch and self.group_sizes.ndim == 1
+
+    @property
+    def row_axis(self) -> int:
+        """Where the rows stand in the result, for one of `of_rows`."""
+        (ragged,) = self.numbers.lhs_ragged_dimensions
+        return sum(p not in self.x_contract for p in range(ragged))
+
+    def by_row(self, values: Array, x: Array) -> Array:
+        """The value of its expert for each row of x, for one of `of_rows`."""
+        (ragged,) = self.numbers.lhs_ragged_dimensions
+        return jnp.repeat(values, self.group_sizes, axis=0, total_repeat_length=x.shape[ragged])
 
     def __call__(self, x: Array, w: Array) -> Array:
         """The product when the weight is an array."""
-        return lax.ragged_dot(
-            x, w, self.group_sizes, precision=self.precision, preferred_element_type=self.preferred
+        return lax.ragged_dot_general(
+            x,
+            w,
+            self.group_sizes,
+            self.numbers,
+            precision=self.precision,
+            preferred_element_type=self.preferred,
         )
 
 
 Rule = Dot | Gather | Conv | RaggedDot
+
+
+def met_axes(rule: Rule) -> tuple[int, ...]:
+    """The axes of the weight that an activation meets with its features."""
+    if isinstance(rule, Dot | RaggedDot):
+        return rule.w_contract
+    return (rule.axis,) if isinstance(rule, Gather) else (rule.dimension_numbers.rhs_spec[1],)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from peftjax.weights.arrange import side_of, side_to_logical
+from peftjax.weights.arrange import along, side_of, side_to_logical
 from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
 from peftjax.weights.diagonal import rescaled, scaled_input, scaled_result
 from peftjax.weights.layout import Layout
@@ -53,7 +53,11 @@ class ScaledColumns(Weight):
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
     def supports(self, rule: Rule) -> bool:
-        """Whatever the low-rank weight inside supports; sliced inputs would change the lengths."""
+        """What the low-rank weight inside supports; of experts, matrices that meet rows of x."""
+        if isinstance(rule, RaggedDot) and not (rule.of_rows and self.layout.letters.count("o") == 1):
+            return False
+        if isinstance(rule, Dot) and side_of(self.layout, rule.w_contract) is None:
+            return False  # a sum over a stack, whose columns have lengths of their own
         return self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
@@ -73,17 +77,22 @@ class ScaledColumns(Weight):
         return rescaled(rows, gains)
 
     def conv(self, x: Array, rule: Conv) -> Array:
-        """The low-rank convolution, its channels scaled."""
+        """The low-rank convolution, its channels scaled, or those of x where it meets the outputs."""
+        numbers, gain = rule.dimension_numbers, self.gain()
+        if self.layout.positions("o") == (numbers.rhs_spec[1],):
+            gains = jnp.tile(gain, rule.feature_group_count)
+            return contract(rescaled(x, along(gains, (numbers.lhs_spec[1],), x.ndim)), self.base, rule)
         y = contract(x, self.base, rule)
-        shape = [1] * y.ndim
-        shape[rule.dimension_numbers.out_spec[1]] = -1
-        return rescaled(y, self.gain().reshape(shape))
+        return rescaled(y, along(gain, (numbers.out_spec[1],), y.ndim))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """The low-rank ragged product, each row scaled by its expert's lengths."""
-        y = contract(x, self.base, rule)
-        gain = jnp.repeat(self.gain(), rule.group_sizes, axis=0, total_repeat_length=x.shape[0])
-        return rescaled(y, gain)
+        """The low-rank ragged product, each row of y, or of x where it meets the outputs, scaled."""
+        gain = rule.by_row(self.gain(), x)
+        if side_of(self.layout, rule.w_contract) == "i":
+            y = contract(x, self.base, rule)
+            return rescaled(y, along(gain, (rule.row_axis, y.ndim - 1), y.ndim))
+        axes = (*rule.numbers.lhs_ragged_dimensions, *rule.x_contract)
+        return contract(rescaled(x, along(gain, axes, x.ndim)), self.base, rule)
 
     def cast(self, dtype: Any) -> "ScaledColumns":
         """The low-rank weight in another dtype; lengths stay as exact as they are."""
@@ -94,6 +103,10 @@ class ScaledColumns(Weight):
         if self.layout.axes[position].kind != "o":
             return None
         return super().slice_features(position, cut)
+
+    def as_stack(self, position: int) -> "ScaledColumns | None":
+        """A stack of outputs; one of inputs would change the lengths."""
+        return super().as_stack(position) if self.layout.axes[position].kind == "o" else None
 
     def part_specs(self, spec: PartitionSpec) -> "ScaledColumns | None":
         """As other weights'; the lengths are still those of whole columns."""

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.base import (
@@ -37,6 +36,10 @@ class Shrunk(Weight):
 
     def supports(self, rule: Rule) -> bool:
         """Whatever the base supports."""
+        if isinstance(rule, RaggedDot) and not rule.of_rows:
+            return False
+        if isinstance(rule, Dot) and any(self.layout.axes[p].kind == "s" for p in rule.w_contract):
+            return False  # a sum over matrices that have numbers of their own
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
@@ -64,8 +67,8 @@ class Shrunk(Weight):
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The base's ragged product, each row scaled by its expert's factor."""
         y = contract(x, self.base, rule)
-        factors = jnp.repeat(self.factor, rule.group_sizes, total_repeat_length=x.shape[0])
-        return _times(y, factors[:, None])
+        factors = rule.by_row(self.factor, x)
+        return _times(y, lax.expand_dims(factors, [n for n in range(y.ndim) if n != rule.row_axis]))
 
 
 @jax.checkpoint

@@ -9,7 +9,7 @@ from jax import Array
 
 from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import NOWHERE, numbered_in, put_entries, take_entries
+from peftjax.weights.places import NOWHERE, numbered_backwards, numbered_in, put_entries, take_entries
 from peftjax.weights.resident import resident
 
 
@@ -72,6 +72,18 @@ class SparseEntries(Weight):
         name = "rows" if self.layout.axes[position].kind == "i" else "columns"
         numbers = jnp.where(self.rows != NOWHERE, getattr(self, name), NOWHERE)
         return replace(view, **{name: numbered_in(numbers, cut)})
+
+    def reverse(self, position: int) -> "SparseEntries | None":
+        """The entries follow a reversed axis."""
+        view, kind = super().reverse(position), self.layout.axes[position].kind
+        if view is None or kind not in "io":
+            return view
+        name = "rows" if kind == "i" else "columns"
+        return replace(view, **{name: numbered_backwards(getattr(self, name), self.layout, position)})
+
+    def as_stack(self, position: int) -> None:
+        """None: entries are numbered over all inputs and outputs."""
+        return None
 
     def part_specs(self, spec: Any) -> "SparseEntries | None":
         """None where inputs or outputs are sharded: entries are numbered over all of them."""
