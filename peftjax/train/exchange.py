@@ -12,6 +12,7 @@ from peftjax.io.peft.config import read_config
 from peftjax.io.peft.export import export_peft
 from peftjax.io.peft.load import import_peft
 from peftjax.io.peft.names import Names, module_of, names_of
+from peftjax.io.peft.prefix import is_prefix
 from peftjax.io.peft.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
 from peftjax.models.load import lacking, load, read_family
@@ -96,25 +97,25 @@ def import_saved(
             as many as the classifier's outputs.
     """
     require_numbers({"max_length": max_length})
-    task = read_config(peft).task
-    file = read_file(peft, leave_out)
     folder = model_folder(model)
     family, values = read_family(folder)
     config = family.read_config(values)
-    if head is None:
-        head = _head_of(peft, file, task, family, config)
-    elif head not in family.heads:
+    if head is not None and head not in family.heads:
         raise PeftError(f"{folder} has no head {head!r}; closest: {nearest(head, family.heads)}")
-    if untie:
-        config = untied(family, config, head)
-    names = _names(family, config, head)
+    outputs, replaced = None, set()
+    if is_prefix(peft):
+        head = head or LANGUAGE_HEAD
+    else:
+        task, file = read_config(peft).task, read_file(peft, leave_out)
+        head = head or _head_of(peft, file, task, family, config)
+        names = _names(family, untied(family, config, head) if untie else config, head)
+        outputs = _outputs(file, names, family.heads[head])
+        replaced = {
+            slot.path for name in file.plain if (slot := names.slots.get(names.canonical(name))) is not None
+        }
     spec = family.heads[head]
-    outputs = _outputs(file, names, spec)
     if labels and len(labels) != outputs:
         raise PeftError(f"{len(labels)} labels were given; the classifier has {outputs or 'no'} outputs")
-    replaced = {
-        slot.path for name in file.plain if (slot := names.slots.get(names.canonical(name))) is not None
-    }
     backbone, params = load(
         folder,
         head=head,

@@ -1,5 +1,6 @@
 """A YAML file of options: read strictly, so that a line of it cannot mean something else than it says."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class _Strict(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads '1e-3', which has no point, as a text.
+_Strict.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_options(file: Path) -> dict[str, Scalar | list[Scalar]]:

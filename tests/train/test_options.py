@@ -53,6 +53,14 @@ def test_targets(given, wanted):
     assert make_method(MethodOptions(targets=given)).config["targets"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("5e-4", 5e-4), ("1E+1", 10.0), (".5e-3", 5e-4), ("0.25", 0.25)]
+)
+def test_numbers_with_an_exponent_are_numbers(given, wanted):
+    made = make_method(MethodOptions(method="sara", method_options=(f"penalty={given}",)), steps=300)
+    assert made.config["penalty"] == wanted
+
+
 def test_options_that_follow_from_the_steps_of_a_run_yield_to_those_given():
     assert make_method(MethodOptions(method="snella"), steps=300).config["total_steps"] == 300
     assert make_method(MethodOptions(method="sara"), steps=300).config["reselect_at"] == 150

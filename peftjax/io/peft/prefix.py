@@ -9,16 +9,18 @@ at 0: a query at place t is turned by R(t + P) there and by R(t) here, and the s
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from msgspec import Meta
 
 from peftjax.errors import PeftError
-from peftjax.io.files import read_json, replacing
+from peftjax.io.files import read_as, read_json, replacing
 from peftjax.io.peft.config import CONFIG, TENSORS
 from peftjax.io.peft.names import Model
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
@@ -32,6 +34,19 @@ from peftjax.transform import Frozen, Params, Trainable, Transform
 NAME, TYPE = "prompt_embeddings", "PREFIX_TUNING"
 OF_LENGTH = ("dynamic", "longrope")
 """Rotations that depend on how many tokens there are, which PEFT counts the prefix among."""
+
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What of `adapter_config.json` says the shape of the tensor."""
+
+    num_layers: _Count | None = None
+    num_virtual_tokens: _Count | None = None
+    num_attention_heads: _Count | None = None
+    token_dim: _Count | None = None
+    num_transformer_submodules: _Count | None = None
 
 
 def is_prefix(folder: Path) -> bool:
@@ -82,9 +97,11 @@ def import_prefix(folder: Path, model: Model, params: Params) -> tuple[Transform
 
     Raises:
         PeftError: the model is not a decoder on which PEFT's prefix means the same; the tensor is missing,
-            beside others, or of another shape than the model's layers and heads ask for.
+            beside others, or of another shape than the model's layers and heads, or the configuration, ask
+            for.
     """
     model = _require_decoder(model)
+    config = read_as(_Config, folder / CONFIG)
     names = find_tensors(folder / TENSORS) if (folder / TENSORS).is_file() else {}
     if set(names) != {NAME}:
         raise PeftError(
@@ -98,6 +115,16 @@ def import_prefix(folder: Path, model: Model, params: Params) -> tuple[Transform
             f"{width} wide are [P, {model.num_layers * 2 * width}]"
         )
     length = len(flat)
+    found = {
+        "num_layers": model.num_layers,
+        "num_virtual_tokens": length,
+        "num_attention_heads": model.config.block.kv_heads,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+    }
+    for name, value in found.items():
+        if (said := getattr(config, name)) not in (None, value):
+            raise PeftError(f"{folder / CONFIG} has {name} {said}; this model and {NAME} have {value}")
     both = flat.reshape(length, model.num_layers, 2, width).transpose(1, 2, 0, 3)
     own = {"keys": _turned(model, both[:, 0], -length), "values": both[:, 1]}
     method = prefix(length=length, mlp_size=None)

@@ -54,7 +54,7 @@ def open_language_data(
     data = Path(data)
     source = find_source(data, options)
     items = _read(data, source, options)
-    parts = (items, _read(Path(eval_data), source, options)) if eval_data else _hold_out(items, data)
+    parts = _hold_out(items, data) if eval_data is None else (items, _read(Path(eval_data), source, options))
     (train, train_cut), (evaluation, evaluation_cut) = (
         _rows(part, source, tokenizer, max_length, options, template, f"{data.name}, examples to {purpose}")
         for part, purpose in zip(parts, ("train on", "evaluate on"))
