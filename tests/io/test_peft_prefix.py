@@ -1,4 +1,4 @@
-"""Prefixes in the format of PEFT, without PEFT: what `import` makes of one, and contradicting configurations."""
+"""Prefixes in the format of PEFT, without PEFT: what `import` makes of them, and contradictions."""
 
 import json
 
