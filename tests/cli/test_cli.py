@@ -47,6 +47,7 @@ def test_train_leaves_an_adapter_and_a_summary(trained):
     assert summary["trainable_parameters"] == 2 * 2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 * 2 + 2
 
 
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(trained, capsys):
     output, command = trained
     before = (output / "adapter" / "adapter.safetensors").read_bytes()
@@ -55,6 +56,7 @@ def test_the_same_command_again_changes_nothing(trained, capsys):
     assert (output / "adapter" / "adapter.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_eval_gives_the_accuracy_of_the_run(trained, data_folder, capsys):
     output, _ = trained
     adapter = output / "adapter"
@@ -67,6 +69,7 @@ def test_eval_gives_the_accuracy_of_the_run(trained, data_folder, capsys):
     assert "accuracy:" in run(capsys, "eval", "--adapter", adapter, "--data", data_folder / "dev.csv")
 
 
+@pytest.mark.slow
 def test_merge_writes_a_folder_with_the_same_outputs(trained, tmp_path, capsys):
     output, _ = trained
     run(capsys, "merge", "--adapter", output / "adapter", "--output", tmp_path / "merged")
@@ -111,6 +114,7 @@ def test_an_adapter_goes_to_peft_and_back(trained, model_folder, data_folder, tm
     assert merged[0] == merged[1]
 
 
+@pytest.mark.slow
 def test_import_and_export_name_what_is_wrong(trained, model_folder, tmp_path, capsys):
     adapter = trained[0] / "adapter"
     assert "leave_out: 'heads'" in refused(
@@ -339,6 +343,7 @@ def test_the_adapter_applies_in_ones_own_code(trained):
     assert [tuned.adapter.info["labels"][n] for n in logits.argmax(-1)] == ["good", "bad"]
 
 
+@pytest.mark.slow
 def test_a_train_whose_disk_is_full_prints_no_traceback(trained, tmp_path, capsys):
     _, command = trained
     given = [*command, "--no-probe", "--steps", "4", "--save-every", "2", "--output", tmp_path / "run"]

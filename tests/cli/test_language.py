@@ -103,6 +103,7 @@ def test_the_adapter_says_its_task(trained):
     assert info["rows"]["train_on_prompt"] is False
 
 
+@pytest.mark.slow
 def test_eval_is_the_mean_over_counted_tokens(trained, decoder, data, capsys):
     """With uneven batches; compared with log-probabilities of each example by itself."""
     command = ["eval", "--adapter", trained / "adapter", "--data", data / "dev.jsonl", "--json"]
@@ -150,6 +151,7 @@ def test_an_interrupted_run_continues_bit_for_bit(trained, decoder, data, tmp_pa
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_merge_writes_a_folder_that_stands_alone(trained, decoder, tmp_path, capsys):
     (decoder / "generation_config.json").write_text('{"eos_token_id": [1]}')
     merged = tmp_path / "merged"

@@ -92,6 +92,7 @@ def test_stacks_of_changed_weights(name):
     assert_equals_merged(of(STACKED[name]), held(STACK), method, X, tolerance=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["columns of length one", "on another base"])
 @pytest.mark.parametrize(
     "method",
@@ -110,6 +111,7 @@ def test_a_masked_layer_keeps_its_input_and_nothing_of_the_size_of_the_weight():
     assert (N, M) not in {array.shape for array in kept}
 
 
+@pytest.mark.slow
 def test_scaled_and_normalized_kernels_of_convolutions():
     params = {"conv": {"kernel": jax.random.normal(KEY, (3, 5, M)) / 4}}
     x = jax.random.normal(KEY, (2, 7, 5))

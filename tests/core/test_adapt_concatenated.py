@@ -99,6 +99,7 @@ def test_parts_of_other_ranks_and_methods_act_for_themselves():
     assert_close(got, X @ both(dora.merge(frozen, trainable), 1))
 
 
+@pytest.mark.slow
 def test_the_fused_cells_of_flax():
     module = nn.RNN(nn.OptimizedLSTMCell(5))
     params = module.init(KEY, SERIES)["params"]

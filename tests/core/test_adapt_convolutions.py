@@ -93,6 +93,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("use", ["series", "gradient of an image"])
 def test_every_method_follows_a_flipped_kernel(use, name):

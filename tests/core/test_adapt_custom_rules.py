@@ -66,6 +66,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(FUNCTIONS, FUNCTIONS.keys() - {"diffrax"}))
 def test_a_rule_that_closes_over_a_constant_gives_the_same_gradients(name):
     fn = FUNCTIONS[name]

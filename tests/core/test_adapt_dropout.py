@@ -76,6 +76,7 @@ def test_every_use_of_a_weight_has_a_mask_of_its_own(method, use):
     assert differ(*pj.adapt(use)(dropped(method), X))
 
 
+@pytest.mark.slow
 @each_method
 def test_every_example_of_a_vmap_around_the_adapted_function_has_a_mask_of_its_own(method):
     params = dropped(method)
@@ -97,6 +98,7 @@ def test_the_experts_of_a_stack_are_dropped_out_too(method):
         assert pj.adapt(use)(params, X).shape[-1] == N
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("around", [jax.checkpoint, jax.jit, lambda f: f], ids=["remat", "jit", "plain"])
 def test_backward_makes_the_masks_of_forward_again(method, around):

@@ -87,6 +87,7 @@ def test_lookups(name):
     assert_no_dense_gradient(lambda p: LOOKUPS[name](p["t"]), {"t": TABLES}, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own inputs", "groups, same input", "gradient in groups"])
 @pytest.mark.parametrize("method", [pj.dora, pj.paca, pj.snell])
 def test_convolutions_of_other_methods(method, name):

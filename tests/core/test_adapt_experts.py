@@ -48,6 +48,7 @@ def test_ragged_products(name):
     assert_no_dense_gradient(lambda p, x: use(p["w"], x), params, method, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pj.dora, pj.paca, pj.snell])
 @pytest.mark.parametrize("name", ["swapped", "gradient", "experts behind"])
 def test_ragged_products_of_other_methods(name, method):

@@ -64,6 +64,7 @@ LINEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(LINEN, list(LINEN)[:4]))
 def test_linen(name):
     module, method = LINEN[name]
@@ -96,6 +97,7 @@ class NnxStack(nnx.Module):
         return nnx.scan(call, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", all_but_slow((False, True), (False,)))
 def test_nnx_through_split_and_merge(remat):
     definition, state = nnx.split(NnxStack(nnx.Rngs(0), remat))
@@ -121,6 +123,7 @@ class EqxBlock(eqx.Module):
         return x + jax.vmap(self.down)(jax.nn.relu(jax.vmap(self.up)(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", all_but_slow((None, 2), (None,)))
 def test_equinox(layers):
     make = EqxBlock if layers is None else eqx.filter_vmap(EqxBlock)
@@ -166,6 +169,7 @@ def test_bfloat16_module_stays_within_bfloat16():
     assert_close(out, X @ method.merge(frozen, trainable)["kernel"] + params["bias"], 2e-2)
 
 
+@pytest.mark.slow
 def test_the_trees_keep_their_kind():
     definition, state = nnx.split(NnxBlock(nnx.Rngs(0)))
     method = pj.chain(pj.lora(rank=2), pj.bitfit())

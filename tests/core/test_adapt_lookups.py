@@ -87,6 +87,7 @@ def test_rows_that_are_masked_afterwards_leave_finite_and_right_gradients(name):
         assert_close(g, w, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_member_outside_the_stack_is_filled_and_poisons_nothing():
     layout = Layout.parse("sio", (3, 6, 4), "experts")
     weight = LowRank(jax.random.normal(KEY, (3, 6, 4)), jnp.ones((3, 2, 6)), jnp.ones((3, 2, 4)), layout, 0.5)

@@ -30,6 +30,7 @@ def product(w, x):
     return x @ w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [4, 5, 8])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_batch_is_where_it_is_said_to_be(axis, tokens):
@@ -62,6 +63,7 @@ def divided(spec):
     return jax.shard_map(product, mesh=mesh, in_specs=(P(), spec), out_specs=spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 3, 4])  # 2: half of the batch; 4: the batch
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_are_divided_with_the_batch_in_a_shard_map(axis, tokens):

@@ -131,6 +131,7 @@ def test_stack(name):
     check(STACKED[name], low_rank("sio", (E, D, D)), X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["matmul", "transposed", "tied", "lookup", "sliced outputs", "shard_map"])
 def test_rescaled_columns(name):
     def dense_with_fixed_lengths(weight, x):
@@ -273,6 +274,7 @@ def test_a_number_times_a_weight_is_a_weight(make, fn):
     assert_close([inner.a, inner.b], [wanted.a, wanted.b], 1e-4)
 
 
+@pytest.mark.slow
 def test_the_experts_of_a_scaled_stack_are_scaled():
     weight, x = low_rank("sio", (E, D, D)), jnp.ones((E, 4, D))
     for fn in (

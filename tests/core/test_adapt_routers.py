@@ -107,6 +107,7 @@ def test_mixed_experts(name):
     assert_no_dense_gradient(lambda p, x: use(p["w"], x), {"w": w}, method, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["one einsum", "one-hot", "soft merge, transposed and cut", "mean", "tables", "kernels"]
 )

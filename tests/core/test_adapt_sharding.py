@@ -52,6 +52,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(METHODS, ("lora", "shira", "snell")))
 def test_gspmd(name):
     method = METHODS[name]
@@ -68,6 +69,7 @@ def test_gspmd(name):
     assert_close(loss_and_grad(method, frozen, trainable, x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("paca", "shira"), ("paca",)))
 def test_gspmd_in_place(name):
     """Writing keeps the shardings, and the step on a written base is the same."""
@@ -87,6 +89,7 @@ def test_gspmd_in_place(name):
     assert_close(loss_and_grad(method, frozen, trainable, x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dora", "snell"])
 def test_shard_map_over_a_sharded_weight(name):
     method = METHODS[name]
@@ -140,6 +143,7 @@ def test_a_weight_gathered_inside_shard_map(axis, name):
     assert_close(run(trainable, False), run(trainable, True))
 
 
+@pytest.mark.slow
 def test_dora_looks_up_the_rows_of_a_divided_vocabulary():
     mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AxisType.Auto,))
     ids = jnp.array([0, 3, 9, 15])
@@ -177,6 +181,7 @@ def test_what_needs_a_whole_axis_refuses_a_part_of_it(name):
         pj.adapt(forward)(method.apply(frozen, trainable), X[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("lora", "paca", "snell", "snella"), ("lora", "snell")))
 @pytest.mark.parametrize("sharded_input", all_but_slow((False, True), (True,)))
 def test_explicit_shardings(sharded_input, name):
@@ -253,6 +258,7 @@ def run_of(method, params, ids, explicit):
     return run(trainable, frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(SIMPLE, QUICK))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_every_method_starts_and_runs_on_sharded_parameters(kind, name):

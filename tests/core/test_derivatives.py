@@ -64,6 +64,7 @@ def hessian_products(loss, floats, v):
     yield jax.jit(jax.grad(lambda at: vdot(jax.grad(loss)(at), v)))(floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(METHODS, ("paca", "shira", "sara", "snell", "dora")))
 def test_forward_mode_and_hessian_products_are_those_of_the_merged_model(name):
     method = METHODS[name]
@@ -119,6 +120,7 @@ def test_a_nuclear_penalty_is_no_part_of_the_value_and_a_part_of_each_gradient()
         assert_close(product[-1], by_difference[-1], 3e-2)  # of the values; the other leaf is a mask
 
 
+@pytest.mark.slow
 def test_hessians_by_vmap_agree_in_all_four_ways():
     method = METHODS["paca"]
     frozen, (values, *rest), build = trained(method)
@@ -128,6 +130,7 @@ def test_hessians_by_vmap_agree_in_all_four_ways():
         assert_close(hessian(values), wanted, 1e-4)
 
 
+@pytest.mark.slow
 def test_through_scanned_layers_and_checkpoints():
     params = {"layers": {"up": {"kernel": jax.random.normal(KEY, (3, 6, 6)) / 2}}}
     run = pj.adapt(
@@ -156,6 +159,7 @@ def test_the_nearest_gradient_of_lora_fa_leaves_the_derivative_of_the_value_alon
     assert_close(*slopes)
 
 
+@pytest.mark.slow
 def test_operations_that_keep_codes_have_the_transpose_of_their_backward_pass():
     x = jax.random.normal(KEY, (4, 64))
     codes = (encode(x, 8, group=32),)
@@ -170,6 +174,7 @@ def test_operations_that_keep_codes_have_the_transpose_of_their_backward_pass():
             np.testing.assert_allclose(jnp.vdot(g, slope), jnp.vdot(pull(g)[0], v), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reversible_stack_has_the_derivatives_of_its_layers_one_after_the_other():
     weights = jax.random.normal(KEY, (3, 2, 6, 6)) / 3
     branch = lambda n: lambda _, layer, x: jnp.tanh(x @ layer[n])

@@ -53,6 +53,7 @@ def test_sums_and_gradients_equal_those_of_the_array(logits, trained, batch):
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_low_rank_output_layer_gets_thin_gradients(batch):
     logits = make(bias=False)
     method = pj.lora(rank=2, targets=["kernel"])
@@ -89,6 +90,7 @@ def test_logits_are_an_array_where_one_is_asked_for():
     np.testing.assert_allclose(last.dense()[2, 0], logits.dense()[2, 9], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_weights_every_label_counts(batch):
     logits, labels = make(), batch["labels"]
     ones = {"labels": labels, "weights": jnp.ones((B, S))}

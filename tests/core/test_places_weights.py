@@ -60,6 +60,7 @@ def by_hand(fn, weight, values, x):
     return jax.value_and_grad(total, (0, 1), has_aux=True)(values, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("make", [rows_weight, entries_weight])
@@ -99,6 +100,7 @@ def test_views_and_lookups(make, fn, in_place):
     assert_close(results(fn, weight, weight.values, x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rows_weight, entries_weight])
 def test_a_convolution(make):
     keys = iter(jax.random.split(KEY, 3))

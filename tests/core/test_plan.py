@@ -116,6 +116,7 @@ def test_a_step_that_does_not_fit_is_an_error_with_its_size():
         pj.plan(LORA, model, params, BATCH, optimizer=optax.adam(1e-3), target="v5e:2x2")
 
 
+@pytest.mark.slow
 def test_it_is_the_loop_of_the_readme():
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes_of())
     batch = {"x": jnp.ones((B, D)), "labels": jnp.zeros(B, jnp.int32)}
@@ -161,6 +162,7 @@ def test_a_device_fills_up_the_tiles_of_its_layout(shape, order, tiling, held):
     assert compat.padded_shape(shape, layout) == held
 
 
+@pytest.mark.slow
 def test_what_is_done_between_steps_is_compiled_too():
     found = plan(pj.galore(rank=4, together=1))
     assert len(found.between) == 2
@@ -169,6 +171,7 @@ def test_what_is_done_between_steps_is_compiled_too():
     assert plan().between == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", ["cpu", pytest.param("h200", marks=[pytest.mark.slow, needs("jax_plugins.xla_cuda13")])]
 )

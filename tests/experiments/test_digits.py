@@ -52,6 +52,7 @@ def test_methods_are_compared_end_to_end(images, tmp_path):
     assert compare(images, entrants, options, Console(quiet=True))["lines"] == results["lines"]  # recorded
 
 
+@pytest.mark.slow
 def test_methods_of_different_sizes_are_refused(images, tmp_path):
     entrants = [Entrant(f"rank {rank}", lambda setting, rank=rank: pj.lora(rank=rank)) for rank in (1, 2)]
     with pytest.raises(PeftError, match="rank 2 trains 224 parameters and rank 1 112"):
@@ -89,6 +90,7 @@ def test_an_epoch_of_batches_has_every_image_once(images):
     assert len({image.tobytes() for image in seen}) == len(images)
 
 
+@pytest.mark.slow
 def test_the_real_digits_are_images_of_ten_classes():
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     images = load_images()

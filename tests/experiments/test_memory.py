@@ -34,6 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(sweep, "SUBJECT", TINY)
 
 
+@pytest.mark.slow
 def test_it_writes_what_it_measured_and_keeps_what_it_did_not(tiny, tmp_path):
     options = {"output": tmp_path, "target": "cpu", "subjects": ("tiny",)}
     run.main(run.Options(**options, rows=("LoRA",)))

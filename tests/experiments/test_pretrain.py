@@ -73,6 +73,7 @@ def test_the_learning_rate_rises_and_ends_at_a_tenth():
     assert rates[3] == pytest.approx(0.2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_optax_galore_sees_every_matrix_of_a_stack_by_itself():
     key = jax.random.key(0)
     grads = {
@@ -123,6 +124,7 @@ def test_the_rate_is_looked_for_beyond_the_ends_of_the_grid():
     assert asked == [1e-3, 1e-2, 1e-1, 1e-4, 1e-5]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(folder, monkeypatch):
     chosen = [entrant for entrant in ENTRANTS if entrant.label in ("AdamW", "LoRA")]
     monkeypatch.setattr(run, "WIDER", 0)
@@ -172,6 +174,7 @@ def test_the_sizes_have_the_parameters_of_their_names():
     assert millions["7B"] == pytest.approx(6738, rel=0.01)
 
 
+@pytest.mark.slow
 def test_memory_counts_all_that_lies_beside_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SIZES", (Size("60M", 32, 48, 2, 2, 4, (0.36, 0.24)),))
     options = {"output": tmp_path, "target": "cpu", "sizes": ("60M",)}
@@ -186,6 +189,7 @@ def test_memory_counts_all_that_lies_beside_the_weights(tmp_path, monkeypatch):
     assert (tmp_path / "memory.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_programs_between_steps_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SIZES", (Size("60M", 32, 48, 2, 2, 4, (0.36, 0.24)),))
     options = {"output": tmp_path, "target": "cpu", "sizes": ("60M",), "rows": ("GaLore",)}
@@ -208,6 +212,7 @@ def test_a_share_of_the_paper_that_is_not_reached_is_said_not_to():
     assert found[2].startswith("7B with 8-bit GaLore within a card of 24 GiB: not confirmed")
 
 
+@pytest.mark.slow
 def test_every_way_finds_a_basis_of_the_smaller_side():
     key = jax.random.key(0)
     for shape in ((2, 24, 16), (2, 16, 24), (16, 16)):

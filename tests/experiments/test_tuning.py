@@ -44,6 +44,7 @@ def task():
     return model, model.init(jax.random.key(0)), images
 
 
+@pytest.mark.slow
 def test_a_trainer_learns_and_compiles_once_for_all_rates_and_seeds(task):
     model, params, images = task
     trainer = make_trainer(model, pj.full(), steps=30)
@@ -92,6 +93,7 @@ def test_slots_that_the_optimizer_sets_do_not_count(task):
     assert adapter_size(method, params) == (4 * 8 * 8 + 2 * 8 * 16) // 4
 
 
+@pytest.mark.slow
 def test_the_sparse_methods_train_as_many_parameters_as_lora():
     model = build_model(Pretraining())
     params = jax.jit(model.init)(jax.random.key(0))

@@ -68,6 +68,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(VARIANTS, ("window",)))
 def test_other_blocks(name, tiny, wanted):
     model, params = make_decoder(**VARIANTS[name])
@@ -78,6 +79,7 @@ def test_other_blocks(name, tiny, wanted):
     np.testing.assert_array_equal(made.tokens, tokens)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_and_cache():
     """The logits of a cached step are those of the whole sequence, and the cache is in bfloat16."""
     model, params = make_decoder(dtype="bfloat16")
@@ -122,6 +124,7 @@ def test_the_loop_ends_when_all_rows_have_stopped(tiny, wanted):
     assert CALLS == [(3, 7), (3, 1), (3, 1)]  # the third token is not read
 
 
+@pytest.mark.slow
 def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
     """On the embeddings too, which are the output layer."""
     model, params = tiny
@@ -146,6 +149,7 @@ def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
     np.testing.assert_array_equal(rows, [by_adapter[1][0], wanted[1], by_adapter[0][2]])
 
 
+@pytest.mark.slow
 def test_sharded_over_batch_and_heads(tiny):
     model, params = tiny
     prompts = [*PROMPTS, [2, 4, 6, 8]]
@@ -169,6 +173,7 @@ def test_sharded_over_batch_and_heads(tiny):
         assert leaf.sharding.shard_shape(leaf.shape) == (3, 1, 1, 9, 8)
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_draws_the_same_tokens(tiny):
     model, params = tiny
     key, batch = jax.random.key(3), padded(PROMPTS, "left", 10)

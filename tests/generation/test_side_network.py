@@ -33,6 +33,7 @@ def test_generation_is_teacher_forcing(name):
     np.testing.assert_array_equal(made.tokens, tokens)
 
 
+@pytest.mark.slow
 def test_the_caches_are_those_of_the_layers_that_are_run():
     model, params = make_decoder()
     method = pj.lst(reduction=2, side_layers=[1])

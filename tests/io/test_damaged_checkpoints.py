@@ -127,6 +127,7 @@ def test_checkpoints_without_checksums_restore(two, tmp_path):
         assert checkpoint.restore_latest(checkpoints, state(0)).step == 7
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_from_an_earlier_step(tmp_path):
     config = replace(tiny.CONFIG, steps=12, keep_last=3, keep_best=0)
     whole = tiny.run(tmp_path, config)
@@ -142,6 +143,7 @@ def test_a_run_goes_on_bit_for_bit_from_an_earlier_step(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_lost_best_checkpoint_is_named_with_what_to_do(tmp_path):
     # A huge learning rate: accuracy jumps about, so that the best evaluation is not the last.
     config = replace(tiny.CONFIG, steps=60, learning_rate=30.0, eval_every=2, early_stopping_patience=2)

@@ -21,6 +21,7 @@ with at_work(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_the_second_is_told_which_process_is_at_work_and_a_dead_ones_lock_is_taken_over(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

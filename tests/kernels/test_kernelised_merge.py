@@ -51,6 +51,7 @@ def test_gradients_are_those_of_autodiff(kernel, mode):
         assert float(jnp.abs(left - right).max()) < 1e-5 * largest, right.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["distance", "mixed"])
 def test_stacks_vmap_scan_and_checkpoint(kernel):
     map, a, b, scalars, t = case(kernel, "released", stack=(2, 2))

@@ -49,11 +49,13 @@ def assert_like_reference(run, map, a, b, scalars, t):
         assert float(jnp.abs(left - right).max()) < 1e-5 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "kernel", "mode"), CASES)
 def test_odd_shapes(run, kernel, mode):
     assert_like_reference(RUNS[run], *case(kernel, mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["tpu-tiles", "gpu-tiles"])
 def test_stacks_of_bfloat16_whole_tiles_and_another_rank(run):
     assert_like_reference(RUNS[run], *case("mixed", "released", 32, 64, (2, 1), q=17, dtype=jnp.bfloat16))
@@ -73,6 +75,7 @@ def test_thresholds(run, kernel, mode):
         np.testing.assert_allclose(find(jnp.float32(level)), np.quantile(size, level), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_forced_on_a_cpu_under_vmap_scan_and_checkpoint():
     map, a, b, scalars, _ = case("mixed", "released", stack=(2, 2))
 

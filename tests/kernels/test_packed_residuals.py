@@ -72,6 +72,7 @@ def test_32_bits_are_the_array_itself():
     assert decode(x) is x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_at_random_is_right_on_average(bits):
     x = array((1, 64))
@@ -93,6 +94,7 @@ def test_the_grid_of_derivatives_holds_zero_and_one():
     np.testing.assert_allclose(again, [[0.0, 1.0, 13 / 12, -1 / 6, 0.5]], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [gpu, tpu])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", all_but_slow(SHAPES, ((5, 37), (3, 130), (1, 1))))
@@ -111,6 +113,7 @@ def test_kernels_interpreted_equal_the_reference(shape, dtype, body):
         np.testing.assert_allclose(*(np.asarray(y[0], np.float32) for y in (back, plain)), rtol, 1e-6)
 
 
+@pytest.mark.slow
 def test_kernels_on_several_blocks_of_a_tpu():
     x = array((4, 2560))
     got = tpu.quantise(x, group=128, fine=False, interpret=True)

@@ -71,6 +71,7 @@ def test_another_adapter_of_the_same_shape_compiles_nothing():
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_active_adapters_add_up_in_any_order():
     one, two, three_ = three()
     wanted = MODEL.forward(base_plus(delta(one), delta(two), delta(three_)), BATCH)
@@ -97,6 +98,7 @@ def test_an_adapter_minus_itself_is_nothing():
     assert_close(merged(pj.add([one, one], [1.0, -1.0])), MODEL.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, info in pj.METHODS.items() if not info.of_blocks])
 def test_every_method_adds_up_or_says_why_not(name):
     info = pj.METHODS[name]
@@ -133,6 +135,7 @@ def test_a_combination_is_exact_and_its_ranks_add_up(rslora):
     assert not method.config["rslora"]
 
 
+@pytest.mark.slow
 def test_a_combination_is_exact_where_the_ranks_add_up_to_more_than_the_matrix_has():
     pair = [adapter(4, rank=6), adapter(5, rank=7)]
     method, trainable = pj.combine(pair)
@@ -141,6 +144,7 @@ def test_a_combination_is_exact_where_the_ranks_add_up_to_more_than_the_matrix_h
     assert_close(method.merge(frozen, trainable), base_plus(*map(delta, pair)))
 
 
+@pytest.mark.slow
 def test_a_lower_rank_is_the_best_there_is():
     _, trainable, got, wanted = both(rank=3)
     for path, slots in trainable.items():
@@ -170,6 +174,7 @@ def test_a_combination_hits_no_weight_whose_name_only_ends_alike():
     assert list(of_both) == list(combined.init(KEY, params)[1]) == ["up/kernel"]
 
 
+@pytest.mark.slow
 def test_a_combination_of_stacked_layers_some_left_out():
     model = tiny("transformer")
     method = pj.lora(rank=2, targets=["up", "query"], layers=1)

@@ -53,6 +53,7 @@ def kept(model, params, method=None):
     return Counter((str(x.dtype), math.prod(x.shape[3:])) for x in of_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["backbone", "encoder"])
 def test_backward_keeps_for_every_token(name, dtype):
@@ -67,6 +68,7 @@ def test_backward_keeps_for_every_token(name, dtype):
         assert not -more, case
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_trained_kernels_shares_their_input():
     """The stream that a post-norm block reads is kept once for the adapter and for LoRA on `up`."""
     model, params = tiny("encoder").forward, tiny("encoder").params

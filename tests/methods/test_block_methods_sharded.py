@@ -19,6 +19,7 @@ def halves(leaf):
     return P(*(None,) * (leaf.ndim - 1), "tensor") if divides else P()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(OF_BLOCKS, ("pfeiffer", "meft")))
 def test_gradients_on_eight_devices_are_those_on_one(name):
     info = pj.METHODS[name]

@@ -59,6 +59,7 @@ def test_without_an_activation_it_is_lora():
     assert_close(bottleneck.run(zero, STREAM), pj.matmul(STREAM, weight))
 
 
+@pytest.mark.slow
 def test_dropout_zeroes_and_rescales_what_enters_the_way_up():
     bottleneck = Bottleneck(64, activation="identity", dropout=0.5)
     layer = layer_of(bottleneck)
@@ -101,6 +102,7 @@ def update_of(method, params=MODEL.params, trained=None):
     return adapted - base
 
 
+@pytest.mark.slow
 def test_the_update_is_linear_in_the_scale():
     last = {"layers": [BLOCKS - 1], "size": 3}
     one, three = (update_of(pj.parallel_adapter(scale=scale, **last)) for scale in (1.0, 3.0))
@@ -174,6 +176,7 @@ def test_adaptformers_count_on_a_base_sized_vit():
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == 1_189_632
 
 
+@pytest.mark.slow
 def test_houlsby_trains_the_norms_beside_it():
     method = pj.chain(pj.houlsby(size=3), pj.train(["attention_norm", "feed_forward_norm"]))
     frozen, trainable = method.init(KEY, MODEL.params)
@@ -201,6 +204,7 @@ def test_in_an_encoder_decoder_cross_attention_has_its_own():
         assert all(np.abs(one).max() > 0 for one in np.asarray(grad)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "of_encoder"), [([1, 2], 1), (2, 0)])
 def test_layers_that_only_the_longer_stack_has(layers, of_encoder):
     """The decoder has three, the encoder two."""

@@ -141,11 +141,15 @@ def plain(model_name: str):
     return jax.jit(tiny(model_name).forward)
 
 
+ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows", "full")
+"""One method of each kind of weight."""
+
+
 def cases():
-    """Every method on its models; of a method of blocks, all but the smallest model are long tests."""
+    """Every method on its models; all but the smallest are long tests, but for one method of each kind."""
     for name in pj.METHODS:
         for number, model in enumerate(models_of(name)):
-            slow = [pytest.mark.slow] if number and pj.METHODS[name].of_blocks else []
+            slow = [pytest.mark.slow] if number and name not in ANEW else []
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
 
@@ -160,9 +164,6 @@ def case(request):
 @pytest.fixture(params=pj.METHODS)
 def smallest(request):
     return made(request.param, "backbone" if pj.METHODS[request.param].of_blocks else "words")
-
-
-ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows", "full")
 
 
 @pytest.fixture(params=all_but_slow(pj.METHODS, ANEW))

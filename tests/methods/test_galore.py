@@ -116,6 +116,7 @@ def galore(**options):
     return pj.galore(**{"rank": RANK, "every": EVERY, "basis": "svd", **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["svd", "gram", "subspace"])
 def test_it_follows_the_definition_through_refreshes(basis):
     weights, _ = trained(galore(basis=basis, iterations=8), optax.adam(RATE))
@@ -135,6 +136,7 @@ def test_with_other_optimizers_inside(inner):
     assert_close(trained(galore(), inner)[0][-1], defined(inner)[-1], 1e-4)
 
 
+@pytest.mark.slow
 def test_decoupled_weight_decay_is_that_of_the_whole_weight():
     weights, _ = trained(galore(), optax.adamw(RATE, weight_decay=DECAY))
     wanted = defined(optax.adam(RATE), decay=DECAY)
@@ -144,6 +146,7 @@ def test_decoupled_weight_decay_is_that_of_the_whole_weight():
     assert float(jnp.abs(wanted[-1]["up"]["kernel"] - without).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_at_full_rank_sgd_is_that_of_the_dense_weight_and_adam_is_not():
     full = {"rank": 4, "rank_pattern": {"up": 6, "blocks/down": 10}, "scale": 1.0, "every": 100}
     got = trained(galore(**full), optax.sgd(RATE))[0][-1]
@@ -217,6 +220,7 @@ def test_an_update_has_rank_r_between_refreshes_and_more_across_them():
     assert rank(len(BATCHES) - 1) > RANK + 2
 
 
+@pytest.mark.slow
 def test_parameters_that_are_iterated_on_one_after_the_other_get_the_same_bases():
     found = []
     for together in (None, 1):
@@ -227,6 +231,7 @@ def test_parameters_that_are_iterated_on_one_after_the_other_get_the_same_bases(
     assert_close(found[1], found[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_weights_do_not_change_at_a_refresh():
     method = galore(basis="subspace")
     _, (frozen, trainable, opt_state) = trained(method, optax.adamw(RATE, weight_decay=DECAY), BATCHES[:5])
@@ -260,6 +265,7 @@ def adam_of(opt_state):
     return [{"up": {"kernel": {"z": part["up/kernel"]["z"]}}} for part in (state.mu, state.nu)]
 
 
+@pytest.mark.slow
 def test_what_a_refresh_does_to_the_moments():
     turn, before, after = moments_after("keep")
     assert_close(after, before, 0.0)
@@ -275,6 +281,7 @@ def test_rotation_refuses_a_state_it_does_not_know():
         trained(method, optax.adafactor(RATE, min_dim_size_to_factor=2), BATCHES[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("side", ["smaller", "both"])
 def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(moments, side):
@@ -292,6 +299,7 @@ def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(mo
     assert float(jnp.abs(before - now).max()) > 1e-3 < float(jnp.abs(now).max())
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     method = galore(every=100)
     halves = [half for batch in BATCHES[:3] for half in (batch, batch)]
@@ -319,6 +327,7 @@ def test_bfloat16_weights_lose_no_step_to_rounding():
     assert float(jnp.abs(trainable["up/kernel"]["z"]).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_in_a_chain_it_renews_with_the_other_methods_in_place():
     method = pj.chain(pj.lora(targets=["up"], rank=2), galore(targets=["blocks/down"], train_rest=False))
     weights, (_, trainable, _) = trained(method, optax.adam(RATE), BATCHES[:4])
@@ -334,6 +343,7 @@ def test_in_a_chain_it_renews_with_the_other_methods_in_place():
     assert_close(in_chain["galore"]["blocks/down/kernel"]["p"], renewed["blocks/down/kernel"]["p"], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_that_of_one_device():
     from jax.sharding import NamedSharding, PartitionSpec
 

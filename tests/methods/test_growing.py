@@ -53,6 +53,7 @@ def assert_each_direction_can_learn(method, trainable):
         assert (np.maximum(*moves) > 0).all(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "trained"),
     [({}, False), ({"rslora": True}, True), ({"rank_pattern": {"up": 3, "experts": 1}}, True)],
@@ -68,6 +69,7 @@ def test_a_larger_rank_keeps_the_function_and_every_direction_can_learn(options,
         np.testing.assert_array_equal(trainable[path]["a"][..., : slots["a"].shape[-2], :], slots["a"])
 
 
+@pytest.mark.slow
 def test_a_grown_adapter_trains_as_any_other():
     method, _ = pj.combine([adapter()], rank=4)
     assert_equals_merged(forward, PARAMS, method, IDS)
@@ -90,6 +92,7 @@ def test_new_directions_are_the_same_each_time_and_others_with_another_key():
     assert not np.array_equal(new(first)[0], new(first)[1])
 
 
+@pytest.mark.slow
 def test_fresh_adapters_cut_to_a_rank_do_not_end_with_both_factors_zero():
     pair = [adapter(trained=False), adapter(trained=False)]
     method, trainable = pj.combine(pair, rank=3)
@@ -97,6 +100,7 @@ def test_fresh_adapters_cut_to_a_rank_do_not_end_with_both_factors_zero():
     assert_each_direction_can_learn(method, trainable)
 
 
+@pytest.mark.slow
 def test_a_sum_of_less_rank_than_directions_can_learn_in_all_of_them():
     one = adapter()
     method, trainable = pj.combine([one, one], [0.5, 0.5], rank=4)
@@ -111,6 +115,7 @@ def test_layers_without_an_adapter_get_none_by_growing():
     assert used.tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_a_dora_grows_into_a_dora_and_is_not_cut():
     one = adapter(pj.dora(rank=2, targets=".*kernel", layouts={"conv/kernel": "iio"}))
     method, trainable = pj.combine([one], rank=4)

@@ -61,6 +61,7 @@ def train(method, steps=4, params=PARAMS):
     return frozen, trainable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_it_trains_as_the_form_that_is_not_in_place(name, dtype):
@@ -135,6 +136,7 @@ def test_a_step_on_a_written_base_makes_no_copy_of_a_weight(name):
     assert written < 3 * matrix  # one dense gradient, and the activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_scanned_layers_that_are_not_in_place_have_one_dense_weight_at_a_time(name):
     method, x = sparse(name), jnp.ones((8, WIDTH))
@@ -155,6 +157,7 @@ def test_scanned_layers_that_are_not_in_place_have_one_dense_weight_at_a_time(na
     assert temporary(8) - temporary(4) < a_layer / 2
 
 
+@pytest.mark.slow
 def test_a_step_of_paca_needs_less_than_one_of_lora():
     written = temporaries(make("paca", in_place=True, rank=8), written=True)
     assert written <= temporaries(make("paca", rank=8)) < temporaries(pj.lora(rank=8))

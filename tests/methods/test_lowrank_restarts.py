@@ -126,6 +126,7 @@ def test_the_rank_is_a_quarter_of_the_smaller_side_if_not_given():
     assert trainable["blocks/down/weight"]["a"].shape == (2, 5, M)
 
 
+@pytest.mark.slow
 def test_a_spectral_start_is_the_best_approximation_and_a_random_one_has_the_variance():
     params = {"up": {"kernel": jax.random.normal(KEY, (2, 400, 300)) * jnp.array([1.0, 5.0])[:, None, None]}}
     merged = {}
@@ -205,6 +206,7 @@ def test_counts_of_an_optimizer_that_has_one_for_all_are_refused():
         restart(method, frozen, trainable, state)
 
 
+@pytest.mark.slow
 def test_sparse_entries_beside_the_factors_start_as_the_weights_own_and_stay_through_a_restart():
     method, tx = make(density=0.2), optax.adam(0.01)
     frozen, trainable = method.init(KEY, PARAMS)

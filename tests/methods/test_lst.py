@@ -32,6 +32,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(CASES, ("bert", "llama")))
 def test_the_ladder_is_the_loop_over_its_layers(name):
     tiny, options = backbone(name), CASES[name]

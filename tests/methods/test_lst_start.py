@@ -55,6 +55,7 @@ def pruned_by_hand(params, scores, stack, encoded=None):
     return made, kept
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_pruned_in_the_order_of_its_computation():
     """Dropped layers, too, hand a kept set on."""
     params = backbone("t5").params
@@ -77,6 +78,7 @@ def test_an_encoder_decoder_is_pruned_in_the_order_of_its_computation():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "gemma", "fused", "t5"])
 def test_a_network_of_the_whole_width_is_the_backbone(name):
     params = backbone(name).params
@@ -120,6 +122,7 @@ def test_counts_and_ties():
     np.testing.assert_array_equal(largest(jnp.array([1.0, 3.0, 1.0, 3.0, 1.0, 0.0]), 2), [0, 1, 3])
 
 
+@pytest.mark.slow
 def test_scores_too_small_for_a_product_still_rank():
     params = backbone("bert").params
     scores = scores_of(params)
@@ -130,6 +133,7 @@ def test_scores_too_small_for_a_product_still_rank():
     jax.tree.map(np.testing.assert_array_equal, *made)
 
 
+@pytest.mark.slow
 def test_random_blocks_have_the_pruned_norms():
     params = backbone("bert").params
     (_, random), (_, pruned) = (

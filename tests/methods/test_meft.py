@@ -87,6 +87,7 @@ def test_gradients_without_division_are_exact_through_twelve_layers(variant):
     assert error(pj.meft(variant=variant, lam=1.0, beta=1.0, anchor_every=0), encoder()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_with_the_released_settings_are_exact_between_anchors_only(variant):
     """Without anchors, the last one, twelve layers are too many: that is what the defaults are for."""
@@ -140,6 +141,7 @@ def test_some_layers_may_be_ordinary():
     assert error(pj.meft(lam=1.0, anchor_every=0, num_reversible=2), encoder(3)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_start_is_near_the_pre_trained_model():
     model, params = encoder()
     method = pj.meft(lam=1e-6)
@@ -164,6 +166,7 @@ def test_dropout_is_the_same_when_a_layer_is_made_again():
     assert error(method, model, key=KEY) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_layer_and_adapter_has_its_own_mask():
     method = pj.meft(size=64, dropout=0.5)
     _, params = encoder(3)
@@ -185,6 +188,7 @@ def kept(layers, every, **changes):
     return sorted((str(array.dtype), array.shape) for array in arrays if array.ndim)
 
 
+@pytest.mark.slow
 def test_backward_keeps_one_pair_whatever_the_depth():
     own = [("float32", (1, 2, TOKENS, WIDTH))] * 2
     numbers = lambda layers: [("bool", (2, TOKENS)), ("int32", (layers,))]
@@ -260,6 +264,7 @@ def test_a_base_with_lora_gets_no_dense_gradient():
     assert (2, WIDTH) in made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generation_with_a_cache_is_generation_without(variant):
     model, params = make_decoder()

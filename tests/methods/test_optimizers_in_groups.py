@@ -37,6 +37,7 @@ def changed(method, tx, prefix=()):
     return tx.update(gradients, tx.init(trainable), trainable)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [by_weight, by_array])
 @pytest.mark.parametrize("name", METHODS)
 def test_each_group_moves_as_with_its_optimizer_alone(name, labels):

@@ -34,12 +34,14 @@ def rows_of(frozen, path):
     return np.asarray(frozen.state[path]["rows"])
 
 
+@pytest.mark.slow
 def test_step_0_is_the_base_model_bit_by_bit():
     method = pj.paca(rank=4, alpha=8.0)
     out = pj.adapt(model)(method.apply(*method.init(KEY, PARAMS)), X)
     np.testing.assert_array_equal(out, model(PARAMS, X))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_rows_of_the_dense_ones():
     method = pj.paca(rank=3, alpha=6.0)
     frozen, trainable = method.init(KEY, PARAMS)
@@ -60,6 +62,7 @@ def test_other_rows_never_change_and_the_change_has_rank_r():
     assert np.linalg.matrix_rank(merged - PARAMS["up"]["kernel"]) == len(rows) == 2
 
 
+@pytest.mark.slow
 def test_all_rows_are_full_fine_tuning():
     method = pj.chain(
         pj.paca(rank=12, alpha=12.0, targets=["up"]), pj.paca(rank=7, alpha=7.0, targets=["down"])

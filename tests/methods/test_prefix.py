@@ -50,6 +50,7 @@ def decoder():
     return make_decoder()
 
 
+@pytest.mark.slow
 def test_the_keys_and_values_of_a_prompt_are_the_prompt(decoder):
     """Grouped heads, rotated keys, a scan: the prefix does in each layer what the tokens did."""
     model, params = decoder
@@ -81,6 +82,7 @@ def test_padding_on_either_side_changes_no_token(decoder, prefixed):
         assert_close(got, alone)
 
 
+@pytest.mark.slow
 def test_every_segment_of_a_packed_row_sees_it(decoder, prefixed):
     model, params = decoder
     row = {
@@ -97,6 +99,7 @@ def test_every_segment_of_a_packed_row_sees_it(decoder, prefixed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_method", [pj.prefix, pj.mam], ids=lambda make: make.__name__)
 def test_without_the_mlp_it_is_the_same_and_smaller(make_method):
     method = make_method(**OPTIONS, dropout=0.1)
@@ -132,6 +135,7 @@ def test_mam_is_both_in_a_chain():
     assert_close(run_of(chain, apart), run_of(mam, trained))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_two_prefixes_in_a_chain_are_one_that_is_longer(layers):
     plain = {"mlp_size": None, "init_std": 0.5}

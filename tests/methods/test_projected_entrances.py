@@ -35,6 +35,7 @@ def close(left, right, tolerance):
     return max(float(jnp.abs(a - b).max()) for a, b in pairs) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["optax", "released"])
 def test_galore_is_the_same_method_by_both(order):
     """Bases are those of one gradient, moments begin anew with them, and weights decay, in both orders."""
@@ -44,6 +45,7 @@ def test_galore_is_the_same_method_by_both(order):
     assert close(got[-1], plainly(pj.optim.galore(RATE, order=order, **SAME, **decay)), 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", all_but_slow(("paper", "released"), ("paper",)))
 def test_natural_galore_is_the_same_method_by_both(variant):
     options = {**SAME, "variant": variant, "history": 3, "damping": 0.1}
@@ -70,6 +72,7 @@ def test_moments_in_eight_bits_inside_and_reset_with_the_bases():
     assert len(jax.tree.leaves(reset)) == len(jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("galore", "natural_galore"), ("galore",)))
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
     """Interrupted between two refreshes, and refreshed again after it."""

@@ -18,6 +18,7 @@ def run_of(params, trained, batch):
     return METHOD.model(ENCODER.forward)(METHOD.apply(frozen, trained), batch)
 
 
+@pytest.mark.slow
 def test_they_are_tokens_after_those_of_the_row():
     """As if the embeddings had given them, and a mask that shows them to all."""
     trained = {"prompts": jax.random.normal(KEY, (2, WIDTH))}
@@ -31,6 +32,7 @@ def test_they_are_tokens_after_those_of_the_row():
     assert_close(run_of(ENCODER.params, trained, batch), hidden[:, :5])
 
 
+@pytest.mark.slow
 def test_they_alone_are_trained_and_the_gradient_reaches_them():
     frozen, trained = METHOD.init(KEY, ENCODER.params)
     assert jax.tree.map(jnp.shape, trained) == {"prompts": (2, WIDTH)}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support import KEY, assert_close
 from tiny_models import moved, tiny
 
@@ -43,6 +44,7 @@ def test_the_tied_output_follows_in_value_and_gradient():
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_beside_lora_on_the_same_table():
     method = pj.chain(METHOD, pj.lora(rank=2, targets=["words", "up"]))
     frozen, fresh = method.init(KEY, MODEL.params)

@@ -82,6 +82,7 @@ def nuclear(matrix):
     return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("polar", "tolerance"), [("svd", 1e-5), ("newton_schulz", 1e-2)])
 def test_the_gradient_is_the_dense_one_plus_that_of_the_nuclear_norm(polar, tolerance):
     method = pj.sara(density=0.5, penalty=2.0, polar=polar)
@@ -122,6 +123,7 @@ def test_a_threshold_above_all_is_adamw():
     assert_close(method.merge(frozen, found[-1]), full.merge(dense_frozen, dense[-1]), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_threshold_fills_the_matrices_of_a_stack_up():
     threshold = 0.02
     method = pj.sara(threshold=threshold)

@@ -65,6 +65,7 @@ def written_out(model, params, own, batch):
     return model.run_head(params, last, context)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("images", "texts"), ("images",)))
 def test_outputs_and_gradients_are_those_of_its_equations(name):
     model, params, batch = images(4) if name == "images" else texts()
@@ -137,6 +138,7 @@ def test_backward_keeps_the_states_their_narrow_form_and_one_layer():
     assert (2, TOKENS, 40) not in remat
 
 
+@pytest.mark.slow
 def test_weights_of_early_layers_are_in_one_product_and_those_of_the_last_in_none_for_their_gradient():
     model, params, batch = images()
     products = products_of_gradient(pj.sherl(), model, params, batch)
@@ -148,6 +150,7 @@ def test_weights_of_early_layers_are_in_one_product_and_those_of_the_last_in_non
     assert {(8, 16), (16, 8)} & made_here  # of the way out
 
 
+@pytest.mark.slow
 def test_the_compiled_step_runs_the_early_layers_without_copying_their_weights():
     model, _, batch = images(12)
     model = dataclasses.replace(model, num_layers=12)
@@ -181,6 +184,7 @@ def test_bfloat16_features_give_finite_gradients_also_of_a_row_of_padding():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_with_a_key_alone():
     model, params, batch = images()
     method = pj.sherl(dropout=0.5)
@@ -202,6 +206,7 @@ def test_sharded_training_is_training_on_one_device():
     assert_trains_sharded(pj.sherl(dropout=0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -97,6 +97,7 @@ def test_the_start_is_near_the_base_and_of_high_rank():
     assert (singular > 1e-3 * singular[0]).sum() > 60
 
 
+@pytest.mark.slow
 def test_the_linear_kernel_without_sparsifier_is_lora():
     snell = pj.snell(rank=3, heads=1, sparsity=0.0, kernel="linear", coefficient=1.0)
     lora = pj.lora(rank=3, alpha=3.0)
@@ -114,6 +115,7 @@ def test_the_linear_kernel_without_sparsifier_is_lora():
     assert_close(jax.tree.map(lambda factor: factor[..., 0, :, :], grads), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["sigmoid", "rbf"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_kernels_with_scalars_start_at_zero_for_factors_of_zero_and_train_them(kernel, heads):
@@ -220,6 +222,7 @@ def test_slices_of_inputs_and_outputs_are_those_of_the_merged_weight():
 # Precision, dropout, files, devices.
 
 
+@pytest.mark.slow
 def test_a_bfloat16_layer_feels_updates_smaller_than_its_weights_resolution():
     params = {"up": {"kernel": jnp.full((N, M), 1.5, jnp.bfloat16)}}  # the next numbers are 1/128 away
     method = pj.snell(rank=4, sparsity=0.3, coefficient=0.04)
@@ -246,6 +249,7 @@ def test_dropout_is_on_the_updates_input_and_needs_a_key():
     assert_close(pj.matmul(x, plain), x @ (base + plain.delta()))
 
 
+@pytest.mark.slow
 def test_a_base_of_another_method_keeps_its_own_product():
     method = pj.chain(pj.lora(rank=2), pj.snell(rank=2, sparsity=0.3, coefficient=2.0))
     frozen, trainable = trained(method)

@@ -76,6 +76,7 @@ def with_slots(trainable, **values):
 # The map.
 
 
+@pytest.mark.slow
 def test_without_its_second_term_it_is_snell():
     method, snell = make(initial_sparsity=0.3), pj.snell(rank=4, sparsity=0.3, coefficient=1.0)
     frozen, trainable = method.init(KEY, PARAMS)
@@ -105,6 +106,7 @@ def test_the_start_is_the_released_one():
 # Training.
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_at_every_allocation_and_nothing_is_compiled_again():
     method = make(initial_sparsity=0.1)
     frozen, trainable = method.init(KEY, PARAMS)
@@ -121,6 +123,7 @@ def test_the_budget_is_met_at_every_allocation_and_nothing_is_compiled_again():
     np.testing.assert_allclose(zeros, after["blocks/up/kernel"]["sparsity"] * N * M, atol=1.01)
 
 
+@pytest.mark.slow
 def test_in_a_chain_the_rest_is_trained_as_without_it():
     method = pj.chain(make(), pj.train(["head"]))
     frozen, trainable = method.init(KEY, PARAMS)
@@ -136,6 +139,7 @@ def test_in_a_chain_the_rest_is_trained_as_without_it():
     assert float(after["snella"]["down/kernel"]["sparsity"]) > 0.02
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_bit_exactly(tmp_path):
     method = make()
     frozen, trainable = method.init(KEY, PARAMS)
@@ -228,6 +232,7 @@ def test_wrong_options_are_refused(options, text):
         make(**options)
 
 
+@pytest.mark.slow
 def test_an_epoch_is_a_hundredth_of_the_steps_if_not_given():
     states = []
     for every in (None, 3):

@@ -29,6 +29,7 @@ def copied():
     return jax.tree.map(jnp.copy, MODEL.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_fused_parameters_are_the_merged_ones_and_going_back_is_exact(name):
     method, frozen, trainable = adapter(name)
@@ -67,6 +68,7 @@ def test_disjoint_adapters_fuse_in_either_order_to_the_same_bits():
     assert_close(*ends, 0)
 
 
+@pytest.mark.slow
 def test_a_weighted_sum_of_several_kinds():
     adapters = [adapter("shira"), adapter("sara", 1), adapter("paca", 2)]
     lora = pj.lora(rank=2, targets=["up"])

@@ -45,6 +45,7 @@ def test_the_model_starts_as_it_was_given(init):
     assert bool(trainable[UP]["b"].any()) == (init == "switchlora")
 
 
+@pytest.mark.slow
 def test_vectors_have_the_released_sizes_and_their_product_that_of_a_usual_start():
     n, m, r = 600, 300, 64
     _, trainable = pj.switchlora(rank=r, total_steps=1).init(KEY, {"up": {"kernel": jnp.zeros((n, m))}})
@@ -58,6 +59,7 @@ def test_vectors_have_the_released_sizes_and_their_product_that_of_a_usual_start
     assert slots["pool_b"].shape == (m - r, m)
 
 
+@pytest.mark.slow
 def test_without_a_switch_it_is_lora_with_alpha_one():
     frozen, trainable, *_ = started(make(train_rest=False))
     own = jax.grad(lambda t: loss_of(make(train_rest=False), frozen, t))(trainable)
@@ -164,6 +166,7 @@ def at_first_only(**options):
     return make(**{"total_steps": 1, "decay": 1.0, "interval": 10.0, "rank": 7, "freeze_steps": 5, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [optax.adamw(0.01, weight_decay=0.5), pj.optim.row_adamw(0.01)])
 def test_a_counterpart_stays_for_exactly_five_steps(tx):
     method = at_first_only()
@@ -214,6 +217,7 @@ def test_no_more_are_switched_than_may_be(busy, places, wanted):
     assert int(number(schedule, KEY, jnp.asarray(0), slots)) == wanted
 
 
+@pytest.mark.slow
 def test_changes_grow_beyond_the_rank():
     method = make(train_rest=False, rank=2, freeze_steps=0, interval=1.0)
     frozen, trainable, tx, state = started(method, optax.adam(0.05))

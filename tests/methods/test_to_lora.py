@@ -38,6 +38,7 @@ def test_a_change_of_that_rank_is_converted_exactly(method):
     assert all(slots["a"].shape[-2] == 2 for slots in found.trainable.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shira", "sara", "dora"])
 def test_the_error_is_that_of_the_best_approximation(name):
     info = pj.METHODS[name]
@@ -52,6 +53,7 @@ def test_the_error_is_that_of_the_best_approximation(name):
         assert error > 1e-3
 
 
+@pytest.mark.slow
 def test_a_stack_in_another_layout():
     found, merged, wanted = converted(pj.paca(rank=2), 4, STACKED)
     assert_close(merged, wanted)

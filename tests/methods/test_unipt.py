@@ -85,6 +85,7 @@ def written_out(variant, own, found, visible):
     return np.stack(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "causal"),
     [
@@ -110,6 +111,7 @@ def test_it_is_its_equations(variant, causal):
         np.testing.assert_allclose(out[row], wanted, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_rows_without_an_answer_are_zero_and_shares_are_one_together():
     keys = jnp.abs(jax.random.normal(KEY, (2, 5, 4)))
     visible = jnp.array(MASK, bool)[:, None]
@@ -225,6 +227,7 @@ def test_sharded_training_is_training_on_one_device():
     assert_trains_sharded(pj.unipt())
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_in_the_head_and_refused_in_the_blocks():
     model, params, batch = images()
     method = pj.chain(pj.lora(rank=2, targets=["classifier"]), pj.unipt())

@@ -51,6 +51,7 @@ def joined(model, params, batch, queries):
     return hidden, jnp.stack(features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("images", "backbone", "encoder classifier"), ("images",)))
 def test_outputs_and_gradients_are_those_of_the_released_form_in_one_pass_and_in_two(name):
     model, params, batch = images() if name == "images" else texts(name)
@@ -116,6 +117,7 @@ def test_sizes_and_start():
     assert 0.98 * bound < float(jnp.abs(queries).max()) <= bound
 
 
+@pytest.mark.slow
 def test_one_pass_keeps_keys_and_values_or_the_states_alone():
     token = (3, 2, TOKENS)
     of_tokens = [shape for shape in kept(pj.vqt(), *images()) if TOKENS in shape]
@@ -135,6 +137,7 @@ def test_two_passes_keep_what_does_not_grow_with_the_layers():
     assert kinds[0] == kinds[1] == [(2, 16), (2, TOKENS, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_backward_makes_nothing_of_the_feed_forward_of_tokens(passes):
     model, params, batch = images()

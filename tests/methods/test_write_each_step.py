@@ -20,6 +20,7 @@ DECAYED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "inner"),
     [
@@ -36,6 +37,7 @@ def test_the_weights_are_those_of_steps_gathered_until_the_refresh(side, inner):
         assert_close(ours, theirs, 1e-5)
 
 
+@pytest.mark.slow
 def test_natural_galore_too():
     options = {"rank": RANK, "every": EVERY, "basis": "svd", "history": 3, "damping": 0.1}
     got, _ = trained(pj.natural_galore(**options, write="step"), optax.adam(RATE))
@@ -57,6 +59,7 @@ def test_between_steps_there_is_the_weight_and_its_projector_only():
     jax.tree.map(np.testing.assert_array_equal, method.close(frozen, opened), after)
 
 
+@pytest.mark.slow
 def test_steps_of_accumulation_leave_the_weights_bit_by_bit():
     tx = optax.MultiSteps(optax.adam(RATE), every_k_schedule=2)
     weights, _ = trained(galore(write="step", every=100), tx, BATCHES[:4])
@@ -67,6 +70,7 @@ def test_steps_of_accumulation_leave_the_weights_bit_by_bit():
     assert float(jnp.abs(weights[1]["up"]["kernel"] - weights[0]["up"]["kernel"]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_moments_in_eight_bits():
     tx = pj.optim.eight_bit(optax.adam(RATE), min_size=8)
     got, (_, _, state) = trained(galore(write="step"), tx, BATCHES[:5])
@@ -75,6 +79,7 @@ def test_moments_in_eight_bits():
     assert_close(got[-1], want[-1], 1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_rounded_at_each_step_and_not_otherwise():
     """By momentum, between two refreshes: Adam and new bases make much of a rounding."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
@@ -102,6 +107,7 @@ def test_in_a_chain():
     assert set(trainable["galore"]["up/kernel"]) == {"weight", "p"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("galore", "natural_galore"), ("galore",)))
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
     made = getattr(pj, name)(rank=4, every=4, targets=["layer"], basis="subspace", write="step")
@@ -110,6 +116,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
     assert set(whole.trainable["layer/kernel"]) == {"weight", "p"}
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_that_of_one_device():
     auto = {"axis_types": (jax.sharding.AxisType.Auto,) * 2, "devices": jax.devices()[:4]}
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), **auto)

@@ -44,6 +44,7 @@ def assert_same(ours, theirs, args):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "causal", "window"),
     [
@@ -88,6 +89,7 @@ def test_mask_segments_softcap_bias_and_a_traced_window():
     assert_same(ours, theirs, args)
 
 
+@pytest.mark.slow
 def test_a_query_that_sees_nothing_is_finite():
     query, key, value = inputs(5)
     out, grads = jax.value_and_grad(lambda q: jnp.sum(attend(q, key, value, mask=jnp.zeros((2, 5), bool))))(
@@ -97,6 +99,7 @@ def test_a_query_that_sees_nothing_is_finite():
     assert np.isfinite(grads).all()
 
 
+@pytest.mark.slow
 def test_offset_places_the_queries_among_more_keys():
     query, key, value = inputs(70)
     whole = attend(query, key, value, visible=Visibility(True))
@@ -105,6 +108,7 @@ def test_offset_places_the_queries_among_more_keys():
         np.testing.assert_allclose(part, whole[:, 60:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_mask_backward_and_keeps_the_mean():
     query, key, _ = inputs(70, batch=8)
     value = jnp.ones((8, 70, 2, 8))
@@ -184,6 +188,7 @@ def test_a_prefix_is_seen_in_spite_of_mask_segments_and_window_and_has_no_bias()
     )
 
 
+@pytest.mark.slow
 def test_a_prefix_is_a_gate_between_two_attentions():
     """(1 - g) attention to the tokens + g attention to the prefix, g the prefix's share of the sum."""
     query, key, value = inputs(70)
@@ -198,6 +203,7 @@ def test_a_prefix_is_a_gate_between_two_attentions():
     np.testing.assert_allclose(attend(query, key, value, prefix=PREFIX), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_not_seen_is_not_there():
     query, key, value = inputs(70)
     base = attend(query, key, value, visible=Visibility(True))
@@ -225,6 +231,7 @@ def test_a_prefix_is_kept_once_for_all_rows_and_no_scores_are():
     assert max(map(np.prod, shapes)) <= query.size
 
 
+@pytest.mark.slow
 def test_dropout_of_a_prefix_keeps_the_mean():
     query, key, _ = inputs(70, batch=8)
     prefix, value = {**PREFIX, "values": jnp.ones((3, 16))}, jnp.zeros((8, 70, 2, 8))

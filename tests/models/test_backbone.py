@@ -48,6 +48,7 @@ def test_layers_are_initialised_independently(config):
     np.testing.assert_allclose(kernel.std(), config.initializer_range, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_scan_equals_a_loop_over_the_block_parts(classifier, batch):
     model, params = classifier
     hidden, context = model.run_embed(params, batch)
@@ -68,6 +69,7 @@ def gradient(classifier, batch):
     return jax.jit(jax.grad(loss(model, batch, jax.random.key(3))))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["nothing_saveable", "offload_dot_with_no_batch_dims"])
 def test_remat_gives_the_same_gradients(classifier, batch, gradient, policy):
     model, params = classifier
@@ -102,6 +104,7 @@ def test_unknown_dtype_is_an_error(classifier):
         dataclasses.replace(classifier[0], dtype="bf16")
 
 
+@pytest.mark.slow
 def test_compute_dtype_keeps_parameters_and_activations_once(classifier, batch):
     """In bfloat16 a layer keeps 12 D values per token, no float32, no mask and no cast kernel."""
     model, params = classifier
@@ -118,6 +121,7 @@ def test_compute_dtype_keeps_parameters_and_activations_once(classifier, batch):
     assert sum(x.size for x in activations) == 3 * 18 * (8 * 16 + 40)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_differs_per_layer_and_site(config, classifier, batch):
     params = classifier[1]
     rates = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.0}
@@ -152,6 +156,7 @@ def test_layers_draw_different_dropout(classifier):
     assert set(np.unique(hidden)) == {0, 2, 4, 6}
 
 
+@pytest.mark.slow
 def test_attention_dropout_is_unbiased(config, classifier, batch):
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.3}
     model, params = bert(dataclasses.replace(config, **rates)), classifier[1]

@@ -107,6 +107,7 @@ def cosine(left, right):
     return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(MODELS, ("llama",)))
 def test_values_are_bit_for_bit_and_without_rounding_gradients_are_too_but_for_order(name):
     model, params, batch = made(name)
@@ -181,6 +182,7 @@ def test_the_bits_kept_are_those_of_the_docstring(model, method, wanted):
     assert bits_per_token(chosen, METHODS.get(method)) == wanted
 
 
+@pytest.mark.slow
 def test_generation_is_unchanged():
     model, params, _ = made("llama")
     batch = {"input_ids": IDS[:, :5]}

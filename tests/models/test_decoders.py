@@ -160,6 +160,7 @@ def test_original_length_beside_the_rope_settings_goes_first():
     assert lengths == [32, 16, 64]
 
 
+@pytest.mark.slow
 def test_packed_segments_equal_rows_of_their_own(decoders, random_decoder):
     """Windows and two rotations; each segment's positions start again."""
     model, params = random_decoder(decoders["gemma3"])
@@ -182,6 +183,7 @@ def test_packed_segments_equal_rows_of_their_own(decoders, random_decoder):
         )
 
 
+@pytest.mark.slow
 def test_a_window_of_all_layers_equals_the_same_window_by_layer(decoders, random_decoder, padded):
     """The static one skips the keys outside it, the other masks them; neither lets them through."""
     values = {**decoders["mistral"], "num_hidden_layers": 1}
@@ -207,6 +209,7 @@ def test_rotations_are_kept_once_and_not_per_layer(decoders, random_decoder):
     assert (3, 2, 17, 5) not in shapes
 
 
+@pytest.mark.slow
 def test_lora_of_every_family_traces_strictly(decoder_values, random_decoder):
     """Adapters on all linear layers of a model with windows, norms of queries and a tied output layer."""
     model, params = random_decoder(decoder_values)

@@ -86,6 +86,7 @@ def saved(request, tmp_path_factory):
     return request.param, model, params, folder
 
 
+@pytest.mark.slow
 def test_saved_model_comes_back_bit_exact_and_runs(saved):
     case, model, params, folder = saved
     again, loaded = load(folder, head=model.head_name)

@@ -78,6 +78,7 @@ def temporaries(*args):
     return compiled(*args).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_layer_adds_the_floor_and_at_most_five_percent(family):
     floor = B * S * PER_TOKEN[family] * 4

@@ -49,6 +49,7 @@ def test_absent_package_gives_the_remedy(monkeypatch):
         minilm.minilm_path()
 
 
+@pytest.mark.slow
 def test_sentences_of_one_meaning_are_near(folder):
     tokenizer = load_tokenizer(folder)
     texts = ["A man is eating food.", "Someone eats a meal.", "The stock market fell today."]

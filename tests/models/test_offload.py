@@ -42,6 +42,7 @@ def test_values_and_gradients_are_those_without_it(family, remat):
     assert_close(same, grads, 1e-6)
 
 
+@pytest.mark.slow
 def test_attention_is_not_run_again():
     products = 2 * (2 * B * S * S * WIDTH)  # scores, and the values mixed
     assert flops("nothing_saveable") - flops("save_attention") == LAYERS * products

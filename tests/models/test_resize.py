@@ -36,6 +36,7 @@ def test_the_vocabulary_is_as_large_as_the_files_table(saved, caplog):
     assert f"has {model.config.vocab_size} rows: the file's are used" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [3, -3])
 def test_a_vocabulary_is_resized_on_request(change, saved, tmp_path):
     model, params, folder = saved
@@ -64,6 +65,7 @@ CLASSIFIERS = {"bert": ({"model_type": "bert", **TEXT}, 2), "roberta": ({"model_
                "t5": (VALUES, 2), "llama": (None, 2)}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_a_classifier_of_another_size_is_drawn_on_request_alone(
     case, tmp_path, decoders, random_decoder, caplog

@@ -103,6 +103,7 @@ def test_the_bias_of_the_output_layer_that_is_called_wins(kind, prefix, tmp_path
     assert f"not used from {tmp_path}: {prefix}bias" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_untied_output_layer_starts_as_a_copy_of_the_table_and_is_saved(tied, tmp_path):
     name, model, params, folder = tied
     untied, own = load(folder, head=model.head_name, untie=True)
@@ -179,6 +180,7 @@ def spelt(name):
     return f"{name}.embed_tokens.weight" if name in ("encoder", "decoder") else f"{name}.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", TABLES)
 def test_tables_of_t5s_stacks_that_differ_are_each_used(held, tmp_path, random_decoder, caplog):
     model, params = random_decoder(VALUES, "seq2seq_lm")
@@ -211,6 +213,7 @@ def test_more_layers_than_config_json_has_are_named(tmp_path, random_decoder, de
     assert "config.json has 2 layers, and the file more" in caplog.text
 
 
+@pytest.mark.slow
 def test_masked_words_are_scored_by_an_output_layer_of_its_own(random_decoder):
     values = {"model_type": "bert", **TEXT}
     tied, params = random_decoder(values, "masked_lm")

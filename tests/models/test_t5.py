@@ -54,6 +54,7 @@ def test_parameter_paths_are_the_contract(flan):
     assert set(make("mean")[1]) == {"embed", "blocks", "head"}
 
 
+@pytest.mark.slow
 def test_new_kernels_are_scaled_by_what_they_sum_over():
     model = t5(read_config(values(d_model=64, d_kv=16, d_ff=256)))
     blocks = jax.jit(model.init)(jax.random.key(0))["blocks"]
@@ -185,6 +186,7 @@ def test_lora_of_all_linear_layers(head):
 SAVED = {"seq2seq_lm": FLAN, "none": {}, "classifier": {}, "encoder": FLAN, "mean": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
 @pytest.mark.parametrize("head", SAVED)
 def test_saved_and_loaded_bit_for_bit(head, kind, tmp_path):
@@ -215,6 +217,7 @@ def test_names_are_those_of_transformers(tmp_path):
         assert not any("block.1" in name and "relative" in name for name in found)
 
 
+@pytest.mark.slow
 def test_the_encoder_alone_of_a_whole_checkpoint(flan, tmp_path):
     model, params = flan
     save(tmp_path, model, params)
@@ -245,6 +248,7 @@ def test_tensors_decide_whether_the_output_layer_is_the_table(flan, tmp_path):
     assert "output" not in params["head"]
 
 
+@pytest.mark.slow
 def test_a_classifier_is_drawn_on_a_pretrained_model(flan, tmp_path):
     save(tmp_path, *flan)
     with pytest.raises(PeftError, match=r"head/classifier/dense/bias.*pass key="):

@@ -56,6 +56,7 @@ def test_an_id_outside_the_vocabulary_that_counts_is_named(beyond):
         assert bool(jnp.isnan(hidden[..., 0]).all())
 
 
+@pytest.mark.slow
 def test_generate_reads_padding_that_the_model_lacks(decoders, random_decoder):
     model, params = random_decoder(decoders["llama2"])
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])

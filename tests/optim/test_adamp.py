@@ -86,6 +86,7 @@ def tensors(tree):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_matrix_of_every_stack_follows_the_equations(name, nesterov):
@@ -104,6 +105,7 @@ def test_every_matrix_of_every_stack_follows_the_equations(name, nesterov):
     assert seen == {"channels", "layer", "none"}
 
 
+@pytest.mark.slow
 def test_without_the_projection_adamp_is_adamw_and_sgdp_is_sgd():
     options = {"weight_decay": 0.3}
     assert_moves_as(pj.optim.adamp(1e-2, delta=0.0, **options), optax.adamw(1e-2, **options), tolerance=2e-5)
@@ -115,6 +117,7 @@ def test_without_the_projection_adamp_is_adamw_and_sgdp_is_sgd():
 # What the projection promises.
 
 
+@pytest.mark.slow
 @both
 def test_where_it_always_projects_no_channel_moves_along_itself(make):
     tx = make(1.0, delta=jnp.inf)
@@ -211,6 +214,7 @@ def test_an_update_without_parameters_is_an_error(make):
 # Inside optax, on meshes, from checkpoints.
 
 
+@pytest.mark.slow
 @both
 def test_works_inside_optax_sharded_and_resumed(make, tmp_path):
     rate = optax.linear_schedule(1e-2, 2e-3, 4)

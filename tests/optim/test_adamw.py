@@ -107,6 +107,7 @@ def test_averages_may_be_wider_than_the_parameters():
     assert_keeps_dtypes(pj.optim.adamw(1e-2, weight_decay=0.1, state_dtype="float32"))
 
 
+@pytest.mark.slow
 def test_works_inside_optax_sharded_and_resumed(tmp_path):
     tx = pj.optim.adamw(SCHEDULE, weight_decay=0.1)
     assert_works_inside_optax(tx)

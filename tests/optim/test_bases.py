@@ -112,6 +112,7 @@ def test_the_energy_of_two_iterations_beside_the_best(g, iterations, loss):
     assert (found >= best * (1 - loss)).all()
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_better_than_a_random_one():
     known = svd_basis(FLAT + 0.1 * jax.random.normal(jax.random.key(8), FLAT.shape), 6, "input")
     best = captured_energy(FLAT, svd_basis(FLAT, 6, "input"), "input")
@@ -138,6 +139,7 @@ def test_n_iterations_take_2n_plus_1_products(iterations):
     assert len(calls) == 2 * iterations + 1
 
 
+@pytest.mark.slow
 def test_one_call_serves_matrices_of_many_shapes_and_ranks():
     other = with_spectrum([3.0, 2.0, 1.0], 10, 7)
     left, right = products({"a": FAST, "b": other})
@@ -148,6 +150,7 @@ def test_one_call_serves_matrices_of_many_shapes_and_ranks():
     assert subspace_iteration(left, right, starts, 1, 9)["b"].shape == (5, 10)
 
 
+@pytest.mark.slow
 @each_way
 def test_a_stack_is_its_matrices_one_by_one(way):
     g = FAST.reshape(1, 2, 48, 32)

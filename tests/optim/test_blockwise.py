@@ -18,6 +18,7 @@ def normal(shape, signed=True):
     return x if signed else x**2
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_error_is_half_a_gap_of_the_blocks_largest(shape, signed):
@@ -32,6 +33,7 @@ def test_the_error_is_half_a_gap_of_the_blocks_largest(shape, signed):
     np.testing.assert_array_equal(decode(coded)[largest], x[largest])
 
 
+@pytest.mark.slow
 def test_each_block_has_its_own_scale_with_its_sign():
     x = jnp.zeros((2, 512)).at[0, 3].set(-2.0).at[0, 300].set(5.0).at[1, 511].set(1e-20)
     coded = encode(x, signed=True)
@@ -39,6 +41,7 @@ def test_each_block_has_its_own_scale_with_its_sign():
     np.testing.assert_array_equal(decode(coded), x)
 
 
+@pytest.mark.slow
 @BOTH
 def test_coding_again_changes_nothing(signed):
     once = encode(normal((4, 300), signed), signed=signed)
@@ -47,6 +50,7 @@ def test_coding_again_changes_nothing(signed):
     np.testing.assert_array_equal(once.scales, again.scales)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_is_not_hidden(signed, bad):
@@ -62,11 +66,13 @@ def test_lengths_of_blocks(n, length):
     assert block_length(n, 256) == length
 
 
+@pytest.mark.slow
 def test_short_rows_are_read_together():
     assert [merged_axes(shape, 256) for shape in [(9, 64), (9, 63), (9, 8, 7), (9, 8, 9)]] == [1, 2, 3, 2]
     assert encode(jnp.ones((9, 8, 9)), signed=True).scales.shape == (9, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "blocks"), [((8, 4096), 8 * 16), ((4, 11008), 4 * 64), ((3, 5461), 3 * 22)]
 )

@@ -66,6 +66,7 @@ def test_what_full_matrices_cannot_take_goes_to_those_without_a_score():
     np.testing.assert_allclose(levels["a"], [2 / 3, 0.0, 2 / 3, 2 / 3], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_volumes_beyond_the_integers_of_float32():
     sizes = {"attention": 4096 * 4096, "mlp": 4096 * 11008}
     given = {"attention": RANDOM.exponential(size=128) ** 2, "mlp": RANDOM.exponential(size=96) ** 2}
@@ -173,6 +174,7 @@ def levels_of(params):
     return np.concatenate([np.asarray(own[path]["sparsity"]).reshape(-1) for path in ("down", "up")])
 
 
+@pytest.mark.slow
 def test_the_hook_is_the_papers_sequence_of_operations():
     tx = share_budget(optax.sgd(0.1), BUDGET, PREFIX)
     params = start()
@@ -252,6 +254,7 @@ def test_a_gradient_that_is_not_a_number_counts_as_unimportant():
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_bit_exactly(tmp_path):
     tx = share_budget(optax.adam(0.01), BUDGET, PREFIX)
     params = start()

@@ -78,6 +78,7 @@ def test_what_is_outside_counts_as_the_nearest_end(signed):
     assert ends.tolist() == [0, 255]
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_mean_of_stochastic_rounding_is_the_number(signed):
     values = dynamic_map(signed)

@@ -86,6 +86,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(OPTIMIZERS, ("adamw", "sgd", "adafactor")))
 def test_every_optimizer_moves_as_without(name):
     tx, kinds = OPTIMIZERS[name]
@@ -98,6 +99,7 @@ def test_every_optimizer_moves_as_without(name):
     assert np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(INSIDE, ("masked", "inject")))
 def test_inside_other_transformations(name):
     params, wrap = params_of(), INSIDE[name]
@@ -107,6 +109,7 @@ def test_inside_other_transformations(name):
     assert 0 < np.linalg.norm(moved(new, params) - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_inside_injected_hyperparameters():
     tx = optax.inject_hyperparams(lambda learning_rate: eight_bit(optax.adam(learning_rate)))(1e-2)
     _, state = run(tx, params_of(), steps=2)
@@ -125,6 +128,7 @@ def test_without_a_large_array_all_is_as_without(name):
     assert_close(state.inner, inner, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", all_but_slow((2048, 1), (2048,)))
 @pytest.mark.parametrize(
     "name",
@@ -143,6 +147,7 @@ def test_slices_make_the_same_numbers(name, size):
     assert np.linalg.norm(got - wanted) < 1e-3 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_slices_are_looped_over_in_what_is_elementwise_only():
     params = params_of()
     for tx, loops in ((optax.adamw(1e-2), 3), (optax.lamb(1e-2), 0)):
@@ -159,6 +164,7 @@ def test_what_mixes_numbers_is_not_elementwise(fn):
     assert is_elementwise(lambda x, n: jnp.where(x > 0, jnp.tanh(x) * n, 1.0), jnp.ones((4, 4)), 3)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_state():
     params = {"w": jnp.ones((4, 64, 1024)), "b": jnp.ones(1024)}
     state = eight_bit(optax.adamw(1e-2)).init(params)
@@ -167,6 +173,7 @@ def test_bytes_of_a_state():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 2 * (n + 4 * n // 256) + 2 * 4096 + 8
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters():
     params = params_of(jnp.bfloat16)
     new, state = run(eight_bit(optax.adamw(1e-2)), params)
@@ -176,6 +183,7 @@ def test_bfloat16_parameters():
     )
 
 
+@pytest.mark.slow
 def test_a_rate_of_decay_below_bfloat16_is_not_lost():
     # 1e-3 of a square is lost beside 1 in bfloat16's 8 bits, not in the float32 of a step.
     params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
@@ -191,6 +199,7 @@ def test_initial_values_that_are_not_zero():
     np.testing.assert_allclose(decode(coded(state).popitem()[1]), 0.1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_of_the_key_the_step_and_the_moment():
     params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
     grads = jax.tree.map(lambda _: jax.random.normal(KEY, (64, 64)), params)
@@ -204,6 +213,7 @@ def test_stochastic_rounding_is_of_the_key_the_step_and_the_moment():
     assert (coded(later).popitem()[1].codes != codes[1]).mean() > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, pytest.param(KEY, marks=pytest.mark.slow)])
 def test_sharded_is_as_on_one_device(key):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
@@ -227,6 +237,7 @@ def test_sharded_is_as_on_one_device(key):
     assert max(different) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [pytest.param(None, marks=pytest.mark.slow), KEY])
 def test_resuming_is_exact(tmp_path, key):
     tx = eight_bit(optax.adamw(1e-2), key=key, slice_size=2048)
@@ -243,6 +254,7 @@ def test_resuming_is_exact(tmp_path, key):
     jax.tree.map(np.testing.assert_array_equal, bits(on), bits(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [optax.adamw, optax.lion])
 @pytest.mark.parametrize("key", [None, pytest.param(KEY, marks=pytest.mark.slow)])
 def test_training_ends_where_float32_does(optimizer, key):
@@ -277,6 +289,7 @@ def test_training_ends_where_float32_does(optimizer, key):
     np.testing.assert_allclose(found[-1], wanted[-1], rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -76,6 +76,7 @@ def test_everything_else_has_the_same_adam_without_scale():
     np.testing.assert_allclose(params["head"]["kernel"], wanted.T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eps_is_outside_the_bias_correction():
     """The first step of a gradient of eps: 1/2 with optax's eps, √0.001 / (√0.001 + 1) with this."""
     params = {"head": {"kernel": jnp.ones((2, 2))}, "w": jnp.ones((4, 4))}
@@ -133,17 +134,20 @@ def test_refresh_reaches_the_projection_through_the_chain():
     assert " cond[" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["released", "optax"])
 def test_sharded(order):
     tx = galore(0.01, rank=3, every=2, weight_decay=0.1, order=order)
     optimizing.assert_same_when_sharded(tx, PARAMS, GRADS[:4], 2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
     tx = galore(RATES, rank=3, every=2, weight_decay=0.1)
     optimizing.assert_resumes(tx, PARAMS, GRADS[:6], tmp_path)
 
 
+@pytest.mark.slow
 def test_errors():
     with pytest.raises(PeftError, match="order must be 'released' or 'optax', got 'torch'"):
         galore(0.1, rank=3, order="torch")

@@ -109,6 +109,7 @@ def after(tx, net=NET):
     return optax.apply_updates(net, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", [None, ["norm"]])
 def test_the_outputs_are_those_without_the_projection(norms):
     tx = optax.adam(0.3)
@@ -188,12 +189,14 @@ INJECTED = optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_sched
 SCHEDULED = nap(INJECTED, norms=["norm"])
 
 
+@pytest.mark.slow
 def test_works_inside_optax_sharded_and_resumed(tmp_path):
     assert_works_inside_optax(SCHEDULED)
     assert_sharded_equals_one_device(SCHEDULED)
     assert_resumes(SCHEDULED, tmp_path)
 
 
+@pytest.mark.slow
 def test_works_on_meshes_with_explicit_axes():
     assert_sharded_equals_one_device(SCHEDULED, AxisType.Explicit)
 

@@ -182,6 +182,7 @@ def test_it_is_the_natural_gradient_inside_the_projection():
     np.testing.assert_allclose(held[:, 0], r, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_large_damping_is_galore():
     """Adam does not see the scale of its gradients when eps is far below them."""
     natural = train(natural_galore(0.1, rank=3, every=2, damping=1e7, eps=1e-20))[0]
@@ -206,12 +207,14 @@ def test_a_reset_clears_the_history_and_a_rotation_is_refused():
         natural_galore(0.1, rank=3, moments="rotate").init(PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_sharded(variant):
     tx = natural_galore(0.01, rank=3, variant=variant, every=2)
     optimizing.assert_same_when_sharded(tx, PARAMS, GRADS[:4], 2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
     tx = natural_galore(RATES, rank=3, every=2, history=2, weight_decay=0.1)
     optimizing.assert_resumes(tx, PARAMS, GRADS[:6], tmp_path)

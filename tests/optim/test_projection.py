@@ -84,6 +84,7 @@ def test_adam_at_full_rank_is_another_optimizer_and_with_the_identity_the_same()
     jax.tree.map(np.testing.assert_array_equal, params, plain)
 
 
+@pytest.mark.slow
 def test_signs_of_the_basis_do_not_matter_to_adam_and_rotations_do():
     tx = project(optax.scale_by_adam(), rank=3)
     _, state = tx.update(GRADS[0], tx.init(PARAMS), refresh=True)
@@ -260,6 +261,7 @@ def test_a_program_without_refresh_decomposes_nothing():
 # Dtypes, devices, checkpoints.
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_have_float32_bases_and_moments_and_keep_their_dtype():
     params, grads = random_tree(0, jnp.bfloat16), [random_tree(1, jnp.bfloat16)]
     params, state, made = train(project(optax.adam(0.1), rank=2), 1, params, grads=grads)
@@ -275,12 +277,14 @@ def test_bases_and_moments_of_a_given_dtype():
     assert {leaf.dtype for leaf in kernel} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["svd", "gram", "subspace"])
 def test_sharded_parameters(basis):
     tx = project(optax.adam(0.01), rank=2, every=2, basis=basis, moments="rotate")
     optimizing.assert_same_when_sharded(tx, SMALL, SMALL_GRADS[:4])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
     tx = project(optax.adam(0.1), rank=2, every=2, basis="subspace", moments="rotate")
     optimizing.assert_resumes(tx, SMALL, SMALL_GRADS[:6], tmp_path)

@@ -42,6 +42,7 @@ INNERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["keep", "reset"])
 @pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
 def test_any_inner_transformation(inner, moments):
@@ -56,6 +57,7 @@ def test_an_inner_transformation_that_asks_for_parameters_is_refused():
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_projected_together():
     tx = project(optax.adam(0.1), rank=2, every=2)
     pairs = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[n : n + 2]) for n in (0, 2, 4, 6)]

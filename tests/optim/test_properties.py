@@ -141,6 +141,7 @@ def test_vectors_and_scalars_alone_are_left_to_the_inner_transformation(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["galore", "normalize_and_project", "sgdp"])
 def test_masked_and_accumulated(name):
     tx = optax.masked(made(name), {"blocks": True, "up": True, "scale": False})

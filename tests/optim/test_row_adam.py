@@ -53,6 +53,7 @@ def test_a_row_that_was_reset_goes_on_as_a_new_one_and_the_others_as_they_were()
     np.testing.assert_array_equal(state.count["x"]["a"][..., 0], jnp.where(ROWS, 1, 8))
 
 
+@pytest.mark.slow
 def test_one_count_for_all_makes_the_first_update_after_a_reset_too_large():
     tx = optax.scale_by_adam()
     _, state = run(tx, 5000)

@@ -26,6 +26,7 @@ def test_forward_is_bit_for_bit(name, dtype):
     np.testing.assert_array_equal(y, jax.jit(ACTIVATIONS[name])(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_gradient_is_off_by_the_grid_at_most(name):
     exact = jax.vjp(ACTIVATIONS[name], X)[1](G)[0]
@@ -36,6 +37,7 @@ def test_the_gradient_is_off_by_the_grid_at_most(name):
     assert error < (0.05 if bound else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "silu", "quick_gelu"])
 def test_saturated_inputs_are_exact(name):
     far = jnp.array([[-30.0, -9.0, 9.0, 30.0]])

@@ -44,6 +44,7 @@ def test_forward_is_bit_for_bit(kind, dtype):
     np.testing.assert_array_equal(y, jax.jit(norm(kind, dtype).plain)(*operands(kind, dtype)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_rounding_the_gradient_is_that_of_autodiff(kind):
     exact = jax.vjp(norm(kind).plain, *operands(kind))[1](G)

@@ -22,6 +22,7 @@ with ends_within(lambda: print("step 4 is saved", flush=True), grace=0.5):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_does_not_hear_its_signal_is_ended(number):
     process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)

@@ -62,6 +62,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(np.load(broken / "kernel.npy"), expected.trainable["head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_fit_learns_and_leaves_the_callers_arrays():
     frozen, trainable = tiny.parameters()
     result = tiny.run(trainable=trainable, frozen=frozen)
@@ -70,6 +71,7 @@ def test_fit_learns_and_leaves_the_callers_arrays():
     assert not trainable["head"]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_finished_run_does_nothing_more(tmp_path):
     config = replace(tiny.CONFIG, steps=4)
     first, second = (tiny.run(tmp_path, config) for _ in range(2))
@@ -78,6 +80,7 @@ def test_finished_run_does_nothing_more(tmp_path):
     assert len(lines(tmp_path)) == 5
 
 
+@pytest.mark.slow
 def test_early_stopping_returns_the_best(tmp_path):
     # A huge learning rate: accuracy jumps about, so that some evaluation is not the best.
     config = replace(tiny.CONFIG, steps=60, learning_rate=30.0, eval_every=2, early_stopping_patience=2)
@@ -90,6 +93,7 @@ def test_early_stopping_returns_the_best(tmp_path):
     np.testing.assert_array_equal(again.trainable["head"]["bias"], result.trainable["head"]["bias"])
 
 
+@pytest.mark.slow
 def test_not_finite_loss_names_the_step(tmp_path):
     tiny.run(tmp_path, replace(tiny.CONFIG, steps=4))
 
@@ -108,6 +112,7 @@ def test_folder_of_another_run(tmp_path):
         tiny.run(tmp_path, config, identity={"method": "lora"})
 
 
+@pytest.mark.slow
 def test_trains_with_accumulation_and_without_evaluation():
     config = replace(tiny.CONFIG, grad_accumulation=4)
     result = tiny.run(config=config, held_out=None)
@@ -115,6 +120,7 @@ def test_trains_with_accumulation_and_without_evaluation():
     assert jnp.abs(result.trainable["head"]["kernel"]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_real_method_resumes(tmp_path):
     """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece."""
     frozen, trainable = tiny.parameters()

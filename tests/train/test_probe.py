@@ -17,6 +17,7 @@ def examples(count, noise=0.5, size=SHAPE[1]):
     return centres[labels] + noise * generator.normal(size=(count, size)), labels
 
 
+@pytest.mark.slow
 def test_probe_separates_clusters():
     features, labels = examples(100)
     result = linear_probe(features[:60], labels[:60], features[60:], labels[60:], classes=3)
@@ -24,6 +25,7 @@ def test_probe_separates_clusters():
     assert result.majority_accuracy < 0.5
 
 
+@pytest.mark.slow
 def test_probe_on_noise_chooses_a_large_penalty():
     features, labels = examples(90, size=8)
     noise = np.random.default_rng(1).normal(size=SHAPE)
@@ -31,6 +33,7 @@ def test_probe_on_noise_chooses_a_large_penalty():
     assert result.penalty >= 1e-2
 
 
+@pytest.mark.slow
 def test_fit_is_at_the_minimum():
     features, labels = examples(60, noise=3.0)
     features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)

@@ -75,6 +75,7 @@ def test_events_that_cannot_be_written_do_not_hang_the_run(tmp_path):
         write_many()
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_full_goes_on_from_its_checkpoint(tmp_path):
     tiny.run(tmp_path, replace(CONFIG, steps=3))
     with pytest.raises(PeftError, match="cannot write"), no_file_larger_than(500):

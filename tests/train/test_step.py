@@ -50,6 +50,7 @@ def test_accumulation_is_the_whole_batch(parts):
     assert results[0][2]["grad_norm"] > 0.1
 
 
+@pytest.mark.slow
 def test_step_is_the_weighted_mean_gradient():
     frozen, trainable = tiny.parameters()
     batch = batch_of_unequal_weights()
@@ -155,6 +156,7 @@ def test_masked_rows_with_infinite_or_undefined_logits_change_nothing(accumulati
     assert np.isfinite(results[1][2]["loss"])
 
 
+@pytest.mark.slow
 def test_the_mean_of_no_weight_is_zero_with_a_gradient_of_zero():
     batch = {"labels": jnp.array([0, 1]), "weights": jnp.zeros(2)}
     value, gradient = jax.value_and_grad(cross_entropy)(jnp.array([[1.0, 2.0], [jnp.inf, 0.0]]), batch)
