@@ -4,11 +4,10 @@ import contextlib
 import io
 import json
 import logging
-import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from peftjax.generation.command import GenerateOptions, run_generate
 from peftjax.io.adapter import read_config
 from peftjax.methods import METHODS
 from peftjax.train.exchange import export_saved, import_saved
-from peftjax.train.interrupt import ends_within, what_is_saved
+from peftjax.train.interrupt import end_at_once, ends_within, what_is_saved, without_late_ends
 from peftjax.train.options import (
     LANGUAGE_HEAD,
     DataOptions,
@@ -194,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = None
     try:
         command = _parse(arguments)
-        with ends_within(lambda: _say_interrupted(command, console)), _without_late_ends():
+        with ends_within(lambda: _say_interrupted(command, console)), without_late_ends():
             _RUN[type(command)](command, console)
     except PeftError as error:
         _refuse(str(error))
@@ -205,16 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say_interrupted(command, console)
         code = 128 + getattr(error, "number", signal.SIGINT)
         if of_process:
-            _end_at_once(code)
+            end_at_once(code)
         sys.exit(code)
-
-
-def _end_at_once(code: int) -> NoReturn:
-    """End the process without the interpreter's clean-up, which can crash under a step that still runs."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -222,23 +213,6 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     record.exc_info = record.exc_text = None
     return not isinstance(error, KeyboardInterrupt)
-
-
-@contextlib.contextmanager
-def _without_late_ends() -> Iterator[None]:
-    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
-    hook = sys.unraisablehook
-
-    def heard(raised: Any) -> None:
-        error = raised.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            hook(raised)
-
-    sys.unraisablehook = heard
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from peftjax import compat
+from peftjax import primitives
 
 
 def with_backward(
@@ -51,7 +51,7 @@ def with_backward(
             return outputs, jax.tree.map(jnp.zeros_like, outputs)
         shape = jax.tree.map(jax.typeof, primals)
 
-        def as_pull(backward: Callable[[Any, Any], tuple[Any, ...]]) -> compat.Pull:
+        def as_pull(backward: Callable[[Any, Any], tuple[Any, ...]]) -> primitives.Pull:
             def pull(kept: list[Any], *cotangents: Any) -> list[Any]:
                 given = backward(
                     jax.tree.unflatten(kept_tree, kept), jax.tree.unflatten(out_tree, cotangents)
@@ -61,7 +61,7 @@ def with_backward(
             return pull
 
         moving = [leaf for leaf, does in zip(leaves, moves) if does]
-        found = compat.transpose_of(as_pull(backward), as_pull(linear or backward), kept, moving, outs)
+        found = primitives.transpose_of(as_pull(backward), as_pull(linear or backward), kept, moving, outs)
         return outputs, jax.tree.unflatten(out_tree, found)
 
     call.defjvp(rule, symbolic_zeros=True)

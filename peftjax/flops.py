@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from peftjax import compat
+from peftjax import compat, primitives
 
 UNCOUNTED = (
     "cholesky", "eigh", "fft", "ffi_call", "householder_product", "lu", "qr", "svd", "triangular_solve",
@@ -118,7 +118,7 @@ def _of_primitive(eqn: Any, platform: str) -> Flops | None:
             return count_flops(params["jaxpr"], platform) * compat.number_of_shards(params)
         case "pallas_call":
             return _kernel(params, platform)
-    if (body := compat.body_for(eqn.primitive, platform)) is not None:
+    if (body := primitives.body_for(eqn.primitive, platform)) is not None:
         shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
         return count_flops(jax.make_jaxpr(partial(body, **params))(*shapes), platform)
     return Flops(0, (name,)) if name in UNCOUNTED else None

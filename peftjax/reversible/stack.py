@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax import compat
+from peftjax import compat, primitives
 from peftjax.derivatives import with_backward
 from peftjax.reversible.coupling import Coupling, Pair, Plan
 
@@ -198,4 +198,4 @@ def _mapped(operands: Sequence[Any], axes: Sequence[int | None], *, f: Any, g: A
     return bind(f, g, pair, shared, layers, plan)
 
 
-_stack = compat.one_equation("reversible", _run, _differentiable, _mapped)
+_stack = primitives.one_equation("reversible", _run, _differentiable, _mapped)

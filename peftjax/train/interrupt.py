@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 from peftjax.io.unreadable import COMPLETE, step_folders
 
@@ -75,3 +77,28 @@ def what_is_saved(output: Path) -> str:
     if not saved:
         return f"no checkpoint in {output} yet; the same command starts again"
     return f"step {saved[-1].name} is saved in {output}; the same command continues from there"
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process without the interpreter's clean-up, which can crash under a step that still runs."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def without_late_ends() -> Iterator[None]:
+    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
+    hook = sys.unraisablehook
+
+    def heard(raised: Any) -> None:
+        error = raised.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(raised)
+
+    sys.unraisablehook = heard
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook

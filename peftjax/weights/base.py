@@ -10,6 +10,7 @@ their own:
 - `static()`: a Python value that is part of the compiled program.
 """
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
@@ -59,7 +60,7 @@ def structured(cls: W) -> W:
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
 
-class Weight(Opaque):
+class Weight(Opaque, abc.ABC):
     """A weight that is not one dense array; it has the shape and dtype of the array it stands for.
 
     A subclass gives `dense()` and, where its method has an activation-space form, its own `dot`,
@@ -86,9 +87,9 @@ class Weight(Opaque):
         """The dtype of the array this weight stands for."""
         return self.base.dtype
 
+    @abc.abstractmethod
     def dense(self) -> Array:
         """The array this weight stands for."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its dense value is")
 
     def supports(self, rule: Rule) -> bool:
         """Whether the rule can be applied without forming the dense weight for longer than a layer."""

@@ -19,12 +19,13 @@ from peftjax.weights.base import (
     static,
     structured,
 )
+from peftjax.weights.composed import Composed
 from peftjax.weights.layout import Layout, match_sizes
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
-class Concatenated(Weight):
+class Concatenated(Composed):
     """Arrays and weights, at least one, concatenated along the axis `position`; each acts for itself."""
 
     base: ClassVar[None] = None
@@ -160,22 +161,10 @@ class Concatenated(Weight):
         parts = [reverse(part, position) for part in self.parts]
         return self._with(parts[::-1] if position == self.position else parts, self.position)
 
-    def on_base(self, fn: Callable[[Any], Any]) -> Self:
-        """The weight itself: what is said of the whole, such as a sharding, need not hold for its parts."""
-        return self
-
     def as_stack(self, position: int) -> Self | None:
         """Every part with another axis than theirs as a stack."""
         parts = [part.as_stack(position) if isinstance(part, Weight) else part for part in self.parts]
         return None if position == self.position else self._with(parts, self.position)
-
-    def part_specs(self, spec: Any) -> None:
-        """None: the shards of the whole are none of its parts."""
-        return None
-
-    def gather_features(self, position: int, *gather: Any) -> None:
-        """None: a part's shards do not lie together."""
-        return None
 
     def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout; axes come and go at the front."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.arrange import along, along_result, side_of, side_to_logical
@@ -47,7 +48,11 @@ class Diagonal(Weight):
         return self.by_input if side == "i" else self.by_output
 
     def supports(self, rule: Rule) -> bool:
-        """Whatever the base supports."""
+        """What the base supports, but for sums over a stack, whose matrices have numbers of their own."""
+        if isinstance(rule, RaggedDot) and not rule.of_rows:
+            return False
+        if isinstance(rule, Dot) and side_of(self.layout, rule.w_contract) is None:
+            return False
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
@@ -57,11 +62,11 @@ class Diagonal(Weight):
         if side is None or (self.factor(side) is not None and not every_matrix):
             return lazily_merged(rule, x, self)
         if (entering := self.factor(side)) is not None:
-            x = scaled_input(x, entering, rule, self.layout, side)
+            x = _scaled_input(x, entering, rule, self.layout, side)
         y = contract(x, self.base, rule)
         other: Side = "o" if side == "i" else "i"
         leaving = self.factor(other)
-        return y if leaving is None else scaled_result(y, leaving, rule, self.layout, other)
+        return y if leaving is None else _scaled_result(y, leaving, rule, self.layout, other)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The base's rows, scaled."""
@@ -79,12 +84,16 @@ class Diagonal(Weight):
         return rows
 
     def conv(self, x: Array, rule: Conv) -> Array:
-        """The base's convolution, its channels scaled."""
-        if self.by_input is not None or self.layout.positions("o") != (rule.dimension_numbers.rhs_spec[0],):
+        """The base's convolution, its channels scaled, or those of x where it meets the outputs."""
+        numbers, outputs = rule.dimension_numbers, self.layout.positions("o")
+        if self.by_input is not None or self.layout.stack:
             return lazily_merged(rule, x, self)
-        shape = [1] * x.ndim
-        shape[rule.dimension_numbers.out_spec[1]] = -1
-        return rescaled(contract(x, self.base, rule), self.by_output.reshape(shape))
+        if outputs == (numbers.rhs_spec[1],):
+            gains = jnp.tile(self.by_output, rule.feature_group_count)
+            return contract(rescaled(x, along(gains, (numbers.lhs_spec[1],), x.ndim)), self.base, rule)
+        if outputs != (numbers.rhs_spec[0],):
+            return lazily_merged(rule, x, self)
+        return rescaled(contract(x, self.base, rule), along(self.by_output, (numbers.out_spec[1],), x.ndim))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The base's ragged product, each row of x and of the result scaled by its expert's numbers."""
@@ -105,7 +114,7 @@ class Diagonal(Weight):
         return replace(self, base=cast(self.base, dtype))
 
 
-def scaled_input(x: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
+def _scaled_input(x: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
     """X times one number `[*stack, n]` for each member of the side that it meets; its matrices lie in x."""
     numbers = side_to_logical(numbers, layout, side)
     met, axes = (*rule.w_batch, *rule.w_contract), (*rule.x_batch, *rule.x_contract)
@@ -118,7 +127,7 @@ def scaled_input(x: Array, numbers: Array, rule: Dot, layout: Layout, side: Side
     return rescaled(x, numbers.reshape(shape))
 
 
-def scaled_result(y: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
+def _scaled_result(y: Array, numbers: Array, rule: Dot, layout: Layout, side: Side) -> Array:
     """A product's result times one number `[*stack, n]` for each member of the side that x did not meet."""
     numbers = side_to_logical(numbers, layout, side)
     return rescaled(y, along_result(numbers, rule, layout, y.ndim))

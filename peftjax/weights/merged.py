@@ -4,19 +4,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from peftjax.weights.base import Weight, contract, dense, logical, reshape, static, structured
+from peftjax.weights.composed import Composed
 from peftjax.weights.layout import Axis, Layout, refined
 from peftjax.weights.members import over_members, true_of_member
 from peftjax.weights.rules import Conv, Dot, Rule
 
 
 @structured
-class Merged(Weight):
+class Merged(Composed):
     """`reshape(base)`: axis p is `counts[p]` neighboring axes of the base in one.
 
     A product meets the base's own axes. A convolution whose output features hold a stack, such as the
@@ -148,18 +149,6 @@ class Merged(Weight):
         for p in self._positions(position):
             base = None if base is None else base.reverse(p)
         return None if base is None else _merged(base, self.counts)
-
-    def on_base(self, fn: Callable[[Any], Any]) -> Self:
-        """The weight itself: what is said of its axes, such as a sharding, need not hold for the base's."""
-        return self
-
-    def part_specs(self, spec: Any) -> None:
-        """None: a shard of several axes in one is none of each of them."""
-        return None
-
-    def gather_features(self, position: int, *gather: Any) -> None:
-        """None: a shard of several axes in one is none of each of them."""
-        return None
 
     def stack_first(self) -> Any:
         """The base's stack axis first, where that is an axis of its own."""

@@ -10,13 +10,14 @@ from jax import Array, lax
 
 from peftjax.errors import PeftError
 from peftjax.weights.base import Weight, dense, logical, static, structured
+from peftjax.weights.composed import Composed
 from peftjax.weights.layout import Layout, match_sizes
 from peftjax.weights.members import contract_summed, over_members, supports_summed, true_of_member
 from peftjax.weights.rules import Conv, Dot, Gather, Rule
 
 
 @structured
-class Mixture(Weight):
+class Mixture(Composed):
     """`w[n, ...] = Σ_e coefficients[n, e] · base[e, ...]`, for each place n of the router's own axes, if any.
 
     A product weighs x and then meets all experts: `Σ_e (c_e x)·w_e`. Backward keeps x, the coefficients and
@@ -178,18 +179,6 @@ class Mixture(Weight):
     def cast(self, dtype: Any) -> Self:
         """The experts in another dtype; the coefficients stay as exact as they are."""
         return replace(self, base=self.base.cast(dtype))
-
-    def on_base(self, fn: Callable[[Any], Any]) -> Self:
-        """The weight itself: what is said of its axes, such as a sharding, need not hold for the experts'."""
-        return self
-
-    def part_specs(self, spec: Any) -> None:
-        """None: new axes are none of the experts'."""
-        return None
-
-    def gather_features(self, position: int, *gather: Any) -> None:
-        """None: new axes are none of the experts'."""
-        return None
 
     def stack_first(self) -> None:
         """None: the experts have no part for each mixture."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from peftjax.weights.arrange import along, side_of, side_to_logical
-from peftjax.weights.base import Weight, canonical, contract, dense, logical, static, structured
-from peftjax.weights.diagonal import rescaled, scaled_input, scaled_result
+from peftjax.weights.arrange import side_of, side_to_logical
+from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
+from peftjax.weights.diagonal import Diagonal
 from peftjax.weights.layout import Layout
 from peftjax.weights.lengths import array_squares, rows_through
 from peftjax.weights.low_rank import LowRank
@@ -62,37 +62,22 @@ class ScaledColumns(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """The low-rank product, scaled where the outputs are."""
-        if side_of(self.layout, rule.w_contract) == "o":
-            return contract(scaled_input(x, self.gain(), rule, self.layout, "o"), self.base, rule)
-        return scaled_result(contract(x, self.base, rule), self.gain(), rule, self.layout, "o")
+        return self._scaled().dot(x, rule)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The low-rank rows, scaled."""
-        rows = contract(indices, self.base, rule)
-        gain = side_to_logical(self.gain(), self.layout, "o")
-        if side_of(self.layout, (rule.axis,)) == "o":
-            gains = contract(indices, gain, rule)
-        else:
-            gains = lax.squeeze(gain, (rule.axis,))
-        return rescaled(rows, gains)
+        return self._scaled().gather(indices, rule)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """The low-rank convolution, its channels scaled, or those of x where it meets the outputs."""
-        numbers, gain = rule.dimension_numbers, self.gain()
-        if self.layout.positions("o") == (numbers.rhs_spec[1],):
-            gains = jnp.tile(gain, rule.feature_group_count)
-            return contract(rescaled(x, along(gains, (numbers.lhs_spec[1],), x.ndim)), self.base, rule)
-        y = contract(x, self.base, rule)
-        return rescaled(y, along(gain, (numbers.out_spec[1],), y.ndim))
+        return self._scaled().conv(x, rule)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The low-rank ragged product, each row of y, or of x where it meets the outputs, scaled."""
-        gain = rule.by_row(self.gain(), x)
-        if side_of(self.layout, rule.w_contract) == "i":
-            y = contract(x, self.base, rule)
-            return rescaled(y, along(gain, (rule.row_axis, y.ndim - 1), y.ndim))
-        axes = (*rule.numbers.lhs_ragged_dimensions, *rule.x_contract)
-        return contract(rescaled(x, along(gain, axes, x.ndim)), self.base, rule)
+        return self._scaled().ragged_dot(x, rule)
+
+    def _scaled(self) -> Diagonal:
+        return Diagonal(self.base, self.layout, by_output=self.gain())
 
     def cast(self, dtype: Any) -> "ScaledColumns":
         """The low-rank weight in another dtype; lengths stay as exact as they are."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
 
@@ -94,14 +94,7 @@ def test_convolutions_of_other_methods(method, name):
     w, use, x = CONVOLUTIONS[name]
     method = method(rank=2, targets=".*", layouts={"kernel": "s" * (w.ndim - 3) + "iio"})
     frozen, trainable = method.init(KEY, {"kernel": w})
-    trainable = jax.tree.map(
-        lambda t: (
-            t + 0.1 * jnp.sin(jnp.arange(t.size)).reshape(t.shape)
-            if jnp.issubdtype(t.dtype, jnp.floating)
-            else t
-        ),
-        trainable,
-    )
+    trainable = noisy(trainable)
     got = pj.adapt(use)(method.apply(frozen, trainable)["kernel"], x)
     assert_close(got, use(method.merge(frozen, trainable)["kernel"], x), 1e-4)
 

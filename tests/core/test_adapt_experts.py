@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
 
@@ -55,14 +55,7 @@ def test_ragged_products_of_other_methods(name, method):
     letters, shape, use = RAGGED[name]
     method = method(rank=2, targets=".*", layouts={"w": letters})
     frozen, trainable = method.init(KEY, {"w": jax.random.normal(KEY, shape)})
-    trainable = jax.tree.map(
-        lambda t: (
-            t + 0.1 * jnp.sin(jnp.arange(t.size)).reshape(t.shape)
-            if jnp.issubdtype(t.dtype, jnp.floating)
-            else t
-        ),
-        trainable,
-    )
+    trainable = noisy(trainable)
     got = pj.adapt(use)(method.apply(frozen, trainable)["w"], X)
     want = use(method.merge(frozen, trainable)["w"], X)
     assert float(jnp.abs(got - want).max()) < 1e-4

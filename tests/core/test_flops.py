@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from peftjax import compat
+from peftjax import primitives
 from peftjax.flops import Flops, count_flops
 
 N, K, M = 6, 4, 5
@@ -134,7 +134,7 @@ def test_a_kernel_counts_its_estimate_or_its_body_at_every_place_of_the_grid():
 def test_an_operation_with_kernels_counts_those_of_the_platform():
     plain = lambda x: [x @ x]
     twice = lambda x: [x @ x + x.T @ x]
-    run = compat.by_platform("test_square", plain, {"tpu": twice})
+    run = primitives.by_platform("test_square", plain, {"tpu": twice})
     assert flops(run, SQUARE, platform="cuda") == Flops(ONE)
     assert flops(run, SQUARE, platform="tpu") == Flops(2 * ONE)
 

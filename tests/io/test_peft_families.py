@@ -82,6 +82,14 @@ CASES = {
 }
 
 
+def move(model, size):
+    """Move whatever of a model of PEFT's is trained, as training does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """(folder of a random base, its class, PEFT's options, our targets, a batch)."""
@@ -324,10 +332,7 @@ def test_tables_of_a_tied_model_that_peft_trained_apart(name, both, tmp_path):
     getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
     options = {"target_modules": [target], "modules_to_save": tables if both else tables[1:]}
     model = peft.get_peft_model(load_theirs(tmp_path / "base", name), peft.LoraConfig(r=2, **options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    move(model, 0.2)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(pj.PeftError, match=r"is the weight of .* load the model with untie=True \(--untie\)"):
         pj.import_peft(tmp_path / "adapter", *pj.load(tmp_path / "base"))
@@ -349,10 +354,7 @@ def test_an_adapter_of_untied_tables_is_imported_evaluated_merged_and_exported(t
     options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     base = load_theirs(tmp_path / "base", "LlamaForCausalLM")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    move(model, 0.2)
     model.save_pretrained(tmp_path / "theirs")
     import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter", untie=True)
     tuned = open_tuned(tmp_path / "adapter")  # the adapter says that the model is untied
@@ -404,10 +406,7 @@ def test_rows_of_tables_that_peft_trains_by_themselves(case, tmp_path):
     getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
     options = peft.LoraConfig(r=2, target_modules=[target], trainable_token_indices=indices)
     model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move(model, 0.3)
     model.save_pretrained(tmp_path / "adapter")
     batch = TOKENS if case == "t5" else {"input_ids": np.array([[5, 3, 4, 9, 7, 6]], np.int32)}
     want = theirs(model, batch)
@@ -430,10 +429,7 @@ def test_biases_that_an_adapter_gives_to_layers_without_one(name, tmp_path):
     targets = ["q", "k", "o", "wo"] if t5 else ["q_proj", "o_proj", "down_proj", "lm_head"]
     options = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, lora_bias=True)
     model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move(model, 0.3)
     model.save_pretrained(tmp_path / "adapter")
     batch = TOKENS if t5 else IDS
     want = theirs(model, batch)
@@ -467,10 +463,7 @@ def test_factors_that_peft_gives_to_parameters_themselves(case, tmp_path):
         rank_pattern={parameters[0]: 3},
     )
     model = peft.get_peft_model(load_theirs(tmp_path / "base", name), options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    move(model, 0.2)
     model.save_pretrained(tmp_path / "adapter")
     want = theirs(model, IDS)
     backbone, params = pj.load(tmp_path / "base")
@@ -491,10 +484,7 @@ def test_an_adapter_of_a_resized_vocabulary_is_imported_with_its_size(tmp_path):
         r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[50, 51, 52]
     )
     model = peft.get_peft_model(base, options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move(model, 0.3)
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(pj.PeftError, match=r"vocab_size=53 \(--vocab-size\)|vocab_size=N"):
         import_saved(tmp_path / "theirs", str(tmp_path / "base"), tmp_path / "adapter")

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax.sharding import AxisType
 
-from peftjax import compat
+from peftjax import primitives
 from peftjax.errors import PeftError
 from peftjax.kernels.kernelised_merge import fused, gpu, reference, tpu
 
@@ -48,8 +48,8 @@ def _operation(name: str) -> Callable[..., Any]:
     interpreted = partial(_flat, partial(getattr(fused, name), partial(tpu.run, interpret=True)))
     title = f"kernelised_merge_{name}"
     bind = {
-        "auto": compat.by_platform(title, partial(_flat, plain), with_kernels),
-        "pallas": compat.by_platform(f"{title}_pallas", interpreted, with_kernels, always=True),
+        "auto": primitives.by_platform(title, partial(_flat, plain), with_kernels),
+        "pallas": primitives.by_platform(f"{title}_pallas", interpreted, with_kernels, always=True),
     }
 
     def operation(*operands: Any, map: Any, implementation: Implementation) -> Any:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-from peftjax import compat
+from peftjax import primitives
 from peftjax.errors import PeftError
 from peftjax.kernels.packed_residuals import gpu, layout, reference, tpu
 
@@ -112,7 +112,7 @@ def _explicit(x: Array) -> bool:
 
 def _operation(name: str) -> Any:
     kernels = {"cuda": getattr(gpu, name), "tpu": getattr(tpu, name)}
-    return compat.by_platform(f"packed_residuals_{name}", getattr(reference, name), kernels)
+    return primitives.by_platform(f"packed_residuals_{name}", getattr(reference, name), kernels)
 
 
 _quantise = _operation("quantise")

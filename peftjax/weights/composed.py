@@ -1,0 +1,22 @@
+"""What weights share whose axes are not those of their parts."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from peftjax.weights.base import Weight
+
+
+class Composed(Weight):
+    """A weight made of others of other axes: what is said of its own (a sharding) holds for no part."""
+
+    def on_base(self, fn: Callable[[Any], Any]) -> Self:
+        """The weight itself."""
+        return self
+
+    def part_specs(self, spec: Any) -> None:
+        """None: the shards of the whole are no shards of its parts."""
+        return None
+
+    def gather_features(self, position: int, *gather: Any) -> None:
+        """None: the shards of a part do not lie together."""
+        return None
