@@ -18,8 +18,8 @@ import jax
 import tyro
 from rich.console import Console
 
-from peftjax import report
-from peftjax.errors import PeftError
+from peftjax.cli import report
+from peftjax.core.errors import PeftError
 from peftjax.models.llama import LLAMA
 from peftjax.models.load import save
 from peftjax.train.config import TrainConfig

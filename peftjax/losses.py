@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peftjax.logits import Logits
+from peftjax.backbone.logits import Logits
 from peftjax.weights.base import cast
 
 Batch = Mapping[str, Array]
 Objective = Callable[[Any, Batch], tuple[dict[str, Float[Array, ""]], Float[Array, ""]]]
-"""`(outputs, batch) -> (sums, weight)`: `sums["loss"] / weight` is minimised, and every other
+"""`(outputs, batch) -> (sums, weight)`: `sums["loss"] / weight` is minimized, and every other
 `sums[name] / weight` reported. Sums, because those of the parts of a batch can be added. A weight of zero
 means that nothing of the batch counts."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftjax.cli import main
+from peftjax.cli.main import main
 
 
 def run(capsys, *arguments):

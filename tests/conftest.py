@@ -1,6 +1,6 @@
 """How every test compiles; set before the first program is.
 
-Eight CPU devices, so that sharded programs run anywhere. LLVM optimises little and sees a program whole, and
+Eight CPU devices, so that sharded programs run anywhere. LLVM optimizes little and sees a program whole, and
 jax 0.10 generates a fusion's code the older and quicker way (newer ones have one way only), because a test
 compiles a program to run it once: what XLA decides (fusion, memory, FLOPs) stays the same. A flag of the
 caller's wins.

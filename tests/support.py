@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.core import tree
 
 KEY = jax.random.key(7)
 _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "scatter-add")

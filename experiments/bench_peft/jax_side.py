@@ -12,7 +12,7 @@ import optax
 
 import peftjax as pj
 from experiments.bench_peft.config import Entrant, Race, tokens
-from peftjax import tree
+from peftjax.core import tree
 
 
 def prepare(folder: Path, entrant: Entrant, race: Race) -> tuple[Callable[[], int], Callable[[], Any]]:

@@ -67,7 +67,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"peftjax": "#1b6ca8", "peft": "#c8553d"}
+    colors = {"peftjax": "#1b6ca8", "peft": "#c8553d"}
     entrants = results["entrants"]
     names = [entrant["name"] for entrant in entrants]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
@@ -77,7 +77,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     right.barh(
         range(len(names)),
         [entrant["peak_mib"] for entrant in entrants],
-        color=[colours[entrant["library"]] for entrant in entrants],
+        color=[colors[entrant["library"]] for entrant in entrants],
     )
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()

@@ -27,8 +27,8 @@ import tyro
 from rich.progress import track
 
 from peftjax.models.minilm import minilm_path
-from peftjax.models.tokenizer import load_tokenizer
-from peftjax.train.data.batches import evaluation_batches, tokenise, training_batches
+from peftjax.text.tokenizer import load_tokenizer
+from peftjax.train.data.batches import evaluation_batches, tokenize, training_batches
 from peftjax.train.data.files import file_dataset
 
 LIBRARIES = ("peftjax", "peft")
@@ -96,7 +96,7 @@ def _run(options: Options, library: str, seed: int) -> dict[str, Any]:
     data = file_dataset(str(options.train), str(options.evaluation))
     tokenizer = load_tokenizer(minilm_path())
     splits = [
-        tokenise(part, tokenizer.encode, max_length=options.max_length, pad_id=tokenizer.pad_id)
+        tokenize(part, tokenizer.encode, max_length=options.max_length, pad_id=tokenizer.pad_id)
         for part in (data.train, data.evaluation)
     ]
     train, logits = (_peftjax if library == "peftjax" else _peft)(options, seed)
@@ -137,7 +137,7 @@ def _peftjax(options: Options, seed: int) -> Side:
     model, params = pj.load(minilm_path(), head="mean_classifier", num_labels=2, key=jax.random.key(seed))
     params["head"] = jax.tree.map(jnp.zeros_like, params["head"])
     lora = pj.lora(rank=options.rank, alpha=2 * options.rank)
-    method = pj.chain(lora, pj.train(["head/classifier"]))
+    method = pj.chain(lora, pj.unfreeze(["head/classifier"]))
     tx = method.optimizer(optax.adamw(options.learning_rate, weight_decay=0.0))
     frozen, trainable = method.init(jax.random.key(seed), params)
     held = {"trainable": trainable, "state": tx.init(trainable)}

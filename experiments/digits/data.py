@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
 
 CLASSES = 10

@@ -10,7 +10,7 @@ import numpy as np
 import peftjax as pj
 from experiments.digits.data import CLASSES, Images, draw, of_classes, training_batches
 from experiments.tuning.trainer import make_trainer
-from peftjax.models.backbone import Backbone, Params
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.vit import ViTConfig, vit
 
 KNOWN = CLASSES // 2

@@ -36,7 +36,7 @@ from experiments.tuning.entrants import Entrant, adapter_size, references, requi
 from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Run, open_record
 from experiments.tuning.report import write_report
-from peftjax import tree
+from peftjax.core import tree
 
 TOLERANCE = 0.05
 """How far apart the numbers of trained parameters may be."""

@@ -15,7 +15,7 @@ from experiments.digits.data import Images, draw, of_classes, training_batches
 from experiments.digits.pretrain import KNOWN, Pretrained
 from experiments.tuning.entrants import Entrant, adapter_size, method_for
 from experiments.tuning.trainer import Fitted, make_trainer
-from peftjax.models.backbone import Params
+from peftjax.backbone.backbone import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from peftjax.train.config import TrainConfig
 from peftjax.train.data.batches import training_batches
 from peftjax.train.optimizer import make_optimizer
 from peftjax.train.step import make_step
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 import peftjax as pj
-from peftjax.models.backbone import Backbone, Params
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.train.options import with_new_head
 
 

@@ -26,7 +26,7 @@ from experiments.memory.report import plot, report
 from experiments.memory.rows import ROWS, Row
 from experiments.memory.subjects import SUBJECTS, Subject
 from experiments.memory.table import fill_table
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 
 @dataclasses.dataclass(frozen=True)

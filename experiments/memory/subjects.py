@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.models import llama, roberta
-from peftjax.models.backbone import Backbone
 from peftjax.models.decoder import decoder
 from peftjax.models.vit import ViTConfig, vit
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone
+from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
 from peftjax.models import llama
-from peftjax.models.backbone import Backbone
 from peftjax.models.decoder import decoder
 
 BYTES = 256

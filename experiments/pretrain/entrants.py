@@ -62,7 +62,7 @@ def full(sizes: Projection) -> pj.Transform:
 
 def with_rest(method: pj.Transform) -> pj.Transform:
     """A method of the blocks' matrices, and plain training of all else."""
-    return pj.chain(method, pj.train(BESIDE_LORA))
+    return pj.chain(method, pj.unfreeze(BESIDE_LORA))
 
 
 def lora(sizes: Projection) -> pj.Transform:

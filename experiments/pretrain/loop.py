@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 import peftjax as pj
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch, classification
-from peftjax.models.backbone import Backbone, Params
 from peftjax.train.step import Evaluate, Renew, Step, make_evaluate, make_renewals, make_step
 
 Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]

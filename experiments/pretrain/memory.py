@@ -27,7 +27,7 @@ from experiments.pretrain.memory_report import plot, report
 from experiments.pretrain.memory_rows import ROWS, MemoryRow
 from experiments.pretrain.sizes import SIZES, Size
 from experiments.pretrain.versions import versions
-from peftjax.kept import nbytes
+from peftjax.planner.residuals import nbytes
 
 REMAT = "nothing_saveable"
 EVERY, SCALE, STEPS = 200, 0.25, 10_000

@@ -24,9 +24,9 @@ from experiments.pretrain.entrants import (
     switchlora,
     with_rest,
 )
-from peftjax.methods.projected.projected import Write
+from peftjax.methods.projected._projected import Write
 from peftjax.optim.refresh import Method
-from peftjax.transform import Frozen, Params, Trainable
+from peftjax.transform.transform import Frozen, Params, Trainable
 
 RATE = 1e-3
 

@@ -35,9 +35,9 @@ from experiments.pretrain.versions import versions
 from experiments.pretrain.ways import WAYS, Way, compressed_side
 from experiments.tuning.pace import measure_pace
 from experiments.tuning.record import open_record
-from peftjax import tree
+from peftjax.core import tree
 from peftjax.losses import cross_entropy
-from peftjax.methods.projected.refresh import OVERSAMPLING
+from peftjax.methods.projected._refresh import OVERSAMPLING
 from peftjax.optim.bases import captured_energy
 
 Energy = dict[str, dict[str, list[float]]]

@@ -126,16 +126,16 @@ def draw_curves(lines: Sequence[Line], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    colours = pyplot.get_cmap("tab20").colors
+    colors = pyplot.get_cmap("tab20").colors
     for place, line in enumerate(sorted(lines, key=lambda line: statistics.mean(line.losses))):
         steps = [step for step, _ in line.runs[0]["curve"]]
         losses = list(zip(*([loss for _, loss in run["curve"]] for run in line.runs), strict=True))
         means = [statistics.mean(column) for column in losses]
         for axis in axes:
-            colour = colours[place % len(colours)]
-            axis.plot(steps, means, label=line.label, color=colour)
+            color = colors[place % len(colors)]
+            axis.plot(steps, means, label=line.label, color=color)
             axis.fill_between(
-                steps, *([pick(column) for column in losses] for pick in (min, max)), alpha=0.2, color=colour
+                steps, *([pick(column) for column in losses] for pick in (min, max)), alpha=0.2, color=color
             )
     axes[0].set_ylabel("held-out loss, nats per byte")
     axes[1].set_xlim(steps[-1] / 2, steps[-1])

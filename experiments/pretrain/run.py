@@ -34,8 +34,8 @@ from experiments.pretrain.report import write_report
 from experiments.pretrain.versions import versions
 from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Record, Run, open_record
-from peftjax.kept import nbytes
-from peftjax.models.backbone import Params
+from peftjax.backbone.backbone import Params
+from peftjax.planner.residuals import nbytes
 
 WIDER = 2
 """How often the learning rates are extended, at most."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from experiments.memory.subjects import Subject
+from peftjax.backbone.backbone import Backbone
 from peftjax.models import llama
-from peftjax.models.backbone import Backbone
 from peftjax.models.decoder import decoder
 
 LENGTH = 256

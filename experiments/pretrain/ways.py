@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.projected.refresh import OVERSAMPLING
+from peftjax.methods.projected._refresh import OVERSAMPLING
 from peftjax.optim.bases import Side, gram_basis, start_rows, subspace_iteration, svd_basis
 from peftjax.optim.refresh import sides_of
 

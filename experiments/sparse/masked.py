@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.core import tree
 from peftjax.weights.base import logical, static, structured
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout

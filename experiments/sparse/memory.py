@@ -74,7 +74,7 @@ class Options:
 def method_of(row: str) -> pj.Transform:
     """The method of a row, with the head and the class token."""
     method = ROWS[row]()
-    return method if row == "full" else pj.chain(method, pj.train(TRAINED_TOO))
+    return method if row == "full" else pj.chain(method, pj.unfreeze(TRAINED_TOO))
 
 
 def measure(config: ViTConfig, row: str, options: Options) -> pj.Plan:

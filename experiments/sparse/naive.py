@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.weights.arrange import to_logical
+from peftjax.core import tree
+from peftjax.weights.canonical import to_logical
 
 
 def naive(snell: pj.Transform) -> pj.Transform:

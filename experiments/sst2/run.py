@@ -31,10 +31,10 @@ from experiments.tuning.progress import progress_bar
 from experiments.tuning.record import Run, open_record
 from experiments.tuning.report import write_report
 from experiments.tuning.trainer import make_trainer
-from peftjax.models.backbone import Backbone, Params
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.minilm import minilm_path
-from peftjax.models.tokenizer import load_tokenizer
-from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, tokenise, training_batches
+from peftjax.text.tokenizer import load_tokenizer
+from peftjax.train.data.batches import TokenizedSplit, evaluation_batches, tokenize, training_batches
 from peftjax.train.data.dataset import Split
 from peftjax.train.data.files import file_dataset
 
@@ -72,9 +72,9 @@ class Options:
 class Texts:
     """What to train on, to choose the learning rate by, and to test on."""
 
-    train: TokenisedSplit
-    held_out: TokenisedSplit
-    test: TokenisedSplit
+    train: TokenizedSplit
+    held_out: TokenizedSplit
+    test: TokenizedSplit
 
 
 def read_texts(options: Options) -> Texts:
@@ -85,7 +85,7 @@ def read_texts(options: Options) -> Texts:
     tokenizer = load_tokenizer(minilm_path())
     return Texts(
         *(
-            tokenise(part, tokenizer.encode, max_length=options.max_length, pad_id=tokenizer.pad_id)
+            tokenize(part, tokenizer.encode, max_length=options.max_length, pad_id=tokenizer.pad_id)
             for part in (*parts, data.evaluation)
         )
     )

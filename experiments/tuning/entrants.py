@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Params
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
-from peftjax.models.backbone import Backbone, Params
 from peftjax.train.options import with_new_head
 
 HEAD = ["head/classifier"]
@@ -52,7 +52,7 @@ def references() -> tuple[Entrant, ...]:
     return (
         Entrant("full", lambda setting: pj.full(), matched=False),
         Entrant("bitfit", lambda setting: pj.bitfit(), matched=False),
-        Entrant("head only", lambda setting: pj.train(HEAD), matched=False),
+        Entrant("head only", lambda setting: pj.unfreeze(HEAD), matched=False),
     )
 
 
@@ -74,8 +74,8 @@ def method_for(
 
     setting = Setting(
         steps,
-        lambda: pj.mean_gradient(loss, params, calibration),
-        lambda: pj.fisher_information(loss, params, calibration),
+        lambda: pj.calibrate.mean_gradient(loss, params, calibration),
+        lambda: pj.calibrate.fisher_information(loss, params, calibration),
     )
     return with_new_head(entrant.make(setting), model, params)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tuning.report import write_json
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import read_json
 
 Run = dict[str, Any]

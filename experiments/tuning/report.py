@@ -82,12 +82,10 @@ def draw_plot(lines: Sequence[Line], file: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(7, 0.8 + 0.32 * len(lines)), layout="constrained")
     for place, line in enumerate(lines):
-        colour = "#1b6ca8" if line["matched"] else "#8a8a8a"
+        color = "#1b6ca8" if line["matched"] else "#8a8a8a"
         scores = [100 * score for score in line["accuracy"]]
-        axis.scatter(scores, [place] * len(scores), s=12, color=colour, alpha=0.4, linewidths=0)
-        axis.errorbar(
-            statistics.mean(scores), place, xerr=deviation(scores), fmt="o", color=colour, capsize=3
-        )
+        axis.scatter(scores, [place] * len(scores), s=12, color=color, alpha=0.4, linewidths=0)
+        axis.errorbar(statistics.mean(scores), place, xerr=deviation(scores), fmt="o", color=color, capsize=3)
     axis.set_yticks(range(len(lines)), [f"{line['label']} ({line['trained']:,})" for line in lines])
     axis.invert_yaxis()
     axis.set_xlabel("test accuracy, %: seeds, mean and standard deviation")

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 import peftjax as pj
+from peftjax.backbone.backbone import Backbone
 from peftjax.losses import Batch, classification
-from peftjax.models.backbone import Backbone
 from peftjax.train.config import TrainConfig
 from peftjax.train.optimizer import make_optimizer
 from peftjax.train.step import make_evaluate, make_step

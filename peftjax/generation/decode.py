@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from peftjax.adapt import adapt
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Batch, Cache, Params
+from peftjax.core.errors import PeftError
 from peftjax.generation.prompt import left_padded
-from peftjax.models.backbone import Backbone, Batch, Cache, Params
+from peftjax.interpreter import adapt
 from peftjax.models.decoder import DecoderConfig
 
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Batch, Params
+from peftjax.core.errors import PeftError
 from peftjax.generation.decode import require_generator, start, step
 from peftjax.generation.prompt import longest, require_prompts
 from peftjax.generation.sampling import Choice, choice
-from peftjax.models.backbone import Backbone, Batch, Params
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.models.backbone import Batch
+from peftjax.backbone.backbone import Batch
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.models.vocabulary import require_ids
 
 KEYS = ("input_ids", "attention_mask", "position_ids")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 Scalar = float | Float[Array, ""]
 

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Batch, Params
+from peftjax.core.errors import PeftError
 from peftjax.generation.decode import start, step
 from peftjax.generation.generate import generate
 from peftjax.generation.sampling import Choice
-from peftjax.models.backbone import Backbone, Batch, Params
-from peftjax.models.chat import ChatTemplate, render
-from peftjax.models.tokenizer import Tokenizer
 from peftjax.models.vocabulary import require_ids
+from peftjax.text.chat import ChatTemplate, render
+from peftjax.text.tokenizer import Tokenizer
 
 SHORTEST = 16
 """Columns of a batch are this many or a power of two times as many, so few shapes are compiled."""

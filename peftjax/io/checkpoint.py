@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Key, PyTree
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io import checksums
 from peftjax.io.files import checked
 from peftjax.io.unreadable import (

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 FILE = "at_work.pid"
 # What a file system says that has no locks, such as some network ones.

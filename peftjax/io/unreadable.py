@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.checksums import damage
 from peftjax.io.files import read_as
 

@@ -11,31 +11,24 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from peftjax.errors import PeftError
-from peftjax.models.backbone import Backbone, Batch
+from peftjax.backbone.backbone import Backbone, Batch
+from peftjax.backbone.block import Block
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.heads import Classifier, Hidden, MaskedLM, MeanClassifier, MeanPool, Pooler
+from peftjax.backbone.layers import Context, Dropout, layer_norm
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import nearest
 from peftjax.models.bert_config import BertConfig, read_config, write_config
-from peftjax.models.block import Block
-from peftjax.models.block_config import BlockConfig
 from peftjax.models.family import FEATURES, Family, Head, require_length
-from peftjax.models.heads import (
-    Classifier,
-    Hidden,
-    MaskedLM,
-    MeanClassifier,
-    MeanPool,
-    Pooler,
-)
-from peftjax.models.layers import Context, Dropout, layer_norm
 from peftjax.models.vocabulary import row_ids
 from peftjax.models.weight_map import Weight, embedding, linear, norm
-from peftjax.tree import nearest
 
 HEADS = {
     "none": Head("BertModel", **FEATURES),
     "mean": Head("BertModel", **FEATURES),
     "cls": Head("BertModel", **FEATURES),
-    "classifier": Head("BertForSequenceClassification", "head/classifier/", labelled=True, task="SEQ_CLS"),
-    "mean_classifier": Head("BertModel", "head/classifier/", labelled=True, **FEATURES),
+    "classifier": Head("BertForSequenceClassification", "head/classifier/", labeled=True, task="SEQ_CLS"),
+    "mean_classifier": Head("BertModel", "head/classifier/", labeled=True, **FEATURES),
     "masked_lm": Head(
         "BertForMaskedLM",
         "head/",

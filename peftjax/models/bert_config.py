@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.errors import PeftError
+from peftjax.backbone.layers import ACTIVATIONS
+from peftjax.core.errors import PeftError
 from peftjax.models.family import (
     label_names,
     read_labels,
@@ -16,7 +17,6 @@ from peftjax.models.family import (
     require_size,
     write_labels,
 )
-from peftjax.models.layers import ACTIVATIONS
 
 # Settings that would change the computation, with the only value this backbone computes.
 REQUIRED = {

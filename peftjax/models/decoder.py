@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from peftjax.errors import PeftError
-from peftjax.logits import Logits
-from peftjax.models.backbone import Backbone, Batch, Params
-from peftjax.models.block import Block
-from peftjax.models.block_config import BlockConfig, make_norm
+from peftjax.backbone.backbone import Backbone, Batch, Params
+from peftjax.backbone.block import Block
+from peftjax.backbone.block_config import BlockConfig, make_norm
+from peftjax.backbone.heads import OutputKernel, mean_pool
+from peftjax.backbone.layers import Context, Dropout, dense
+from peftjax.backbone.logits import Logits
+from peftjax.backbone.rope import rotation
+from peftjax.core.errors import PeftError
 from peftjax.models.family import (
     FEATURES,
     Head,
@@ -26,9 +29,6 @@ from peftjax.models.family import (
     require_size,
     write_labels,
 )
-from peftjax.models.heads import OutputKernel, mean_pool
-from peftjax.models.layers import Context, Dropout, dense
-from peftjax.models.rope import rotation
 from peftjax.models.vocabulary import row_ids
 from peftjax.models.weight_map import Weight
 
@@ -280,7 +280,7 @@ def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]
     table = Weight("embed/word/embedding", "lm_head.weight", kind="tied")
     return {
         "causal_lm": Head(causal_lm, task="CAUSAL_LM", tied=(table,)),
-        "classifier": Head(classifier, "head/classifier/", labelled=True, task="SEQ_CLS"),
+        "classifier": Head(classifier, "head/classifier/", labeled=True, task="SEQ_CLS"),
         "none": features,
         "mean": features,
     }

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from peftjax.errors import PeftError
-from peftjax.models.backbone import Backbone
+from peftjax.backbone.backbone import Backbone
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import nearest
 from peftjax.models.weight_map import Weight
-from peftjax.tree import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Head:
         architecture: the Hugging Face class a saved checkpoint names in `config.json`.
         task_weights: prefix of the parameters a pretrained checkpoint may lack altogether; they
             are then drawn at random. None when the head is never drawn.
-        labelled: whether its output has one column per label.
+        labeled: whether its output has one column per label.
         task: Hugging Face's name of the task, such as "SEQ_CLS"; None where it has none.
         bare: whether the class is the backbone alone: its names lack the family's prefix, and it has no
             tensor whose name has another.
@@ -33,7 +33,7 @@ class Head:
 
     architecture: str
     task_weights: str | None = None
-    labelled: bool = False
+    labeled: bool = False
     task: str | None = None
     bare: bool = False
     tied: tuple[Weight, ...] = ()

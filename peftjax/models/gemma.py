@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.backbone.rope import read_rope
+from peftjax.backbone.windows import FULL, SLIDING, read_windows, window_settings
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.family import require_settings
 from peftjax.models.llama import (
@@ -23,8 +25,6 @@ from peftjax.models.llama import (
     llama_family,
     scale,
 )
-from peftjax.models.rope import read_rope
-from peftjax.models.windows import FULL, SLIDING, read_windows, window_settings
 
 DEFAULTS = {
     "head_dim": 256,

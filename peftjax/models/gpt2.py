@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.models.block_config import BlockConfig
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.layers import ACTIVATIONS
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
-from peftjax.models.layers import ACTIVATIONS
 from peftjax.models.weight_map import Weight, conv1d, embedding, linear, norm
 
 LAYER = "transformer.h.{layer}."

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftjax.errors import PeftError
-from peftjax.models.block_config import BlockConfig
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.layers import ACTIVATIONS
+from peftjax.backbone.rope import read_rope
+from peftjax.core.errors import PeftError
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
-from peftjax.models.layers import ACTIVATIONS
-from peftjax.models.rope import read_rope
 from peftjax.models.weight_map import Weight, embedding, linear
 
 LAYER = "model.layers.{layer}."

@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
+from peftjax.core.errors import PeftError
 from peftjax.io.files import checked, read_json, replacing
 from peftjax.io.safetensors import SINGLE_FILE, Tensor, describe_tensors, find_tensors, write_tensors
-from peftjax.models.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
@@ -112,9 +112,9 @@ def load(
             raise PeftError(f"a model of the family {family.name!r} has no vocabulary to resize")
         config = dataclasses.replace(config, vocab_size=vocab_size)
         model = family.build(config, head=head, dtype=dtype, remat=remat)
-    if num_labels is not None and not family.heads[head].labelled:
-        labelled = ", ".join(name for name, spec in family.heads.items() if spec.labelled)
-        raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labelled}")
+    if num_labels is not None and not family.heads[head].labeled:
+        labeled = ", ".join(name for name, spec in family.heads.items() if spec.labeled)
+        raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labeled}")
     specs = jax.eval_shape(model.init, jax.random.key(0))
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():

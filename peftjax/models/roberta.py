@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Batch
+from peftjax.backbone.heads import Classifier, MaskedLM
+from peftjax.core.errors import PeftError
 from peftjax.models import bert_config
-from peftjax.models.backbone import Backbone, Batch
 from peftjax.models.bert import BertEmbed, bert_head, body_weights, encoder, with_output
 from peftjax.models.bert_config import BertConfig, write_config
 from peftjax.models.family import FEATURES, Family, Head, require_length, with_prefix
-from peftjax.models.heads import Classifier, MaskedLM
 from peftjax.models.weight_map import Weight, linear, norm
 
 WEIGHTS: tuple[Weight, ...] = (
@@ -111,8 +111,8 @@ def _heads(classes: str) -> dict[str, Head]:
         "none": features,
         "mean": features,
         "cls": features,
-        "classifier": Head(f"{classes}ForSequenceClassification", "head/", labelled=True, task="SEQ_CLS"),
-        "mean_classifier": Head(f"{classes}Model", "head/classifier/", labelled=True, **FEATURES),
+        "classifier": Head(f"{classes}ForSequenceClassification", "head/", labeled=True, task="SEQ_CLS"),
+        "mean_classifier": Head(f"{classes}Model", "head/classifier/", labeled=True, **FEATURES),
         "masked_lm": Head(f"{classes}ForMaskedLM", "head/", tied=tied),
     }
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, same_numbers
-from peftjax.models.backbone import Backbone
 from peftjax.models.family import Family
 from peftjax.models.weight_map import Weight
 

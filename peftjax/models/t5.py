@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from peftjax.errors import PeftError
-from peftjax.logits import Logits
-from peftjax.models.backbone import TOKENS, Backbone, Batch, Params
-from peftjax.models.block import Block
-from peftjax.models.block_config import make_norm
+from peftjax.backbone.backbone import TOKENS, Backbone, Batch, Params
+from peftjax.backbone.block import Block
+from peftjax.backbone.block_config import make_norm
+from peftjax.backbone.heads import OutputKernel, mean_pool
+from peftjax.backbone.layers import Context, Dropout, dense
+from peftjax.backbone.logits import Logits
+from peftjax.core.errors import PeftError
 from peftjax.models.family import FEATURES, Family, Head, require_known, with_prefix
-from peftjax.models.heads import OutputKernel, mean_pool
-from peftjax.models.layers import Context, Dropout, dense
 from peftjax.models.t5_config import T5Config, read_config, write_config
 from peftjax.models.t5_positions import RelativeBias
 from peftjax.models.vocabulary import row_ids
@@ -223,7 +223,7 @@ def _heads(prefix: str) -> dict[str, Head]:
         "classifier": Head(
             f"{prefix}ForSequenceClassification",
             "head/classifier/",
-            labelled=True,
+            labeled=True,
             task="SEQ_CLS",
             in_memory=with_prefix("transformer.", "classification_head"),
             **both,

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from peftjax.errors import PeftError
-from peftjax.models.backbone import Backbone, Batch, Params
-from peftjax.models.block import Block
-from peftjax.models.block_config import BlockConfig
+from peftjax.backbone.backbone import Backbone, Batch, Params
+from peftjax.backbone.block import Block
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm
+from peftjax.core.errors import PeftError
 from peftjax.models.family import (
     FEATURES,
     Family,
@@ -27,14 +28,13 @@ from peftjax.models.family import (
     require_size,
     write_labels,
 )
-from peftjax.models.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm
 from peftjax.models.weight_map import Weight, convolution, linear, norm
 
 HEADS = {
     "none": Head("ViTModel", **FEATURES),
     "mean": Head("ViTModel", **FEATURES),
     "cls": Head("ViTModel", **FEATURES),
-    "classifier": Head("ViTForImageClassification", "head/classifier/", labelled=True),
+    "classifier": Head("ViTForImageClassification", "head/classifier/", labeled=True),
 }
 
 LAYER = "vit.encoder.layer.{layer}."

@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from peftjax.errors import PeftError
-from peftjax.models.backbone import Batch
+from peftjax.backbone.backbone import Batch
+from peftjax.core.errors import PeftError
 
 
 def require_ids(

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is

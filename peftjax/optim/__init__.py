@@ -1,17 +1,17 @@
 """Optimizers and rewrites of optimizers, as optax gradient transformations."""
 
-from peftjax.optim.adamp import adamp
-from peftjax.optim.adamw import adamw, decay_updated_weights, scale_by_released_adam
+from peftjax.optim._adamp import adamp
+from peftjax.optim._adamw import adamw, decay_updated_weights, scale_by_released_adam
+from peftjax.optim._eight_bit import EightBitState, eight_bit
+from peftjax.optim._galore import galore
+from peftjax.optim._sgdp import sgdp
 from peftjax.optim.bases import captured_energy, gram_basis, subspace_iteration, svd_basis
-from peftjax.optim.blockwise import Codes
-from peftjax.optim.eight_bit import EightBitState, eight_bit
-from peftjax.optim.galore import galore
 from peftjax.optim.nap import normalize_and_project
 from peftjax.optim.natural import natural_galore, scale_by_natural_gradient
 from peftjax.optim.projection import project
 from peftjax.optim.radial import remove_radial
 from peftjax.optim.row_adam import row_adamw, scale_by_row_adam
-from peftjax.optim.sgdp import sgdp
+from peftjax.quantize.blockwise import Codes
 
 __all__ = [
     "Codes",

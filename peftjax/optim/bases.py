@@ -8,7 +8,7 @@ G: ‖G - Pᵀ P G‖² is the sum of the squared singular values that are left 
 - `svd_basis`: the thin singular value decomposition. Exact; slow on accelerators.
 - `gram_basis`: the eigenvectors of G Gᵀ (or Gᵀ G). One product and one symmetric problem; squaring loses the
   directions with a singular value below 3e-4 of the largest in float32.
-- `subspace_iteration`: randomised (Halko, Martinsson, Tropp 2011, arXiv 0909.4061), and needs G only through
+- `subspace_iteration`: randomized (Halko, Martinsson, Tropp 2011, arXiv 0909.4061), and needs G only through
   products with few vectors, as gradient passes give them without ever forming G.
 
 Decompositions take the matrices of a stack one after the other, so that their float32 copy and workspace are
@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.errors import PeftError
-from peftjax.weights.explicit import whole
+from peftjax.core.errors import PeftError
+from peftjax.weights.sharding import whole
 
 Side = Literal["input", "output"]
 _EXACT = lax.Precision.HIGHEST  # float32 products, also where the default is bfloat16 or TF32

@@ -7,9 +7,9 @@ its own, and heads or windows of convolutions belong to the inputs or the output
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.tree import Targets
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 

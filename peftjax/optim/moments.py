@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import DictKey
 
-from peftjax.errors import PeftError
-from peftjax.optim.blockwise import Codes, coded_like, decode
+from peftjax.core.errors import PeftError
 from peftjax.optim.moment_fields import field_of, is_gradient_sum, kind_of, parameter_of
+from peftjax.quantize.blockwise import Codes, coded_like, decode
 
 Path = tuple[Any, ...]
 """The way to an array in the trainable: names of dictionaries, or keys of jax's."""

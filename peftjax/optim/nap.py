@@ -1,7 +1,7 @@
-"""NaP: normalise and project, every weight matrix back on the sphere of its first norm after every step.
+"""NaP: normalize and project, every weight matrix back on the sphere of its first norm after every step.
 
 "Normalization and Effective Learning Rates in Reinforcement Learning", Lyle et al., NeurIPS 2024, arXiv
-2407.01800 (no released code). In a network with a normalisation after every linear layer the outputs do not
+2407.01800 (no released code). In a network with a normalization after every linear layer the outputs do not
 depend on the norms of the weights, but the effective learning rate does: it falls with ‖W‖² (SGD) or ‖W‖
 (Adam), and training makes ‖W‖ grow. For every matrix W `[in, out]` of a stack and an optimizer's step u,
 
@@ -35,10 +35,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from peftjax import tree
+from peftjax.core import tree
+from peftjax.core.tree import Targets
 from peftjax.optim.matrices import is_matrix, matrix_layouts, select_matrices
 from peftjax.optim.updates import is_placeholder, require_params, widened
-from peftjax.tree import Targets
 
 _WHO = "normalize_and_project"
 # Parameters on one sphere: each with the axes to sum over, the inputs first and then the outputs.
@@ -70,7 +70,7 @@ def normalize_and_project(
         targets: which matrices, as in `lora`; 'all-linear' leaves the readout, convolutions and embeddings
             free.
         exclude: the same forms; wins.
-        norms: normalisation modules, by name as `targets`, whose scale (with the bias where there is one)
+        norms: normalization modules, by name as `targets`, whose scale (with the bias where there is one)
             is kept on a sphere too.
         layouts: axes by the end of a name, where it does not tell them.
         strict: refuse parameters in which 'all-linear' finds no matrix; by default the steps are those of

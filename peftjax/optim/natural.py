@@ -33,14 +33,14 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.optim.galore import Mask, Order, scale_by_adam, step_and_decay
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.optim._galore import Mask, Order, scale_by_adam, step_and_decay
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.projection import project
 from peftjax.optim.refresh import Method, Signs
 from peftjax.optim.updates import is_below, require_known
-from peftjax.tree import Targets
 
 _FLOOR = 1e-6
 _SMALLEST = 1e-45

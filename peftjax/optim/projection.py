@@ -32,14 +32,14 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
 from peftjax.optim import refresh as of
 from peftjax.optim.moments import Path
 from peftjax.optim.rotation import Moments, follow_bases, gradient_sums, require_rotatable
 from peftjax.optim.updates import is_placeholder
-from peftjax.tree import Targets
-from peftjax.weights.arrange import to_canonical, to_logical
+from peftjax.weights.canonical import to_canonical, to_logical
 
 
 class ProjectionState(NamedTuple):

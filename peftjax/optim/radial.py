@@ -1,7 +1,7 @@
 """No radial part in the step of a scale-invariant weight: the projection of AdamP and SGDP.
 
 "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", Heo et al., ICLR 2021,
-arXiv 2006.08217. Where the loss does not depend on a weight's norm (a normalisation follows), the gradient
+arXiv 2006.08217. Where the loss does not depend on a weight's norm (a normalization follows), the gradient
 is orthogonal to the weight, but momentum is not: it lengthens the weight, and so shrinks the effective step.
 Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer proposes,
 
@@ -29,7 +29,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from peftjax import tree
+from peftjax.core import tree
 from peftjax.optim.matrices import matrix_layouts
 from peftjax.optim.updates import is_placeholder, require_params, widened
 from peftjax.weights.layout import Layout

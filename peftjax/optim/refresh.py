@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
 from peftjax.optim.bases import (
     Side,
     gram_basis,
@@ -40,7 +41,6 @@ from peftjax.optim.bases import (
 )
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.updates import is_below, require_known
-from peftjax.tree import Targets
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.layout import Layout
 

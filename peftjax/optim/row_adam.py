@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.optim.moments import Change
 
 
@@ -84,7 +84,7 @@ def zero_rows(rows: Array, *, who: str) -> Change:
         who: the method, for the error.
 
     Raises:
-        PeftError: when called on integers that are no count, such as quantised moments of others than
+        PeftError: when called on integers that are no count, such as quantized moments of others than
             `eight_bit`.
     """
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 
 def widened(x: Array) -> Array:

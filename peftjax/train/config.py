@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "adamw8bit", "lion8bit"]
 Schedule = Literal["constant", "linear", "cosine"]

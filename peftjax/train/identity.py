@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import read_json, replacing
 
 FILE = "run.json"

@@ -6,8 +6,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from peftjax.errors import PeftError
-from peftjax.io.adapter import CONFIG, read_config
+from peftjax.adapters.files import CONFIG, read_config
+from peftjax.core.errors import PeftError
 from peftjax.io.files import checked
 from peftjax.train.config import Task
 from peftjax.train.data.language.dataset import RowOptions, Source

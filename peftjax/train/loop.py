@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
 from peftjax.io.checkpoint import RunState
 from peftjax.io.files import checked
@@ -37,7 +37,7 @@ from peftjax.train.step import (
     make_write,
 )
 from peftjax.train.usage import Throughput, peak_memory
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 
 @dataclass(frozen=True)

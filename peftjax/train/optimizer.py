@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from peftjax.optim.eight_bit import eight_bit
+from peftjax.optim._eight_bit import eight_bit
 from peftjax.train.config import TrainConfig
 
 _Make = Callable[[optax.Schedule, TrainConfig], optax.GradientTransformation]

@@ -10,15 +10,13 @@ from typing import Any
 
 import jax
 
-from peftjax import tree
-from peftjax.chain import chain
-from peftjax.errors import PeftError
-from peftjax.methods import KNOWN, build
-from peftjax.methods.select.plain import train
-from peftjax.models.backbone import Backbone, Params
+from peftjax.backbone.backbone import Backbone, Params
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.selection.plain import unfreeze
 from peftjax.models.load import FAMILIES, load, read_family
 from peftjax.models.minilm import minilm_path
-from peftjax.models.tokenizer import Tokenizer, load_tokenizer
+from peftjax.text.tokenizer import Tokenizer, load_tokenizer
 from peftjax.train.config import Task, TrainConfig
 from peftjax.train.data.dataset import TextDataset
 from peftjax.train.data.docstrings import docstring_dataset
@@ -27,7 +25,9 @@ from peftjax.train.data.language.corpus import PLAIN_TEXT
 from peftjax.train.data.language.dataset import RowOptions, SourceOptions
 from peftjax.train.data.tfds import PREFIX, tfds_dataset
 from peftjax.train.options_file import parse_yaml
-from peftjax.transform import Transform
+from peftjax.transform.chain import chain
+from peftjax.transform.registry import KNOWN, build
+from peftjax.transform.transform import Transform
 
 MINILM = "minilm"
 DOCSTRINGS = "docstrings"
@@ -38,11 +38,11 @@ _REGEX_CHARACTERS = re.compile(r"[.*+?\[\](){}|\\^$]")
 
 @dataclass(frozen=True)
 class DataOptions(SourceOptions):
-    """Texts to train and evaluate on: labelled ones, or what a language model is to write."""
+    """Texts to train and evaluate on: labeled ones, or what a language model is to write."""
 
     data: str = DOCSTRINGS
     """A .jsonl, .csv, .tsv or .parquet file, 'tfds:NAME', or 'docstrings': those of this Python's
-    standard library, labelled with their package. For a language model a file of chats, of prompts with
+    standard library, labeled with their package. For a language model a file of chats, of prompts with
     completions, or of running text, which can also be plain (.txt)."""
     eval_data: str | None = None
     """A file to evaluate on; without one, a tenth of the training file is held out."""
@@ -94,7 +94,7 @@ class RunOptions:
     """Everything that `run` needs."""
 
     task: Task | None = None
-    """'classification' of labelled texts, or 'language' (the next token, for a decoder); by default
+    """'classification' of labeled texts, or 'language' (the next token, for a decoder); by default
     language for a decoder on texts without labels, else classification."""
     texts: DataOptions = field(default_factory=DataOptions)
     rows: RowOptions = field(default_factory=RowOptions)
@@ -258,7 +258,7 @@ def with_new_head(method: Transform, model: Backbone, params: Params) -> Transfo
         for path, leaf in tree.named_leaves(frozen.params).items()
         if path.startswith(prefix) and not isinstance(leaf, tree.Hole)
     ]
-    return chain(method, train(left)) if left else method
+    return chain(method, unfreeze(left)) if left else method
 
 
 def start_at_probe(

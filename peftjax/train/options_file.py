@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import require_file
 
 _LARGEST = 2**20  # bytes

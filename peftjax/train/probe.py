@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.losses import accuracy, cross_entropy
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -44,7 +44,7 @@ def linear_probe(
     classes: int,
     seed: int = 0,
 ) -> ProbeResult:
-    """Multinomial logistic regression on standardised features, by full-batch L-BFGS:
+    """Multinomial logistic regression on standardized features, by full-batch L-BFGS:
 
     min over W [D, C], b [C] of  mean_i CE(x_i W + b, y_i) + λ/2 ‖W‖².
 
@@ -98,7 +98,7 @@ def fit_probe(
     penalty: float,
     classes: int,
 ) -> Weights:
-    """The minimiser of the regularised loss, started at zero (the problem is convex).
+    """The minimizer of the regularized loss, started at zero (the problem is convex).
 
     `counts` are the examples' weights in the mean.
     """
@@ -109,10 +109,10 @@ def fit_probe(
         return cross_entropy(logits, {"labels": labels, "weights": counts}) + decay
 
     start = {"kernel": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
-    return _minimise(loss, start)
+    return _minimize(loss, start)
 
 
-def _minimise(loss: Callable[[Weights], Array], start: Weights) -> Weights:
+def _minimize(loss: Callable[[Weights], Array], start: Weights) -> Weights:
     """Full-batch L-BFGS until the gradient is small or `ITERATIONS` are done."""
     tx = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)

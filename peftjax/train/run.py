@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 
-from peftjax import tree
-from peftjax.io.adapter import save_adapter
+from peftjax.adapters.files import save_adapter
+from peftjax.backbone.backbone import Backbone
+from peftjax.cli.report import adapted_line
+from peftjax.core import tree
 from peftjax.io.files import replacing
 from peftjax.losses import Batch, classification, mean
-from peftjax.methods import describe
-from peftjax.models.backbone import Backbone
-from peftjax.report import adapted_line
 from peftjax.train.config import TrainConfig, plan_steps, validate, with_defaults
 from peftjax.train.identity import run_identity
 from peftjax.train.loop import fit
@@ -28,7 +27,8 @@ from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import find_task
 from peftjax.train.usage import peak_memory
-from peftjax.transform import Frozen, Trainable, Transform
+from peftjax.transform.registry import describe
+from peftjax.transform.transform import Frozen, Trainable, Transform
 
 ADAPTER = "adapter"
 SUMMARY = "summary.json"

@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import Adapter, load_adapter, read_config, trained_parameters
+from peftjax.adapters.files import Adapter, load_adapter, read_config, trained_parameters
+from peftjax.backbone.backbone import Backbone, Params
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.io.files import replacing
 from peftjax.losses import classification
-from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import load, save, stored_dtypes
 from peftjax.train.config import Task, require_numbers
 from peftjax.train.info import Info, read_info

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from peftjax.adapt import adapt
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
+from peftjax.interpreter import adapt
 from peftjax.losses import Batch, Objective, mean
-from peftjax.transform import Renewal, Transform
+from peftjax.transform.transform import Renewal, Transform
 
 Forward = Callable[..., Any]
 """`(params, batch, *, key=None) -> outputs`."""

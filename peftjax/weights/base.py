@@ -21,11 +21,11 @@ from jax import Array, lax
 from jax.lax import GatherScatterMode
 from jax.sharding import PartitionSpec
 
-from peftjax.errors import PeftError
-from peftjax.tree import Opaque
-from peftjax.weights.explicit import like
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Opaque
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule, met_axes
+from peftjax.weights.sharding import like
 
 W = TypeVar("W", bound="type[Weight]")
 
@@ -319,10 +319,10 @@ class Weight(Opaque, abc.ABC):
                 changes[f.name] = fn(part)
         return replace(self, **changes)
 
-    def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
+    def relabeled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout, after a scan took or gave a leading axis."""
         return self._rebuild(
-            fn(self.layout), lambda w: w.relabelled(fn) if isinstance(w, Weight) else w, _same
+            fn(self.layout), lambda w: w.relabeled(fn) if isinstance(w, Weight) else w, _same
         )
 
     def _replace(self, **changes: Any) -> Self:

@@ -166,10 +166,10 @@ class Concatenated(Composed):
         parts = [part.as_stack(position) if isinstance(part, Weight) else part for part in self.parts]
         return None if position == self.position else self._with(parts, self.position)
 
-    def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
+    def relabeled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout; axes come and go at the front."""
         layout = fn(self.layout)
-        parts = tuple(part.relabelled(fn) if isinstance(part, Weight) else part for part in self.parts)
+        parts = tuple(part.relabeled(fn) if isinstance(part, Weight) else part for part in self.parts)
         moved = len(layout.axes) - len(self.layout.axes)
         return replace(self, parts=parts, layout=layout, position=self.position + moved)
 
@@ -233,7 +233,7 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
         return None
     # Their names and the sizes of that axis may differ.
     alike = [
-        part.relabelled(lambda at: _resized_at(replace(at, name=first.layout.name), position, 0))
+        part.relabeled(lambda at: _resized_at(replace(at, name=first.layout.name), position, 0))
         for part in parts
     ]
     if len({jax.tree.structure(part) for part in alike}) > 1:

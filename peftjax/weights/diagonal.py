@@ -1,4 +1,4 @@
-"""A weight times one number for each input or each output: a norm's gain, a normalised weight, a scale."""
+"""A weight times one number for each input or each output: a norm's gain, a normalized weight, a scale."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.arrange import along, along_result, side_of, side_to_logical
 from peftjax.weights.base import (
     Weight,
     canonical,
@@ -19,6 +18,7 @@ from peftjax.weights.base import (
     static,
     structured,
 )
+from peftjax.weights.canonical import along, along_result, side_of, side_to_logical
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
@@ -136,5 +136,5 @@ def _scaled_result(y: Array, numbers: Array, rule: Dot, layout: Layout, side: Si
 @jax.checkpoint
 def rescaled(y: Array, gain: Array) -> Array:
     """`y · gain` in the dtype of y."""
-    # Rematerialised, so that backward keeps y in its own dtype and not the float32 of the product.
+    # Rematerialized, so that backward keeps y in its own dtype and not the float32 of the product.
     return (y * gain).astype(y.dtype)

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.weights.arrange import side_of, to_logical
 from peftjax.weights.base import Weight, canonical, static, structured
+from peftjax.weights.canonical import side_of, to_logical
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.low_rank import (
     low_rank_conv,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from peftjax import tree
+from peftjax.core import tree
 from peftjax.weights.base import Weight
 from peftjax.weights.layout import Layout, guess_layout, tells_its_layout
 

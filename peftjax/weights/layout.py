@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from peftjax.errors import PeftError
-from peftjax.tree import STACKS, is_convolution
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import STACKS, is_convolution
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis, "m"
 # axes of several kinds in one.

@@ -14,7 +14,7 @@ from peftjax.weights.diagonal import Diagonal
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.rules import Dot
-from peftjax.weights.shrunk import Shrunk
+from peftjax.weights.scaled import Scaled
 
 
 def squares_over(w: Any, layout: Layout, side: Side) -> Array:
@@ -31,7 +31,7 @@ def squares_over(w: Any, layout: Layout, side: Side) -> Array:
         own = jnp.sum(second * jnp.einsum("...rq,...qo->...ro", gram, second), axis=-2)
         squares = squares_over(w.base, w.layout, side) + 2.0 * w.scale * cross + w.scale**2 * own
         return jnp.maximum(squares, 0.0)  # rounding may go below
-    if isinstance(w, Shrunk):
+    if isinstance(w, Scaled):
         return w.factor[..., None] ** 2 * squares_over(w.base, w.layout, side)
     if isinstance(w, Diagonal) and w.factor(side) is None:
         numbers = w.factor("o" if side == "i" else "i")

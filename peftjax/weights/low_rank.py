@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.arrange import result_of_dot, side_of, to_logical
 from peftjax.weights.base import (
     Weight,
     canonical,
@@ -19,10 +18,11 @@ from peftjax.weights.base import (
     static,
     structured,
 )
+from peftjax.weights.canonical import result_of_dot, side_of, to_logical
 from peftjax.weights.dropout import drop, key_for_input
-from peftjax.weights.explicit import is_explicit, keeping, like
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.sharding import is_explicit, keeping, like
 
 Product = Callable[[Array, Array], Array]
 Enter = Callable[[Product, Array, Array], Array]
@@ -35,7 +35,7 @@ class LowRank(Weight):
 
     A product with x is `x·base + scale · (x·aᵀ)·b`: the factors are stored rank first so that both
     gradients contract the thin side. The backward pass keeps x, which the base's layer shares with its
-    neighbours, and the thin `x·aᵀ`. With `dropout` and a `key`, x is masked on the adapter's path only
+    neighbors, and the thin `x·aᵀ`. With `dropout` and a `key`, x is masked on the adapter's path only
     and the mask is made again from the key in the backward pass.
     """
 

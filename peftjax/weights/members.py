@@ -32,7 +32,7 @@ def over_members(
     stacked, mapped = found
 
     def of_one(member: Weight, *values: Array) -> Any:
-        return fn(member.relabelled(lambda layout: layout.drop(0)), *values)
+        return fn(member.relabeled(lambda layout: layout.drop(0)), *values)
 
     return jax.vmap(of_one, in_axes=(mapped, *axes))(stacked, *arrays)
 

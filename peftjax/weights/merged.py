@@ -163,9 +163,9 @@ class Merged(Composed):
         whole = _merged(found[0], self.counts)
         return (whole, found[1] if not isinstance(found[1], Weight) else replace(whole, base=found[1]))
 
-    def relabelled(self, fn: Callable[[Layout], Layout]) -> Any:
+    def relabeled(self, fn: Callable[[Layout], Layout]) -> Any:
         """The base under another layout; axes come and go at the front."""
-        base = self.base.relabelled(fn)
+        base = self.base.relabeled(fn)
         moved = base.ndim - self.base.ndim
         return _merged(base, self.counts[-moved:] if moved < 0 else ((1,) * moved + self.counts))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.weights.base import Weight, dense, logical, static, structured
 from peftjax.weights.composed import Composed
 from peftjax.weights.layout import Layout, match_sizes
@@ -188,7 +188,7 @@ class Mixture(Composed):
         """The mixtures one by one, each of all experts."""
         return (self, replace(self, base=None, coefficients=0)) if self.new[0] else None
 
-    def relabelled(self, fn: Callable[[Layout], Layout]) -> Self:
+    def relabeled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout; a new axis may go at the front."""
         layout = fn(self.layout)
         gone = self.ndim - len(layout.axes)
@@ -201,7 +201,7 @@ class Mixture(Composed):
         def named(at: Layout) -> Layout:
             return replace(at, name=layout.name, one_way=layout.one_way)
 
-        return replace(self, base=self.base.relabelled(named), layout=layout, new=self.new[gone:])
+        return replace(self, base=self.base.relabeled(named), layout=layout, new=self.new[gone:])
 
 
 def mixed_by(weight: Weight, coefficients: Array, position: int, first: bool) -> Mixture | None:

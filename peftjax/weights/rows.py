@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.arrange import outputs_in_result, side_of
 from peftjax.weights.base import (
     Weight,
     canonical,
@@ -21,12 +20,13 @@ from peftjax.weights.base import (
     structured,
     transpose,
 )
-from peftjax.weights.explicit import keeping, like
+from peftjax.weights.canonical import outputs_in_result, side_of
+from peftjax.weights.in_place import followed, resident
+from peftjax.weights.indexing import numbered_backwards, numbered_in, put_rows, take_rows
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, widened
-from peftjax.weights.places import numbered_backwards, numbered_in, put_rows, take_rows
-from peftjax.weights.resident import followed, resident
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.sharding import keeping, like
 from peftjax.weights.thin import thin_dot
 
 
@@ -184,7 +184,7 @@ def rows_of(w: Any, layout: Layout, rows: Array) -> Array:
     assert w is not None
 
     def of_matrix(w: Weight, rows: Array) -> Array:
-        w = w.relabelled(lambda at: replace(at, axes=tuple(a for a in at.axes if a.kind != "s")))
+        w = w.relabeled(lambda at: replace(at, axes=tuple(a for a in at.axes if a.kind != "s")))
         outside = (("mode", lax.GatherScatterMode.FILL_OR_DROP), ("fill_value", 0))
         return contract(rows[:, None], w, Gather(0, outside))
 

@@ -1,117 +1,76 @@
-"""A low-rank weight whose columns are rescaled to trained lengths: DoRA's decomposition."""
+"""A weight times one number for each matrix of its stack."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
-from peftjax.weights.arrange import side_of, side_to_logical
-from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
-from peftjax.weights.diagonal import Diagonal
+from peftjax.weights.base import (
+    Weight,
+    canonical,
+    contract,
+    dense,
+    lazily_merged,
+    logical,
+    static,
+    structured,
+)
 from peftjax.weights.layout import Layout
-from peftjax.weights.lengths import array_squares, rows_through
-from peftjax.weights.low_rank import LowRank
 from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
-class ScaledColumns(Weight):
-    """`w = (magnitude / c) ∘ v`, v a `LowRank` and c the lengths of v's columns, not differentiated.
+class Scaled(Weight):
+    """`w = factor · base` with `factor [*stack]`, multiplied where the outputs are."""
 
-    `magnitude [*stack, out]`; c is had without forming v, from the squared lengths `base_squares
-    [*stack, out]` of the base's columns: `c² = ‖W‖² + 2s Σ_r b∘(aW) + s² Σ_r b∘((aaᵀ)b)`. Inside
-    `shard_map` the sums over inputs go on over the axes `over` of the mesh, which divide the inputs.
-    """
-
-    base: LowRank = logical()
-    magnitude: Array = canonical("o")
-    base_squares: Array = canonical("o")
+    base: Any = logical()
+    factor: Array = canonical()
     layout: Layout = static()
-    over: tuple[str, ...] = static(())
 
     def dense(self) -> Array:
-        """The array, in the base's dtype."""
-        gain = side_to_logical(self.gain(), self.layout, "o")
-        return (dense(self.base) * gain).astype(self.dtype)
-
-    def gain(self) -> Array:
-        """`magnitude / c`, float32 `[*stack, out]`; its gradient is the magnitude's alone."""
-        v = jax.tree.map(lax.stop_gradient, self.base)
-        a, b = v.a.astype(jnp.float32), v.b.astype(jnp.float32)
-        cross = jnp.sum(b * rows_through(a, v.base, self.layout), axis=-2)
-        gram = jnp.einsum("...ri,...qi->...rq", a, a)
-        if self.over:
-            cross, gram = lax.psum((cross, gram), self.over)
-        own = jnp.sum(b * jnp.einsum("...rq,...qo->...ro", gram, b), axis=-2)
-        squares = self.base_squares + 2.0 * v.scale * cross + v.scale**2 * own
-        # A column of zeros has length 0 and stays zero, as its magnitude is; rounding may go below.
-        squares = jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
-        return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
+        """`factor · base`, in the base's dtype."""
+        sizes = [axis.size if axis.kind == "s" else 1 for axis in self.layout.axes]
+        places = [self.layout.positions("s").index(p) for p in sorted(self.layout.positions("s"))]
+        factor = lax.transpose(self.factor, places).reshape(sizes)
+        return (dense(self.base) * factor).astype(self.dtype)
 
     def supports(self, rule: Rule) -> bool:
-        """What the low-rank weight inside supports; of experts, matrices that meet rows of x."""
-        if isinstance(rule, RaggedDot) and not (rule.of_rows and self.layout.letters.count("o") == 1):
+        """Whatever the base supports."""
+        if isinstance(rule, RaggedDot) and not rule.of_rows:
             return False
-        if isinstance(rule, Dot) and side_of(self.layout, rule.w_contract) is None:
-            return False  # a sum over a stack, whose columns have lengths of their own
-        return self.base.supports(rule)
+        if isinstance(rule, Dot) and any(self.layout.axes[p].kind == "s" for p in rule.w_contract):
+            return False  # a sum over matrices that have numbers of their own
+        return not isinstance(self.base, Weight) or self.base.supports(rule)
 
     def dot(self, x: Array, rule: Dot) -> Array:
-        """The low-rank product, scaled where the outputs are."""
-        return self._scaled().dot(x, rule)
+        """The base's product, scaled."""
+        stack = self.layout.positions("s")
+        if not set(stack) <= set(rule.w_batch):
+            return lazily_merged(rule, x, self)
+        y = contract(x, self.base, rule)
+        # Batch axes that are no stack have size 1 (units).
+        order = [stack.index(p) for p in rule.w_batch if p in stack]
+        sizes = [self.shape[p] for p in rule.w_batch]
+        factor = lax.transpose(self.factor, order).reshape(*sizes, *(1,) * (y.ndim - len(sizes)))
+        return _times(y, factor)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
-        """The low-rank rows, scaled."""
-        return self._scaled().gather(indices, rule)
+        """The base's rows, scaled."""
+        if self.layout.stack:
+            return lazily_merged(rule, indices, self)
+        return _times(contract(indices, self.base, rule), self.factor)
 
     def conv(self, x: Array, rule: Conv) -> Array:
-        """The low-rank convolution, its channels scaled, or those of x where it meets the outputs."""
-        return self._scaled().conv(x, rule)
+        """The base's convolution, scaled."""
+        return _times(contract(x, self.base, rule), self.factor)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """The low-rank ragged product, each row of y, or of x where it meets the outputs, scaled."""
-        return self._scaled().ragged_dot(x, rule)
-
-    def _scaled(self) -> Diagonal:
-        return Diagonal(self.base, self.layout, by_output=self.gain())
-
-    def cast(self, dtype: Any) -> "ScaledColumns":
-        """The low-rank weight in another dtype; lengths stay as exact as they are."""
-        return replace(self, base=self.base.cast(dtype))
-
-    def slice_features(self, position: int, cut: range) -> "ScaledColumns | None":
-        """A slice of outputs; one of inputs would change the lengths, so there is none."""
-        if self.layout.axes[position].kind != "o":
-            return None
-        return super().slice_features(position, cut)
-
-    def as_stack(self, position: int) -> "ScaledColumns | None":
-        """A stack of outputs; one of inputs would change the lengths."""
-        return super().as_stack(position) if self.layout.axes[position].kind == "o" else None
-
-    def part_specs(self, spec: PartitionSpec) -> "ScaledColumns | None":
-        """As other weights'; the lengths are still those of whole columns."""
-        specs = super().part_specs(spec)
-        inputs = [spec[p] for p in self.layout.positions("i") if p < len(spec) and spec[p] is not None]
-        names = [name for own in inputs for name in (own if isinstance(own, tuple) else (own,))]
-        return None if specs is None else replace(specs, over=(*self.over, *names))
-
-    def gather_features(
-        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
-    ) -> "ScaledColumns | None":
-        """As other weights'; None for inputs that were whole: repeated ones change the lengths."""
-        view = super().gather_features(position, mesh_axes, fn, size)
-        if view is None or self.layout.axes[position].kind == "o":
-            return view
-        if not set(mesh_axes) <= set(self.over):
-            return None
-        return replace(view, over=tuple(name for name in self.over if name not in mesh_axes))
+        """The base's ragged product, each row scaled by its expert's factor."""
+        y = contract(x, self.base, rule)
+        factors = rule.by_row(self.factor, x)
+        return _times(y, lax.expand_dims(factors, [n for n in range(y.ndim) if n != rule.row_axis]))
 
 
-def column_squares(w: Any, layout: Layout) -> Array:
-    """The squared length of every column (over all inputs) of a weight, float32 `[*stack, out]`."""
-    return array_squares(dense(w), layout, "i")
+@jax.checkpoint
+def _times(y: Array, factor: Array) -> Array:
+    return (y * factor).astype(y.dtype)

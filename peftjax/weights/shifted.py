@@ -4,9 +4,9 @@ from typing import Any
 
 from jax import Array
 
-from peftjax.errors import PeftError
-from peftjax.weights.arrange import along_result, side_of, side_to_logical
+from peftjax.core.errors import PeftError
 from peftjax.weights.base import Weight, canonical, contract, logical, static, structured
+from peftjax.weights.canonical import along_result, side_of, side_to_logical
 from peftjax.weights.layout import Layout
 from peftjax.weights.rules import Conv, Dot, Rule
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
+from peftjax.weights.in_place import resident
+from peftjax.weights.indexing import NOWHERE, numbered_backwards, numbered_in, put_entries, take_entries
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import NOWHERE, numbered_backwards, numbered_in, put_entries, take_entries
-from peftjax.weights.resident import resident
 
 
 @structured

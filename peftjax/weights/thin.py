@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.derivatives import with_backward
-from peftjax.weights.explicit import keeping
+from peftjax.core.derivatives import with_backward
+from peftjax.weights.sharding import keeping
 
 
 def thin_dot(

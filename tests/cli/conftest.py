@@ -1,4 +1,4 @@
-"""A tiny BERT folder and tiny labelled files, so that commands run in seconds."""
+"""A tiny BERT folder and tiny labeled files, so that commands run in seconds."""
 
 import csv
 import random

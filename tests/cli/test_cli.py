@@ -12,9 +12,9 @@ from command import refused, run
 from support import assert_close
 
 import peftjax as pj
-from peftjax import cli
-from peftjax.cli import COMMANDS, main
-from peftjax.errors import PeftError
+from peftjax.cli import main as cli_main
+from peftjax.cli.main import COMMANDS, main
+from peftjax.core.errors import PeftError
 from peftjax.models.load import load
 from peftjax.train.saved import open_tuned
 
@@ -366,7 +366,7 @@ def test_what_a_library_logs_of_an_exception_has_no_traceback_and_of_an_interrup
                 logging.getLogger("orbax").exception("it failed with %r", error)
         raise PeftError("the disk is full")
 
-    monkeypatch.setitem(cli._RUN, cli.Methods, methods)
+    monkeypatch.setitem(cli_main._RUN, cli_main.Methods, methods)
     assert refused(capsys, "methods") == "peftjax: the disk is full"
     with pytest.raises(SystemExit):
         main(["methods"])

@@ -12,15 +12,15 @@ from tiny_decoder import VALUES
 from tiny_language import CHATML, save_tokenizer
 
 import peftjax as pj
-from peftjax import report
-from peftjax.cli import main
+from peftjax.adapters.files import save_adapter
+from peftjax.cli import report
+from peftjax.cli.main import main
 from peftjax.generation.text import chat_ids, prompt_ids, write
-from peftjax.io.adapter import save_adapter
-from peftjax.models.chat import compile_template
 from peftjax.models.decoder import decoder
 from peftjax.models.llama import read_config
 from peftjax.models.load import save
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.chat import compile_template
+from peftjax.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 PROMPT = "the cat sat on"

@@ -12,7 +12,7 @@ import pytest
 
 from peftjax.train.interrupt import GRACE
 
-PROGRAM = [sys.executable, "-c", "from peftjax.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from peftjax.cli.main import main; main()"]
 # The process may need a moment more than its grace on a busy machine.
 SECONDS = GRACE + 3
 

@@ -14,10 +14,10 @@ from command import refused, run
 from support import assert_close
 
 import peftjax as pj
-from peftjax.cli import main
+from peftjax.cli.main import main
 from peftjax.io import checkpoint
 from peftjax.models.load import FAMILIES, load, save
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.tokenizer import load_tokenizer
 from peftjax.train.saved import open_tuned
 
 STEPS = ["--steps", "24", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     tiny_decoder_folder.write_completions(folder / "train.jsonl", 60)
     tiny_decoder_folder.write_completions(folder / "dev.jsonl", 21)
     rows = [{"text": f"the cat {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(20)]
-    tiny_decoder_folder.write_jsonl(folder / "labelled.jsonl", rows)
+    tiny_decoder_folder.write_jsonl(folder / "labeled.jsonl", rows)
     chats = [{"messages": tiny_language.CHAT[: 2 + 2 * (i % 2)]} for i in range(12)]
     question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "a " * 99}
     chats.append({"messages": [question, answer]})
@@ -66,7 +66,7 @@ def lines(output):
 
 
 def examples(decoder, file):
-    """Ids and the place of the first counted one, tokenised by hand."""
+    """Ids and the place of the first counted one, tokenized by hand."""
     tokenizer = load_tokenizer(decoder, decoder=True)
     for line in file.read_text().splitlines():
         row = json.loads(line)
@@ -209,14 +209,14 @@ def test_packed_chats_from_yaml(decoder, data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_decoder_classifies_labelled_texts(decoder, data, tmp_path, capsys):
+def test_a_decoder_classifies_labeled_texts(decoder, data, tmp_path, capsys):
     """By the last token: with a padding token of the model that is not the tokenizer's."""
     folder = tmp_path / "model"
     shutil.copytree(decoder, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "pad_token_id": 3}))
-    labelled = data / "labelled.jsonl"
-    arguments = ["--model", folder, "--data", labelled, "--eval-data", labelled, "--output", tmp_path / "run"]
+    labeled = data / "labeled.jsonl"
+    arguments = ["--model", folder, "--data", labeled, "--eval-data", labeled, "--output", tmp_path / "run"]
     arguments += ["--steps", "2", "--batch-size", "20", "--max-length", "16", "--rank", "2", "--no-probe"]
     summary = json.loads(run(capsys, "train", *arguments, "--json"))
     assert (summary["task"], summary["labels"]) == ("classification", 2)
@@ -237,8 +237,8 @@ def test_a_decoder_classifies_labelled_texts(decoder, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_decoders_classifier_is_compared_with_a_probe(decoder, data, tmp_path, capsys):
-    labelled = data / "labelled.jsonl"
-    arguments = ["--model", decoder, "--data", labelled, "--eval-data", labelled, "--output", tmp_path]
+    labeled = data / "labeled.jsonl"
+    arguments = ["--model", decoder, "--data", labeled, "--eval-data", labeled, "--output", tmp_path]
     summary = json.loads(run(capsys, "train", *arguments, "--steps", "1", "--max-length", "16", "--json"))
     assert 0.5 <= summary["probe_accuracy"] <= 1.0
 

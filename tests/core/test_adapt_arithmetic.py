@@ -8,8 +8,8 @@ from jax import lax
 from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.kept import kept_arrays
+from peftjax.core.errors import PeftError
+from peftjax.planner.residuals import kept_arrays
 
 N, M, E = 6, 8, 3
 X = jax.random.normal(KEY, (4, N))

@@ -10,7 +10,7 @@ from jax import lax
 from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 SERIES, IMAGE = jax.random.normal(KEY, (2, 6, 8)), jax.random.normal(KEY, (2, 5, 6, 8))
 

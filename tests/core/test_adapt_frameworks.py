@@ -10,7 +10,7 @@ from flax import nnx
 from support import KEY, all_but_slow, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.core import tree
 
 X = jax.random.normal(KEY, (2, 6, 8))
 EVERY = {"rank": 2, "targets": ".*(kernel|embedding|weight)"}

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 BASE = {"w": 0.3 * jax.random.normal(KEY, (8, 6))}
 METHOD = pj.lora(rank=2, targets=".*")
@@ -18,7 +18,7 @@ ROWS = jnp.array([0, 1, 1, 0])
 
 
 def mixed(axis=None):
-    return pj.mix([(METHOD, FROZEN, trained) for trained in TRAINED], ROWS, axis=axis)["w"]
+    return pj.adapters.mix([(METHOD, FROZEN, trained) for trained in TRAINED], ROWS, axis=axis)["w"]
 
 
 def wanted(x):  # batch first

@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.weights.base import dense
+from peftjax.weights.column_normalized import ColumnNormalized, column_squares
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.scaled import ScaledColumns, column_squares
 
 D, E = 8, 3
 X = jax.random.normal(KEY, (4, D))
@@ -29,7 +29,7 @@ def low_rank(letters, shape, name="layer/kernel"):
 def scaled(letters, shape):
     weight = low_rank(letters, shape)
     squares = column_squares(weight.base, weight.layout)
-    return ScaledColumns(weight, 1.5 * jnp.sqrt(squares), squares, weight.layout)
+    return ColumnNormalized(weight, 1.5 * jnp.sqrt(squares), squares, weight.layout)
 
 
 @jax.custom_vjp
@@ -317,7 +317,7 @@ def test_one_of_two_weights_of_other_structures_is_an_error_that_names_one(choos
         PeftError, match=r"^(a|layer/kernel): '(cond|scan|while)' at .* needs the dense array"
     ):
         pj.adapt(lambda p: X @ choose(p))(pair)
-    want = X @ choose(jax.tree.map(dense, pair, is_leaf=lambda n: isinstance(n, LowRank | ScaledColumns)))
+    want = X @ choose(jax.tree.map(dense, pair, is_leaf=lambda n: isinstance(n, LowRank | ColumnNormalized)))
     assert_close(pj.adapt(lambda p: X @ choose(p), allow_dense=["cond", "scan", "while"])(pair), want)
 
 

@@ -6,14 +6,14 @@ import pytest
 from support import KEY, assert_close
 
 import peftjax as pj
+from peftjax.weights.batched_low_rank import BatchedLowRank
+from peftjax.weights.column_normalized import ColumnNormalized, column_squares
 from peftjax.weights.factored import Factored
-from peftjax.weights.kernelised import Kernelised
+from peftjax.weights.kernelized import Kernelized
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.per_row import PerRow
 from peftjax.weights.rows import TrainedRows
-from peftjax.weights.scaled import ScaledColumns, column_squares
-from peftjax.weights.shrunk import Shrunk
+from peftjax.weights.scaled import Scaled
 from peftjax.weights.sparse_entries import SparseEntries
 
 LAYOUT = Layout.parse("io", (8, 5), "w")
@@ -24,11 +24,11 @@ PLACES = jnp.array([1, 3])
 WEIGHTS = {
     "low rank": LOW_RANK,
     "without a base": Factored(A, B, LAYOUT, jnp.float32),
-    "scaled": ScaledColumns(LOW_RANK, jnp.full(5, 1.5), column_squares(W, LAYOUT), LAYOUT),
-    "shrunk": Shrunk(W, jnp.float32(0.7), LAYOUT),
+    "scaled": ColumnNormalized(LOW_RANK, jnp.full(5, 1.5), column_squares(W, LAYOUT), LAYOUT),
+    "shrunk": Scaled(W, jnp.float32(0.7), LAYOUT),
     "rows": TrainedRows(W, B, PLACES, LAYOUT, 0.5),
     "sparse": SparseEntries(W, 0.3 + jnp.arange(2.0), PLACES, PLACES, LAYOUT),
-    "kernelised": pj.snell(rank=2),
+    "kernelized": pj.snell(rank=2),
 }
 
 
@@ -38,7 +38,7 @@ def weight_of(kind):
     frozen, trainable = WEIGHTS[kind].init(KEY, {"w": W})
     trainable = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape), trainable)
     weight = WEIGHTS[kind].apply(frozen, trainable)["w"]
-    assert isinstance(weight, Kernelised)
+    assert isinstance(weight, Kernelized)
     return weight
 
 
@@ -74,7 +74,7 @@ def test_the_other_side_and_every_row_promote_too():
     weight = LOW_RANK
     other = jnp.arange(10).reshape(2, 5) % 2 == 0
     assert_close(pj.adapt(lambda w, x: x @ w.T)(weight, other), other @ weight.dense().T, 1e-5)
-    mixed = PerRow(W, A[None], B[None], jnp.zeros(4, jnp.int32), LAYOUT)
+    mixed = BatchedLowRank(W, A[None], B[None], jnp.zeros(4, jnp.int32), LAYOUT)
     assert_close(pj.adapt(lambda w, x: x @ w)(mixed, X), X @ weight.dense(), 1e-5)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, all_but_slow, assert_close, noisy
 
 import peftjax as pj
-from peftjax.methods import METHODS as registered
+from peftjax.transform.registry import METHODS as registered
 
 D, F, L = 16, 32, 2
 X = jax.random.normal(KEY, (8, 4, D))

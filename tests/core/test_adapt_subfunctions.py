@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax import compat
+from peftjax.core import compat
 
 LAYERS = 6
 

@@ -7,7 +7,7 @@ from jax import lax
 from support import KEY, assert_no_dense_gradient, made_shapes
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.core import tree
 
 D, F, L, T, R = 64, 128, 3, 256, 8
 

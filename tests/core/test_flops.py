@@ -8,8 +8,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from peftjax import primitives
-from peftjax.flops import Flops, count_flops
+from peftjax.core import primitives
+from peftjax.planner.flops import Flops, count_flops
 
 N, K, M = 6, 4, 5
 X, W = jax.ShapeDtypeStruct((N, K), jnp.float32), jax.ShapeDtypeStruct((K, M), jnp.float32)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from support import KEY
 
-from peftjax.kept import kept_arrays, nbytes
+from peftjax.planner.residuals import kept_arrays, nbytes
 
 W, X = jnp.ones((3, 5)), jnp.ones((2, 3))
 

@@ -10,7 +10,7 @@ from support import KEY, assert_close, noisy
 
 import peftjax as pj
 from peftjax import losses
-from peftjax.logits import Logits
+from peftjax.backbone.logits import Logits
 
 B, S, D, V = 3, 10, 6, 17
 

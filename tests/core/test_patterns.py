@@ -6,10 +6,10 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.peft.config import _layer_of
-from peftjax.patterns import fullmatches, match
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.patterns import fullmatches, match
+from peftjax.hf.config import _layer_of
 
 NAMES = [
     *("layers/0/query/kernel", "layers/11/query/kernel", "encoder.layer.3.output.dense", "head", ""),

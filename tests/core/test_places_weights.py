@@ -9,8 +9,8 @@ import pytest
 from support import KEY, assert_close
 
 import peftjax as pj
+from peftjax.weights.indexing import NOWHERE
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import NOWHERE
 from peftjax.weights.rows import TrainedRows
 from peftjax.weights.sparse_entries import SparseEntries
 

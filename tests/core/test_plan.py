@@ -11,9 +11,9 @@ import pytest
 from support import KEY
 
 import peftjax as pj
-from peftjax import compat, tree
-from peftjax.machines import machine as machines
-from peftjax.plan import training_step
+from peftjax.core import compat, tree
+from peftjax.planner import machine as machines
+from peftjax.planner.step import training_step
 
 L, D, F, B = 3, 64, 256, 32
 F32 = jnp.float32
@@ -32,7 +32,7 @@ def shapes_of(dtype=F32):
 
 
 BATCH = {"x": jax.ShapeDtypeStruct((B, D), F32), "labels": jax.ShapeDtypeStruct((B,), jnp.int32)}
-LORA = pj.chain(pj.lora(rank=4), pj.train(["head"]))
+LORA = pj.chain(pj.lora(rank=4), pj.unfreeze(["head"]))
 
 
 def plan(method=LORA, dtype=F32, target="cpu"):
@@ -197,7 +197,7 @@ def test_the_descriptions_of_gpus_are_package_data(name):
     text = machines.gpu_description(name)
     assert f"NVIDIA {name.upper()}" in text
     assert "core_count: 132" in text
-    assert (resources.files("peftjax.machines") / f"{name}.pbtxt").is_file()
+    assert (resources.files("peftjax.planner") / f"{name}.pbtxt").is_file()
 
 
 def test_an_unknown_target_is_named_with_the_nearest():

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 
 def matrices(*paths):

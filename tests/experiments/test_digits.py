@@ -13,7 +13,7 @@ from experiments.digits.pretrain import Pretrained, Pretraining, pretrain
 from experiments.digits.run import Options, compare, describe
 from experiments.digits.transfer import Transfer, make_tasks
 from experiments.tuning.entrants import Entrant
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 SMALL = Options(
     output=Path("unused"),

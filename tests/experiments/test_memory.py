@@ -9,7 +9,7 @@ from experiments.memory import run, subjects, sweep
 from experiments.memory.report import claims, report
 from experiments.memory.subjects import Subject
 from experiments.tuning.pace import measure_pace, pace_table
-from peftjax import tree
+from peftjax.core import tree
 from peftjax.models.bert import BertConfig, bert
 
 

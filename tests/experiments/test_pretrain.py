@@ -18,8 +18,8 @@ from experiments.pretrain.per_matrix import per_matrix
 from experiments.pretrain.report import read_lines
 from experiments.pretrain.sizes import SIZES, Size
 from experiments.pretrain.ways import WAYS, Way, compressed_side
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.optim.bases import captured_energy
 
 TINY = {"width": 32, "layers": 2, "length": 16, "batch": 2, "steps": 4, "rank": 4, "every": 2, "seeds": 2}

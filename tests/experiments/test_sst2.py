@@ -6,7 +6,7 @@ import peftjax as pj
 from experiments.sparse.entrants import shira
 from experiments.sst2.run import Options, best_runs, main, pick
 from experiments.tuning.entrants import Entrant
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.models.minilm import minilm_path
 from peftjax.train.data.dataset import Split
 

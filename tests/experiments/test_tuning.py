@@ -16,7 +16,7 @@ from experiments.tuning.entrants import Entrant, Setting, adapter_size, method_f
 from experiments.tuning.record import open_record
 from experiments.tuning.report import difference, make_table, write_report
 from experiments.tuning.trainer import make_trainer
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 
 def line(label: str, *, matched: bool, accuracy: list[float]) -> dict:

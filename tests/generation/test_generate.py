@@ -14,7 +14,7 @@ from support import all_but_slow, noisy
 from tiny_decoder import PROMPTS, VOCABULARY, make_decoder, padded, without_cache
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.generation import generate as whole
 from peftjax.generation.decode import start, step
 from peftjax.generation.sampling import choice
@@ -144,7 +144,7 @@ def test_adapters_unmerged_merged_and_mixed(tiny, wanted):
         np.testing.assert_array_equal(unmerged, merged)
         by_adapter.append(unmerged)
     assert (by_adapter[0] != by_adapter[1]).any(axis=1).all()
-    mixed = pj.mix(adapters, jnp.array([1, -1, 0]), axis=0)
+    mixed = pj.adapters.mix(adapters, jnp.array([1, -1, 0]), axis=0)
     rows = pj.generate(model, mixed, batch, max_new_tokens=NEW).tokens
     np.testing.assert_array_equal(rows, [by_adapter[1][0], wanted[1], by_adapter[0][2]])
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import tiny_language as tiny
 
-from peftjax.errors import PeftError
-from peftjax.generation.command import GenerateOptions, _prompts
-from peftjax.models.chat import compile_template
+from peftjax.cli.generate import GenerateOptions, _prompts
+from peftjax.core.errors import PeftError
+from peftjax.text.chat import compile_template
 from peftjax.train import info as noted
-from peftjax.train.data.language.completions import read_completions, tokenise_completions
-from peftjax.train.data.language.conversations import read_conversations, tokenise_conversations
+from peftjax.train.data.language.completions import read_completions, tokenize_completions
+from peftjax.train.data.language.conversations import read_conversations, tokenize_conversations
 
 pytest.importorskip("jinja2", reason="jinja2 is in peftjax[train]")
 TEMPLATE = "{% if tools %}TOOLS {{ tools[0].name }}\n{% endif %}" + tiny.CHATML
@@ -45,7 +45,7 @@ def before_the_answer(example):
 def test_prompts_of_a_file(tmp_path, tokenizer, row, known, separator):
     full = write(tmp_path / "full.jsonl", row | {"completion": "sat on"})
     rows = read_completions(full, **({} if separator is None else {"separator": separator}))
-    (example,) = tokenise_completions(rows, tokenizer)
+    (example,) = tokenize_completions(rows, tokenizer)
     file = full if known else write(tmp_path / "asked.jsonl", row)
     (prompt,) = _prompts(GenerateOptions(prompts=file, separator=separator), tokenizer)
     assert prompt.ids == before_the_answer(example)
@@ -62,7 +62,7 @@ def test_chats_with_system_and_tools(tmp_path, tokenizer, asked, answered):
     beside = {"tools": TOOLS, "system": "be kind"}
     chats = read_conversations(write(tmp_path / "full.jsonl", answered | beside))
     template = compile_template(TEMPLATE, tokenizer.special_tokens)
-    (example,) = tokenise_conversations(chats, template, tokenizer)
+    (example,) = tokenize_conversations(chats, template, tokenizer)
     (prompt,) = _prompts(
         GenerateOptions(prompts=write(tmp_path / "a.jsonl", asked | beside), chat=True), tokenizer
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.generation.sampling import choice, greedy, keep_top_k, keep_top_p, sample
 
 LOGITS = np.array([[2.0, 0.5, -1.0, 1.2, 0.0, -3.0], [0.0, 0.1, 0.2, 3.0, 2.9, 0.3]], np.float32)

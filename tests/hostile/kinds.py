@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 SECONDS = 10  # of a case; a tenth of it is usual
 

@@ -16,10 +16,10 @@ from kinds import Kind, check, check_accidents
 from mutations import damaged_bytes, damaged_json, damaged_lines, damaged_tensors
 
 import peftjax as pj
-from peftjax.cli import _parse
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
-from peftjax.io.peft.config import read_config
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.cli.main import _parse
+from peftjax.core.errors import PeftError
+from peftjax.hf.config import read_config
 from peftjax.io.safetensors import describe_tensors, find_tensors, read_tensors, write_tensors
 from peftjax.models.llama import LLAMA
 from peftjax.models.weight_map import linear
@@ -50,7 +50,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
 
 
 def adapter(folder):
-    method = pj.chain(pj.lora(rank=2, rank_pattern={"up": 1}, targets="head|up"), pj.train(["head/bias"]))
+    method = pj.chain(pj.lora(rank=2, rank_pattern={"up": 1}, targets="head|up"), pj.unfreeze(["head/bias"]))
     save_adapter(folder, method, *method.init(jax.random.key(0), PARAMS), seed=0, info=INFO)
 
 

@@ -8,9 +8,9 @@ import pytest
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import CONFIG, TENSORS, load_adapter, save_adapter
+from peftjax.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 
 def make_params(width=8, layers=3):
@@ -27,7 +27,7 @@ METHODS = [
     pj.lora_fa(rank=2),
     pj.dora(rank=2),
     pj.pissa(rank=2, iterations=2),
-    pj.chain(pj.lora(rank=2, rank_pattern={"up": 3}), pj.train(["head"])),
+    pj.chain(pj.lora(rank=2, rank_pattern={"up": 3}), pj.unfreeze(["head"])),
 ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import no_file_larger_than, opened, state
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
 
 

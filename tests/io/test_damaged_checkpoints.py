@@ -11,7 +11,7 @@ import pytest
 import tiny
 from checkpoints import opened, state
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
 
 

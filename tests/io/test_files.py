@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import read_as, read_json
 
 

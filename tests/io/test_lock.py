@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.lock import FILE, at_work
 
 HOLD = """

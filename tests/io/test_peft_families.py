@@ -6,10 +6,10 @@ import pytest
 from support import noisy
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.cli.peft import export_saved, import_saved
+from peftjax.core import tree
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.models.load import save
-from peftjax.train.exchange import export_saved, import_saved
 from peftjax.train.saved import merge_saved, open_tuned
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
@@ -227,7 +227,7 @@ def test_the_table_of_t5_goes_where_its_forward_reads_it(trained, t5, tmp_path):
     model, params = pj.load(t5)
     method = pj.lora(rank=2, targets=["query", "embed/word"])
     if trained:
-        method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.train(["embed/word"]))
+        method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.unfreeze(["embed/word"]))
     frozen, initial = method.init(jax.random.key(0), params)
     trainable = noisy(initial, scale=0.2)
     pj.export_peft(tmp_path, model, method, frozen, trainable)

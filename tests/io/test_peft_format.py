@@ -12,9 +12,9 @@ from safetensors import safe_open
 from support import assert_close, noisy
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
@@ -122,7 +122,7 @@ SHAPES = {
         },
     ),
     "saved module": (
-        pj.chain(pj.lora(rank=2, targets=["head"]), pj.train(["my_head/kernel"])),
+        pj.chain(pj.lora(rank=2, targets=["head"]), pj.unfreeze(["my_head/kernel"])),
         {
             "head.lora_A.weight": (2, WIDTH),
             "head.lora_B.weight": (2, 2),
@@ -131,7 +131,7 @@ SHAPES = {
         },
     ),
     "biases": (
-        pj.chain(pj.lora(rank=2, targets=["head"], bias="adapted"), pj.train(["norm"])),
+        pj.chain(pj.lora(rank=2, targets=["head"], bias="adapted"), pj.unfreeze(["norm"])),
         {
             "head.lora_A.weight": (2, WIDTH),
             "head.lora_B.weight": (2, 2),
@@ -173,7 +173,7 @@ def test_the_numbers_stand_where_peft_looks_for_them(tmp_path):
 def test_the_configuration(tmp_path):
     method = pj.chain(
         pj.rslora(rank=2, alpha=5, targets=["up", "head"], rank_pattern={"head": 1}, dropout=0.1),
-        pj.train(["my_head"]),
+        pj.unfreeze(["my_head"]),
     )
     exported(tmp_path, method, base="someone/model")
     config = config_of(tmp_path)
@@ -190,7 +190,7 @@ def test_the_configuration(tmp_path):
 
 def test_a_saved_module_does_not_take_its_namesake(tmp_path):
     """PEFT's modules_to_save=['head'] wraps 'my_head' too: such a module goes by its tensors' names."""
-    method = pj.chain(pj.lora(rank=2, targets=["my_head"]), pj.train(["head"]))
+    method = pj.chain(pj.lora(rank=2, targets=["my_head"]), pj.unfreeze(["head"]))
     frozen, trainable = exported(tmp_path, method)
     assert config_of(tmp_path)["modules_to_save"] is None
     assert "base_model.model.head.weight" in tensors_of(tmp_path)
@@ -217,8 +217,8 @@ METHODS = [
     pj.dora(rank=2, targets=["down"], layers=[0, 2]),
     pj.lora(rank=2, targets=["up"], bias="all"),
     pj.lora(rank=2, targets=["up"], bias="adapted", dropout=0.2),
-    pj.chain(pj.lora(rank=2, targets=["up"]), pj.train(["head", "norm"])),
-    pj.chain(pj.dora(rank=2, targets=["up"]), pj.train(["my_head"])),
+    pj.chain(pj.lora(rank=2, targets=["up"]), pj.unfreeze(["head", "norm"])),
+    pj.chain(pj.dora(rank=2, targets=["up"]), pj.unfreeze(["my_head"])),
 ]
 
 
@@ -425,7 +425,7 @@ def test_what_is_left_out_must_be_there(tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (pj.train(["head"]), "no weight has low-rank factors"),
+        (pj.unfreeze(["head"]), "no weight has low-rank factors"),
         (pj.rows([1], targets=["embed"]), "no weight has low-rank factors"),
         (
             pj.chain(pj.lora(rank=2, targets=["up"]), pj.dora(rank=2, targets=["down"])),
@@ -507,7 +507,7 @@ def test_a_backbone_has_the_names_of_its_class(head, prefix, task, saved, tmp_pa
 
 def test_a_trained_head_that_the_class_lacks_must_be_left_out_by_name(tmp_path):
     model, params = bert_model("mean_classifier")
-    method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.train(["head"]))
+    method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.unfreeze(["head"]))
     frozen, trainable, _ = make(method, params)
     with pytest.raises(PeftError, match=r"BertModel has no such tensor; leave_out=\['head/classifier'\]"):
         pj.export_peft(tmp_path, model, method, frozen, trainable)

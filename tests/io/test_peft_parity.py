@@ -10,12 +10,12 @@ import pytest
 from support import all_but_slow, noisy
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.cli.peft import export_saved, import_saved
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors
 from peftjax.models.weight_map import Weight, convolution, embedding, linear
-from peftjax.train.exchange import export_saved, import_saved
 from peftjax.train.saved import merge_saved
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
@@ -75,7 +75,7 @@ CASES = {
 }
 # Marked as slow: other cases have the parts of each.
 LONG_CASES = {"all biases", "all-linear lm", "dora", "layers of a list", "orthogonal"}
-LONG_METHODS = {"dora of two layers", "pissa and more", "randomised pissa", "tied and adapted"}
+LONG_METHODS = {"dora of two layers", "pissa and more", "randomized pissa", "tied and adapted"}
 # Ours, and the head it is for: what the export must make PEFT compute.
 METHODS = {
     "lora": ("none", pj.lora(rank=4, targets=["query", "up"])),
@@ -86,21 +86,26 @@ METHODS = {
     "dora": ("classifier", pj.dora(rank=4, bias="adapted")),
     "dora of two layers": ("none", pj.dora(rank=4, layers=[0, 2])),
     "pissa": ("classifier", pj.pissa(rank=4)),
-    "randomised pissa": ("none", pj.pissa(rank=4, iterations=2, targets=["query"])),
+    "randomized pissa": ("none", pj.pissa(rank=4, iterations=2, targets=["query"])),
     "olora": ("none", pj.olora(rank=4, rslora=True)),
     "pissa and more": (
         "classifier",
-        pj.chain(pj.pissa(rank=2, targets=["query"]), pj.lora(rank=4, targets=["key"]), pj.train(["head"])),
+        pj.chain(
+            pj.pissa(rank=2, targets=["query"]), pj.lora(rank=4, targets=["key"]), pj.unfreeze(["head"])
+        ),
     ),
     "two on one": ("none", pj.chain(pj.lora(rank=2, targets=["key"]), pj.lora(rank=3, targets=["key"]))),
     "head and norms": (
         "classifier",
-        pj.chain(pj.lora(rank=4), pj.train(["head/classifier", "embed/norm", "attention_norm"])),
+        pj.chain(pj.lora(rank=4), pj.unfreeze(["head/classifier", "embed/norm", "attention_norm"])),
     ),
-    "tied": ("masked_lm", pj.chain(pj.lora(rank=4, targets=["word", "query"]), pj.train(["head/bias"]))),
+    "tied": ("masked_lm", pj.chain(pj.lora(rank=4, targets=["word", "query"]), pj.unfreeze(["head/bias"]))),
     "tied and adapted": ("masked_lm", pj.lora(rank=4, targets=["word"])),
     "all biases": ("masked_lm", pj.lora(rank=4, bias="all", targets=["query"])),
-    "tied and trained": ("masked_lm", pj.chain(pj.lora(rank=4, targets=["query"]), pj.train(["embed/word"]))),
+    "tied and trained": (
+        "masked_lm",
+        pj.chain(pj.lora(rank=4, targets=["query"]), pj.unfreeze(["embed/word"])),
+    ),
 }
 
 
@@ -162,7 +167,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-def randomise(model):
+def randomize(model):
     """Trained-looking numbers in whatever PEFT trains."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -182,7 +187,7 @@ def from_peft(request, folders, batch, tmp_path_factory):
     model = peft.get_peft_model(
         hf_model(folders, head), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **options})
     )
-    randomise(model)
+    randomize(model)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return head, folder, theirs(model, head, batch)
@@ -244,7 +249,7 @@ def test_a_file_of_peft_is_reproduced(folders, tmp_path):
         hf_model(folders, head),
         peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **options, "alpha_pattern": {}}),
     )
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path / "theirs")
     backbone, params = pj.load(folders[CLASSES[head][0]], head=head)
     pj.export_peft(tmp_path / "ours", backbone, *pj.import_peft(tmp_path / "theirs", backbone, params))
@@ -274,7 +279,7 @@ def test_residual_starts_are_read_once_peft_has_converted_them(start, folders, b
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = start
-    randomise(model)
+    randomize(model)
     want = theirs(model, "none", batch)
     model.save_pretrained(tmp_path / "raw")
     model.save_pretrained(
@@ -329,7 +334,7 @@ def test_embeddings_that_peft_keeps_tied(options, llama, tmp_path):
     base = transformers.LlamaForCausalLM.from_pretrained(llama)
     params = {"embed": {"embedding": jnp.asarray(base.get_input_embeddings().weight.detach().numpy())}}
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, **options, ensure_weight_tying=True))
-    randomise(model)
+    randomize(model)
     table = LLAMA_TABLE
     if "q_proj" in options["target_modules"]:
         table = [*LLAMA_TABLE, linear("q", "model.layers.0.self_attn.q_proj")[0]]
@@ -359,7 +364,7 @@ def test_embeddings_that_peft_keeps_tied(options, llama, tmp_path):
 )
 def test_an_embedding_changed_apart_from_its_tied_output_layer_is_refused(options, folders, tmp_path):
     model = peft.get_peft_model(hf_model(folders, "masked_lm"), peft.LoraConfig(r=4, **options))
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(PeftError, match="embed_tokens"):
         pj.import_peft(tmp_path, *pj.load(folders["BertForMaskedLM"], head="masked_lm"))
@@ -369,7 +374,7 @@ def test_an_adapter_of_one_class_fits_the_same_backbone_in_another(folders, batc
     model = peft.get_peft_model(
         hf_model(folders, "classifier"), peft.LoraConfig(r=4, target_modules=["query"])
     )
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     backbone, params = pj.load(folders["BertForSequenceClassification"], head="none")
     want = theirs(model.merge_and_unload().bert, "none", batch)
@@ -379,7 +384,7 @@ def test_an_adapter_of_one_class_fits_the_same_backbone_in_another(folders, batc
 def test_merged_checkpoints_load_in_transformers(folders, batch, tmp_path):
     head, options = CASES["saved modules"]
     model = peft.get_peft_model(hf_model(folders, head), peft.LoraConfig(r=4, **options))
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path / "adapter")
     import_saved(tmp_path / "adapter", str(folders[CLASSES[head][0]]), tmp_path / "ours", max_length=9)
     merge_saved(tmp_path / "ours", tmp_path / "merged")
@@ -408,7 +413,7 @@ def test_a_merged_checkpoint_has_the_dtype_of_its_base(folders, tmp_path):
 def test_a_head_that_the_base_lacks_goes_with_the_adapter(folders, batch, tmp_path):
     base = folders["BertForMaskedLM"]  # which has neither pooler nor classifier
     model, params = pj.load(base, head="classifier", key=jax.random.key(5))
-    method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.train(["head/classifier"]))
+    method = pj.chain(pj.lora(rank=2, targets=["query"]), pj.unfreeze(["head/classifier"]))
     frozen, initial = method.init(jax.random.key(5), params)
     trainable = noisy(initial)
     info = {"model": str(base), "head": "classifier", "labels": ["a", "b", "c"], "max_length": 9}
@@ -487,7 +492,7 @@ def test_convolutions(dims, groups, dora, tmp_path):
 
     config = peft.LoraConfig(r=2, target_modules=["first", "second"], use_dora=dora, lora_bias=not dora)
     model = peft.get_peft_model(base, config)
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         want = model.eval()(x).numpy()

@@ -9,9 +9,9 @@ from support import noisy
 from tiny_decoder_folder import save_decoder
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter
-from peftjax.train.exchange import import_saved
+from peftjax.adapters.files import load_adapter
+from peftjax.cli.peft import import_saved
+from peftjax.core.errors import PeftError
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""The kernelised merge as its formulas read: in float64 numpy, and in jnp for autodiff."""
+"""The kernelized merge as its formulas read: in float64 numpy, and in jnp for autodiff."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.kernels.kernelised_merge import Map
+from peftjax.kernels.kernelized_merge import KernelFunction
 
 SCALARS = {
     "scale": 0.7,
@@ -19,8 +19,8 @@ KERNELS = ["distance", "linear", "sigmoid", "rbf", "mixed"]
 
 def map_of(kernel, mode="released", coefficients=(0.1, -0.1)):
     if kernel == "mixed":
-        return Map("distance", coefficients, mode, mixed=True)
-    return Map(kernel, coefficients, mode)
+        return KernelFunction("distance", coefficients, mode, mixed=True)
+    return KernelFunction(kernel, coefficients, mode)
 
 
 def factors(n, m, q=3, heads=2, stack=(), seed=0, dtype=jnp.float32):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from peftjax.errors import PeftError
-from peftjax.machines.machine import find_machine
+from peftjax.core.errors import PeftError
+from peftjax.planner.machine import find_machine
 
 NAMES = {"tpu": "v5e:2x2", "cuda": "h200"}
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from support import KEY, all_but_slow
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.kernels.packed_residuals import Grid, decode, encode, gpu, pack, reference, tpu, unpack
 
 SHAPES = [(5, 37), (3, 130), (2, 9, 256), (7, 768), (130, 64), (1, 1)]
@@ -101,13 +101,13 @@ def test_the_grid_of_derivatives_holds_zero_and_one():
 def test_kernels_interpreted_equal_the_reference(shape, dtype, body):
     x, width = array(shape, dtype), shape[-1]
     for fine in (False, True):
-        want = reference.quantise(x, group=64, fine=fine)
-        got = body.quantise(x, group=64, fine=fine, interpret=True)
+        want = reference.quantize(x, group=64, fine=fine)
+        got = body.quantize(x, group=64, fine=fine, interpret=True)
         for left, right in zip(got, want, strict=True):
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
-        back = body.dequantise(*got, width=width, dtype=dtype, interpret=True)
-        plain = reference.dequantise(*want, width=width, dtype=dtype)
+        back = body.dequantize(*got, width=width, dtype=dtype, interpret=True)
+        plain = reference.dequantize(*want, width=width, dtype=dtype)
         # The compiler may fuse the product and the sum into one rounding.
         rtol = 1e-6 if dtype == jnp.float32 else 2.0**-7
         np.testing.assert_allclose(*(np.asarray(y[0], np.float32) for y in (back, plain)), rtol, 1e-6)
@@ -116,8 +116,8 @@ def test_kernels_interpreted_equal_the_reference(shape, dtype, body):
 @pytest.mark.slow
 def test_kernels_on_several_blocks_of_a_tpu():
     x = array((4, 2560))
-    got = tpu.quantise(x, group=128, fine=False, interpret=True)
-    for left, right in zip(got, reference.quantise(x, group=128, fine=False), strict=True):
+    got = tpu.quantize(x, group=128, fine=False, interpret=True)
+    for left, right in zip(got, reference.quantize(x, group=128, fine=False), strict=True):
         np.testing.assert_array_equal(left, right)
 
 

@@ -11,8 +11,8 @@ from support import KEY
 from tiny_models import TOKENS, Tiny, moved
 
 import peftjax as pj
+from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
-from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder
 from peftjax.models.vit import ViTConfig, vit
 

@@ -10,8 +10,8 @@ from support import KEY, assert_close
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 MODEL = tiny("words")
 BATCH = jnp.concatenate([MODEL.batch, MODEL.batch[::-1]])  # four rows
@@ -57,7 +57,7 @@ def test_switching_back_and_off_is_exact():
     before = [np.array(leaf) for leaf in jax.tree.leaves(MODEL.params)]
     wanted, base = alone(first), out_of(MODEL.params)
     assert not np.array_equal(alone(second), wanted)
-    pj.add([first, second])
+    pj.adapters.add([first, second])
     np.testing.assert_array_equal(alone(first), wanted)
     np.testing.assert_array_equal(out_of(MODEL.params), base)
     assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(MODEL.params)))
@@ -75,27 +75,27 @@ def test_another_adapter_of_the_same_shape_compiles_nothing():
 def test_active_adapters_add_up_in_any_order():
     one, two, three_ = three()
     wanted = MODEL.forward(base_plus(delta(one), delta(two), delta(three_)), BATCH)
-    assert_close(out_of(pj.add([one, two, three_])), wanted)
-    assert_close(out_of(pj.add([three_, one, two])), wanted)
+    assert_close(out_of(pj.adapters.add([one, two, three_])), wanted)
+    assert_close(out_of(pj.adapters.add([three_, one, two])), wanted)
 
 
 def test_adapters_on_different_weights_add_up():
     _, two, three_ = three()
-    assert_close(merged(pj.add([two, three_])), base_plus(delta(two), delta(three_)))
+    assert_close(merged(pj.adapters.add([two, three_])), base_plus(delta(two), delta(three_)))
 
 
 @pytest.mark.parametrize("weight", [1.0, -1.0, 0.5, 0.0])
 def test_weights_scale_the_delta_exactly_once(weight):
     one = three()[0]
     wanted = base_plus(jax.tree.map(lambda d: weight * d, delta(one)))
-    assert_close(merged(pj.add([one], [weight])), wanted)
-    method, trainable = pj.combine([one], [weight])
+    assert_close(merged(pj.adapters.add([one], [weight])), wanted)
+    method, trainable = pj.adapters.combine([one], [weight])
     assert_close(method.merge(method.init(KEY, MODEL.params)[0], trainable), wanted)
 
 
 def test_an_adapter_minus_itself_is_nothing():
     one = three()[0]
-    assert_close(merged(pj.add([one, one], [1.0, -1.0])), MODEL.params)
+    assert_close(merged(pj.adapters.add([one, one], [1.0, -1.0])), MODEL.params)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_every_method_adds_up_or_says_why_not(name):
     first = adapter(1, info.factory(**info.example))
     second = (*first[:2], moved(first[2], 9))
     try:
-        params = pj.add([first, second])
+        params = pj.adapters.add([first, second])
     except PeftError as error:
         if "not its base plus one low-rank" not in str(error) and "is trained as it is" not in str(error):
             raise
@@ -122,7 +122,7 @@ def both(rank=None, **options):
     pair = [adapter(4, **options), adapter(5, **{**options, "rank": 3})]
     weights = [0.7, -1.3]
     wanted = base_plus(*[jax.tree.map(lambda d, w=w: w * d, delta(a)) for a, w in zip(pair, weights)])
-    method, trainable = pj.combine(pair, weights, rank=rank)
+    method, trainable = pj.adapters.combine(pair, weights, rank=rank)
     frozen, _ = method.init(KEY, MODEL.params)
     return method, trainable, method.merge(frozen, trainable), wanted
 
@@ -138,7 +138,7 @@ def test_a_combination_is_exact_and_its_ranks_add_up(rslora):
 @pytest.mark.slow
 def test_a_combination_is_exact_where_the_ranks_add_up_to_more_than_the_matrix_has():
     pair = [adapter(4, rank=6), adapter(5, rank=7)]
-    method, trainable = pj.combine(pair)
+    method, trainable = pj.adapters.combine(pair)
     frozen, fresh = method.init(KEY, MODEL.params)
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, trainable)
     assert_close(method.merge(frozen, trainable), base_plus(*map(delta, pair)))
@@ -170,7 +170,7 @@ def test_a_combination_hits_no_weight_whose_name_only_ends_alike():
     params = {"up": {"kernel": jnp.eye(4)}, "other": {"up": {"kernel": jnp.eye(4)}}}
     method = pj.lora(rank=1, targets="up/kernel")
     frozen, trainable = method.init(KEY, params)
-    combined, of_both = pj.combine([(method, frozen, trainable)])
+    combined, of_both = pj.adapters.combine([(method, frozen, trainable)])
     assert list(of_both) == list(combined.init(KEY, params)[1]) == ["up/kernel"]
 
 
@@ -183,7 +183,7 @@ def test_a_combination_of_stacked_layers_some_left_out():
     for seed, m in enumerate((method, other)):
         frozen, trainable = m.init(KEY, model.params)
         pair.append((m, frozen, moved(trainable, seed)))
-    combined, trainable = pj.combine(pair)
+    combined, trainable = pj.adapters.combine(pair)
     frozen, _ = combined.init(KEY, model.params)
     deltas = [jax.tree.map(lambda a, b: a - b, m.merge(f, t), model.params) for m, f, t in pair]
     wanted = jax.tree.map(lambda w, a, b: w + a + b, model.params, *deltas)
@@ -196,7 +196,7 @@ def test_a_combination_of_stacked_layers_some_left_out():
 def test_each_row_sees_its_own_adapter_or_the_base():
     adapters = three()
     single = [*map(alone, adapters), out_of(MODEL.params)]
-    run = jax.jit(lambda rows: pj.adapt(MODEL.forward)(pj.mix(adapters, rows), BATCH))
+    run = jax.jit(lambda rows: pj.adapt(MODEL.forward)(pj.adapters.mix(adapters, rows), BATCH))
     for rows in ([0, 1, 2, -1], [2, 2, 0, 1], [-1, -1, -1, -1]):
         wanted = jnp.stack([single[row][n] for n, row in enumerate(rows)])
         assert_close(run(jnp.array(rows)), wanted)
@@ -209,7 +209,7 @@ def test_rows_are_mixed_through_stacked_layers(name):
     method = pj.lora(rank=2, targets=EVERY_WEIGHT)
     frozen, trainable = method.init(KEY, model.params)
     pair = [(method, frozen, moved(trainable, seed)) for seed in (1, 2)]
-    run = jax.jit(lambda rows: pj.adapt(model.forward)(pj.mix(pair, rows), model.batch))
+    run = jax.jit(lambda rows: pj.adapt(model.forward)(pj.adapters.mix(pair, rows), model.batch))
     plain = jax.jit(model.forward)
     second = plain(method.merge(frozen, pair[1][2]), model.batch)
     base = plain(model.params, model.batch)
@@ -218,7 +218,7 @@ def test_rows_are_mixed_through_stacked_layers(name):
 
 def test_a_row_beyond_the_last_takes_the_last():
     adapters = three()[:2]
-    mixed = out_of(pj.mix(adapters, jnp.array([9, 1, 1, 0])))
+    mixed = out_of(pj.adapters.mix(adapters, jnp.array([9, 1, 1, 0])))
     assert_close(mixed[0], alone(adapters[1])[0])
 
 
@@ -227,37 +227,45 @@ def test_a_row_beyond_the_last_takes_the_last():
 
 def test_the_same_plain_parameter_in_two_adapters_is_refused():
     one, two = (adapter(seed, pj.lora(rank=2, targets=["up"], bias="adapted")) for seed in (1, 2))
-    for together in (pj.add, pj.combine, functools.partial(pj.mix, rows=jnp.zeros(4, int))):
+    for together in (
+        pj.adapters.add,
+        pj.adapters.combine,
+        functools.partial(pj.adapters.mix, rows=jnp.zeros(4, int)),
+    ):
         with pytest.raises(PeftError, match=r"lora: 'up/bias' is trained as it is; .* only factors"):
             together([one, two])
 
 
 def test_dora_is_refused():
     one = adapter(1, pj.dora(rank=2, targets=["up"]))
-    for together in (pj.add, pj.combine, functools.partial(pj.mix, rows=jnp.zeros(4, int))):
-        with pytest.raises(PeftError, match=r"dora: 'up/kernel' is a ScaledColumns, not its base plus"):
+    for together in (
+        pj.adapters.add,
+        pj.adapters.combine,
+        functools.partial(pj.adapters.mix, rows=jnp.zeros(4, int)),
+    ):
+        with pytest.raises(PeftError, match=r"dora: 'up/kernel' is a ColumnNormalized, not its base plus"):
             together([one])
 
 
 def test_two_low_rank_products_on_one_weight_are_refused():
     twice = pj.chain(pj.lora(rank=2, targets=["up"]), pj.lora(rank=2, targets=["up"]))
     with pytest.raises(PeftError, match=r"chain: 'up/kernel' is a LowRank, not its base plus one low-rank"):
-        pj.add([adapter(1, twice), adapter(2, twice)])
+        pj.adapters.add([adapter(1, twice), adapter(2, twice)])
 
 
 def test_different_bases_are_refused():
     pissa = pj.pissa(rank=2, targets=["up"])
     with pytest.raises(PeftError, match=r"pissa: parameter 'up/kernel' is not the same array in both bases"):
-        pj.add([adapter(1), adapter(2, pissa)])
+        pj.adapters.add([adapter(1), adapter(2, pissa)])
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: pj.add([]), "give at least one adapter"),
-        (lambda: pj.mix([], jnp.zeros(4, int)), "give at least one adapter"),
-        (lambda: pj.combine([adapter(1)], rank=0), "combine: rank must be positive, got 0"),
-        (lambda: pj.add([adapter(1)], [1.0, 2.0]), "1 adapters were given with 2 weights"),
+        (lambda: pj.adapters.add([]), "give at least one adapter"),
+        (lambda: pj.adapters.mix([], jnp.zeros(4, int)), "give at least one adapter"),
+        (lambda: pj.adapters.combine([adapter(1)], rank=0), "combine: rank must be positive, got 0"),
+        (lambda: pj.adapters.add([adapter(1)], [1.0, 2.0]), "1 adapters were given with 2 weights"),
     ],
 )
 def test_what_cannot_be_put_together(call, text):
@@ -266,7 +274,7 @@ def test_what_cannot_be_put_together(call, text):
 
 
 def test_a_mixture_has_no_dense_weight_and_needs_the_batch_in_front():
-    params = pj.mix([adapter(1)], jnp.zeros(4, int))
+    params = pj.adapters.mix([adapter(1)], jnp.zeros(4, int))
     with pytest.raises(PeftError, match=r"up/kernel: adapters mixed per row have no single dense weight"):
         pj.dense(params["up"]["kernel"])
     with pytest.raises(PeftError, match=r"a batch of 4 rows, but this layer\s+sees an activation \(3,"):

@@ -11,7 +11,7 @@ from support import assert_close
 from tiny_models import moved, tiny
 
 import peftjax as pj
-from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.adapters.files import load_adapter, save_adapter
 from peftjax.models.bert import bert
 from peftjax.train.identity import run_identity
 
@@ -22,7 +22,7 @@ def test_a_run_with_dropout_resumes_and_its_adapter_is_saved(tmp_path):
     model = bert(dataclasses.replace(tiny("encoder").forward.config, **sizes), head="classifier")
     params = moved(jax.jit(model.init)(jax.random.key(1)))
     adapters = pj.mam(length=2, mlp_size=4, size=3, dropout=0.1, prefix_dropout=0.1)
-    method = pj.chain(pj.lora(rank=2, targets=["query"]), adapters, pj.train(["classifier"]))
+    method = pj.chain(pj.lora(rank=2, targets=["query"]), adapters, pj.unfreeze(["classifier"]))
     frozen, trainable = method.init(jax.random.key(0), params)
     options = {"frozen": frozen, "trainable": trainable, "method": method, "forward": method.model(model)}
     options["identity"] = run_identity(method.config, params)

@@ -11,9 +11,9 @@ from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.bottleneck import AdapterBlock, Adapters, Bottleneck
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.bottleneck._bottleneck import AdapterBlock, Adapters, Bottleneck
 from peftjax.models.vit import ViTConfig, vit
 from peftjax.weights.low_rank import LowRank
 
@@ -178,12 +178,12 @@ def test_adaptformers_count_on_a_base_sized_vit():
 
 @pytest.mark.slow
 def test_houlsby_trains_the_norms_beside_it():
-    method = pj.chain(pj.houlsby(size=3), pj.train(["attention_norm", "feed_forward_norm"]))
+    method = pj.chain(pj.houlsby(size=3), pj.unfreeze(["attention_norm", "feed_forward_norm"]))
     frozen, trainable = method.init(KEY, MODEL.params)
-    assert set(trainable["train"]) == {"blocks/attention_norm/scale", "blocks/feed_forward_norm/scale"}
+    assert set(trainable["unfreeze"]) == {"blocks/attention_norm/scale", "blocks/feed_forward_norm/scale"}
     out = pj.adapt(method.model(MODEL.forward))(method.apply(frozen, moved(trainable)), MODEL.batch)
     alone = pj.houlsby(size=3)
-    params = tree.replace(MODEL.params, moved(trainable)["train"])
+    params = tree.replace(MODEL.params, moved(trainable)["unfreeze"])
     own = alone.apply(alone.init(KEY, params)[0], moved(trainable)["houlsby"])
     assert_close(out, alone.model(MODEL.forward)(own, MODEL.batch))
 

@@ -23,8 +23,8 @@ from support import KEY, all_but_slow, assert_close
 from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, Tiny, moved, tiny
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 RATE = 1e-3
 # A parameter of the smallest models that a method may leave as it is.
@@ -387,13 +387,13 @@ def test_an_adapter_comes_back_from_names_and_numpy_arrays(case):
 
 def test_training_a_plain_parameter_beside_it(smallest):
     norm = NORM[smallest.name]
-    method = pj.chain(smallest.method, pj.train([norm]))
+    method = pj.chain(smallest.method, pj.unfreeze([norm]))
     if norm in tree.named_leaves(smallest.fresh):
         with pytest.raises(PeftError, match=rf"'{norm}'"):
             method.init(KEY, smallest.model.params)
         return
     frozen, trainable = method.init(KEY, smallest.model.params)
-    assert set(trainable) == {smallest.method.name, "train"}
+    assert set(trainable) == {smallest.method.name, "unfreeze"}
     trained = {**trainable, "train": {norm: jnp.full(8, 2.0)}}
     out = pj.adapt(method.model(smallest.model.forward))(method.apply(frozen, trained), smallest.model.batch)
     assert float(jnp.abs(out - smallest.at_fresh["out"]).max()) > 1e-3
@@ -404,7 +404,7 @@ def test_training_a_plain_parameter_beside_it(smallest):
 
 
 def test_on_a_base_that_is_not_a_plain_array(anew):
-    """One that no one trains, as a quantised one is."""
+    """One that no one trains, as a quantized one is."""
     targets = r".*(attention|feed_forward|words|up|down).*(kernel|embedding)"
     lora, own, batch = pj.lora(rank=2, targets=targets), anew.method, anew.model.batch
     base, adapter = lora.init(KEY, anew.model.params)

@@ -8,7 +8,7 @@ import pytest
 from support import KEY
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 PARAMS = {
     "layers": [{"query": {"kernel": jnp.zeros((8, 6))}, "norm": {"scale": jnp.ones(8)}} for _ in range(2)],
@@ -72,7 +72,7 @@ IN_INIT = [
     (pj.rows([5]), "rows: 'words/embedding' has 5 rows, row 5 is not among them"),
     (pj.rows([1], targets=["up"]), "rows: 'blocks/up/kernel' has axes 'sio'; a matrix is needed"),
     (pj.rows([1], targets=["wrods"]), "rows: target 'wrods' matched no parameter; closest: 'words"),
-    (pj.train(["nrom"]), "train: target 'nrom' matched no parameter; closest: 'layers/1/norm"),
+    (pj.unfreeze(["nrom"]), "unfreeze: target 'nrom' matched no parameter; closest: 'layers/1/norm"),
     (pj.bitfit(), "bitfit: target 'bias' matched no parameter"),
     (pj.freeze(".*"), "freeze: exclude '.*' removes every parameter"),
     (
@@ -98,10 +98,13 @@ def test_what_does_not_fit_the_parameters_is_refused_by_init(method, text):
 
 QUERY = {"rank": 2, "targets": ["query"]}
 CHAINS = [
-    ((pj.train(["query"]), pj.lora(**QUERY)), "chain: 'lora' adapts 'layers/0/query/kernel', which 'train'"),
     (
-        (pj.train(["norm"]), pj.train(["scale"])),
-        "chain: 'train_2' adapts 'layers/0/norm/scale', which 'train'",
+        (pj.unfreeze(["query"]), pj.lora(**QUERY)),
+        "chain: 'lora' adapts 'layers/0/query/kernel', which 'unfreeze'",
+    ),
+    (
+        (pj.unfreeze(["norm"]), pj.unfreeze(["scale"])),
+        "chain: 'unfreeze_2' adapts 'layers/0/norm/scale', which 'unfreeze'",
     ),
     ((pj.lora(**QUERY), pj.full()), "full: 'layers/0/query/kernel' is already a LowRank; exclude it here"),
     ((pj.lora(**QUERY), pj.pissa(**QUERY)), "pissa: 'layers/0/query/kernel' is a LowRank; this start needs"),

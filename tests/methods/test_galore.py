@@ -10,9 +10,9 @@ import pytest
 from support import KEY, assert_close, assert_no_dense_gradient
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.kept import kept_arrays
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.planner.residuals import kept_arrays
 
 RANK, EVERY, RATE, DECAY = 2, 3, 1e-2, 0.1
 PARAMS = {
@@ -175,7 +175,7 @@ def gradients_made_by_a_refresh(basis):
 
 
 def test_a_refresh_by_subspace_iteration_forms_no_gradient_of_a_weight(monkeypatch):
-    monkeypatch.setattr("peftjax.methods.projected.refresh.OVERSAMPLING", 1)
+    monkeypatch.setattr("peftjax.methods.projected._refresh.OVERSAMPLING", 1)
     assert (2, 10, 10) in gradients_made_by_a_refresh("svd")
     shapes = gradients_made_by_a_refresh("subspace")
     assert shapes

@@ -7,7 +7,7 @@ import pytest
 from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 PARAMS = {
     "up": {"kernel": jax.random.normal(KEY, (8, 12))},
@@ -60,7 +60,7 @@ def assert_each_direction_can_learn(method, trainable):
 )
 def test_a_larger_rank_keeps_the_function_and_every_direction_can_learn(options, trained):
     one = adapter(trained=trained, **options)
-    method, trainable = pj.combine([one], rank=4)
+    method, trainable = pj.adapters.combine([one], rank=4)
     frozen, _ = method.init(KEY, PARAMS)
     assert {path: slots["a"].shape[-2] for path, slots in trainable.items()} == dict.fromkeys(trainable, 4)
     assert_close(merged(method, frozen, trainable), merged(*one))
@@ -71,21 +71,21 @@ def test_a_larger_rank_keeps_the_function_and_every_direction_can_learn(options,
 
 @pytest.mark.slow
 def test_a_grown_adapter_trains_as_any_other():
-    method, _ = pj.combine([adapter()], rank=4)
+    method, _ = pj.adapters.combine([adapter()], rank=4)
     assert_equals_merged(forward, PARAMS, method, IDS)
     assert_no_dense_gradient(forward, PARAMS, method, IDS)
 
 
 def test_the_rank_grows_to_at_most_that_of_each_matrix():
-    _, trainable = pj.combine([adapter()], rank=7)
+    _, trainable = pj.adapters.combine([adapter()], rank=7)
     assert trainable["up/kernel"]["a"].shape[-2] == 7
     assert trainable["experts"]["a"].shape[-2] == 6
 
 
 def test_new_directions_are_the_same_each_time_and_others_with_another_key():
     one = adapter()
-    first, again = (pj.combine([one], rank=4)[1] for _ in range(2))
-    other = pj.combine([one], rank=4, key=jax.random.key(5))[1]
+    first, again = (pj.adapters.combine([one], rank=4)[1] for _ in range(2))
+    other = pj.adapters.combine([one], rank=4, key=jax.random.key(5))[1]
     new = lambda trainable, path="up/kernel": np.asarray(trainable[path]["a"][2:])
     np.testing.assert_array_equal(new(first), new(again))
     assert not np.array_equal(new(first), new(other))
@@ -95,7 +95,7 @@ def test_new_directions_are_the_same_each_time_and_others_with_another_key():
 @pytest.mark.slow
 def test_fresh_adapters_cut_to_a_rank_do_not_end_with_both_factors_zero():
     pair = [adapter(trained=False), adapter(trained=False)]
-    method, trainable = pj.combine(pair, rank=3)
+    method, trainable = pj.adapters.combine(pair, rank=3)
     assert_close(merged(method, method.init(KEY, PARAMS)[0], trainable), PARAMS)
     assert_each_direction_can_learn(method, trainable)
 
@@ -103,14 +103,14 @@ def test_fresh_adapters_cut_to_a_rank_do_not_end_with_both_factors_zero():
 @pytest.mark.slow
 def test_a_sum_of_less_rank_than_directions_can_learn_in_all_of_them():
     one = adapter()
-    method, trainable = pj.combine([one, one], [0.5, 0.5], rank=4)
+    method, trainable = pj.adapters.combine([one, one], [0.5, 0.5], rank=4)
     assert_close(merged(method, method.init(KEY, PARAMS)[0], trainable), merged(*one))
     assert all((np.abs(slots["a"]).max(-1) > 1e-3).all() for p, slots in trainable.items() if p[0] != "w")
 
 
 def test_layers_without_an_adapter_get_none_by_growing():
     one = adapter(targets=["down"], layouts=None, layers=1)
-    _, trainable = pj.combine([one], rank=4)
+    _, trainable = pj.adapters.combine([one], rank=4)
     used = np.abs(np.asarray(trainable["layers/down/kernel"]["a"])).max((1, 2)) > 0
     assert used.tolist() == [False, True, False]
 
@@ -118,9 +118,9 @@ def test_layers_without_an_adapter_get_none_by_growing():
 @pytest.mark.slow
 def test_a_dora_grows_into_a_dora_and_is_not_cut():
     one = adapter(pj.dora(rank=2, targets=".*kernel", layouts={"conv/kernel": "iio"}))
-    method, trainable = pj.combine([one], rank=4)
+    method, trainable = pj.adapters.combine([one], rank=4)
     assert method.name == "dora"
     assert_close(merged(method, method.init(KEY, PARAMS)[0], trainable), merged(*one))
     assert_each_direction_can_learn(method, trainable)
-    with pytest.raises(PeftError, match="is a ScaledColumns, not its base plus"):
-        pj.combine([one], rank=1)
+    with pytest.raises(PeftError, match="is a ColumnNormalized, not its base plus"):
+        pj.adapters.combine([one], rank=1)

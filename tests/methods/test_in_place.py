@@ -11,9 +11,9 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 D, F, L = 8, 12, 3
 UP, DOWN = (
@@ -176,7 +176,7 @@ def test_writing_costs_what_is_written(name):
 
 def test_in_a_chain_each_method_writes_its_own():
     parts = make("paca", in_place=True, targets=["up"]), make("shira", in_place=True, targets=["down"])
-    method = pj.chain(*parts, pj.train(["head"]))
+    method = pj.chain(*parts, pj.unfreeze(["head"]))
     frozen, trainable = method.init(KEY, PARAMS)
     trained = moved(trainable)
     written = method.write(frozen, trained)

@@ -2,7 +2,7 @@
 
 Numbers are those of the study's list. Left out, because the method does not exist here yet: 4 (HRA with
 Gram-Schmidt is the identity at first), 5 (OFT's module dropout acts), 6 (two C3A adapters add; two
-adapters of every method here: test_adapters), 10 (safe merge of a biased quantised layer; the check of
+adapters of every method here: test_adapters), 10 (safe merge of a biased quantized layer; the check of
 every method here: test_conformance). Held elsewhere for every method: 9, a fresh adapter changes nothing
 (test_conformance).
 """
@@ -17,8 +17,8 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 W = jax.random.normal(KEY, (12, 8))
 PARAMS = {"up": {"kernel": W}}
@@ -36,7 +36,7 @@ def delta(method, frozen, trainable):
 
 
 def combined_delta(adapters, weights, rank=None):
-    method, trainable = pj.combine(adapters, weights, rank=rank)
+    method, trainable = pj.adapters.combine(adapters, weights, rank=rank)
     return delta(method, method.init(KEY, PARAMS)[0], trainable)
 
 
@@ -55,13 +55,13 @@ def test_2_rslora_is_not_inherited_by_a_combination(rank):
 def test_3_dora_is_never_turned_into_a_sum_that_ignores_its_magnitude():
     method = pj.dora(rank=2)
     frozen, trainable = method.init(KEY, PARAMS)
-    with pytest.raises(PeftError, match="ScaledColumns"):
-        pj.combine([(method, frozen, moved(trainable))])
+    with pytest.raises(PeftError, match="ColumnNormalized"):
+        pj.adapters.combine([(method, frozen, moved(trainable))])
 
 
 def test_7_a_module_is_not_hit_because_its_name_ends_in_anothers():
     params = {name: {"kernel": W, "bias": jnp.zeros(8)} for name in ("head", "my_head", "ahead")}
-    assert sorted(pj.train(["head"]).init(KEY, params)[1]) == ["head/bias", "head/kernel"]
+    assert sorted(pj.unfreeze(["head"]).init(KEY, params)[1]) == ["head/bias", "head/kernel"]
     assert sorted(pj.lora(rank=2, targets=["head"]).init(KEY, params)[1]) == ["head/kernel"]
     frozen = pj.freeze(["head"]).init(KEY, params)[1]
     assert sorted({tree.module_of(path) for path in frozen}) == ["ahead", "my_head"]
@@ -71,7 +71,7 @@ def test_8_a_linear_combination_has_no_cross_terms():
     pair = [adapter(1), adapter(2)]
     wanted = 0.3 * delta(*pair[0]) - 0.6 * delta(*pair[1])
     assert_close(combined_delta(pair, [0.3, -0.6]), wanted)
-    assert_close(pj.dense(pj.add(pair, [0.3, -0.6])["up"]["kernel"]) - W, wanted)
+    assert_close(pj.dense(pj.adapters.add(pair, [0.3, -0.6])["up"]["kernel"]) - W, wanted)
 
 
 def test_11_what_the_user_froze_stays_frozen_whatever_is_switched_on_and_off():
@@ -79,7 +79,7 @@ def test_11_what_the_user_froze_stays_frozen_whatever_is_switched_on_and_off():
     frozen, trainable = method.init(KEY, PARAMS)
     other = adapter(1)
     before = np.array(frozen.state["up/kernel"]["a"])
-    pj.add([other, (method, frozen, trainable)])
+    pj.adapters.add([other, (method, frozen, trainable)])
     tx = method.optimizer(optax.adamw(0.1))
     state = tx.init(trainable)
     for _ in range(3):

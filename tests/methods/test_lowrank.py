@@ -14,7 +14,7 @@ from support import KEY, assert_close, assert_equals_merged
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
+from peftjax.core import tree
 
 N_IN, N_OUT = 12, 8
 W = jax.random.normal(KEY, (N_IN, N_OUT))
@@ -142,7 +142,7 @@ def test_rank_and_alpha_patterns():
 @pytest.mark.parametrize("chained", [False, True])
 def test_one_step_of_lora_plus_moves_b_by_the_ratio(chained):
     method = pj.lora_plus(rank=2, ratio=8.0)
-    method = pj.chain(method, pj.train(["bias"])) if chained else method
+    method = pj.chain(method, pj.unfreeze(["bias"])) if chained else method
     frozen, fresh = started(method)
     trainable = moved(fresh)
     grads = jax.grad(lambda t: jnp.sum(pj.adapt(linear)(method.apply(frozen, t), X) ** 2))(trainable)
@@ -151,7 +151,7 @@ def test_one_step_of_lora_plus_moves_b_by_the_ratio(chained):
     own, of = (tree_["lora_plus"] if chained else tree_ for tree_ in (updates, grads))
     assert_close(own[WEIGHT], {"a": -0.5 * of[WEIGHT]["a"], "b": -4.0 * of[WEIGHT]["b"]})
     if chained:
-        assert_close(updates["train"]["up/bias"], -0.5 * grads["train"]["up/bias"])
+        assert_close(updates["unfreeze"]["up/bias"], -0.5 * grads["unfreeze"]["up/bias"])
 
 
 # Starts.
@@ -220,7 +220,7 @@ def test_pissa_splits_the_weight_at_its_singular_values(params):
     np.testing.assert_allclose(np.sum(a**2, -1), np.sum(b**2, -1), rtol=1e-4)
 
 
-def test_a_randomised_svd_is_close():
+def test_a_randomized_svd_is_close():
     w = {"up": {"kernel": W * jnp.exp(-jnp.arange(N_OUT))}}
     exact, close = (started(pj.pissa(rank=2, iterations=n), w)[0].params for n in (None, 4))
     assert_close(close, exact, 1e-3)

@@ -12,7 +12,7 @@ from pretraining import PARAMS, M, N, X, forward, renewer, resumed, sharded, tra
 from support import KEY, assert_close, assert_no_dense_gradient, noisy
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 R = 3
 K = jax.random.split(KEY, 2)
@@ -43,7 +43,7 @@ def after_steps(method, tx, count=3, params=PARAMS):
 
 
 def test_the_product_stays_and_both_factors_share_its_singular_values():
-    a, b = pj.rebalance(A, B)
+    a, b = pj.adapters.rebalance(A, B)
     assert_close(product(a, b), product(A, B))
     sizes = np.linalg.svd(product(A, B), compute_uv=False)[:, :R]
     wanted = jnp.asarray(sizes[:, :, None] * np.eye(R))
@@ -53,7 +53,7 @@ def test_the_product_stays_and_both_factors_share_its_singular_values():
 
 
 def test_it_is_the_singular_value_decomposition_of_the_dense_product():
-    a, b = pj.rebalance(A[0], B[0])
+    a, b = pj.adapters.rebalance(A[0], B[0])
     u, sizes, vt = np.linalg.svd(np.asarray(product(A[0], B[0])), full_matrices=False)
     for row in range(R):
         sign = np.sign(np.vdot(u[:, row], a[row]))
@@ -62,25 +62,25 @@ def test_it_is_the_singular_value_decomposition_of_the_dense_product():
 
 
 def test_twice_is_once_up_to_signs():
-    once = pj.rebalance(A, B)
-    twice = pj.rebalance(*once)
+    once = pj.adapters.rebalance(A, B)
+    twice = pj.adapters.rebalance(*once)
     assert_close(jnp.abs(twice[0]), jnp.abs(once[0]))
     assert_close(jnp.abs(twice[1]), jnp.abs(once[1]))
 
 
 def test_a_matrix_without_full_rank_keeps_its_factors_and_the_others_do_not():
     lost = B.at[1].set(0.0)
-    a, b = pj.rebalance(A, lost)
+    a, b = pj.adapters.rebalance(A, lost)
     np.testing.assert_array_equal(a[1], A[1])
     np.testing.assert_array_equal(b[1], 0.0)
     assert float(jnp.abs(a[0] - A[0]).max()) > 0.1
     same = A.at[0, 1].set(A[0, 0])
-    np.testing.assert_array_equal(pj.rebalance(same, B)[0][0], same[0])
+    np.testing.assert_array_equal(pj.adapters.rebalance(same, B)[0][0], same[0])
 
 
 def test_bfloat16_factors_drift_by_their_rounding():
     a, b = A.astype(jnp.bfloat16), B.astype(jnp.bfloat16)
-    new = pj.rebalance(a, b)
+    new = pj.adapters.rebalance(a, b)
     assert new[0].dtype == new[1].dtype == jnp.bfloat16
     exact, drifted = (product(*(f.astype(jnp.float32) for f in pair)) for pair in ((a, b), new))
     assert 1e-4 < float(jnp.linalg.norm(drifted - exact) / jnp.linalg.norm(exact)) < 4e-3
@@ -89,14 +89,14 @@ def test_bfloat16_factors_drift_by_their_rounding():
 @pytest.mark.parametrize("shapes", [((2, 3, 9), (3, 8)), ((3, 9), (2, 8)), ((5, 4), (5, 8)), ((3,), (3,))])
 def test_factors_that_do_not_fit_are_refused(shapes):
     with pytest.raises(PeftError, match="rebalance: a "):
-        pj.rebalance(*map(jnp.ones, shapes))
+        pj.adapters.rebalance(*map(jnp.ones, shapes))
 
 
 def test_a_trained_lora_is_rebalanced_to_the_same_model():
     method = pj.lora(rank=2, targets=["up"])
     frozen, trainable = method.init(KEY, PARAMS)
     trainable = noisy(trainable)
-    balanced = {path: dict(zip("ab", pj.rebalance(s["a"], s["b"]))) for path, s in trainable.items()}
+    balanced = {path: dict(zip("ab", pj.adapters.rebalance(s["a"], s["b"]))) for path, s in trainable.items()}
     assert_close(method.merge(frozen, balanced), method.merge(frozen, trainable))
 
 
@@ -280,7 +280,7 @@ import peftjax as pj
 
 keys = jax.random.split(jax.random.key(0), 7)
 pairs = [(jax.random.normal(key, (4, 40, 160)), jax.random.normal(key, (4, 40, 426))) for key in keys]
-balanced = jax.jit(lambda pairs: [pj.rebalance(a, b) for a, b in pairs])
+balanced = jax.jit(lambda pairs: [pj.adapters.rebalance(a, b) for a, b in pairs])
 for _ in range(10):
     jax.block_until_ready(balanced(pairs))
 """

@@ -15,10 +15,10 @@ from support import KEY, all_but_slow, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
-from peftjax.models.rope import rotation
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.backbone.rope import rotation
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.models.t5 import t5
 from peftjax.models.t5_config import read_config
 from peftjax.train.step import make_step
@@ -150,7 +150,7 @@ def test_the_numbers_of_parameters_that_the_paper_has_for_t5(sizes, used, count,
 @pytest.mark.slow
 def test_a_method_of_the_side_network_trains_that_alone():
     tiny = backbone("llama")
-    inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.train(["blocks/gate"]))
+    inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.unfreeze(["blocks/gate"]))
     method = pj.lst(reduction=2, side=inner)
     frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
     assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "train"}
@@ -166,7 +166,7 @@ def test_a_method_of_the_side_network_trains_that_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "inner", [None, pj.chain(pj.lora(rank=2), pj.train(["blocks/gate"]))], ids=["all", "some"]
+    "inner", [None, pj.chain(pj.lora(rank=2), pj.unfreeze(["blocks/gate"]))], ids=["all", "some"]
 )
 def test_a_saved_network_comes_back_without_its_scores(tmp_path, inner):
     tiny = backbone("bert")
@@ -263,7 +263,7 @@ def test_layers_scores_and_widths_that_do_not_fit():
 OTHERS = {
     "lora": pj.lora(rank=2, targets=["query"]),
     "rows": pj.rows([1]),
-    "train": pj.train(["blocks/attention_norm/scale"]),
+    "unfreeze": pj.unfreeze(["blocks/attention_norm/scale"]),
     "bitfit": pj.bitfit(),
 }
 
@@ -278,9 +278,9 @@ def test_what_would_train_nothing_in_the_backbone_is_refused(other, first):
 
 
 def test_the_head_may_be_trained():
-    method = pj.chain(pj.lst(reduction=2), pj.train(["head/norm"]))
+    method = pj.chain(pj.lst(reduction=2), pj.unfreeze(["head/norm"]))
     _, trainable = jax.eval_shape(method.init, KEY, backbone("llama").params)
-    assert trainable["train"].keys() == {"head/norm/scale"}
+    assert trainable["unfreeze"].keys() == {"head/norm/scale"}
 
 
 @pytest.mark.parametrize("first", [True, False])

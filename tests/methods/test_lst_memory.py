@@ -9,9 +9,9 @@ from support import KEY
 from tiny_models import BLOCKS, TOKENS, WIDTH, tiny
 
 import peftjax as pj
-from peftjax import compat
-from peftjax.kept import kept_arrays
+from peftjax.core import compat
 from peftjax.models.bert import BertConfig, bert
+from peftjax.planner.residuals import kept_arrays
 
 B, S, D, L, N = 2, 9, 24, 4, 2
 BATCH = {"input_ids": jax.ShapeDtypeStruct((B, S), jnp.int32)}

@@ -8,9 +8,9 @@ from ladders import backbone
 from support import KEY, assert_close
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.side_pruning import kept_count, largest
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.side._side_pruning import kept_count, largest
 
 R = 2
 
@@ -161,7 +161,7 @@ def loss(params, x):
 def test_the_information_is_the_sum_of_squared_gradients(per_example):
     parts = [X[n : n + 1] for n in range(6)] if per_example else [X[:3], X[3:]]
     wanted = sum(jnp.square(jax.grad(loss)(PARAMS, part)["up"]["kernel"]) for part in parts)
-    found = pj.fisher_information(loss, PARAMS, [X[:3], X[3:]], per_example=per_example)
+    found = pj.calibrate.fisher_information(loss, PARAMS, [X[:3], X[3:]], per_example=per_example)
     assert found.keys() == {"up/kernel"}
     assert_close(found["up/kernel"], wanted)
 
@@ -173,7 +173,7 @@ def test_it_is_what_a_side_network_asks_for():
     def loss(params, batch):
         return jnp.mean(jnp.sin(tiny.forward(params, batch).dense()))
 
-    scores = pj.fisher_information(loss, tiny.params, [tiny.batch])
+    scores = pj.calibrate.fisher_information(loss, tiny.params, [tiny.batch])
     method = pj.lst(reduction=R, init="fisher", scores=scores)
     _, trainable = jax.jit(method.init)(KEY, tiny.params)
     _, other = jax.jit(pj.lst(reduction=R).init)(KEY, tiny.params)
@@ -184,7 +184,7 @@ def test_it_is_what_a_side_network_asks_for():
 
 def test_no_batch_is_an_error():
     with pytest.raises(PeftError, match="fisher_information: there is no batch"):
-        pj.fisher_information(loss, PARAMS, [])
+        pj.calibrate.fisher_information(loss, PARAMS, [])
 
 
 def test_a_reduction_beyond_the_width_is_refused():

@@ -17,12 +17,12 @@ from tiny_t5 import make as make_t5
 from tiny_t5 import token_batch
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.kept import kept_arrays
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.losses import classification
-from peftjax.methods.blocks.meft_check import largest_error, with_stack
+from peftjax.methods.reversible.check import largest_error, with_stack
 from peftjax.models.bert import BertConfig, bert
+from peftjax.planner.residuals import kept_arrays
 from peftjax.train.step import make_step
 
 WIDTH, TOKENS = 32, 12
@@ -282,7 +282,7 @@ def test_generation_with_a_cache_is_generation_without(variant):
 def test_both_stacks_of_an_encoder_decoder(variant):
     """The gradient of the encoder's adapters comes through the context of every layer of the decoder."""
     method = pj.meft(variant=variant, size=2, lam=1.0, beta=1.0, anchor_every=0)
-    method = pj.chain(method, pj.train(["embed/decoder_positions"]))
+    method = pj.chain(method, pj.unfreeze(["embed/decoder_positions"]))
     assert error(method, make_t5("none"), batch=token_batch(), trained=True) < 1e-4
 
 

@@ -11,8 +11,8 @@ from support import KEY
 from test_meft import BATCH, encoder
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.meft_check import accepted, candidates, largest_error
+from peftjax.core.errors import PeftError
+from peftjax.methods.reversible.check import accepted, candidates, largest_error
 from peftjax.train.run import warn
 
 
@@ -27,7 +27,7 @@ def report(method, layers=4):
 
 @pytest.fixture(scope="module")
 def failing():
-    return report(pj.chain(pj.meft(variant=3, anchor_every=0), pj.train(["embed/norm/scale"])))
+    return report(pj.chain(pj.meft(variant=3, anchor_every=0), pj.unfreeze(["embed/norm/scale"])))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from support import KEY
 
 import peftjax as pj
-from peftjax.kept import kept_arrays
+from peftjax.planner.residuals import kept_arrays
 
 N, N_IN, N_OUT, RANK = 6, 32, 48, 2
 TABLE = 40
@@ -142,7 +142,7 @@ def test_a_scan_over_layers_keeps_no_update(name, dtype):
     assert all(shape[-2:] != (N_IN, N_OUT) for shape in shapes)
 
 
-def test_neighbours_keep_their_common_input_once():
+def test_neighbors_keep_their_common_input_once():
     names = ("query", "key", "value")
     params = {name: {"kernel": jnp.ones((N_IN, N_OUT))} for name in names}
 

@@ -11,9 +11,9 @@ from support import KEY
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import CONFIG, load_adapter, save_adapter
+from peftjax.adapters.files import CONFIG, load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 PARAMS = {
     "up": {"kernel": jax.random.normal(KEY, (12, 7))},

@@ -7,18 +7,18 @@ import pytest
 from flax import nnx
 
 import peftjax as pj
-from peftjax.report import adapted_line, inspection
+from peftjax.cli.report import adapted_line, inspection
 
 
 def methods():
     return {
         "full": pj.full(),
-        "train": pj.train(".*(kernel|bias)"),
+        "unfreeze": pj.unfreeze(".*(kernel|bias)"),
         "bitfit": pj.bitfit(),
         "lora": pj.lora(rank=2, bias="all"),
         "galore": pj.galore(rank=2),
         "restarts": pj.lowrank_restarts(rank=2, every=10),
-        "chain": pj.chain(pj.lora(rank=2, targets=["up"]), pj.train(["head"])),
+        "chain": pj.chain(pj.lora(rank=2, targets=["up"]), pj.unfreeze(["head"])),
     }
 
 

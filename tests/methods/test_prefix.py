@@ -12,8 +12,8 @@ from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 MODEL = tiny("backbone")
 OPTIONS = {"length": 3, "mlp_size": 4}

@@ -10,7 +10,7 @@ from support import all_but_slow
 from test_galore import BATCHES, EVERY, PARAMS, RATE, loss_of, trained
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 
 def plainly(tx, batches=BATCHES):

@@ -7,7 +7,7 @@ from support import KEY, assert_close
 from tiny_models import BLOCKS, WIDTH, tiny
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 ENCODER = tiny("encoder")
 METHOD = pj.s2a(biases=False, side=0, prompts=2, residuals={"attention": 32, "norm": 32, "activation": 32})

@@ -11,10 +11,10 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
-from peftjax.methods.sparse.nuclear import exact_polar_factor, polar_factor
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.sparse._nuclear import exact_polar_factor, polar_factor
 from peftjax.methods.sparse.sara import learning_rate
 
 N, M = 12, 9
@@ -176,13 +176,13 @@ def test_reselection_starts_the_optimizer_again_and_the_schedule_goes_on():
 
 def test_in_a_chain_only_its_own_slots_are_steered():
     params = {**PARAMS, "bias": jnp.zeros(M)}
-    method = pj.chain(pj.sara(density=0.5, reselect_at=1), pj.train(["bias"]))
+    method = pj.chain(pj.sara(density=0.5, reselect_at=1), pj.unfreeze(["bias"]))
 
     def with_bias(params, x):
         return loss(params, x) + jnp.sum(jnp.cos(params["bias"] + 1.0))
 
     _, found, _ = train(method, params, 3, optax.adam(0.05), with_bias)
-    bias = [float(t["train"]["bias"][0]) for t in found]
+    bias = [float(t["unfreeze"]["bias"][0]) for t in found]
     assert len(set(bias)) == 4
     assert found[-1]["sara"]["up/kernel"]["keep"].sum() < found[0]["sara"]["up/kernel"]["keep"].sum()
 

@@ -21,9 +21,9 @@ from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.sherl import merge, redundancy, shares_of
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.side.sherl import merge, redundancy, shares_of
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 
@@ -36,8 +36,8 @@ def texts():
 
 
 def norm(part, x, epsilon):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * part["scale"] + part["bias"]
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + epsilon) * part["scale"] + part["bias"]
 
 
 def written_out(model, params, own, batch):

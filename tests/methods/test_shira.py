@@ -9,10 +9,10 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
-from peftjax.methods.sparse.select import random_entries
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods._entries import random_entries
 from peftjax.weights.layout import Layout
 
 N, M = 12, 9
@@ -101,7 +101,7 @@ def test_random_entries_are_distinct_and_uniform(density):
 
 @pytest.mark.parametrize("mask", ["magnitude", "gradient", "snip"])
 def test_masks_take_the_largest_scores(mask):
-    gradients = pj.mean_gradient(loss, PARAMS, [X, 2 * X])
+    gradients = pj.calibrate.mean_gradient(loss, PARAMS, [X, 2 * X])
     of_w = np.mean([jax.grad(loss)(PARAMS, x)["up"]["kernel"] for x in (X, 2 * X)], axis=0)
     np.testing.assert_allclose(gradients["up/kernel"], of_w, rtol=1e-5, atol=1e-6)
     scores = {"magnitude": W, "gradient": gradients["up/kernel"], "snip": W * gradients["up/kernel"]}[mask]
@@ -139,7 +139,8 @@ def test_the_weight_of_an_adapter_scales_its_change():
     method = pj.shira(rank=2)
     frozen, trainable = method.init(KEY, PARAMS)
     one, half, none = (
-        pj.adapt(model)(pj.add([(method, frozen, moved(trainable))], [a]), X) for a in (1.0, 0.5, 0.0)
+        pj.adapt(model)(pj.adapters.add([(method, frozen, moved(trainable))], [a]), X)
+        for a in (1.0, 0.5, 0.0)
     )
     assert float(jnp.abs(one - none).max()) > 0.1
     assert_close(half - none, 0.5 * (one - none))
@@ -163,4 +164,4 @@ def test_errors(options, message):
 
 def test_no_batch_is_an_error():
     with pytest.raises(PeftError, match="there is no batch"):
-        pj.mean_gradient(loss, PARAMS, [])
+        pj.calibrate.mean_gradient(loss, PARAMS, [])

@@ -10,8 +10,8 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.io.adapter import load_adapter, save_adapter
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core.errors import PeftError
 
 L, N, M = 3, 12, 8
 STACK = jax.random.normal(KEY, (L, N, M))

@@ -11,9 +11,9 @@ from support import KEY, assert_close
 from tiny_models import moved
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
-from peftjax.io.adapter import load_adapter, save_adapter
 
 L, N, M = 2, 12, 8
 STACK = jax.random.normal(KEY, (L, N, M))
@@ -125,7 +125,7 @@ def test_the_budget_is_met_at_every_allocation_and_nothing_is_compiled_again():
 
 @pytest.mark.slow
 def test_in_a_chain_the_rest_is_trained_as_without_it():
-    method = pj.chain(make(), pj.train(["head"]))
+    method = pj.chain(make(), pj.unfreeze(["head"]))
     frozen, trainable = method.init(KEY, PARAMS)
     tx = method.optimizer(optax.adamw(0.01, weight_decay=0.1))
     step = trainer(method, frozen, tx)
@@ -134,7 +134,7 @@ def test_in_a_chain_the_rest_is_trained_as_without_it():
         after["snella"]["down/kernel"]["sparsity"], trainable["snella"]["down/kernel"]["sparsity"]
     )
     assert int(state.step) == 4
-    assert float(jnp.abs(after["train"]["head/kernel"] - 1.0).min()) > 1e-3
+    assert float(jnp.abs(after["unfreeze"]["head/kernel"] - 1.0).min()) > 1e-3
     after, _, _ = run(step, after, state, range(4, 5))
     assert float(after["snella"]["down/kernel"]["sparsity"]) > 0.02
 

@@ -8,7 +8,7 @@ from support import KEY, assert_close
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 MODEL = tiny("words")
 METHODS = {
@@ -33,27 +33,27 @@ def copied():
 @pytest.mark.parametrize("name", METHODS)
 def test_fused_parameters_are_the_merged_ones_and_going_back_is_exact(name):
     method, frozen, trainable = adapter(name)
-    fused, undo = pj.fuse(MODEL.params, pj.patches(method, frozen, trainable))
+    fused, undo = pj.adapters.fuse(MODEL.params, pj.adapters.patches(method, frozen, trainable))
     assert_close(fused, method.merge(frozen, trainable), 0)
-    assert_close(pj.fuse(fused, undo)[0], MODEL.params, 0)
+    assert_close(pj.adapters.fuse(fused, undo)[0], MODEL.params, 0)
 
 
 def test_switching_writes_only_the_touched_places_of_the_given_arrays():
     first, second = adapter("shira"), adapter("paca", 1)
-    params, undo = pj.switch(copied(), {}, pj.patches(*first))
+    params, undo = pj.adapters.switch(copied(), {}, pj.adapters.patches(*first))
     given = params
-    params, undo = pj.switch(params, undo, pj.patches(*second))
+    params, undo = pj.adapters.switch(params, undo, pj.adapters.patches(*second))
     assert given["up"]["kernel"].is_deleted()
     assert_close(params, second[0].merge(*second[1:]), 0)
-    params, undo = pj.switch(params, undo, {})
+    params, undo = pj.adapters.switch(params, undo, {})
     assert undo == {}
     assert_close(params, MODEL.params, 0)
 
 
 def test_an_adapter_of_a_written_base_and_one_with_a_weight():
     method, frozen, trainable = adapter("in place")
-    patches = pj.patches(method, method.write(frozen, trainable), trainable, weight=0.5)
-    half = pj.fuse(MODEL.params, patches)[0]
+    patches = pj.adapters.patches(method, method.write(frozen, trainable), trainable, weight=0.5)
+    half = pj.adapters.fuse(MODEL.params, patches)[0]
     whole = method.merge(frozen, trainable)
     assert_close(half, jax.tree.map(lambda a, b: (a + b) / 2, whole, MODEL.params))
 
@@ -63,8 +63,11 @@ def test_disjoint_adapters_fuse_in_either_order_to_the_same_bits():
     both = []
     for method in halves:
         frozen, trainable = method.init(KEY, MODEL.params)
-        both.append(pj.patches(method, frozen, moved(trainable)))
-    ends = [pj.fuse(pj.fuse(MODEL.params, first)[0], second)[0] for first, second in (both, both[::-1])]
+        both.append(pj.adapters.patches(method, frozen, moved(trainable)))
+    ends = [
+        pj.adapters.fuse(pj.adapters.fuse(MODEL.params, first)[0], second)[0]
+        for first, second in (both, both[::-1])
+    ]
     assert_close(*ends, 0)
 
 
@@ -79,7 +82,7 @@ def test_a_weighted_sum_of_several_kinds():
     for (method, frozen, trainable), w in zip(adapters, weights):
         change = jax.tree.map(jnp.subtract, method.merge(frozen, trainable), MODEL.params)
         wanted = jax.tree.map(lambda total, d, w=w: total + w * d, wanted, change)
-    added = pj.add(adapters, weights)
+    added = pj.adapters.add(adapters, weights)
     found = jax.tree.map(pj.dense, added, is_leaf=lambda leaf: isinstance(leaf, pj.Weight))
     assert_close(found, wanted)
     assert_close(pj.adapt(MODEL.forward)(added, MODEL.batch), MODEL.forward(wanted, MODEL.batch))
@@ -87,10 +90,10 @@ def test_a_weighted_sum_of_several_kinds():
 
 def test_two_pacas_are_one_lora():
     adapters = [adapter("paca"), adapter("paca", 1)]
-    method, trainable = pj.combine(adapters, [1.0, 0.5])
+    method, trainable = pj.adapters.combine(adapters, [1.0, 0.5])
     frozen, _ = method.init(KEY, MODEL.params)
     found = method.merge(frozen, trainable)
-    added = pj.add(adapters, [1.0, 0.5])
+    added = pj.adapters.add(adapters, [1.0, 0.5])
     assert_close(found, jax.tree.map(pj.dense, added, is_leaf=lambda leaf: isinstance(leaf, pj.Weight)))
 
 
@@ -101,7 +104,7 @@ def test_overlap_is_that_of_the_products():
         for m, f, t in (first, second)
     ]
     product = changes[0] @ changes[1].T
-    largest, zeros = pj.overlap(first, second)["up/kernel"]
+    largest, zeros = pj.adapters.overlap(first, second)["up/kernel"]
     np.testing.assert_allclose(largest, np.linalg.norm(product, 2), rtol=1e-5)
     np.testing.assert_allclose(zeros, np.mean(np.abs(product) == 0.0), atol=1e-6)
     assert 0 < zeros < 1
@@ -111,14 +114,14 @@ def test_errors():
     method = pj.lora(rank=2)
     frozen, trainable = method.init(KEY, MODEL.params)
     with pytest.raises(PeftError, match="'down/kernel' of lora is a LowRank; only trained rows"):
-        pj.patches(method, frozen, trainable)
-    patches = pj.patches(*adapter("shira"))
+        pj.adapters.patches(method, frozen, trainable)
+    patches = pj.adapters.patches(*adapter("shira"))
     with pytest.raises(PeftError, match="no parameter is called 'down/kernel'"):
-        pj.fuse(
+        pj.adapters.fuse(
             {"norm": MODEL.params["norm"], "up": MODEL.params["up"]}, {"down/kernel": patches["down/kernel"]}
         )
     method, frozen, trainable = adapter("in place")
     with pytest.raises(PeftError, match=r"holds its trained values; give method.write\(frozen, None\)"):
-        pj.add([(method, method.write(frozen, trainable), trainable)])
+        pj.adapters.add([(method, method.write(frozen, trainable), trainable)])
     with pytest.raises(PeftError, match="is a SparseEntries, not its base plus one low-rank"):
-        pj.combine([adapter("shira")])
+        pj.adapters.combine([adapter("shira")])

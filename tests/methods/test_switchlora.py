@@ -9,8 +9,8 @@ from pretraining import PARAMS, M, N, X, forward, loss_of, renewer, resumed, sha
 from support import KEY, assert_close, assert_no_dense_gradient
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.methods.lowrank.switching import STEERED, Schedule, number
+from peftjax.core.errors import PeftError
+from peftjax.methods.lowrank._switching import STEERED, Schedule, number
 
 UP, DOWN = "up/kernel", "blocks/down/weight"
 R = 4
@@ -264,7 +264,7 @@ def test_moments_without_rows_of_numbers_are_refused():
 
 
 def test_in_a_chain_the_other_method_is_trained_and_left_alone():
-    method = pj.chain(make(targets=["up"], train_rest=False), pj.train(["norm"]))
+    method = pj.chain(make(targets=["up"], train_rest=False), pj.unfreeze(["norm"]))
     frozen, trainable, tx, state = started(method, optax.adam(0.01))
     renew, step = renewer(method, frozen), trainer(method, frozen, tx)
     trainable, state, _ = step(trainable, state)
@@ -272,12 +272,12 @@ def test_in_a_chain_the_other_method_is_trained_and_left_alone():
     rows = np.asarray(new["switchlora"][UP]["frozen_b"]) > 0
     moments = after.inner_state[0].mu
     np.testing.assert_array_equal(moments["switchlora"][UP]["b"].any(1), ~rows)
-    assert moments["train"]["norm/scale"].any()
+    assert moments["unfreeze"]["norm/scale"].any()
     assert_close(method.merge(frozen, new), method.merge(frozen, trainable))
     moved, *_ = step(new, after)
     kept = np.asarray((moved["switchlora"][UP]["b"] == new["switchlora"][UP]["b"]).all(1))
     np.testing.assert_array_equal(kept, rows)
-    assert (moved["train"]["norm/scale"] != new["train"]["norm/scale"]).all()
+    assert (moved["unfreeze"]["norm/scale"] != new["unfreeze"]["norm/scale"]).all()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from support import KEY, assert_close
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 MODEL = tiny("words")
 STACKED = {"blocks": {"up": {"weight": jax.random.normal(KEY, (2, 5, 8))}}}
@@ -16,7 +16,7 @@ STACKED = {"blocks": {"up": {"weight": jax.random.normal(KEY, (2, 5, 8))}}}
 def converted(method, rank, params=MODEL.params, base=None):
     frozen, trainable = method.init(KEY, params)
     trained = moved(trainable)
-    found = pj.to_lora(method, frozen, trained, rank=rank, params=base)
+    found = pj.adapters.to_lora(method, frozen, trained, rank=rank, params=base)
     frozen_lora, _ = found.method.init(KEY, params)
     return found, found.method.merge(frozen_lora, found.trainable), method.merge(frozen, trained)
 
@@ -61,12 +61,12 @@ def test_a_stack_in_another_layout():
 
 
 def test_what_is_no_matrix_stays_as_it_was_trained():
-    method = pj.chain(pj.shira(rank=2), pj.train(["norm", "up"]))
+    method = pj.chain(pj.shira(rank=2), pj.unfreeze(["norm", "up"]))
     with pytest.raises(PeftError, match="is trained as it is; give the base as params"):
-        converted(pj.chain(pj.shira(rank=2, targets=["down"]), pj.train(["norm"])), 8)
-    method = pj.chain(pj.shira(rank=2, targets=["down"]), pj.train(["norm", "up"]))
+        converted(pj.chain(pj.shira(rank=2, targets=["down"]), pj.unfreeze(["norm"])), 8)
+    method = pj.chain(pj.shira(rank=2, targets=["down"]), pj.unfreeze(["norm", "up"]))
     found, merged, wanted = converted(method, 8, base=MODEL.params)
-    assert set(found.trainable["train"]) == {"norm/scale", "norm/bias", "up/bias"}
+    assert set(found.trainable["unfreeze"]) == {"norm/scale", "norm/bias", "up/bias"}
     assert set(found.trainable["lora"]) == {"down/kernel", "up/kernel"}
     assert_close(merged, wanted)
 
@@ -81,6 +81,6 @@ def test_errors():
     method = pj.lora(rank=2)
     frozen, fresh = method.init(KEY, MODEL.params)
     with pytest.raises(PeftError, match="rank must be positive"):
-        pj.to_lora(method, frozen, fresh, rank=0)
+        pj.adapters.to_lora(method, frozen, fresh, rank=0)
     with pytest.raises(PeftError, match="lora has changed no weight"):
-        pj.to_lora(method, frozen, fresh, rank=2)
+        pj.adapters.to_lora(method, frozen, fresh, rank=2)

@@ -22,9 +22,9 @@ from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.parallel_network import confidence, interaction
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.side._parallel_network import confidence, interaction
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder
@@ -48,8 +48,8 @@ def linear(part, x):
 
 
 def norm(part, x):
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    centered = x - x.mean(-1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
     return scaled * np.asarray(part["scale"]) + np.asarray(part["bias"])
 
 

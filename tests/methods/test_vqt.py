@@ -10,9 +10,9 @@ from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.blocks.features import unit
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.methods.side._features import unit
 from peftjax.models.vit import ViTConfig, vit
 
 QUERIES = 2
@@ -169,7 +169,7 @@ def test_a_structured_base_is_read_and_gets_no_gradient(passes):
 
 def test_what_no_gradient_reaches_cannot_be_trained():
     params = images()[1]
-    for other in (pj.lora(rank=2, targets=["query"]), pj.bitfit(), pj.chain(pj.train(["embed"]))):
+    for other in (pj.lora(rank=2, targets=["query"]), pj.bitfit(), pj.chain(pj.unfreeze(["embed"]))):
         with pytest.raises(PeftError, match=r"vqt: '.*' is trained by '.*', but no gradient reaches"):
             pj.chain(pj.vqt(), other).init(KEY, params)
 

@@ -10,8 +10,8 @@ from support import KEY, all_but_slow, assert_close
 from test_galore import BATCHES, DECAY, EVERY, PARAMS, RANK, RATE, galore, loss_of, programs, trained
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 
 DECAYED = {
     "optax": optax.adamw(RATE, weight_decay=DECAY),

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from support import KEY
 
-from peftjax.models.backbone import Backbone
+from peftjax.backbone.backbone import Backbone
+from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
-from peftjax.models.block_config import BlockConfig
 from peftjax.models.decoder import DecoderConfig, decoder
 
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.models.attention import Visibility, _segments, attend
+from peftjax.backbone.attention import Visibility, _segments, attend
 
 KEYS = jax.random.split(jax.random.key(0), 6)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from peftjax.errors import PeftError
-from peftjax.models.backbone import REMAT_POLICIES
+from peftjax.backbone.backbone import REMAT_POLICIES
+from peftjax.backbone.layers import Dropout
+from peftjax.core.errors import PeftError
 from peftjax.models.bert import bert
-from peftjax.models.layers import Dropout
 
 
 def loss(model, batch, key=None):
@@ -42,7 +42,7 @@ def test_parameter_paths_are_the_contract(classifier):
     assert params["blocks"]["feed_forward"]["up"]["kernel"].shape == (3, 16, 40)
 
 
-def test_layers_are_initialised_independently(config):
+def test_layers_are_initialized_independently(config):
     kernel = bert(config).init(jax.random.key(0))["blocks"]["attention"]["query"]["kernel"]
     assert not jnp.allclose(kernel[0], kernel[1])
     np.testing.assert_allclose(kernel.std(), config.initializer_range, rtol=0.1)

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.models.bert import WEIGHTS
 from peftjax.models.bert_config import BertConfig, read_config, write_config
 from peftjax.models.load import load, save
@@ -179,7 +179,7 @@ def test_two_spellings_of_one_tensor_are_an_error(folder):
         load(folder)
 
 
-def test_labels_are_for_labelled_heads(saved):
+def test_labels_are_for_labeled_heads(saved):
     with pytest.raises(PeftError, match=r"'mean' takes no num_labels.*mean_classifier"):
         load(saved, head="mean", num_labels=2)
 

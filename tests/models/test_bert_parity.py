@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.models.load import load, save
 from peftjax.models.minilm import minilm_path
 

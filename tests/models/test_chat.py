@@ -3,8 +3,8 @@ from datetime import datetime
 import pytest
 import tiny_language as tiny
 
-from peftjax.errors import PeftError
-from peftjax.models.chat import compile_template, render, render_marked
+from peftjax.core.errors import PeftError
+from peftjax.text.chat import compile_template, render, render_marked
 
 pytest.importorskip("jinja2", reason="jinja2 is in peftjax[train]")
 
@@ -89,7 +89,7 @@ def test_a_bad_or_hostile_template_is_an_error(source, says):
 )
 def test_a_template_without_bounds_ends_and_the_next_conversation_is_rendered(monkeypatch, source, says):
     template = compile_template("{% if messages | length > 1 %}" + source + "{% else %}x{% endif %}", {})
-    monkeypatch.setattr("peftjax.models.chat.SECONDS", 1)
+    monkeypatch.setattr("peftjax.text.chat.SECONDS", 1)
     with pytest.raises(PeftError, match=says):
         render(template, tiny.CHAT)
     monkeypatch.undo()

@@ -3,9 +3,9 @@
 import pytest
 import tiny_language as tiny
 
-from peftjax.models.chat import compile_template, render
-from peftjax.models.tokenizer import load_tokenizer
-from peftjax.train.data.language.conversations import Conversation, tokenise_conversations
+from peftjax.text.chat import compile_template, render
+from peftjax.text.tokenizer import load_tokenizer
+from peftjax.train.data.language.conversations import Conversation, tokenize_conversations
 
 pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -40,7 +40,7 @@ def test_the_same_assistant_mask(both):
         tiny.CHAT, chat_template=tiny.GENERATION, return_dict=True, return_assistant_tokens_mask=True
     )
     template = compile_template(tiny.GENERATION, ours.special_tokens)
-    (example,) = tokenise_conversations([Conversation(tuple(tiny.CHAT), None, "line 1")], template, ours)
+    (example,) = tokenize_conversations([Conversation(tuple(tiny.CHAT), None, "line 1")], template, ours)
     assert example.ids.tolist() == expected["input_ids"]
     assert example.own.astype(int).tolist() == expected["assistant_masks"]
 

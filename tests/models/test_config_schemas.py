@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors
 from peftjax.models.load import FAMILIES, load, read_family
 from tests.models.test_families import GPT2, IMAGE, OPT, TEXT

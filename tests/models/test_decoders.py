@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.backbone.rope import read_rope
+from peftjax.core.errors import PeftError
 from peftjax.models.load import FAMILIES, load, save
-from peftjax.models.rope import read_rope
 
 
 def read(values):

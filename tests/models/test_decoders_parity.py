@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peftjax.backbone.rope import FREQUENCIES, read_rope, rotation
 from peftjax.models.load import FAMILIES, load, save
-from peftjax.models.rope import FREQUENCIES, read_rope, rotation
 from peftjax.models.weight_map import to_hf
 
 torch = pytest.importorskip("torch", reason="parity needs torch")

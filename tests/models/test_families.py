@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.models.load import FAMILIES, load, save
 from tests.support import assert_no_dense_gradient
 

@@ -1,6 +1,6 @@
 """What the compiler reserves for a LoRA step: the activations that any method must keep, and no more.
 
-The floor of L layers and T tokens, in bytes of the compute dtype (see `peftjax.models.block`):
+The floor of L layers and T tokens, in bytes of the compute dtype (see `peftjax.backbone.block`):
 
     L T (2 D + 2 q + 2 k + n F) itemsize,   n = 2 when gated, else 1, q = N H, k = K H
 
@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import peftjax as pj
-from peftjax import compat
+from peftjax.core import compat
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 from peftjax.models import weight_map
 from peftjax.models.load import load, save

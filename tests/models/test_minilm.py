@@ -4,10 +4,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.models import minilm
 from peftjax.models.load import load
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from models.test_coded_blocks import BATCH, KEY, METHODS, B, N, S, encoder, llama, made, step
 
 import peftjax as pj
-from peftjax.errors import PeftError
-from peftjax.flops import count_flops
-from peftjax.kept import kept_arrays
+from peftjax.core.errors import PeftError
+from peftjax.planner.flops import count_flops
+from peftjax.planner.residuals import kept_arrays
 from tests.support import assert_close
 
 WIDTH, LAYERS = 64, 2
@@ -80,7 +80,7 @@ def test_a_share_that_is_none_is_an_error(remat):
 @pytest.mark.slow
 def test_an_h200_holds_less():
     pytest.importorskip("jax_plugins.xla_cuda13", exc_type=ImportError)
-    from peftjax.machines.machine import find_machine
+    from peftjax.planner.machine import find_machine
 
     try:
         find_machine("h200")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.models.family import read_labels
 from peftjax.models.load import lacking, load, save
 from tests.models.test_families import GPT2, TEXT

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.models.load import FAMILIES, lacking, load, save, stored_dtypes
 from tests.models.test_families import GPT2, OPT, OPT_350M, TEXT

@@ -10,7 +10,7 @@ from support import assert_no_dense_gradient, noisy
 from tiny_t5 import VALUES, make, token_batch, values
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.models.load import load, save
 from peftjax.models.t5 import decoder_ids, last_eos, t5

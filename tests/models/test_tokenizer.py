@@ -3,8 +3,8 @@ import json
 import pytest
 import tiny_language as tiny
 
-from peftjax.errors import PeftError
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.core.errors import PeftError
+from peftjax.text.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is in peftjax[train]")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from peftjax.errors import PeftError
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.core.errors import PeftError
+from peftjax.text.tokenizer import load_tokenizer
 
 pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")

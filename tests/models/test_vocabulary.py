@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.generation.prompt import left_padded
-from peftjax.train.data.batches import TokenisedSplit
+from peftjax.train.data.batches import TokenizedSplit
 from peftjax.train.data.batches import make_batch as classified_batch
 from tests.models.test_families import GPT2, OPT, TEXT
 from tests.models.test_t5 import VALUES
@@ -71,7 +71,7 @@ def test_generate_reads_padding_that_the_model_lacks(decoders, random_decoder):
 
 
 def test_a_row_that_only_fills_a_batch_begins_with_a_token_of_the_texts():
-    split = TokenisedSplit(
+    split = TokenizedSplit(
         ids=np.array([5, 6, 7], np.int32),
         starts=np.array([0, 1, 3]),
         labels=np.array([0, 1], np.int32),

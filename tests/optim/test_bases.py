@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.optim.bases import (
     captured_energy,
     gram_basis,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from support import KEY
 
-from peftjax.errors import PeftError
-from peftjax.optim.blockwise import block_length, decode, encode, merged_axes
-from peftjax.optim.dynamic_map import dynamic_map
+from peftjax.core.errors import PeftError
 from peftjax.optim.rounding_noise import uniform
+from peftjax.quantize.blockwise import block_length, decode, encode, merged_axes
+from peftjax.quantize.dynamic_map import dynamic_map
 
 BOTH = pytest.mark.parametrize("signed", [True, False])
 SHAPES = [(3, 512), (5, 257), (2, 3, 11), (700,), (2, 4, 3, 100)]

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
-from peftjax.optim.allocation import allocate, on_grid, scores, water_fill
-from peftjax.optim.budget import Budget, BudgetState, share_budget
+from peftjax.methods.sparse._allocation import allocate, on_grid, scores, water_fill
+from peftjax.methods.sparse._budget import Budget, BudgetState, share_budget
 
 RANDOM = np.random.default_rng(0)
 GRID = 2.0**-24

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import KEY
 
-from peftjax.optim.dynamic_map import decode_unit, dynamic_map, encode_unit
+from peftjax.quantize.dynamic_map import decode_unit, dynamic_map, encode_unit
 
 BOTH = pytest.mark.parametrize("signed", [True, False])
 ALL = jnp.arange(256).astype(jnp.uint8)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import peftjax as pj
-from peftjax.machines.machine import find_machine
+from peftjax.planner.machine import find_machine
 
 SLICE = 2**20
 SHAPES = {"up": (8, 1024, 2752), "down": (8, 2752, 1024), "q": (8, 1024, 1024), "words": (8192, 1024)}

@@ -8,8 +8,8 @@ import optimizing
 import pytest
 from support import KEY, assert_close
 
-from peftjax.errors import PeftError
-from peftjax.optim.galore import galore
+from peftjax.core.errors import PeftError
+from peftjax.optim._galore import galore
 
 SHAPES = {"up": (6, 10), "down": (10, 6), "square": (6, 6)}
 RATES = optax.linear_schedule(0.1, 0.0, 10)

@@ -8,8 +8,8 @@ import optimizing
 import pytest
 from support import KEY, assert_close
 
-from peftjax import tree
-from peftjax.optim.galore import galore
+from peftjax.core import tree
+from peftjax.optim._galore import galore
 
 SHAPES = {"up": (6, 10), "down": (10, 6), "square": (6, 6), "bias": (6,)}
 ALL = r"up|down|square|stack"

@@ -1,4 +1,4 @@
-"""NaP: the sphere is kept, nothing else changes, and a normalised network does not notice."""
+"""NaP: the sphere is kept, nothing else changes, and a normalized network does not notice."""
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +91,13 @@ NET = random_like(
 INPUTS, WANTED = random_like((7, 4), 6), random_like((7, 2), 7)
 
 
-def normalised(x):
+def normalized(x):
     return x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
 
 
 def outputs(net, x):
-    x = normalised(x @ net["first"]) * net["norm"]["scale"] + net["norm"]["bias"]
-    x = normalised(jax.nn.relu(x) @ net["second"])
+    x = normalized(x @ net["first"]) * net["norm"]["scale"] + net["norm"]["bias"]
+    x = normalized(jax.nn.relu(x) @ net["second"])
     return x @ net["head"]["kernel"]
 
 

@@ -8,8 +8,8 @@ import optimizing
 import pytest
 from support import KEY, assert_close
 
-from peftjax.errors import PeftError
-from peftjax.optim.galore import galore
+from peftjax.core.errors import PeftError
+from peftjax.optim._galore import galore
 from peftjax.optim.natural import natural_galore, scale_by_natural_gradient
 
 RANDOM = np.random.default_rng(0)

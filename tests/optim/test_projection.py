@@ -10,8 +10,8 @@ import optimizing
 import pytest
 from support import KEY, assert_close
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.optim.bases import gram_basis, pointed, svd_basis
 from peftjax.optim.projection import project
 

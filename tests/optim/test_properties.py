@@ -10,7 +10,7 @@ import pytest
 from support import KEY, assert_close
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 optim = pj.optim
 START = {

@@ -8,8 +8,8 @@ import pytest
 from optimizing import train
 from support import KEY
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.optim.projection import project
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from peftjax import optim
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
 
@@ -63,7 +63,7 @@ def test_one_count_for_all_makes_the_first_update_after_a_reset_too_large():
     np.testing.assert_allclose(size, 0.1 / 0.001**0.5, rtol=0.01)
 
 
-def test_numbers_that_rows_share_stay_and_quantised_ones_are_refused():
+def test_numbers_that_rows_share_stay_and_quantized_ones_are_refused():
     zero = zero_rows(ROWS, who="test")
     np.testing.assert_array_equal(zero("v_row", jnp.ones((2, 3))), ~ROWS)
     np.testing.assert_array_equal(zero("v_col", jnp.ones((2, 4))), 1.0)

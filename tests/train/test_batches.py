@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data import batches
 from peftjax.train.data.dataset import Split
 
@@ -20,7 +20,7 @@ def split():
     lengths = np.random.default_rng(0).integers(1, 60, size=90)
     texts = tuple(chr(200 + i) * int(length) for i, length in enumerate(lengths))
     labels = tuple(i % 7 for i in range(90))
-    return batches.tokenise(Split(texts, labels), encode, max_length=40, pad_id=0)
+    return batches.tokenize(Split(texts, labels), encode, max_length=40, pad_id=0)
 
 
 def test_bucket_lengths():
@@ -81,7 +81,7 @@ def test_a_batch_larger_than_the_data(split):
 
 def test_bad_tokenizer():
     with pytest.raises(PeftError, match="0 tokens for example 1"):
-        batches.tokenise(Split(("a", ""), (0, 0)), encode, max_length=4, pad_id=0)
+        batches.tokenize(Split(("a", ""), (0, 0)), encode, max_length=4, pad_id=0)
 
 
 def test_a_sample_has_whole_examples_in_their_order():

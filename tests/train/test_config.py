@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.config import Optimizer, TrainConfig, plan_steps, validate
 from peftjax.train.optimizer import learning_rate, make_optimizer
 

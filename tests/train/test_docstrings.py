@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data import docstrings
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data.files import file_dataset, read_rows
 from peftjax.train.data.language.corpus import read_corpus
 
@@ -148,12 +148,12 @@ def test_one_class_only_is_an_error(tmp_path, held):
 
 
 def test_rows_without_a_label_are_named_and_minus_one_may_be_the_opposite_of_one(tmp_path):
-    unlabelled = write(tmp_path / "test.csv", "text,label\nx,-1\ny,0\nz,1\n")
+    unlabeled = write(tmp_path / "test.csv", "text,label\nx,-1\ny,0\nz,1\n")
     with pytest.raises(PeftError, match=r"test.csv: some rows have the label -1.*leave such rows out"):
-        file_dataset(unlabelled, unlabelled)
+        file_dataset(unlabeled, unlabeled)
     train = write(tmp_path / "train.csv", "text,label\nx,0\ny,1\n")
     with pytest.raises(PeftError, match=r"test.csv, line 2: the label -1 marks a row without a label"):
-        file_dataset(train, unlabelled)
+        file_dataset(train, unlabeled)
     signs = write(tmp_path / "signs.csv", "text,label\nx,-1\ny,1\n")
     assert file_dataset(signs, signs).label_names == ("-1", "1")
 

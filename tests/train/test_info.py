@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.info import Info, Noted, read_info, read_noted
 
 GOOD = {"model": "m", "head": "classifier", "labels": ["a", "b"], "max_length": 64}

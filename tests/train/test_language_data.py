@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import tiny_language as tiny
 
-from peftjax.errors import PeftError
-from peftjax.models.chat import compile_template, render
+from peftjax.core.errors import PeftError
+from peftjax.text.chat import compile_template, render
 from peftjax.train.data.language import conversations
 from peftjax.train.data.language.batches import evaluation_batches, make_batch, training_batches
-from peftjax.train.data.language.completions import Completion, read_completions, tokenise_completions
+from peftjax.train.data.language.completions import Completion, read_completions, tokenize_completions
 from peftjax.train.data.language.conversations import (
     Conversation,
     count_open_turns,
     read_conversations,
-    tokenise_conversations,
+    tokenize_conversations,
 )
-from peftjax.train.data.language.corpus import split_document, tokenise_corpus
+from peftjax.train.data.language.corpus import split_document, tokenize_corpus
 from peftjax.train.data.language.dataset import LanguageOptions
 from peftjax.train.data.language.example import Example, encode_pieces
 from peftjax.train.data.language.open import find_source, open_language_data
@@ -140,7 +140,7 @@ def test_bad_completions(tmp_path, rows, says):
 
 def test_only_the_completion_and_its_eos_are_learnt(tokenizer):
     rows = [Completion("the cat ", "sat on"), Completion("", "the"), Completion("<s>the", " dog</s>")]
-    examples = tokenise_completions(rows, tokenizer)
+    examples = tokenize_completions(rows, tokenizer)
     assert [said(tokenizer, example) for example in examples] == ["sat on</s>", "the</s>", " dog</s>"]
     whole = [tokenizer.decode(example.ids, skip_special_tokens=False) for example in examples]
     assert whole == ["<s>the cat sat on</s>", "<s>the</s>", "<s>the dog</s>"]
@@ -149,11 +149,11 @@ def test_only_the_completion_and_its_eos_are_learnt(tokenizer):
 def test_no_eos_is_an_error(tokenizer):
     without = dataclasses.replace(tokenizer, eos_id=None, stop_ids=())
     with pytest.raises(PeftError, match="name an eos_token"):
-        tokenise_completions([Completion("a", "b")], without)
+        tokenize_completions([Completion("a", "b")], without)
 
 
 def test_no_token_crosses_a_seam(tokenizer):
-    # 'the' is one token, so after 't' the rest has to be tokenised alone.
+    # 'the' is one token, so after 't' the rest has to be tokenized alone.
     (pieces,) = encode_pieces(tokenizer, [["t", "he cat", " sat"]])
     assert [tokenizer.decode(ids) for ids in pieces] == ["t", "he cat", " sat"]
     assert joined(pieces) != tokenizer.token_ids(["the cat sat"])[0]
@@ -181,7 +181,7 @@ def test_a_token_across_the_seam_puts_no_space_there(tmp_path):
 @pytest.mark.parametrize("name", tiny.TEMPLATES)
 def test_every_turn_with_its_end_and_nothing_else(tokenizer, name):
     template = compile_template(tiny.TEMPLATES[name], tokenizer.special_tokens)
-    (example,) = tokenise_conversations([chat()], template, tokenizer)
+    (example,) = tokenize_conversations([chat()], template, tokenizer)
     end = tiny.END_OF_TURN[name]
     space = " " if name == "mistral" else ""
     assert said(tokenizer, example) == "".join(space + m["content"] + end for m in tiny.CHAT[1::2])
@@ -191,7 +191,7 @@ def test_every_turn_with_its_end_and_nothing_else(tokenizer, name):
 
 def test_generation_blocks_agree_with_prefixes(tokenizer):
     by_prefix, by_block = (
-        tokenise_conversations([chat()], compile_template(source, tokenizer.special_tokens), tokenizer)[0]
+        tokenize_conversations([chat()], compile_template(source, tokenizer.special_tokens), tokenizer)[0]
         for source in (tiny.CHATML, tiny.GENERATION)
     )
     np.testing.assert_array_equal(by_prefix.ids, by_block.ids)
@@ -200,7 +200,7 @@ def test_generation_blocks_agree_with_prefixes(tokenizer):
 
 def test_a_template_that_ends_every_chat_with_eos(tokenizer):
     source = tiny.CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
-    (example,) = tokenise_conversations(
+    (example,) = tokenize_conversations(
         [chat()], compile_template(source, tokenizer.special_tokens), tokenizer
     )
     first, last = (m["content"] + "<|im_end|>" for m in tiny.CHAT[1::2])
@@ -209,7 +209,7 @@ def test_a_template_that_ends_every_chat_with_eos(tokenizer):
 
 def test_a_block_may_hold_the_white_space_after_a_turn(tokenizer):
     source = tiny.GENERATION.replace("<|im_end|>{% endgen", "<|im_end|>{{ '\n' }}{% endgen")
-    (example,) = tokenise_conversations([chat()], compile_template(source, {}), tokenizer)
+    (example,) = tokenize_conversations([chat()], compile_template(source, {}), tokenizer)
     assert said(tokenizer, example).endswith("how are you?<|im_end|>\n")
     assert count_open_turns([example], tokenizer) == 0
 
@@ -219,33 +219,33 @@ def test_a_template_that_rewrites_history_is_an_error(tokenizer):
     thinking = [dict(message) for message in tiny.CHAT]
     thinking[1]["content"] = "<think>so</think>the answer"
     with pytest.raises(PeftError, match=r"line 3: .* up to message 2 in another way"):
-        tokenise_conversations([chat(thinking)], template, tokenizer)
-    (example,) = tokenise_conversations([chat(thinking[:2])], template, tokenizer)
+        tokenize_conversations([chat(thinking)], template, tokenizer)
+    (example,) = tokenize_conversations([chat(thinking[:2])], template, tokenizer)
     assert said(tokenizer, example) == "<think>so</think>the answer<|im_end|>"
 
 
 def test_a_generation_prompt_that_turns_do_not_begin_with_is_an_error(tokenizer):
     template = compile_template(tiny.CHATML.replace("assistant\n'", "assistant\n<think>'"), {})
     with pytest.raises(PeftError, match="is not how message 2 begins"):
-        tokenise_conversations([chat()], template, tokenizer)
+        tokenize_conversations([chat()], template, tokenizer)
 
 
 def test_a_template_without_a_generation_prompt_is_an_error(tokenizer):
     template = compile_template(tiny.CHATML.split("{% if add_")[0], {})
     with pytest.raises(PeftError, match="no generation prompt"):
-        tokenise_conversations([chat()], template, tokenizer)
+        tokenize_conversations([chat()], template, tokenizer)
 
 
 def test_a_refusal_names_the_row(tokenizer):
     template = compile_template(tiny.GEMMA, {})
     with pytest.raises(PeftError, match=r"line 3: .*no system role"):
-        tokenise_conversations([chat([{"role": "system", "content": "a"}])], template, tokenizer)
+        tokenize_conversations([chat([{"role": "system", "content": "a"}])], template, tokenizer)
 
 
 def test_turns_without_an_end_are_counted(tokenizer):
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     template = compile_template(source + "{% if add_generation_prompt %}assistant: {% endif %}", {})
-    (example,) = tokenise_conversations([chat()], template, tokenizer)
+    (example,) = tokenize_conversations([chat()], template, tokenizer)
     assert count_open_turns([example], tokenizer) == 2
     assert said(tokenizer, example).startswith("the answer is here.\nthe cat.\n\n")
 
@@ -267,7 +267,7 @@ def test_a_message_can_be_left_unlearnt(tmp_path, tokenizer, source, left_out):
     messages = [tiny.CHAT[0], tiny.CHAT[1] | left_out, tiny.CHAT[2], tiny.CHAT[3] | {"weight": 1}]
     chats = read_conversations(write_jsonl(tmp_path / "c.jsonl", [{"messages": messages}]))
     template = compile_template(source, tokenizer.special_tokens)
-    (example,) = tokenise_conversations(chats, template, tokenizer)
+    (example,) = tokenize_conversations(chats, template, tokenizer)
     assert said(tokenizer, example) == "how are you?<|im_end|>"
     assert example.ids.tolist() == tokenizer.token_ids([render(template, tiny.CHAT)])[0]
 
@@ -277,7 +277,7 @@ def test_of_prompt_and_completion_in_messages_only_the_completion_is_learnt(tmp_
     path = write_jsonl(tmp_path / "c.jsonl", [row])
     assert find_source(path, LanguageOptions()) == "conversations"
     template = compile_template(tiny.CHATML, tokenizer.special_tokens)
-    (example,) = tokenise_conversations(read_conversations(path), template, tokenizer)
+    (example,) = tokenize_conversations(read_conversations(path), template, tokenizer)
     assert said(tokenizer, example) == "how are you?<|im_end|>"
 
 
@@ -466,7 +466,7 @@ def test_documents_apart():
 
 
 def test_documents_stand_between_bos_and_eos(tokenizer):
-    documents = tokenise_corpus(["the cat", "a dog"], tokenizer)
+    documents = tokenize_corpus(["the cat", "a dog"], tokenizer)
     texts = [tokenizer.decode(one.ids, skip_special_tokens=False) for one in documents]
     assert texts == ["<s>the cat</s>", "<s>a dog</s>"]
 

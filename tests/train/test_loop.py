@@ -14,11 +14,11 @@ import tiny
 from support import all_but_slow
 
 import peftjax
-from peftjax.chain import chain
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
-from peftjax.methods.select.plain import train
+from peftjax.methods.selection.plain import unfreeze
 from peftjax.train.identity import run_identity
+from peftjax.transform.chain import chain
 
 TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes", "peak_device_bytes")
 
@@ -129,7 +129,7 @@ def test_real_method_resumes(tmp_path):
     def forward(params, batch, *, key=None):
         return tiny.forward({**params, "embed": params["embed"] @ params["layer"]["kernel"]}, batch)
 
-    method = chain(lora(rank=2, targets="layer/.*", dropout=0.1), train("head/.*"))
+    method = chain(lora(rank=2, targets="layer/.*", dropout=0.1), unfreeze("head/.*"))
     frozen, trainable = method.init(jax.random.key(0), params)
     options = {"frozen": frozen, "trainable": trainable, "method": method}
     options["identity"] = run_identity(method.config, params)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import peftjax as pj
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods import KNOWN, build, describe
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.train.options import (
@@ -21,6 +20,7 @@ from peftjax.train.options import (
     start_at_probe,
     with_new_head,
 )
+from peftjax.transform.registry import KNOWN, build, describe
 
 CONFIG = BertConfig(
     vocab_size=20,

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.pretrain_tiny import Options, pretrain, write_model
-from peftjax.errors import PeftError
-from peftjax.models.chat import compile_template, render_marked
+from peftjax.core.errors import PeftError
 from peftjax.models.load import load
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.chat import compile_template, render_marked
+from peftjax.text.tokenizer import load_tokenizer
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.losses import cross_entropy
 from peftjax.train.probe import fit_probe, linear_probe, majority_accuracy
 
@@ -12,9 +12,9 @@ SHAPE = (60, 40)  # of the training features of every test: the fit is compiled 
 
 def examples(count, noise=0.5, size=SHAPE[1]):
     generator = np.random.default_rng(0)
-    centres = 2 * generator.normal(size=(3, size))
+    centers = 2 * generator.normal(size=(3, size))
     labels = generator.integers(0, 3, size=count)
-    return centres[labels] + noise * generator.normal(size=(count, size)), labels
+    return centers[labels] + noise * generator.normal(size=(count, size)), labels
 
 
 @pytest.mark.slow

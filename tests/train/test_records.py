@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train import early_stopping, usage
 from peftjax.train.early_stopping import Best
 from peftjax.train.identity import claim_folder, run_identity

@@ -12,9 +12,9 @@ import tiny
 from checkpoints import no_file_larger_than, opened, state
 
 import peftjax as pj
-from peftjax.errors import PeftError
+from peftjax.adapters.files import load_adapter, save_adapter
+from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
-from peftjax.io.adapter import load_adapter, save_adapter
 from peftjax.train.metrics import open_metrics
 
 CONFIG = replace(

@@ -90,11 +90,11 @@ def test_a_penalty_in_the_gradient_is_not_divided_by_the_batch(parts):
     batch, key = batch_of_unequal_weights(), jax.random.key(0)
 
     @jax.custom_vjp
-    def penalised(leaf):
+    def penalized(leaf):
         return leaf
 
-    penalised.defvjp(lambda leaf: (leaf, None), lambda _, g: (g + 1.0,))
-    plain, added = tiny.METHOD.apply, lambda f, t, key=None: tiny.METHOD.apply(f, jax.tree.map(penalised, t))
+    penalized.defvjp(lambda leaf: (leaf, None), lambda _, g: (g + 1.0,))
+    plain, added = tiny.METHOD.apply, lambda f, t, key=None: tiny.METHOD.apply(f, jax.tree.map(penalized, t))
     ends = []
     for apply in (plain, added):
         method = replace(tiny.METHOD, apply=apply)

@@ -7,14 +7,14 @@ import pytest
 import tiny_decoder_folder
 import tiny_language
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.config import TrainConfig, with_defaults
 from peftjax.train.data.language.dataset import RowOptions
 from peftjax.train.options import DataOptions, ModelOptions, RunOptions, longest_text
 from peftjax.train.tasks.find import find_task
 
 ROWS = {
-    "labelled.jsonl": {"text": "the cat", "label": "a"},
+    "labeled.jsonl": {"text": "the cat", "label": "a"},
     "texts.jsonl": {"text": "the cat"},
     "chats.jsonl": {"messages": tiny_language.CHAT, "label": "a"},
     "dolly.jsonl": {"instruction": "a", "response": "b", "category": "c"},
@@ -69,9 +69,9 @@ def options_of(folders, model, data, *, rows=None, head=None, task=None, **texts
 @pytest.mark.parametrize(
     ("model", "data", "given", "task"),
     [
-        ("encoder", "labelled.jsonl", {}, "classification"),
+        ("encoder", "labeled.jsonl", {}, "classification"),
         ("encoder", "rated.jsonl", {"label_column": "stars"}, "classification"),
-        ("decoder", "labelled.jsonl", {}, "classification"),
+        ("decoder", "labeled.jsonl", {}, "classification"),
         ("decoder", "docstrings", {}, "classification"),
         ("decoder", "tfds:imdb", {}, "classification"),
         ("decoder", "texts.jsonl", {}, "language"),
@@ -80,9 +80,9 @@ def options_of(folders, model, data, *, rows=None, head=None, task=None, **texts
         ("decoder", "dolly.jsonl", {}, "language"),
         ("decoder", "rated.jsonl", {}, "language"),
         ("decoder", "rated.jsonl", {"label_column": "stars"}, "classification"),
-        ("decoder", "labelled.jsonl", {"source": "corpus"}, "language"),
-        ("decoder", "labelled.jsonl", {"task": "language"}, "language"),
-        ("decoder", "labelled.jsonl", {"task": "language", "head": "causal_lm"}, "language"),
+        ("decoder", "labeled.jsonl", {"source": "corpus"}, "language"),
+        ("decoder", "labeled.jsonl", {"task": "language"}, "language"),
+        ("decoder", "labeled.jsonl", {"task": "language", "head": "causal_lm"}, "language"),
         ("decoder", "texts.jsonl", {"rows": RowOptions(packed=True)}, "language"),
     ],
 )
@@ -107,11 +107,11 @@ def test_model_and_data_decide(folders, model, data, given, task):
         ("decoder", "texts.jsonl", {"head": "classifier"}, "trains the head 'causal_lm', not 'classifier'"),
         (
             "encoder",
-            "labelled.jsonl",
+            "labeled.jsonl",
             {"rows": RowOptions(packed=True)},
             "has no use for packed",
         ),
-        ("encoder", "labelled.jsonl", {"prompt_column": "a"}, "classification has no use for prompt_column"),
+        ("encoder", "labeled.jsonl", {"prompt_column": "a"}, "classification has no use for prompt_column"),
         ("decoder", "missing.jsonl", {}, "missing.jsonl does not exist"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data.tfds import tfds_dataset
 
 tiny_reviews = pytest.importorskip(

@@ -11,7 +11,7 @@ from peftjax.train.config import TrainConfig, plan_steps
 from peftjax.train.data import batches
 from peftjax.train.data.dataset import Split
 from peftjax.train.loop import fit
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 CONFIG = TrainConfig(
     steps=40,
@@ -59,7 +59,7 @@ def data():
     def encode(texts, max_length):
         return [[ord(letter) - 96 for letter in text][:max_length] for text in texts]
 
-    return batches.tokenise(split, encode, max_length=CONFIG.max_length, pad_id=0)
+    return batches.tokenize(split, encode, max_length=CONFIG.max_length, pad_id=0)
 
 
 def run(directory=None, config=CONFIG, **options):

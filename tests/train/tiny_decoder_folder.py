@@ -7,7 +7,7 @@ import tiny_language
 
 from peftjax.models.llama import LLAMA
 from peftjax.models.load import save
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.tokenizer import load_tokenizer
 
 ANSWERS = {"the cat": " sat", "the dog": " is", "the mat": " was"}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peftjax.models.tokenizer import load_tokenizer
+from peftjax.text.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is in peftjax[train]")
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402

@@ -27,7 +27,7 @@ class TinyReviews(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         raise NotImplementedError
 
-    def _examples(self, labelled):
-        for i in range(labelled or 2):
-            label = i % 2 if labelled else -1
+    def _examples(self, labeled):
+        for i in range(labeled or 2):
+            label = i % 2 if labeled else -1
             yield i, {"sentence": f"text {i}", "label": label, "stars": (i * 5) % 11}

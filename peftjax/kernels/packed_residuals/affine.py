@@ -16,7 +16,7 @@ MIDDLE = 7
 def limits(smallest: Array, largest: Array) -> tuple[Array, Array]:
     """`low` and `step` as float32 numbers that bfloat16 holds exactly."""
     low = as_bfloat16(smallest)
-    # Nothing may lie below low. A bfloat16's neighbours are at most 1/128 of it apart.
+    # Nothing may lie below low. A bfloat16's neighbors are at most 1/128 of it apart.
     low = jnp.where(low > smallest, as_bfloat16(smallest - jnp.abs(smallest) / 128), low)
     return low, as_bfloat16((largest - low) / LEVELS)
 

@@ -15,8 +15,8 @@ from jax import Array
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-from peftjax import primitives
-from peftjax.errors import PeftError
+from peftjax.core import primitives
+from peftjax.core.errors import PeftError
 from peftjax.kernels.packed_residuals import gpu, layout, reference, tpu
 
 GROUP = 64
@@ -76,9 +76,9 @@ def encode(x: Array, bits: int, *, group: int = GROUP, key: Array | None = None)
         return x
     x, options = jax.lax.stop_gradient(x), {"group": group, "fine": bits == 8}
     if key is not None:
-        parts = reference.quantise(x, jax.random.uniform(key, x.shape), **options)
+        parts = reference.quantize(x, jax.random.uniform(key, x.shape), **options)
     else:
-        body = partial(reference.quantise, **options) if _explicit(x) else partial(_quantise, **options)
+        body = partial(reference.quantize, **options) if _explicit(x) else partial(_quantize, **options)
         parts = body(x)
     codes, low, step, *fine = parts
     return Code(codes, low, step, fine[0] if fine else None, x.shape[-1], x.dtype)
@@ -89,7 +89,7 @@ def decode(code: Code | Array) -> Array:
     if not isinstance(code, Code):
         return code
     operands = (code.codes, code.low, code.step, *([] if code.fine is None else [code.fine]))
-    body = reference.dequantise if _explicit(code.codes) else _dequantise
+    body = reference.dequantize if _explicit(code.codes) else _dequantize
     return body(*operands, width=code.width, dtype=code.dtype)[0]
 
 
@@ -115,8 +115,8 @@ def _operation(name: str) -> Any:
     return primitives.by_platform(f"packed_residuals_{name}", getattr(reference, name), kernels)
 
 
-_quantise = _operation("quantise")
-_dequantise = _operation("dequantise")
+_quantize = _operation("quantize")
+_dequantize = _operation("dequantize")
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ BLOCK = 64
 """Groups of a program: 4096 values in groups of 64."""
 
 
-def quantise(x: Array, *, group: int, fine: bool, interpret: bool = False) -> list[Array]:
-    """`reference.quantise`."""
+def quantize(x: Array, *, group: int, fine: bool, interpret: bool = False) -> list[Array]:
+    """`reference.quantize`."""
     count, size = layout.groups_of(x.shape[-1], group)
     half = size // 2
     if not _fits(half):
-        return reference.quantise(x, group=group, fine=fine)
+        return reference.quantize(x, group=group, fine=fine)
     a = layout.grouped(x, group).reshape(-1, size)
     n = a.shape[0]
     packed, number = jax.ShapeDtypeStruct((n, half), jnp.uint8), jax.ShapeDtypeStruct((n,), jnp.bfloat16)
     shapes = [packed, number, number, *([packed] if fine else [])]
-    out = _call(partial(_quantise, n), [a], shapes, "quantise", interpret)
+    out = _call(partial(_quantize, n), [a], shapes, "quantize", interpret)
     lead = x.shape[:-1]
     return [part.reshape(*lead, count * half if part.ndim == 2 else count) for part in out]
 
 
-def dequantise(
+def dequantize(
     codes: Array,
     low: Array,
     step: Array,
@@ -45,16 +45,16 @@ def dequantise(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> list[Array]:
-    """`reference.dequantise`."""
+    """`reference.dequantize`."""
     count = low.shape[-1]
     half = codes.shape[-1] // count
     if not _fits(half):
-        return reference.dequantise(codes, low, step, fine, width=width, dtype=dtype)
+        return reference.dequantize(codes, low, step, fine, width=width, dtype=dtype)
     packed = [part.reshape(-1, half) for part in (codes, fine) if part is not None]
     given = [low.reshape(-1), step.reshape(-1), *packed]
     n = given[0].shape[0]
     shape = jax.ShapeDtypeStruct((n, 2 * half), dtype)
-    (out,) = _call(partial(_dequantise, n), given, [shape], "dequantise", interpret)
+    (out,) = _call(partial(_dequantize, n), given, [shape], "dequantize", interpret)
     return [layout.ungrouped(out.reshape(*codes.shape[:-1], count, 2 * half), width)]
 
 
@@ -84,7 +84,7 @@ def _mine(n: int) -> tuple[Any, Array]:
     return pl.ds(start, BLOCK), start + jnp.arange(BLOCK) < n
 
 
-def _quantise(n: int, x: Any, codes: Any, low: Any, step: Any, *fine: Any) -> None:
+def _quantize(n: int, x: Any, codes: Any, low: Any, step: Any, *fine: Any) -> None:
     mine, exists = _mine(n)
     a = [
         plgpu.load(x.at[mine, part], mask=exists[:, None], other=0.0).astype(jnp.float32)
@@ -106,7 +106,7 @@ def _store(ref: Any, mine: Any, exists: Array, first: Array, second: Array) -> N
     plgpu.store(ref.at[mine, :], packed, mask=exists[:, None])
 
 
-def _dequantise(n: int, low: Any, step: Any, codes: Any, *rest: Any) -> None:
+def _dequantize(n: int, low: Any, step: Any, codes: Any, *rest: Any) -> None:
     mine, exists = _mine(n)
     *fine, out = rest
     start, length = (

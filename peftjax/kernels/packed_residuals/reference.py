@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from peftjax.kernels.packed_residuals import affine, layout
 
 
-def quantise(x: Array, noise: Array | None = None, *, group: int, fine: bool) -> list[Array]:
+def quantize(x: Array, noise: Array | None = None, *, group: int, fine: bool) -> list[Array]:
     """`[..., D]` to codes uint8 `[..., G g/2]`, low and step bfloat16 `[..., G]`; with `fine` more."""
     a = layout.grouped(x.astype(jnp.float32), group)
     noise = None if noise is None else layout.grouped(noise, group)
@@ -20,10 +20,10 @@ def quantise(x: Array, noise: Array | None = None, *, group: int, fine: bool) ->
     return [packed[0], low[..., 0].astype(jnp.bfloat16), step[..., 0].astype(jnp.bfloat16), *packed[1:]]
 
 
-def dequantise(
+def dequantize(
     codes: Array, low: Array, step: Array, fine: Array | None = None, *, width: int, dtype: DTypeLike
 ) -> list[Array]:
-    """What `quantise` gave as `[..., width]` of `dtype` again."""
+    """What `quantize` gave as `[..., width]` of `dtype` again."""
     count = low.shape[-1]
     c, f = (
         None if part is None else layout.split(part.reshape(*part.shape[:-1], count, -1))

@@ -24,24 +24,24 @@ WIDEST = 2048
 """Of a block: 1 MiB of float32."""
 
 
-def quantise(x: Array, *, group: int, fine: bool, interpret: bool = False) -> list[Array]:
-    """`reference.quantise`."""
+def quantize(x: Array, *, group: int, fine: bool, interpret: bool = False) -> list[Array]:
+    """`reference.quantize`."""
     width = x.shape[-1]
     if not _fits(width, group):
-        return reference.quantise(x, group=group, fine=fine)
+        return reference.quantize(x, group=group, fine=fine)
     flat, n = _tokens(x)
     block = _block(width)
     packed = jax.ShapeDtypeStruct((flat.shape[0], width // 2), jnp.uint8)
     number = jax.ShapeDtypeStruct((width // block, block // group, flat.shape[0]), jnp.bfloat16)
     out = pl.pallas_call(
-        partial(_quantise, group),
+        partial(_quantize, group),
         grid=(flat.shape[0] // TOKENS, width // block),
         in_specs=[_values(block)],
         out_specs=[_values(block // 2), *[_numbers(block // group)] * 2, *[_values(block // 2)] * fine],
         out_shape=[packed, number, number, *[packed] * fine],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
-        name="packed_residuals_quantise",
+        name="packed_residuals_quantize",
     )(flat)
     codes, low, step, *rest = out
     lead = x.shape[:-1]
@@ -49,7 +49,7 @@ def quantise(x: Array, *, group: int, fine: bool, interpret: bool = False) -> li
     return [codes[:n].reshape(*lead, -1), low, step, *(part[:n].reshape(*lead, -1) for part in rest)]
 
 
-def dequantise(
+def dequantize(
     codes: Array,
     low: Array,
     step: Array,
@@ -59,22 +59,22 @@ def dequantise(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> list[Array]:
-    """`reference.dequantise`."""
+    """`reference.dequantize`."""
     group = width // low.shape[-1]
     if codes.shape[-1] * 2 != width or not _fits(width, group):
-        return reference.dequantise(codes, low, step, fine, width=width, dtype=dtype)
+        return reference.dequantize(codes, low, step, fine, width=width, dtype=dtype)
     packed = [_tokens(part)[0] for part in (codes, fine) if part is not None]
     block, rows = _block(width), packed[0].shape[0]
     numbers = [_tokens(part)[0].reshape(rows, width // block, -1).transpose(1, 2, 0) for part in (low, step)]
     (out,) = pl.pallas_call(
-        partial(_dequantise, group),
+        partial(_dequantize, group),
         grid=(rows // TOKENS, width // block),
         in_specs=[*[_numbers(block // group)] * 2, *[_values(block // 2)] * len(packed)],
         out_specs=[_values(block)],
         out_shape=[jax.ShapeDtypeStruct((rows, width), dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
-        name="packed_residuals_dequantise",
+        name="packed_residuals_dequantize",
     )(*numbers, *packed)
     lead = codes.shape[:-1]
     return [out[: low.size // low.shape[-1]].reshape(*lead, width)]
@@ -104,7 +104,7 @@ def _numbers(groups: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, groups, TOKENS), lambda row, column: (column, 0, row))
 
 
-def _quantise(group: int, x: Any, codes: Any, low: Any, step: Any, *fine: Any) -> None:
+def _quantize(group: int, x: Any, codes: Any, low: Any, step: Any, *fine: Any) -> None:
     per_chunk = CHUNK // group
     for chunk in range(x.shape[1] // CHUNK):
         a = x[:, chunk * CHUNK : (chunk + 1) * CHUNK].astype(jnp.float32).T.reshape(per_chunk, group, TOKENS)
@@ -123,7 +123,7 @@ def _store(ref: Any, chunk: int, codes: Array) -> None:
     ref[:, chunk * CHUNK // 2 : (chunk + 1) * CHUNK // 2] = packed.T.astype(jnp.uint8)
 
 
-def _dequantise(group: int, low: Any, step: Any, codes: Any, *rest: Any) -> None:
+def _dequantize(group: int, low: Any, step: Any, codes: Any, *rest: Any) -> None:
     *fine, out = rest
     per_chunk = CHUNK // group
     for chunk in range(out.shape[1] // CHUNK):

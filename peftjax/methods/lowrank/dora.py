@@ -18,12 +18,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.lowrank.factors import start_uniform
+from peftjax.methods._targets import Target
+from peftjax.methods.lowrank._factors import start_uniform
 from peftjax.methods.lowrank.lora import Wrap, checked_options, low_rank
-from peftjax.methods.targets import Target
-from peftjax.transform import MethodInfo, Transform
+from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.weights.column_normalized import ColumnNormalized, column_squares
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.scaled import ScaledColumns, column_squares
 
 
 def dora(**options: Any) -> Transform:
@@ -45,11 +45,11 @@ def _init(target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]
     return {"magnitude": jnp.sqrt(chosen)}, {"squares": squares}
 
 
-def _apply(target: Target, weight: LowRank, slots: Mapping[str, Array]) -> ScaledColumns:
+def _apply(target: Target, weight: LowRank, slots: Mapping[str, Array]) -> ColumnNormalized:
     magnitude, squares = slots["magnitude"], slots["squares"]
     if target.layers is not None:
         magnitude = jnp.sqrt(squares).at[jnp.asarray(target.layers)].set(magnitude)
-    return ScaledColumns(weight, magnitude, squares, weight.layout)
+    return ColumnNormalized(weight, magnitude, squares, weight.layout)
 
 
 METHOD = MethodInfo(

@@ -5,7 +5,7 @@ Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 202
     y = x·W + s · (x·aᵀ)·b        a [r, in], b [r, out], s = alpha / r   (rsLoRA: alpha / √r)
 
 Trained: a and b, r·(in + out) numbers a weight; biases on request. Backward keeps, per adapted layer,
-the layer's input x once (shared with its neighbours) and the thin x·aᵀ; never a merged weight, never a
+the layer's input x once (shared with its neighbors) and the thin x·aᵀ; never a merged weight, never a
 full gradient.
 
 Start: a ~ U(-1/√in, 1/√in), b = 0, as the authors' code does (the paper says Gaussian: `init=
@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import (
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
+from peftjax.methods.lowrank._factors import (
     Bias,
     Start,
     find_targets,
@@ -34,9 +36,7 @@ from peftjax.methods.lowrank.factors import (
     start_orthogonal,
     start_uniform,
 )
-from peftjax.methods.targets import Target, all_layers, key_for, keys_of_matrices
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
-from peftjax.tree import Targets
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.shifted import Shifted

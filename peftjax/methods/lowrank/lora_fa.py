@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.derivatives import with_backward
-from peftjax.methods.lowrank.factors import is_embedding
+from peftjax.core.derivatives import with_backward
+from peftjax.methods._targets import Target, all_layers
+from peftjax.methods.lowrank._factors import is_embedding
 from peftjax.methods.lowrank.lora import STARTS, Wrap, checked_options, low_rank
-from peftjax.methods.targets import Target, all_layers
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.weights.low_rank import LowRank
 
 _RIDGE = 1e-8  # on the diagonal of a·aᵀ

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import optax
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.transform import MethodInfo, Transform, at_prefix
+from peftjax.transform.transform import MethodInfo, Transform, at_prefix
 
 
 def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:

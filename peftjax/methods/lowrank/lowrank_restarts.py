@@ -27,7 +27,7 @@ Truncating a matrix of independent entries loses the rest of its spectrum: at a 
 (0.69), measured on a fresh Llama block. In training that block's model of 3 layers for 400 steps on letters
 of a Markov chain the two starts did not differ beyond their seeds (held-out loss 3.13 and 3.18 over three
 seeds, each from 2.96 to 3.22, at the best of four rates); "random" is the default because it keeps the scale
-that the model's initialisation chose.
+that the model's initialization chose.
 
 After a restart an optimizer with one global step count (optax's) takes the new moments for old ones: with
 "m" its first update is (1 - β1) of the usual size and grows over some 1 / (1 - β1) steps, a warm-up; with
@@ -50,20 +50,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import plain_matrices
-from peftjax.methods.lowrank.rebalance import rebalance
-from peftjax.methods.rest import with_targets, without_targets
-from peftjax.methods.sparse.select import entry_count, random_entries
-from peftjax.methods.targets import Target, find_targets, key_for
+from peftjax.core.errors import PeftError
+from peftjax.core.linalg import rebalance
+from peftjax.core.tree import Targets, named_leaves, pattern_value
+from peftjax.methods._entries import entry_count, random_entries
+from peftjax.methods._rest import with_targets, without_targets
+from peftjax.methods._targets import Target, find_targets, key_for
+from peftjax.methods.lowrank._factors import plain_matrices
 from peftjax.optim.moment_fields import is_gradient_sum, kind_of
 from peftjax.optim.moments import Change, change_moments
-from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
-from peftjax.tree import Targets, named_leaves, pattern_value
-from peftjax.weights.arrange import to_logical
+from peftjax.transform.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
 from peftjax.weights.base import Weight
+from peftjax.weights.canonical import to_logical
 from peftjax.weights.factored import Factored
-from peftjax.weights.places import take_entries
+from peftjax.weights.indexing import take_entries
 from peftjax.weights.sparse_entries import SparseEntries
 
 COUNT = ".count"

@@ -1,4 +1,4 @@
-"""OLoRA: LoRA whose factors start as the leading part of a QR factorisation of each weight.
+"""OLoRA: LoRA whose factors start as the leading part of a QR factorization of each weight.
 
 Paper: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775.
 
@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.methods.lowrank.factors import ScaledTarget, plain_matrices, residual
+from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank.lora import checked_options, low_rank
-from peftjax.transform import MethodInfo, Transform
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def olora(**options: Any) -> Transform:

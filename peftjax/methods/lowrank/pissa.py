@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import ScaledTarget, plain_matrices, residual
+from peftjax.core.errors import PeftError
+from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank.lora import checked_options, low_rank
-from peftjax.transform import MethodInfo, Transform
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
     """Low-rank adaptation of the principal singular part (arXiv 2404.02948).
 
     Args:
-        iterations: power iterations of a randomised SVD; None takes the exact SVD.
+        iterations: power iterations of a randomized SVD; None takes the exact SVD.
         **options: those of `lora`, `init` excepted; the paper uses dropout 0.
 
     Raises:
@@ -40,7 +40,7 @@ def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
         u, sizes, vt = (
             jnp.linalg.svd(w, full_matrices=False)
             if iterations is None
-            else _randomised_svd(key, w, target.rank, iterations)
+            else _randomized_svd(key, w, target.rank, iterations)
         )
         r = target.rank
         root = jnp.sqrt(sizes[..., :r] / target.scale)[..., None]
@@ -51,7 +51,7 @@ def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
     return low_rank("pissa", {**options, "iterations": iterations}, start)
 
 
-def _randomised_svd(key: Array, w: Array, rank: int, iterations: int) -> tuple[Array, Array, Array]:
+def _randomized_svd(key: Array, w: Array, rank: int, iterations: int) -> tuple[Array, Array, Array]:
     """The leading part of an SVD by subspace iteration, with a few columns more than the rank."""
     width = min(rank + 8, *w.shape[-2:])
     y = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width))

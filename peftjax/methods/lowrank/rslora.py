@@ -10,7 +10,7 @@ Everything else, what is trained and what backward keeps, is LoRA's.
 from typing import Any
 
 from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.transform import MethodInfo, Transform
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def rslora(**options: Any) -> Transform:

@@ -45,17 +45,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.lowrank.factors import ScaledTarget, find_targets, plain_matrices, residual
-from peftjax.methods.lowrank.switching import STEERED, Schedule, Slots, number, steered, switch, thawed
-from peftjax.methods.rest import with_targets, without_targets
-from peftjax.methods.targets import key_for, keys_of_matrices
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods._rest import with_targets, without_targets
+from peftjax.methods._targets import key_for, keys_of_matrices
+from peftjax.methods.lowrank._factors import ScaledTarget, find_targets, plain_matrices, residual
+from peftjax.methods.lowrank._switching import STEERED, Schedule, Slots, number, steered, switch, thawed
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
-from peftjax.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform, all_slots_but
-from peftjax.tree import Targets
-from peftjax.weights.arrange import to_logical
+from peftjax.transform.transform import (
+    Frozen,
+    MethodInfo,
+    Params,
+    Renewal,
+    Trainable,
+    Transform,
+    all_slots_but,
+)
+from peftjax.weights.canonical import to_logical
 from peftjax.weights.low_rank import LowRank
 
 GAIN = (1.0 / 3.0) ** 0.5

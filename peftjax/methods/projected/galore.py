@@ -32,11 +32,11 @@ are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' b
 
 from collections.abc import Mapping
 
-from peftjax.methods.projected.projected import Write, checked, projected
+from peftjax.core.tree import Targets
+from peftjax.methods.projected._projected import Write, checked, projected
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments
-from peftjax.transform import MethodInfo, Transform
-from peftjax.tree import Targets
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def galore(

@@ -21,12 +21,12 @@ paper projects one. H is not turned or cleared at a refresh there, and mixes two
 from collections.abc import Mapping
 from typing import Literal
 
-from peftjax.errors import PeftError
-from peftjax.methods.projected.projected import Write, checked, projected
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods.projected._projected import Write, checked, projected
 from peftjax.optim.natural import scale_by_natural_gradient
 from peftjax.optim.refresh import Method
-from peftjax.transform import MethodInfo, Transform
-from peftjax.tree import Targets
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def natural_galore(

@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, writer
-from peftjax.methods.targets import key_for
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
-from peftjax.tree import Targets
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods._targets import key_for
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.weights.indexing import put_rows
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import put_rows
 from peftjax.weights.rows import TrainedRows, rows_of
 
 

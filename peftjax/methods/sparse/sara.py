@@ -32,19 +32,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, writer
-from peftjax.methods.sparse.nuclear import Polar, penalised
-from peftjax.methods.sparse.reselect import reselecting
-from peftjax.methods.sparse.select import Entries, entry_count, largest_entries
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform, all_slots_but
-from peftjax.tree import Targets
-from peftjax.weights.arrange import to_canonical
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods._entries import Entries, entry_count, largest_entries
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse._nuclear import Polar, penalized
+from peftjax.methods.sparse._reselect import reselecting
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform, all_slots_but
 from peftjax.weights.base import dense
-from peftjax.weights.explicit import whole
+from peftjax.weights.canonical import to_canonical
+from peftjax.weights.indexing import NOWHERE, put_entries, take_entries
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import NOWHERE, put_entries, take_entries
+from peftjax.weights.sharding import whole
 from peftjax.weights.sparse_entries import SparseEntries
 
 
@@ -118,7 +118,7 @@ def sara(
             slots, kept = trainable[place.path], frozen.state[place.path]
             values, at = slots["values"], (kept["rows"], kept["columns"])
             if penalty > 0.0:
-                values = penalised(penalty, polar, place.layout, values, slots["keep"], *at)
+                values = penalized(penalty, polar, place.layout, values, slots["keep"], *at)
             weights[place.path] = SparseEntries(
                 leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
             )

@@ -24,23 +24,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.methods.sparse.in_place import Place, Plan, Slots, find_weights, writer
-from peftjax.methods.sparse.select import (
-    Entries,
-    entry_count,
-    largest_entries,
-    random_entries,
-    structured_entries,
-)
-from peftjax.methods.targets import key_for
-from peftjax.transform import Frozen, MethodInfo, Trainable, Transform
-from peftjax.tree import Targets
-from peftjax.weights.arrange import to_canonical
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
+from peftjax.methods._targets import key_for
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
 from peftjax.weights.base import dense
+from peftjax.weights.canonical import to_canonical
+from peftjax.weights.indexing import put_entries, take_entries
 from peftjax.weights.layout import Layout
-from peftjax.weights.places import put_entries, take_entries
 from peftjax.weights.sparse_entries import SparseEntries
 
 Mask = Literal["random", "struct", "magnitude", "gradient", "snip", "loaded"]

@@ -24,7 +24,7 @@ levels and never the model: its 0 prunes the smallest entry and keeps the factor
 Differences from the released code: it drops 10 % of the inputs of every layer's update but the attention
 output's, and 10 % of the updates by sample (DropPath); here `dropout` is for all targets and off by default,
 and there is no DropPath, as a layer does not know which axis of its input counts samples. In bfloat16 or on a
-quantised base the update is a product of its own beside the base's.
+quantized base the update is a product of its own beside the base's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.kernels.kernelised_merge import Map
-from peftjax.methods.sparse.kernelised import checked_options, coefficients, kernelised
-from peftjax.methods.targets import Target
-from peftjax.optim.budget import LEVEL
-from peftjax.transform import Frozen, MethodInfo, Transform
-from peftjax.tree import Targets
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.kernels.kernelized_merge import KernelFunction
+from peftjax.methods._targets import Target
+from peftjax.methods.sparse._budget import LEVEL
+from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
+from peftjax.transform.transform import Frozen, MethodInfo, Transform
 
 Sparsity = float | Mapping[str, float]
 
@@ -68,7 +68,7 @@ def snell(
     layouts: Mapping[str, str] | None = None,
     dropout: float = 0.0,
 ) -> Transform:
-    """Sparse tuning with kernelised low-rank factors (arXiv 2411.01800).
+    """Sparse tuning with kernelized low-rank factors (arXiv 2411.01800).
 
     Args:
         rank: r, over all heads together.
@@ -91,12 +91,12 @@ def snell(
             not fit the parameters.
     """
     options = checked_options("snell", dict(locals()), mode=_MODES, kernel=_KERNELS)
-    map = Map(kernel, coefficients(options), mode)
+    map = KernelFunction(kernel, coefficients(options), mode)
     patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
     for share in patterns.values():
         _check_share("snell", share)
 
-    def map_of(target: Target) -> tuple[Map, float]:
+    def map_of(target: Target) -> tuple[KernelFunction, float]:
         share = tree.pattern_value(target.path, patterns, None)
         if share is None:
             raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
@@ -106,7 +106,7 @@ def snell(
     def check(paths: list[str]) -> None:
         tree.require_patterns_used("snell", patterns, paths)
 
-    return kernelised("snell", options, map_of, check=check, start_of_scalars=_SCALARS.get(kernel, {}))
+    return kernelized("snell", options, map_of, check=check, start_of_scalars=_SCALARS.get(kernel, {}))
 
 
 def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:

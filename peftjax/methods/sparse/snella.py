@@ -10,8 +10,8 @@ Paper: Shen et al., "Kernelized Sparse Fine-Tuning with Bi-level Parameter Compe
 
 Trained: a, b and the scalars alpha, gamma, beta, r·(n + m) + 3 numbers a weight. `sparsity` `[*stack]` is
 part of the trainable too, one level a matrix: it has no gradient and the optimizer hook sets it from
-importance averages of twice the factors' size (`peftjax.optim.budget` has the schedule, and the faults of the
-released allocator). Backward keeps what SNELL keeps.
+importance averages of twice the factors' size (`_budget.py` has the schedule, and the faults of the released
+allocator). Backward keeps what SNELL keeps.
 
 alpha = gamma = 1 and beta = 0 at the start: the update is then a nearly constant, small positive matrix.
 gamma may cross 0 in training; the division is plain, as released. The authors do not decay the three
@@ -29,12 +29,12 @@ from typing import Literal
 
 import optax
 
-from peftjax.kernels.kernelised_merge import Map
-from peftjax.methods.sparse.kernelised import checked_options, coefficients, kernelised
-from peftjax.optim.allocation import on_grid
-from peftjax.optim.budget import Budget, share_budget
-from peftjax.transform import MethodInfo, Transform
-from peftjax.tree import Targets
+from peftjax.core.tree import Targets
+from peftjax.kernels.kernelized_merge import KernelFunction
+from peftjax.methods.sparse._allocation import on_grid
+from peftjax.methods.sparse._budget import Budget, share_budget
+from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def snella(
@@ -89,14 +89,14 @@ def snella(
     options = checked_options("snella", dict(locals()), mode=("released", "paper", "hard", "none"))
     every = max(1, total_steps // 100) if allocate_every is None else allocate_every
     budget = Budget(sparsity, initial_sparsity, total_steps, every, init_warmup, final_warmup, beta1, beta2)
-    map = Map("distance", coefficients(options), mode, mixed=True)
+    map = KernelFunction("distance", coefficients(options), mode, mixed=True)
     start = float(on_grid(initial_sparsity))
 
     def hook(tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()) -> optax.GradientTransformation:
         return tx if mode == "none" else share_budget(tx, budget, prefix)
 
     scalars = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
-    return kernelised(
+    return kernelized(
         "snella",
         options,
         lambda target: (map, start),

@@ -1,1 +1,1 @@
-"""Data: one file per source of labelled texts, and how texts become batches; `language` for decoders."""
+"""Data: one file per source of labeled texts, and how texts become batches; `language` for decoders."""

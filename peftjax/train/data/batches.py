@@ -1,4 +1,4 @@
-"""Tokenised examples as batches of few static shapes, by grain.
+"""Tokenized examples as batches of few static shapes, by grain.
 
 A batch is a dict of numpy arrays, `B` examples of `S` tokens:
 
@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int32, Int64
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data.dataset import Split
 
 Batch = dict[str, Int32[np.ndarray, "B ..."] | Float[np.ndarray, "B"]]
@@ -30,7 +30,7 @@ WINDOW = 16
 
 
 @dataclass(frozen=True)
-class TokenisedSplit:
+class TokenizedSplit:
     """Examples as token ids, end to end: example i is `ids[starts[i]:starts[i + 1]]`."""
 
     ids: Int32[np.ndarray, "T"]
@@ -48,7 +48,7 @@ class TokenisedSplit:
         return np.diff(self.starts)
 
 
-def sample(split: TokenisedSplit, count: int, seed: int) -> TokenisedSplit:
+def sample(split: TokenizedSplit, count: int, seed: int) -> TokenizedSplit:
     """`count` examples drawn without replacement, in their order; all where there are not more."""
     if len(split) <= count:
         return split
@@ -58,7 +58,7 @@ def sample(split: TokenisedSplit, count: int, seed: int) -> TokenisedSplit:
     return replace(split, ids=np.concatenate(pieces), starts=starts, labels=split.labels[rows])
 
 
-def tokenise(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> TokenisedSplit:
+def tokenize(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> TokenizedSplit:
     """All texts of a split as token ids; `encode(texts, max_length)` truncates.
 
     Raises:
@@ -71,7 +71,7 @@ def tokenise(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> T
             f"the tokenizer gave {lengths[i]} tokens for example {i} ({split.texts[i][:40]!r}); "
             f"1 to max_length={max_length} are needed"
         )
-    return TokenisedSplit(
+    return TokenizedSplit(
         ids=np.fromiter((i for ids in encoded for i in ids), np.int32, lengths.sum()),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         labels=np.array(split.labels, np.int32),
@@ -97,7 +97,7 @@ def bucket_of(length: int, max_length: int) -> int:
     return next(bucket for bucket in bucket_lengths(max_length) if bucket >= length)
 
 
-def make_batch(split: TokenisedSplit, rows: Sequence[int], size: int) -> Batch:
+def make_batch(split: TokenizedSplit, rows: Sequence[int], size: int) -> Batch:
     """The batch of the examples `rows`, filled up to `size` rows of weight 0."""
     length = bucket_of(max(split.starts[i + 1] - split.starts[i] for i in rows), split.max_length)
     batch = {
@@ -129,7 +129,7 @@ class _SplitWindow(grain.experimental.FlatMapTransform):
         return element
 
 
-def training_batches(split: TokenisedSplit, batch_size: int, seed: int) -> grain.DatasetIterator:
+def training_batches(split: TokenizedSplit, batch_size: int, seed: int) -> grain.DatasetIterator:
     """An endless iterator over training batches, the same for the same seed; see `shuffled_batches`."""
     return shuffled_batches(
         split.lengths, batch_size, seed, lambda rows: make_batch(split, rows, batch_size), window=WINDOW
@@ -169,7 +169,7 @@ def shuffled_batches(
     return iter(rows.map(make))
 
 
-def evaluation_batches(split: TokenisedSplit, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(split: TokenizedSplit, batch_size: int) -> Iterator[Batch]:
     """Every example once, the shortest first; the last batch is filled up with rows of weight 0."""
     for rows in shortest_first(split.lengths, batch_size):
         yield make_batch(split, rows, batch_size)

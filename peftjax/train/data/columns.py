@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 
 TEXT_GUESSES = ("text", "sentence", "content")
 LABEL_GUESSES = ("label", "class", "category")

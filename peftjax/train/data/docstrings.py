@@ -5,10 +5,10 @@ top-level package or module that it comes from (`asyncio`, `email`, `tkinter`, .
 all deterministic for one Python version:
 
 1. The .py sources are parsed, never imported, without test packages and third-party packages.
-2. White space is normalised to single spaces; texts shorter than `MIN_CHARACTERS` are dropped.
+2. White space is normalized to single spaces; texts shorter than `MIN_CHARACTERS` are dropped.
 3. The labels are the `CLASSES` public top-level packages with the most distinct texts.
 4. The names of all labels are masked in all texts (upper or lower case, also inside a longer
-   word), because a docstring of `email` says "email": the classifier has to recognise the
+   word), because a docstring of `email` says "email": the classifier has to recognize the
    subject instead of the word.
 5. A text occurs once: of exact copies within a label the first stays; a text of two labels is
    dropped.
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data.dataset import Split, TextDataset
 
 CLASSES = 16

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import parse_json
 from peftjax.train.data import columns as cols
 from peftjax.train.data.dataset import Split, TextDataset
@@ -109,7 +109,7 @@ def all_rows(path: Path) -> tuple[list[tuple[int, dict[str, object]]], tuple[str
 
 
 def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
-    """The labelled texts of one file; a column counts where any row has a value for it."""
+    """The labeled texts of one file; a column counts where any row has a value for it."""
     rows, names = all_rows(path)
     text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
     label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))

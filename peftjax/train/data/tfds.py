@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.train.data import columns as cols
 from peftjax.train.data.dataset import Split, TextDataset
 
@@ -113,5 +113,5 @@ def _by_name(rows: list[cols.LabelledText], names: tuple[str, ...]) -> list[cols
     """Rows whose label is a class name instead of its index; -1 marks hidden labels."""
     for row in rows:
         if int(row.label) < 0:
-            raise PeftError(f"{row.place} has no label ({row.label}): choose a labelled split")
+            raise PeftError(f"{row.place} has no label ({row.label}): choose a labeled split")
     return [cols.LabelledText(row.text, names[int(row.label)], row.place) for row in rows]

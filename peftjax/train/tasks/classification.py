@@ -1,4 +1,4 @@
-"""Classification of labelled texts, beside a linear probe and the majority class."""
+"""Classification of labeled texts, beside a linear probe and the majority class."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from peftjax.errors import PeftError
+from peftjax.backbone.backbone import Backbone, Params
+from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
-from peftjax.models.backbone import Backbone, Params
 from peftjax.models.load import FAMILIES, read_family
 from peftjax.models.vocabulary import require_ids
 from peftjax.train.config import TrainConfig
-from peftjax.train.data.batches import TokenisedSplit, evaluation_batches, sample, tokenise, training_batches
+from peftjax.train.data.batches import TokenizedSplit, evaluation_batches, sample, tokenize, training_batches
 from peftjax.train.data.dataset import Split, TextDataset
 from peftjax.train.data.files import file_split
 from peftjax.train.data.tfds import PREFIX
@@ -33,7 +33,7 @@ from peftjax.train.options import (
 )
 from peftjax.train.probe import ProbeResult, linear_probe, majority_accuracy
 from peftjax.train.tasks.prepared import Prepared
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 PROBE_TEXTS = 10_000
 """Training texts that the linear probe is fitted on at most, so that it stays short."""
@@ -55,7 +55,7 @@ def prepare(
         f"{len(data.label_names)} labels")  # fmt: skip
     folder = model_folder(options.base.model)
     train, held_out = (
-        _tokenised(split, folder, config.max_length) for split in (data.train, data.evaluation)
+        _tokenized(split, folder, config.max_length) for split in (data.train, data.evaluation)
     )
     model, params = open_model(
         options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
@@ -96,8 +96,8 @@ def saved_batches(
         PeftError: the data cannot be read, or has a label the classifier does not know.
     """
     split = _evaluation_part(texts, tuple(info.labels))
-    tokenised = _tokenised(split, folder, info.max_length)
-    return evaluation_batches(tokenised, batch_size), {"texts": len(split)}
+    tokenized = _tokenized(split, folder, info.max_length)
+    return evaluation_batches(tokenized, batch_size), {"texts": len(split)}
 
 
 def named_scores(scores: Mapping[str, float]) -> dict[str, float]:
@@ -105,9 +105,9 @@ def named_scores(scores: Mapping[str, float]) -> dict[str, float]:
     return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
 
 
-def _tokenised(split: Split, folder: Path, max_length: int) -> TokenisedSplit:
+def _tokenized(split: Split, folder: Path, max_length: int) -> TokenizedSplit:
     tokenizer = open_tokenizer(folder)
-    return tokenise(split, tokenizer.encode, max_length=max_length, pad_id=_pad_id(folder, tokenizer.pad_id))
+    return tokenize(split, tokenizer.encode, max_length=max_length, pad_id=_pad_id(folder, tokenizer.pad_id))
 
 
 def _pad_id(folder: Path, of_tokenizer: int) -> int:
@@ -133,8 +133,8 @@ def _evaluation_part(texts: DataOptions, names: tuple[str, ...]) -> Split:
 def _probe(
     model: Backbone,
     params: Params,
-    train: TokenisedSplit,
-    held_out: TokenisedSplit,
+    train: TokenizedSplit,
+    held_out: TokenizedSplit,
     config: TrainConfig,
     say: Callable[[str], None],
 ) -> ProbeResult:
@@ -145,7 +145,7 @@ def _probe(
     of_head = jax.eval_shape(encoder.init, jax.random.key(0))["head"]
     body = {**params, "head": {name: params["head"][name] for name in of_head}}
 
-    def features(split: TokenisedSplit) -> tuple[np.ndarray, np.ndarray]:
+    def features(split: TokenizedSplit) -> tuple[np.ndarray, np.ndarray]:
         batches = evaluation_batches(split, config.eval_batch_size)
         pairs = [(np.asarray(encode(body, b), np.float32)[b["weights"] > 0], b["labels"]) for b in batches]
         found, labels = (np.concatenate(parts) for parts in zip(*pairs))

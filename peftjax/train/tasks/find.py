@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import nearest
 from peftjax.models.load import FAMILIES
 from peftjax.train.config import Task
 from peftjax.train.data.columns import LABEL_GUESSES
@@ -15,7 +16,6 @@ from peftjax.train.data.language.dataset import LanguageOptions, RowOptions, Sou
 from peftjax.train.data.language.open import find_source
 from peftjax.train.data.tfds import PREFIX
 from peftjax.train.options import DOCSTRINGS, LANGUAGE_HEAD, DataOptions, RunOptions, is_decoder, model_folder
-from peftjax.tree import nearest
 
 
 def find_task(options: RunOptions) -> Task:
@@ -56,7 +56,7 @@ def check_data(texts: DataOptions, task: Task) -> None:
         _refuse(task, set(_given(texts, SourceOptions)) - {"text_column"})
         return
     _refuse(task, [] if texts.label_column is None else ["label_column"])
-    if _is_labelled_set(texts.data):
+    if _is_labeled_set(texts.data):
         raise PeftError(
             f"the data set {texts.data!r} is for the task classification; a language model needs a file of "
             "chats, of prompts with completions, or of text: give it as data"
@@ -70,7 +70,7 @@ def language_options(texts: DataOptions, rows: RowOptions) -> LanguageOptions:
 
 
 def _of_decoder(texts: DataOptions) -> Task:
-    if texts.label_column is not None or _is_labelled_set(texts.data):
+    if texts.label_column is not None or _is_labeled_set(texts.data):
         return "classification"
     source = find_source(Path(texts.data), language_options(texts, RowOptions()))
     written = texts.source is not None or source != "corpus"
@@ -78,8 +78,8 @@ def _of_decoder(texts: DataOptions) -> Task:
 
 
 def _of_encoder(texts: DataOptions) -> Task:
-    labelled = texts.label_column is not None or _is_labelled_set(texts.data) or _guesses_labels(texts)
-    if not labelled:
+    labeled = texts.label_column is not None or _is_labeled_set(texts.data) or _guesses_labels(texts)
+    if not labeled:
         raise PeftError(
             f"{texts.data} has no label column ({', '.join(map(repr, LABEL_GUESSES))}), which an encoder "
             "needs: name it with label_column, or give a decoder as the model to learn to write the texts"
@@ -95,7 +95,7 @@ def _guesses_labels(texts: DataOptions) -> bool:
     return bool(set(columns) & set(LABEL_GUESSES))
 
 
-def _is_labelled_set(data: str) -> bool:
+def _is_labeled_set(data: str) -> bool:
     return data == DOCSTRINGS or data.startswith(PREFIX)
 
 

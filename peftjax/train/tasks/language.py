@@ -21,7 +21,7 @@ from peftjax.train.info import Info
 from peftjax.train.options import DataOptions, RunOptions, model_folder, open_model, open_tokenizer
 from peftjax.train.tasks.find import language_options
 from peftjax.train.tasks.prepared import Prepared
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 
 def prepare(

@@ -6,9 +6,9 @@ from typing import Any
 
 import grain
 
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch
-from peftjax.models.backbone import Backbone, Params
-from peftjax.transform import Transform
+from peftjax.transform.transform import Transform
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftjax.errors import PeftError
-from peftjax.models.tokenizer import Tokenizer
+from peftjax.core.errors import PeftError
+from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import pick_column, warn_of_unused
 from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
@@ -59,7 +59,7 @@ def read_completions(
     return found
 
 
-def tokenise_completions(rows: Sequence[Completion], tokenizer: Tokenizer) -> list[Example]:
+def tokenize_completions(rows: Sequence[Completion], tokenizer: Tokenizer) -> list[Example]:
     """Prompt, completion and eos of each row; the completion and its eos are the model's own.
 
     Raises:

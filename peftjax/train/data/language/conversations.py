@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from peftjax import tree
-from peftjax.errors import PeftError
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
 from peftjax.io.files import parse_json
-from peftjax.models.chat import ChatTemplate, render, render_marked
-from peftjax.models.tokenizer import Tokenizer
+from peftjax.text.chat import ChatTemplate, render, render_marked
+from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import pick_column, shown, warn_of_unused
 from peftjax.train.data.files import all_rows
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
@@ -127,7 +127,7 @@ def read_conversations(
     return found
 
 
-def tokenise_conversations(
+def tokenize_conversations(
     chats: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
 ) -> list[Example]:
     """Every chat as ids; each assistant turn with its end-of-turn token is the model's own.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from peftjax.errors import PeftError
+from peftjax.core.errors import PeftError
 from peftjax.io.files import require_file
-from peftjax.models.tokenizer import Tokenizer
+from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES, pick_column, shown, warn_of_unused
 from peftjax.train.data.files import HELD_OUT_SHARE, all_rows, refuse_zero
 from peftjax.train.data.language.completions import end_of_text
@@ -46,7 +46,7 @@ def split_document(text: str) -> tuple[str, str]:
     raise PeftError("the text is too short to hold a part out: give an evaluation file")
 
 
-def tokenise_corpus(documents: Sequence[str], tokenizer: Tokenizer) -> list[Example]:
+def tokenize_corpus(documents: Sequence[str], tokenizer: Tokenizer) -> list[Example]:
     """Every document as ids between the tokenizer's prefix (bos or nothing) and eos.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A tokenised example of a language model, and texts in pieces whose seams no token crosses."""
+"""A tokenized example of a language model, and texts in pieces whose seams no token crosses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from peftjax.models.tokenizer import Tokenizer
+from peftjax.text.tokenizer import Tokenizer
 
 _ANCHORS = ("", *"xqz1.,;:)]>|\n ae")
-"""What a piece can be tokenised behind: nothing, or a letter that it does not form a token with."""
+"""What a piece can be tokenized behind: nothing, or a letter that it does not form a token with."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def make_example(runs: Sequence[tuple[Sequence[int], bool]]) -> Example:
 def encode_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     """The ids of each piece of each text, as the model meets them when it writes on after a piece.
 
-    A piece is tokenised together with what stands before it, because a tokenizer may treat the start
+    A piece is tokenized together with what stands before it, because a tokenizer may treat the start
     of a text in its own way (a leading space, for example). Where that would change the ids of what
-    stands before it (a token across the seam), the piece is tokenised without that: alone, or behind
+    stands before it (a token across the seam), the piece is tokenized without that: alone, or behind
     another letter, whichever spells the same text.
     """
     found: list[list[list[int]]] = [[] for _ in texts]

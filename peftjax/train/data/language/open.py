@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from peftjax import tree
-from peftjax.errors import PeftError
-from peftjax.models.chat import ChatTemplate, compile_template
-from peftjax.models.tokenizer import Tokenizer
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.text.chat import ChatTemplate, compile_template
+from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES
 from peftjax.train.data.files import all_rows, is_held_out
 from peftjax.train.data.language import completions, conversations, corpus
@@ -157,7 +157,7 @@ def _rows(
     """What `_read` gave as rows, and what did not fit into them; of a corpus everything does."""
     if source == "corpus":
         rows = corpus_rows(
-            corpus.tokenise_corpus(items, tokenizer),
+            corpus.tokenize_corpus(items, tokenizer),
             max_length=max_length,
             pad_id=tokenizer.pad_id,
             attend_across_documents=options.attend_across_documents,
@@ -165,10 +165,10 @@ def _rows(
         return rows, Cut()
     if source == "conversations":
         template = template or compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
-        examples = conversations.tokenise_conversations(items, template, tokenizer)
+        examples = conversations.tokenize_conversations(items, template, tokenizer)
         _warn_of_open_turns(examples, tokenizer, place)
     else:
-        examples = completions.tokenise_completions(items, tokenizer)
+        examples = completions.tokenize_completions(items, tokenizer)
     return _fitting_rows(examples, tokenizer, max_length, options, place)
 
 

@@ -1,0 +1,22 @@
+"""What is done with trained adapters: arithmetic, mixing by row, conversion, exchange, files."""
+
+from peftjax.adapters.arithmetic import add, combine, mix
+from peftjax.adapters.conversion import to_lora
+from peftjax.adapters.files import Adapter, load_adapter, save_adapter
+from peftjax.adapters.sparse import fuse, overlap, patches, switch
+from peftjax.core.linalg import rebalance
+
+__all__ = [
+    "Adapter",
+    "add",
+    "combine",
+    "fuse",
+    "load_adapter",
+    "mix",
+    "overlap",
+    "patches",
+    "rebalance",
+    "save_adapter",
+    "switch",
+    "to_lora",
+]

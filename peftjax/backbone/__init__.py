@@ -1,0 +1,1 @@
+"""The stack of blocks that every family of models shares."""

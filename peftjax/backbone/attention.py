@@ -1,0 +1,228 @@
+"""Softmax attention in blocks of query rows: `[B, N, T, S]` never exists, forward or backward.
+
+A block of rows meets only the keys it may see, and its weights are made again in the backward pass
+from query, key and value, so those three are all that is kept. Under a causal mask that is also half
+of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+ROWS = 64
+"""Query rows in a block: `[B, N, ROWS, S]` weights exist at a time."""
+GROUPS = 8
+"""Groups of blocks that are cut to their own range of keys; the blocks of a group share one program."""
+
+Recompute = Callable[[Callable[..., Array]], Callable[..., Array]]
+Prefix = Mapping[str, Array]
+"""Keys and values that lie before all others, of no row of the batch and at no place: `keys` and `values`
+[P, K H], and optionally `seen` [P] bool, False where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Which keys a query may see; every condition given must hold.
+
+    Attributes:
+        causal: only keys that are not later.
+        window: only keys fewer than this many places earlier; static, traced, or None.
+        offset: place of the first query among the keys, static or traced.
+    """
+
+    causal: bool = False
+    window: int | Int[Array, ""] | None = None
+    offset: int | Int[Array, ""] = 0
+
+    def keys(self, start: int, stop: int, length: int) -> tuple[int, int]:
+        """The range of keys that the query rows [start, stop) can see, where it is known statically."""
+        first, last = 0, length
+        if isinstance(self.offset, int):
+            if self.causal:
+                last = min(length, self.offset + stop)
+            if self.causal and isinstance(self.window, int):
+                first = max(0, self.offset + start - self.window + 1)
+        return min(first, last), last
+
+    def allowed(self, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Bool[Array, "T S"] | None:
+        """Whether the places of keys may be seen from those of queries; None when all may."""
+        distance = queries[:, None] + self.offset - keys[None, :]
+        seen = distance >= 0 if self.causal else None
+        if self.window is not None:
+            near = distance < self.window
+            seen = near if seen is None else seen & near
+        return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """What the rows [start, stop) of the queries meet, as arrays cut to size."""
+
+    scale: float
+    softcap: float | None
+    dropout: float
+
+    def __call__(
+        self,
+        query: Float[Array, "B K GT H"],
+        key: Float[Array, "B K S H"],
+        value: Float[Array, "B K S H"],
+        allowed: Bool[Array, "#B 1 #T S"] | None,
+        bias: Float[Array, "#B K GT S"] | None,
+        dropout_key: Key[Array, ""] | None,
+        prefix: Prefix | None,
+    ) -> Float[Array, "B K GT H"]:
+        scores = self.scores("bkth,bksh->bkts", query, key)
+        if bias is not None:
+            scores = scores + bias
+        if allowed is not None:
+            groups = scores.shape[2] // allowed.shape[2]
+            shape = (*scores.shape[:2], groups, allowed.shape[2], scores.shape[3])
+            masked = jnp.where(allowed[:, :, None], scores.reshape(shape), 0.7 * jnp.finfo(jnp.float32).min)
+            scores = masked.reshape(scores.shape)
+        parts = [("bkts,bksh->bkth", scores, value)]
+        if prefix is not None:
+            parts.append(self.of_prefix(query, prefix))
+        return self.mixed(parts, dropout_key)
+
+    def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
+        """One softmax over the scores of all parts, times their values."""
+        # Normalized after the product with the values: fewer passes over the scores, and a gradient without
+        # a sum over them. The maximum only guards the exponential, its gradient is zero.
+        largest = [jnp.max(scores, axis=-1, keepdims=True) for _, scores, _ in parts]
+        largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))
+        totals, sums = [], []
+        for number, (product, scores, values) in enumerate(parts):
+            weights = jnp.exp(scores - largest)
+            totals.append(jnp.sum(weights, axis=-1, keepdims=True))
+            if dropout_key is not None:
+                own_key = jax.random.fold_in(dropout_key, number) if number else dropout_key
+                keep = jax.random.bernoulli(own_key, 1.0 - self.dropout, weights.shape)
+                weights = jnp.where(keep, weights / (1.0 - self.dropout), 0)
+            weights = weights.astype(values.dtype)
+            sums.append(jnp.einsum(product, weights, values, preferred_element_type=jnp.float32))
+        total, mixed = (functools.reduce(operator.add, terms) for terms in (totals, sums))
+        return (mixed / total).astype(values.dtype)
+
+    def scores(self, product: str, query: Array, key: Array) -> Array:
+        """The scaled and bounded products of queries and keys, in float32."""
+        scores = jnp.einsum(product, query, key, preferred_element_type=jnp.float32) * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def of_prefix(self, query: Float[Array, "B K GT H"], prefix: Prefix) -> tuple[str, Array, Array]:
+        """As the other keys' product, scores [B, K, G T, P] and values [P, K, H], without a copy a row."""
+        heads = (-1, query.shape[1], query.shape[3])
+        keys, values = (prefix[name].astype(query.dtype).reshape(heads) for name in ("keys", "values"))
+        scores = self.scores("bkth,pkh->bktp", query, keys)
+        if "seen" in prefix:
+            scores = jnp.where(prefix["seen"], scores, -jnp.inf)
+        return "bktp,pkh->bkth", scores, values
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    mask: Bool[Array, "B S"] | None = None,
+    segments: Int[Array, "B S"] | None = None,
+    visible: Visibility = Visibility(),
+    bias: Float[Array, "#B N T S"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    prefix: Prefix | None = None,
+) -> Float[Array, "B T N H"]:
+    """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
+
+    `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
+    `k G ... (k + 1) G - 1` read key and value head k. A query that sees nothing gets the mean of
+    the values.
+
+    Args:
+        query: N heads.
+        key: K heads, K a divisor of N.
+        value: as `key`.
+        mask: True where a key is a token.
+        segments: a query sees only keys of its own segment; self-attention only (T = S).
+        visible: causal order and window.
+        bias: added to the scores.
+        scale: `s`, by default `H ** -0.5`.
+        softcap: bound of the scores.
+        dropout: rate of dropout on the attention weights, when `dropout_key` is given.
+        dropout_key: draws the masks, which the backward pass draws again.
+        prefix: further keys and values that every query sees, whatever the mask, the segments and
+            `visible` say; without bias.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    block = _Block(width**-0.5 if scale is None else scale, softcap, dropout)
+    run = jax.checkpoint(block, prevent_cse=False)
+    # [B, K, G, T, H] and [B, K, S, H]: the rows of all heads that share a key are one operand.
+    grouped = query.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    if bias is not None:
+        bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+
+    def part(start: int | Int[Array, ""], rows: int, first: int, last: int) -> Float[Array, "B K G t H"]:
+        own = jax.lax.dynamic_slice_in_dim(grouped, start, rows, 3) if rows < length else grouped
+        keys = slice(first, last)
+        places = start + jnp.arange(rows)
+        conditions = [] if mask is None else [mask[:, None, keys]]
+        if segments is not None:
+            own_segments = jax.lax.dynamic_slice_in_dim(segments, start, rows, 1)
+            conditions.append(own_segments[:, :, None] == segments[:, None, keys])
+        allowed = _all_of(visible.allowed(places, jnp.arange(first, last)), *conditions)
+        added = None
+        if bias is not None:
+            added = jax.lax.dynamic_slice_in_dim(bias, start, rows, 3)[..., keys]
+            added = added.reshape(*added.shape[:2], -1, last - first)
+        drop_key = None if dropout_key is None or dropout == 0.0 else jax.random.fold_in(dropout_key, start)
+        flat = own.reshape(batch, kv_heads, -1, width)
+        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix)
+        return mixed.reshape(own.shape)
+
+    parts = []
+    for start, blocks, rows in _segments(length, visible.causal):
+        first, last = visible.keys(start, start + blocks * rows, key.shape[2])
+        if blocks == 1:
+            parts.append(part(start, rows, first, last))
+            continue
+        starts = start + rows * jnp.arange(blocks)
+        mapped = jax.lax.map(lambda at, r=rows, f=first, e=last: part(at, r, f, e), starts)
+        parts.append(jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * rows, width))
+    mixed = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """`(start, blocks, rows)`: the query rows as runs of equal blocks, every run with its own keys."""
+    blocks = -(-length // ROWS)
+    per_group = -(-blocks // GROUPS) if causal else blocks
+    start = 0
+    while start < length:
+        whole = min(per_group, (length - start) // ROWS)
+        if whole:
+            yield start, whole, ROWS
+            start += whole * ROWS
+        if length - start < ROWS and length > start:
+            yield start, 1, length - start
+            return
+
+
+def _all_of(
+    order: Bool[Array, "T S"] | None, *conditions: Bool[Array, "#B #T S"]
+) -> Bool[Array, "#B 1 #T S"] | None:
+    """The conjunction of the conditions given, with an axis for the heads."""
+    allowed = None if order is None else order[None]
+    for condition in conditions:
+        allowed = condition if allowed is None else allowed & condition
+    return None if allowed is None else allowed[:, None]

@@ -1,0 +1,177 @@
+"""Attention with its linear layers: what a block's branch runs between its norm and its output kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from peftjax.backbone.attention import Visibility, attend
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.coded_layers import attended, linear, norm, plain_value
+from peftjax.backbone.layers import Context, recompute
+from peftjax.backbone.names import ATTENTION_RESULT
+from peftjax.backbone.queries import place_of_queries, rotation_of_queries, seen_by_queries
+from peftjax.backbone.rope import layer_rotation, rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention with kernels `query` [D, N H], `key` and `value` [D, K H], `output` [N H, D].
+
+    With `fused_qkv` the first three are one kernel `qkv`.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the layers."""
+        config, dtype = self.config, self.dtype
+
+        def layer(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
+            return linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
+
+        if config.fused_qkv:
+            self.qkv = layer((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
+        else:
+            # Scores that are not scaled begin as small as scaled ones.
+            unscaled = config.scaled_init and config.query_scale == 1.0
+            factor = config.head_width**-0.5 if unscaled else 1.0
+            self.query = layer(config.num_heads * config.head_width, config.qkv_bias, factor=factor)
+            self.key = layer(config.kv_heads * config.head_width, config.qkv_bias)
+            self.value = layer(config.kv_heads * config.head_width, config.qkv_bias)
+        mixed = config.num_heads * config.head_width
+        self.output = layer(config.width, config.output_bias, mixed)
+        if config.qk_norm:
+            self.query_norm = norm(config, dtype)
+            self.key_norm = norm(config, dtype)
+
+    def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+        """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
+        config = self.config
+        if config.fused_qkv:
+            heads = self.qkv(x).reshape(*x.shape[:-1], -1, config.head_width)
+            return tuple(jnp.split(heads, (config.num_heads, config.num_heads + config.kv_heads), axis=-2))
+        return tuple(
+            layer(x).reshape(*x.shape[:-1], -1, config.head_width)
+            for layer in (self.query, self.key, self.value)
+        )
+
+    def mix(
+        self,
+        query: Float[Array, "B S N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        context: Context,
+    ) -> Float[Array, "B S NH"]:
+        """The values that every token sees, mixed; of earlier calls too where there is a cache.
+
+        With `attended` in the context the query [B, T, N, H] is that of queries beside the S tokens.
+        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, `bias`
+        [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
+        this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
+        through the collection "cache", and `mask` [B, T] tells which of its slots are tokens; see
+        `_through_cache`. `prefix` is further keys and values that all tokens see (`attention.Prefix`), as
+        they are: not normed, not rotated, in no slot of the cache.
+        """
+        config = self.config
+        if config.qk_norm:
+            query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
+        if "cache_index" in context:
+            key, value = self._through_cache(_rotated(config, key, context), value, context)
+        seen = {name: context[name] for name in SEEN if name in context}
+        if "attended" in context:
+            seen["place"] = place_of_queries(context, *key.shape[:2])
+        if config.attention_dropout > 0.0 and self.has_rng("dropout"):
+            seen["dropout_key"] = self.make_rng("dropout")
+        # Not among the arrays: where it is known while tracing, attention is cut to the keys seen from there.
+        mixed = partial(_mixed, config, context.get("cache_index"))
+        if config.residuals is None:
+            result = recompute(mixed)(query, key, value, seen)
+        else:
+            result = attended(config.residuals, mixed, (query, key, value), seen)
+        return checkpoint_name(result.reshape(*result.shape[:2], -1), ATTENTION_RESULT)
+
+    def _through_cache(
+        self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """All keys and values up to now, after writing the new ones from slot `cache_index` on.
+
+        The cache holds `keys` and `values` [L, B, K, T, H] of all layers, of which this one's are at
+        `context["layer"]`: written so, a loop over the layers changes one array in place. Heads come
+        before slots because that is how attention reads them. A new cache has one layer.
+        """
+        layer, index = context.get("layer", 0), context["cache_index"]
+        batch, _, heads, width = key.shape
+        shape = (1, batch, heads, context["mask"].shape[1], width)
+        whole = []
+        for name, new in (("keys", key), ("values", value)):
+            if not self.has_variable("cache", name):
+                self.put_variable("cache", name, jnp.zeros(shape, new.dtype))
+            slots, rows = self.get_variable("cache", name), new.transpose(0, 2, 1, 3)[None]
+            slots = jax.lax.dynamic_update_slice(slots, rows, (layer, 0, 0, index, 0))
+            self.put_variable("cache", name, slots)
+            own = jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False)
+            whole.append(own.transpose(0, 2, 1, 3))
+        return whole[0], whole[1]
+
+
+class CrossAttention(Attention):
+    """Attention of the stream's queries to keys and values of what is `encoded`."""
+
+    def project(self, x: Float[Array, "B T D"], encoded: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+        """Query [B, T, N, H] of the branch's input, key and value [B, S, K, H] of `encoded`."""
+        return tuple(
+            layer(of).reshape(*of.shape[:-1], -1, self.config.head_width)
+            for layer, of in ((self.query, x), (self.key, encoded), (self.value, encoded))
+        )
+
+
+SEEN = ("mask", "segments", "bias", "prefix", "window", "rotation", "local_rotation", "local")
+"""What attention reads of the context, beside the slot of the first token in a cache."""
+
+
+def _mixed(
+    config: BlockConfig,
+    cache_index: int | Array | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    context: Context,
+) -> Array:
+    """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already.
+
+    With `place` [B] in the context the queries are beside the tokens, each row's where its token of that
+    number stands.
+    """
+    query, key, value = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key, value))
+    start = 0 if cache_index is None else cache_index
+    seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
+    visible, place = Visibility(config.causal, context.get("window", config.window), start), None
+    if "place" in context:
+        place = context["place"]
+        visible, seen = Visibility(), {"mask": seen_by_queries(context, visible, place, key.shape[1])}
+    return attend(
+        _rotated(config, query, context, place),
+        _rotated(config, key, context) if cache_index is None else key,
+        value,
+        **seen,
+        visible=visible,
+        scale=config.query_scale,
+        softcap=config.softcap,
+        dropout=config.attention_dropout,
+        dropout_key=context.get("dropout_key"),
+        prefix=context.get("prefix"),
+    )
+
+
+def _rotated(config: BlockConfig, x: Array, context: Context, place: Array | None = None) -> Array:
+    if not config.rotary:
+        return x
+    turn = layer_rotation(context)
+    return rotate(x, turn if place is None else rotation_of_queries(turn, place))

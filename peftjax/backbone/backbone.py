@@ -1,0 +1,313 @@
+"""A backbone: three Flax Linen modules used as pure functions, the blocks stacked and scanned."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
+
+from peftjax.backbone.layers import Context
+from peftjax.backbone.names import ATTENTION_RESULT, BLOCK_INPUT, OFFLOADED_TOKENS
+from peftjax.backbone.stack import Cache, DropoutKey, Params, Scan, Stack
+from peftjax.core.errors import PeftError
+
+Batch = Mapping[str, Any]
+Part = Literal["block", "attention", "feed_forward"]
+
+TOKENS: Batch = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dot_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
+    "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_RESULT, OFFLOADED_TOKENS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute.
+
+`save_attention` keeps what enters a block, as every policy does, and what its attention gives, so that
+attention, the one part whose cost grows with the square of the length, is not run again; the rest is made
+again token by token. `offload_attention` keeps the two in the host's memory (MEMO, arXiv 2407.12117), and
+with a share, as in "offload_attention:0.3", also the rest for the first three tenths of each row's tokens:
+`read_remat`.
+"""
+
+
+def read_remat(remat: str | None) -> tuple[str, float]:
+    """A policy's name, or "none", and the share of the tokens it offloads whole.
+
+    Raises:
+        PeftError: for a share of another policy than "offload_attention", or outside of [0, 1].
+    """
+    name, colon, share = (remat or "none").partition(":")
+    if not colon:
+        return name, 0.0
+    try:
+        number = float(share)
+    except ValueError:
+        number = -1.0
+    if name != "offload_attention" or not 0.0 <= number <= 1.0:
+        raise PeftError(f"remat policy {remat!r}: only 'offload_attention:SHARE' has a share, in [0, 1]")
+    return name, number
+
+
+def dropout_rngs(key: DropoutKey) -> dict[str, Key[Array, ""]]:
+    """The Linen rngs for one `apply`: none (deterministic) when `key` is None."""
+    return {} if key is None else {"dropout": key}
+
+
+class Layer(NamedTuple):
+    """One layer of a stack, or, with a leading axis, all of them."""
+
+    weights: Params
+    """The block's parameters."""
+    own: Context
+    """What joins the context: its number as `layer`, and the backbone's `per_layer`."""
+    key: DropoutKey
+    """Of its dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A model as the pure function `model(params, batch, *, key=None) -> outputs`.
+
+    `params` is `{"embed": ..., "blocks": ..., "head": ...}`, each leaf of `blocks` stacked
+    [num_layers, ...]. Change `remat` or `dtype` with `dataclasses.replace`.
+
+    An encoder-decoder is the decoder's backbone with the encoder's as `encoder`, whose parameters are
+    `params["encoder"]`, `{"blocks", "head"}`. Both stacks are then the same thing to a rewrite, which
+    changes the encoder as it would change an encoder alone; the task's head stays `params["head"]`.
+    The stacks share `params["embed"]`, as they share its word table. What the encoder gives is part of
+    what all blocks of the decoder share, so `run_embed` runs it: `context["encoded"]`.
+
+    Attributes:
+        config: the family's configuration.
+        embed: `(batch) -> (hidden [B, S, D], context)`.
+        block: `(hidden, context) -> hidden`, with its branches and norms as methods.
+        head: `(hidden, context, params["embed"]) -> outputs`.
+        num_layers: how many blocks are stacked.
+        head_name: the name the family knows `head` by, such as "classifier".
+        remat: a name in `REMAT_POLICIES`, "offload_attention" with or without a share, for
+            `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
+        per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
+            context, such as `window`.
+        stack: how the blocks are run; a method may put its own in the place of the scan.
+        unroll: how many layers one step of the scan runs; more compile longer and may run faster.
+        encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
+        example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
+        dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
+            used and `params` stay as they are.
+
+    Raises:
+        PeftError: when `remat` or `dtype` is not one of these names.
+    """
+
+    config: Any
+    embed: nn.Module
+    block: nn.Module
+    head: nn.Module
+    num_layers: int
+    head_name: str = "none"
+    remat: str | None = None
+    dtype: str = "float32"
+    per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    stack: Stack = dataclasses.field(default_factory=Scan)
+    unroll: int = 1
+    encoder: Backbone | None = None
+    example: Batch = dataclasses.field(default_factory=lambda: TOKENS, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise PeftError(f"dtype {self.dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        name, share = read_remat(self.remat)
+        if name not in ("none", *REMAT_POLICIES):
+            close = difflib.get_close_matches(str(self.remat), REMAT_POLICIES, n=3, cutoff=0.3)
+            raise PeftError(
+                f"remat policy {self.remat!r} is unknown; "
+                f"closest: {', '.join(close or REMAT_POLICIES)}; or 'none'"
+            )
+        for part in ("embed", "block", "head"):
+            # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
+            module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
+            object.__setattr__(self, part, module)
+        config = getattr(self.block, "config", None)
+        if share != getattr(config, "offloaded_tokens", 0.0):
+            config = dataclasses.replace(config, offloaded_tokens=share)
+            object.__setattr__(self, "block", self.block.clone(config=config))
+        if self.encoder is not None:
+            same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}
+            object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
+
+    def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array:
+        """Run embed, blocks and head.
+
+        Args:
+            params: `{"embed", "blocks", "head"}`, and `"encoder"` where there is one.
+            batch: for token models `input_ids` [B, S] int32, and optionally `attention_mask`
+                [B, S] (1 = token; default all tokens), `position_ids` [B, S] and `token_type_ids`
+                [B, S]; for image models `pixel_values` [B, C, H, W]; for encoder-decoders also
+                `decoder_input_ids` [B, T], or `labels` [B, T] to make them of, and optionally
+                `decoder_attention_mask` [B, T].
+            key: dropout key; None is deterministic.
+        """
+        keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
+        hidden, context = self.run_embed(params, batch, key=keys[0])
+        hidden = self.run_blocks(params, hidden, context, key=keys[1])
+        return self.run_head(params, hidden, context, key=keys[2])
+
+    def run_embed(
+        self, params: Params, batch: Batch, *, key: DropoutKey = None
+    ) -> tuple[Float[Array, "B S D"], Context]:
+        """The hidden states before the first block, and what all blocks share; runs the encoder."""
+        if self.encoder is None:
+            return self._embed(params["embed"], batch, key)
+        key, encoder_key = (None, None) if key is None else jax.random.split(key)
+        hidden, context = self._embed(params["embed"], batch, key)
+        of_encoder = {**params["encoder"], "embed": params["embed"]}
+        return hidden, {**context, "encoded": self.encoder(of_encoder, batch, key=encoder_key)}
+
+    def run_blocks(
+        self,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        *,
+        key: DropoutKey = None,
+    ) -> Any:
+        """What `stack` makes of the blocks: by default the hidden states after the last one."""
+        return self.stack.run(self, params, hidden, context, key)
+
+    def empty_cache(self, params: Params, hidden: Float[Array, "B S D"], context: Context) -> Cache:
+        """A cache for `run_blocks_cached`, without any token in it.
+
+        Args:
+            params: as of `__call__`.
+            hidden: from `run_embed`; only its shape is read.
+            context: with `cache_index`, and `mask` [B, T] for a cache of T slots.
+        """
+        return self.stack.empty_cache(self, params, hidden, context)
+
+    def run_blocks_cached(
+        self, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
+    ) -> tuple[Any, Cache]:
+        """As `run_blocks` for S further tokens, and the cache with their keys and values.
+
+        Nothing is differentiated or dropped out.
+
+        Args:
+            params: as of `__call__`.
+            hidden: the new tokens'.
+            context: with `cache_index`, the slot of the first new token, and `mask` [B, T].
+            cache: from `empty_cache` or an earlier call.
+        """
+        return self.stack.run_cached(self, params, hidden, context, cache)
+
+    def layers(self, params: Params, key: DropoutKey = None) -> Layer:
+        """What differs between the layers, each leaf stacked [num_layers, ...]: the input of a scan."""
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+        own = {name: jnp.asarray(values) for name, values in self.per_layer.items()}
+        return Layer(params["blocks"], {**own, "layer": jnp.arange(self.num_layers)}, keys)
+
+    def run_layer(
+        self, layer: Layer, hidden: Float[Array, "B S D"], context: Context, *, part: Part = "block"
+    ) -> Float[Array, "B S D"]:
+        """The stream after one layer, or after one of its two parts."""
+        hidden = checkpoint_name(hidden, BLOCK_INPUT)
+        method, inputs = self._part(layer, hidden, context, part)
+        variables = {"params": layer.weights}
+        return self.block.apply(variables, *inputs, rngs=dropout_rngs(layer.key), method=method)
+
+    def run_layer_cached(
+        self,
+        layer: Layer,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        cache: Cache,
+        *,
+        part: Part = "block",
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """As `run_layer` for further tokens; the layer writes its own slots of the whole cache."""
+        method, inputs = self._part(layer, hidden, context, part)
+        variables = {"params": layer.weights, "cache": cache}
+        hidden, changed = self.block.apply(variables, *inputs, mutable=["cache"], method=method)
+        return hidden, changed.get("cache", cache)
+
+    def checkpointed(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body of a scan over layers under the `remat` policy."""
+        name, _ = read_remat(self.remat)
+        return (
+            body if name == "none" else jax.checkpoint(body, policy=REMAT_POLICIES[name], prevent_cse=False)
+        )
+
+    def _part(
+        self, layer: Layer, hidden: Array, context: Context, part: Part
+    ) -> tuple[str | None, tuple[Any, ...]]:
+        """The block's method, and what it takes."""
+        if part == "feed_forward":
+            return "feed_forward_sublayer", (hidden,)
+        method = "attention_sublayer" if part == "attention" else None
+        return method, (hidden, {**context, **layer.own})
+
+    def run_head(
+        self,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        *,
+        key: DropoutKey = None,
+    ) -> Array:
+        """The outputs from the hidden states after the last block."""
+        variables = {"params": params["head"]}
+        return self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))
+
+    def init(self, key: Key[Array, ""], batch: Batch | None = None) -> Params:
+        """Random parameters in float32; `batch` gives the inputs' shapes and dtypes, else `example`."""
+        batch = self.example if batch is None else batch
+        embed_key, block_key, head_key = jax.random.split(key, 3)
+        embed = _draw(self.embed, embed_key, batch)
+        encoder = {}
+        if self.encoder is not None:
+            encoder = {"encoder": self.encoder.init(jax.random.fold_in(key, 1), batch)}
+            embed = {**encoder["encoder"].pop("embed"), **embed}
+        hidden, context = self._block_inputs(embed, batch)
+        first = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
+        inputs = (hidden, {**context, **first})
+        blocks = jax.vmap(lambda layer_key: _draw(self.block, layer_key, *inputs))(
+            jax.random.split(block_key, self.num_layers)
+        )
+        return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch), **encoder}
+
+    def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch | None = None) -> Params:
+        """Random parameters of the head alone; `embed` are the embeddings or their shapes."""
+        batch = self.example if batch is None else batch
+        return _draw(self.head, key, *self._block_inputs(embed, batch), embed)
+
+    def _block_inputs(self, embed: Params, batch: Batch) -> tuple[Any, Any]:
+        """The shapes of what `run_embed` hands to the blocks; an encoder gives the shape it embeds."""
+        hidden, context = jax.eval_shape(self._embed, embed, batch)
+        if self.encoder is not None:
+            context["encoded"] = self.encoder._block_inputs(embed, batch)[0]
+        return hidden, context
+
+    def _embed(self, embed: Params, batch: Batch, key: DropoutKey = None) -> tuple[Array, Context]:
+        return self.embed.apply({"params": embed}, batch, rngs=dropout_rngs(key))
+
+
+def _draw(module: nn.Module, key: Key[Array, ""], *inputs: Any) -> Params:
+    return module.lazy_init(key, *inputs).get("params", {})

@@ -1,0 +1,196 @@
+"""The transformer block of every family: a family is a choice of `BlockConfig`.
+
+Of a block of width D, with q = N H and k = K H the widths of queries and of keys, and inner size F,
+the backward pass keeps, per token and in the compute dtype, 2 D + 2 q + 2 k + F values (+ F when
+gated): the inputs of both residual branches, query, key, value and the attention's result, and what
+enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
+masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
+norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
+2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
+the encoder; `context["encoded"]` is kept once for all blocks, and so is `context["bias"]`.
+
+With `config.residuals` a block keeps codes of a few bits instead and makes only attention again: see
+`peftjax.backbone.coded_layers`, and `pj.coded_residuals` for what is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from peftjax.backbone.attention_layer import Attention, CrossAttention
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.coded_layers import kept_as_codes, norm, plain_value
+from peftjax.backbone.feed_forward import FeedForward
+from peftjax.backbone.layers import Context, Dropout, recompute_module
+from peftjax.backbone.names import split_by_name
+
+
+class Block(nn.Module):
+    """A transformer block of two residual branches, or three with `cross_attention` between them.
+
+    Its parts are Linen methods, so a block transform can call them apart with
+    `block.apply({"params": layer}, ..., method="attention_branch")` and needs no family's names:
+    `x_branch` is what a residual branch adds to the stream, `x_join` puts it there, and
+    `normalize_x` is the norm on its own, for x in `attention`, `cross_attention`, `feed_forward`.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the parameters `attention`, `attention_norm`, `feed_forward`, `feed_forward_norm`."""
+        config, dtype = self.config, self.dtype
+        self.attention = Attention(config, dtype)
+        self.attention_norm = norm(config, dtype)
+        if config.cross_attention:
+            # There is no order between two sequences, and nothing to fuse of two inputs.
+            apart = {"causal": False, "window": None, "rotary": False, "fused_qkv": False}
+            self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
+            self.cross_attention_norm = norm(config, dtype)
+            self.cross_attention_dropout = Dropout(config.output_dropout)
+        self.feed_forward = FeedForward(config, dtype)
+        self.feed_forward_norm = norm(config, dtype)
+        if config.norm_order == "sandwich":
+            self.attention_post_norm = norm(config, dtype)
+            if config.cross_attention:
+                self.cross_attention_post_norm = norm(config, dtype)
+            self.feed_forward_post_norm = norm(config, dtype)
+        self.attention_dropout = Dropout(config.output_dropout)
+        self.feed_forward_dropout = Dropout(config.output_dropout)
+
+    def __call__(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """Run the residual branches."""
+        return self.feed_forward_sublayer(self.attention_sublayer(hidden, context))
+
+    def attention_sublayer(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """The stream after attention, and after cross-attention where there is one."""
+        hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
+        if self.config.cross_attention:
+            hidden = self.cross_attention_join(hidden, self.cross_attention_branch(hidden, context))
+        return hidden
+
+    def feed_forward_sublayer(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The stream after the feed-forward."""
+        return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
+
+    def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """What attention adds to the residual stream.
+
+        With `attended` [B, S, D] in the context, the stream before this block, `hidden` [B, T, D] are queries
+        beside its tokens: they read those, and neither are read nor read each other.
+        """
+        query, key, value = self._by_tokens(_project, hidden)
+        if "attended" in context:
+            _, key, value = self._by_tokens(_project, context["attended"])
+        mixed = self.attention.mix(query, key, value, context)
+        update = self.attention_dropout(self._by_tokens(_output, mixed))
+        return plain_value(self.attention_post_norm(update)) if self._sandwich else update
+
+    def attention_join(
+        self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The stream after attention: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_attention(hidden + update) if self._post else hidden + update
+
+    def normalize_attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The norm of the attention branch."""
+        return plain_value(self.attention_norm(x))
+
+    def cross_attention_branch(
+        self, hidden: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B T D"]:
+        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True.
+
+        A `prefix` of the context given here is this branch's.
+        """
+        names = {"encoded_mask": "mask", "prefix": "prefix"}
+        own = {ours: context[name] for name, ours in names.items() if name in context}
+        mixed = self.cross_attention.mix(*_project_cross(self, hidden, context["encoded"]), own)
+        update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed)))
+        return plain_value(self.cross_attention_post_norm(update)) if self._sandwich else update
+
+    def cross_attention_join(
+        self, hidden: Float[Array, "B T D"], update: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The stream after cross-attention: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_cross_attention(hidden + update) if self._post else hidden + update
+
+    def normalize_cross_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm of the cross-attention branch."""
+        return plain_value(self.cross_attention_norm(x))
+
+    def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What the feed-forward adds to the residual stream."""
+        update = self.feed_forward_dropout(_contract(self, *self._by_tokens(_expand, hidden)))
+        return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
+
+    def feed_forward_join(
+        self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The stream after the feed-forward: `hidden + update`, normed in a post-norm block."""
+        return self.normalize_feed_forward(hidden + update) if self._post else hidden + update
+
+    def normalize_feed_forward(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The norm of the feed-forward branch."""
+        return plain_value(self.feed_forward_norm(x))
+
+    @property
+    def _post(self) -> bool:
+        return self.config.norm_order == "post"
+
+    @property
+    def _sandwich(self) -> bool:
+        return self.config.norm_order == "sandwich"
+
+    def _by_tokens(self, part: Callable[..., Any], x: Float[Array, "B S D"]) -> Any:
+        """A part of the block that acts on each token by itself."""
+        return split_by_name(self.config.offloaded_tokens, partial(part, self), x)
+
+    def _entering(self, x: Float[Array, "B S D"], norm: nn.Module | None = None) -> Any:
+        """What a linear layer takes of `x`, normed if there is a norm."""
+        if norm is not None:
+            return norm(x)
+        return x if self.config.residuals is None else kept_as_codes(x, self.config.residuals)
+
+
+def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Products are linear, so backward needs their inputs only: the norm (or activation) is made again.
+
+    A block that keeps codes makes nothing again, since it does not keep what that would be made of.
+    """
+    again = recompute_module(part)
+    return lambda block, *inputs: (again if block.config.residuals is None else part)(block, *inputs)
+
+
+@_recomputed
+def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
+    return block.attention.project(block._entering(hidden, None if block._post else block.attention_norm))
+
+
+def _output(block: Block, mixed: Array) -> Array:
+    return block.attention.output(block._entering(mixed))
+
+
+@_recomputed
+def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, Array, Array]:
+    norm = None if block._post else block.cross_attention_norm
+    return block.cross_attention.project(block._entering(hidden, norm), encoded)
+
+
+@_recomputed
+def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
+    return block.feed_forward.expand(
+        block._entering(hidden, None if block._post else block.feed_forward_norm)
+    )
+
+
+@_recomputed
+def _contract(block: Block, *inner: Array) -> Array:
+    return block.feed_forward.contract(*inner)

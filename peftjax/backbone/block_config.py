@@ -1,0 +1,102 @@
+"""What differs between the transformer blocks of the families, and the norm they choose by it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+
+from peftjax.backbone.layers import RMSNorm, layer_norm
+from peftjax.ops.coded.bits import Bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What differs between the blocks of the families.
+
+    Attributes:
+        width: D of the residual stream.
+        num_heads: N query heads.
+        num_kv_heads: K heads of keys and values, a divisor of N; default N.
+        head_dim: H; default D / N.
+        inner_size: F of the feed-forward.
+        activation: a name in `ACTIVATIONS`.
+        gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
+        norm: "layer", "rms", or "rms_plus_one" (the stored scale is a difference from one).
+        norm_epsilon: added to the variance.
+        norm_order: "pre" (`x + f(norm(x))`), "post" (`norm(x + f(x))`), or "sandwich"
+            (`x + norm(f(norm(x)))`).
+        qkv_bias: whether query, key and value have a bias.
+        fused_qkv: whether their kernels are one, `qkv` [D, (N + 2 K) H], query first.
+        output_bias: whether the attention's output has one.
+        feed_forward_bias: whether the feed-forward has them.
+        qk_norm: whether queries and keys are RMS-normed per head.
+        rotary: whether queries and keys are turned by `context["rotation"]`.
+        cross_attention: whether a branch that reads `context["encoded"]` follows the attention's.
+        causal: whether a token sees only those before it.
+        window: how many places back a token sees, itself included; None is all.
+        softcap: bound of the attention scores.
+        query_scale: factor of the scores; default `H ** -0.5`.
+        attention_dropout: rate on the attention weights.
+        output_dropout: rate on what each branch adds.
+        inner_dropout: rate on what the activation gives.
+        init_std: deviation of new kernels.
+        scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
+        residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
+        offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" makes
+            nothing again but norms and activations.
+    """
+
+    width: int
+    num_heads: int
+    inner_size: int
+    activation: str
+    norm_epsilon: float
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gated: bool = False
+    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    qkv_bias: bool = True
+    fused_qkv: bool = False
+    output_bias: bool = True
+    feed_forward_bias: bool = True
+    qk_norm: bool = False
+    rotary: bool = False
+    cross_attention: bool = False
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    query_scale: float | None = None
+    attention_dropout: float = 0.0
+    output_dropout: float = 0.0
+    inner_dropout: float = 0.0
+    init_std: float = 0.02
+    scaled_init: bool = False
+    residuals: Bits | None = None
+    offloaded_tokens: float = 0.0
+
+    @property
+    def head_width(self) -> int:
+        """H."""
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_kv_heads or self.num_heads
+
+    def deviation(self, inputs: int) -> float:
+        """The deviation of a new kernel [inputs, out]."""
+        return self.init_std * inputs**-0.5 if self.scaled_init else self.init_std
+
+
+def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
+    """The norm of a family, with parameters `scale` and, for a layer norm, `bias`."""
+    if config.norm == "layer":
+        return layer_norm(config.norm_epsilon, dtype, name)
+    if config.norm == "rms_plus_one":
+        return RMSNorm(config.norm_epsilon, dtype, offset=1.0, scale_last=False, name=name)
+    return RMSNorm(config.norm_epsilon, dtype, name=name)

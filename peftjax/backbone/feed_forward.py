@@ -1,0 +1,44 @@
+"""The feed-forward branch of a block."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.coded_layers import activated, linear
+from peftjax.backbone.layers import ACTIVATIONS, Dropout
+
+
+class FeedForward(nn.Module):
+    """`f(x W_up) W_down`, or gated, with kernels `up`, `gate` [D, F] and `down` [F, D]."""
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Name the layers."""
+        config = self.config
+
+        def layer(width: int, inputs: int = config.width) -> nn.Module:
+            deviation = config.deviation(inputs)
+            return linear(config)(width, deviation, self.dtype, bias=config.feed_forward_bias)
+
+        self.up = layer(config.inner_size)
+        self.down = layer(config.width, config.inner_size)
+        if config.gated:
+            self.gate = layer(config.inner_size)
+        self.dropout = Dropout(config.inner_dropout)
+
+    def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
+        """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
+        return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
+
+    def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
+        """The activation and the way down."""
+        config = self.config
+        if config.residuals is not None:
+            return self.down(activated(config, self.dropout, *inner))
+        result = ACTIVATIONS[config.activation](inner[0])
+        return self.down(self.dropout(result * inner[1] if config.gated else result))

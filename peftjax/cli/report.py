@@ -1,0 +1,215 @@
+"""What the commands print: tables for people, rows for scripts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Column, Table
+
+from peftjax.core import tree
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.weights.base import Weight
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The table that a training run ends with."""
+    tuned = f"{_method_name(summary['method'])} (step {summary['best_step'] or summary['steps']})"
+    table = _SCORES[summary["task"]](summary, tuned)
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    table.add_row("trainable parameters", f"{trained:,} ({trained / total:.2%} of {total:,})")
+    table.add_row("peak memory of the process", f"{summary['peak_host_bytes'] / 2**20:,.0f} MiB")
+    if "peak_device_bytes" in summary:
+        table.add_row("peak memory of the device", f"{summary['peak_device_bytes'] / 2**20:,.0f} MiB")
+    counted = {"classification": "texts", "language": "counted tokens"}[summary["task"]]
+    for shown, name in (("tokens", "tokens"), (counted, "labels")):
+        if (rate := summary[f"{name}_per_second"]) is not None:
+            table.add_row(f"{shown} per second", f"{rate:,.0f}")
+    table.add_row("time", f"{summary['seconds']:.0f} s")
+    table.add_row("adapter", summary["adapter"])
+    Console().print(table)
+
+
+def _classification_scores(summary: Mapping[str, Any], tuned: str) -> Table:
+    table = Table("accuracy on held-out texts", "", title=f"{summary['data']}: {summary['eval_texts']} texts")
+    table.add_row(tuned, f"{summary['accuracy']:.4f}")
+    if summary["probe_accuracy"] is not None:
+        table.add_row("linear probe on frozen features", f"{summary['probe_accuracy']:.4f}")
+    table.add_row("majority class", f"{summary['majority_accuracy']:.4f}", end_section=True)
+    return table
+
+
+def _language_scores(summary: Mapping[str, Any], tuned: str) -> Table:
+    title = f"{summary['data']}: {summary['eval_counted_tokens']:,} held-out tokens"
+    table = Table("loss per token, perplexity, accuracy", "", title=title)
+    for name, after in ((tuned, ""), ("before training", "_before")):
+        scores = (summary[f"{score}{after}"] for score in ("loss", "perplexity", "token_accuracy"))
+        table.add_row(name, "{:.4f}, {:.2f}, {:.4f}".format(*scores), end_section=bool(after))
+    for part in ("train", "eval"):
+        table.add_row(
+            f"{part} rows, tokens, counted",
+            f"{summary[f'{part}_rows']:,}, {summary[f'{part}_tokens']:,}, "
+            f"{summary[f'{part}_counted_tokens']:,}",
+        )
+        cut = {name: count for name, count in summary[f"{part}_cut"].items() if count}
+        if cut:
+            table.add_row(f"{part} cut", ", ".join(f"{count:,} {name}" for name, count in cut.items()))
+    table.add_row("slots filled in training rows", f"{summary['train_efficiency']:.1%}", end_section=True)
+    return table
+
+
+_SCORES = {"classification": _classification_scores, "language": _language_scores}
+
+
+def print_values(values: Mapping[str, Any]) -> None:
+    """A name and a value a line."""
+    for name, value in values.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def print_written(written: Sequence[Mapping[str, Any]]) -> None:
+    """The text of one prompt; of several each with its number; after a text shown live, its last line end."""
+    if len(written) > 1:
+        for number, row in enumerate(written, start=1):
+            print(f"[{number}] {row['text']}")
+    else:
+        print(written[0]["text"] if written else "")
+
+
+def method_row(info: MethodInfo) -> dict[str, Any]:
+    """What the registry knows of a method, without its factory."""
+    return {
+        "name": info.name,
+        "paper": info.paper,
+        "trains": info.trains,
+        "keeps": info.keeps,
+        "mergeable": info.mergeable,
+        "quantized_base": info.quantized_base,
+    }
+
+
+def methods_markdown(methods: Mapping[str, MethodInfo]) -> str:
+    """The methods table of the README."""
+    lines = [
+        "| method | paper | trained per weight | backward keeps for it | merges | quantized base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for info in methods.values():
+        merges, quantized = ("yes" if flag else "no" for flag in (info.mergeable, info.quantized_base))
+        lines.append(
+            f"| `{info.name}` | {info.paper} | {info.trains} | {info.keeps} | {merges} | {quantized} |"
+        )
+    return "\n".join(lines)
+
+
+def print_methods(methods: Mapping[str, MethodInfo]) -> None:
+    """The methods as a table for a terminal."""
+    table = Table("method", "paper", "trained per weight", "backward keeps for it")
+    for info in methods.values():
+        table.add_row(info.name, info.paper, info.trains, info.keeps)
+    Console().print(table)
+
+
+def inspection(method: Transform, params: Any) -> dict[str, Any]:
+    """Each parameter with what the method makes of it, and the totals; nothing is computed."""
+    frozen, trainable = _shapes(method.init, jax.random.key(0), params)
+    rewritten = tree.named_leaves(_shapes(method.apply, frozen, trainable))
+    kept = tree.named_leaves(frozen.params)
+    rows, left = [], left_out(params, frozen, rewritten)
+    for path, leaf in tree.named_leaves(params).items():
+        weight = rewritten[path]
+        if not tree.is_array(leaf):
+            continue
+        row = {"parameter": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "becomes": "frozen"}
+        if path in left:
+            row["why"] = left[path]
+        if isinstance(kept[path], tree.Hole):
+            row["becomes"] = "trained"
+        elif isinstance(weight, Weight):
+            row |= {"becomes": type(weight).__name__, "axes": weight.layout.letters}
+        rows.append(row)
+    for path, leaf in rewritten.items():
+        if path not in kept:
+            shape, dtype = list(leaf.shape), str(leaf.dtype)
+            rows.append({"parameter": path, "shape": shape, "dtype": dtype, "becomes": "added"})
+    return {
+        "method": method.name,
+        "parameters": rows,
+        "trainable_parameters": tree.count(trainable),
+        "total_parameters": tree.count(params),
+    }
+
+
+def _shapes(fn: Callable[..., Any], *args: Any) -> Any:
+    """The shapes of what `fn` gives, where functions and other leaves that are no arrays pass as they are."""
+    leaves, structure = jax.tree.flatten(args)
+    arrays = {n: leaf for n, leaf in enumerate(leaves) if tree.is_array(leaf)}
+    fixed: list[Any] = []
+
+    def of_arrays(arrays: dict[int, Any]) -> list[Any]:
+        whole = [arrays.get(n, leaf) for n, leaf in enumerate(leaves)]
+        out, out_structure = jax.tree.flatten(fn(*jax.tree.unflatten(structure, whole)))
+        fixed[:] = [out_structure, [None if tree.is_array(leaf) else leaf for leaf in out]]
+        return [leaf for leaf in out if tree.is_array(leaf)]
+
+    shapes = iter(jax.eval_shape(of_arrays, arrays))
+    return jax.tree.unflatten(fixed[0], [next(shapes) if leaf is None else leaf for leaf in fixed[1]])
+
+
+def left_out(params: Any, frozen: Frozen, rewritten: Mapping[str, Any]) -> dict[str, str]:
+    """Every matrix that a method neither adapts nor trains, with the reason.
+
+    Args:
+        params: the parameters.
+        frozen: from the method's `init`.
+        rewritten: the leaves of what its `apply` gives, by path.
+    """
+    leaves, kept = tree.named_leaves(params), tree.named_leaves(frozen.params)
+    others, found = tree.not_parameters(params), {}
+    for path, leaf in leaves.items():
+        if getattr(leaf, "ndim", 0) < 2 or isinstance(kept[path], tree.Hole):
+            continue
+        if isinstance(rewritten[path], Weight) and not isinstance(leaf, Weight):
+            continue
+        if path in others:
+            found[path] = others[path]
+        elif not tree.is_weight(path, leaf, leaves):
+            found[path] = "vectors of stacked layers"
+        else:
+            found[path] = tree.why_not_linear(path, leaf) or "the targets do not name it"
+    return found
+
+
+def adapted_line(method: Transform, params: Any, frozen: Frozen, trainable: Trainable) -> str:
+    """How many weights a method adapts, and which matrices it leaves out for which reason, in one line."""
+    rewritten = tree.named_leaves(_shapes(method.apply, frozen, trainable))
+    before = tree.named_leaves(params)
+    adapted = sum(isinstance(rewritten[p], Weight) and not isinstance(w, Weight) for p, w in before.items())
+    groups: dict[str, list[str]] = {}
+    for path, why in left_out(params, frozen, rewritten).items():
+        groups.setdefault(why, []).append(path)
+    said = "; ".join(f"{_some(paths)}: {why}" for why, paths in groups.items())
+    return f"weights adapted: {adapted}" + (f"; matrices left as they are: {said}" if said else "")
+
+
+def _some(paths: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """The parameters as a table, and the totals."""
+    table = Table(Column("parameter", no_wrap=True), "shape", found["method"], "axes", "why it is left out")
+    for row in found["parameters"]:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["parameter"], shape, row["becomes"], row.get("axes", ""), row.get("why", ""))
+    Console().print(table)
+    trained, total = found["trainable_parameters"], found["total_parameters"]
+    print(f"{trained:,} trainable parameters beside {total:,}: {trained / total:.3%}")
+    print("axes: s stack (layers, experts), i input, o output")
+
+
+def _method_name(method: Mapping[str, Any]) -> str:
+    if method["name"] != "chain":
+        return str(method["name"])
+    return " + ".join(_method_name(part) for part in method["methods"])

@@ -1,0 +1,1 @@
+"""Trees and paths, errors, differences between versions of JAX."""

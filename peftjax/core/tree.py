@@ -1,0 +1,441 @@
+"""Names, selection and surgery of parameter trees: any pytree of arrays, named by '/'-joined paths."""
+
+import collections
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.core.errors import PeftError
+from peftjax.core.patterns import fullmatches, match
+
+Targets = str | Sequence[str]
+T = TypeVar("T")
+
+# Module names under which models keep their output layer: 'all-linear' leaves it alone.
+OUTPUT_LAYERS = ("head", "heads", "lm_head", "classifier", "score", "logits", "output_layer")
+# Parameters of a module that multiply an activation, in the words of Flax, Equinox and Haiku.
+WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
+# What Flax keeps beside its 'params': nothing there is trained by a gradient.
+_STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates", "perturbations", "losses", "metrics")
+# Names under which layers or experts are stacked along a leading axis.
+STACKS = ("blocks", "layers", "experts", "scan")
+_VECTOR_NAMES = ("bias", "scale", "b")
+
+
+class Opaque:
+    """Base of every node that the functions of this file treat as one leaf."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Hole(Opaque):
+    """What `partition` leaves in place of a leaf that it took out."""
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, Opaque)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _is_variable(node: Any) -> bool:
+    # Told by its class, so that Flax need not be installed.
+    return any(
+        kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__
+    )
+
+
+def _variables(tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The NNX variables of a tree by the pytree keys that lead to them."""
+    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: _is_leaf(n) or _is_variable(n))
+    return {tuple(keys): node for keys, node in outer if _is_variable(node)}
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """The names and leaves of a tree, and its structure.
+
+    Raises:
+        PeftError: two leaves have one name.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    values = [tuple(keys) for keys, _ in pairs if len(keys) > 1 and _key_name(keys[-1]) == "value"]
+    variables = _variables(tree) if values else {}
+    width = collections.Counter(tuple(keys[:-1]) for keys, _ in pairs) if values else {}
+    own = {
+        keys for keys in values if keys[:-1] in variables or (width[keys[:-1]] == 1 and _is_slot(keys[-2:]))
+    }
+    seen: dict[str, tuple[Any, ...]] = {}
+    for full, _ in pairs:
+        keys = tuple(full)
+        name = "/".join(_key_name(key) for key in (keys[:-1] if keys in own else keys))
+        if name in seen:
+            raise PeftError(
+                f"two leaves of the tree are called {name!r}: {jax.tree_util.keystr(seen[name])} and "
+                f"{jax.tree_util.keystr(keys)}; rename one, so that each can be told by its path"
+            )
+        seen[name] = keys
+    return list(seen), [leaf for _, leaf in pairs], structure
+
+
+def _is_slot(keys: Sequence[Any]) -> bool:
+    """Whether the keys are those of the slot of a trainable, `{path: {"value": array}}`.
+
+    Its path has several parts or ends in the name of a parameter, below which no parameter lies.
+    """
+    owner, last = keys
+    if not all(isinstance(key, jax.tree_util.DictKey) for key in keys) or last.key != "value":
+        return False
+    parts = str(owner.key).split("/")
+    return "~" not in parts and (len(parts) > 1 or parts[-1] in (*WEIGHT_NAMES, *_VECTOR_NAMES))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Every leaf of `tree` by its path name, in tree order; structured weights count as leaves.
+
+    A name is the pytree keys joined by '/', without the '.value' of an NNX variable and without the slot
+    'value' in which a trainable holds a parameter that is trained as it is.
+
+    Raises:
+        PeftError: two leaves have one name.
+    """
+    names, leaves, _ = _flatten(tree)
+    return dict(zip(names, leaves, strict=True))
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`tree` with each leaf replaced by `fn(path name, leaf)`."""
+    names, leaves, structure = _flatten(tree)
+    return jax.tree.unflatten(structure, [fn(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether the leaf is an array, its shape, or a structured weight: what a step can be given."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
+
+
+def not_parameters(tree: Any) -> dict[str, str]:
+    """The leaves that no method may train, with the reason; holes are not among them.
+
+    A parameter is an array of real floating-point numbers. None are: a function, a Python number, an NNX
+    variable of another type than `nnx.Param` (batch statistics, caches, counters), Flax's collections beside
+    'params', and the start of an Equinox state.
+    """
+    names, leaves, _ = _flatten(tree)
+    keys = list(keys_of(tree).values())
+    variables = {at: type(node) for at, node in _variables(tree).items()}
+    collections_of_flax = isinstance(tree, Mapping) and "params" in tree
+    found = {}
+    for name, leaf, path in zip(names, leaves, keys, strict=True):
+        if isinstance(leaf, Hole):
+            continue
+        kind = next((variables[path[:n]] for n in range(len(path) + 1) if path[:n] in variables), None)
+        top = _key_name(path[0]) if path else ""
+        if not is_array(leaf):
+            found[name] = f"it is no array but a {type(leaf).__name__}"
+        elif kind is not None and not any(base.__name__ == "Param" for base in kind.__mro__):
+            found[name] = f"it is a {kind.__name__} of NNX and no Param"
+        elif collections_of_flax and top in _STATE_COLLECTIONS:
+            found[name] = f"it lies in the collection {top!r} and not in 'params'"
+        elif any(getattr(key, "name", "").endswith("state_index") for key in path):
+            found[name] = "it is the start of a state of Equinox"
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            found[name] = f"it is {leaf.dtype}, and methods train real floating-point numbers"
+    return found
+
+
+def keys_of(tree: Any) -> dict[str, tuple[Any, ...]]:
+    """The pytree keys of every leaf by its path name."""
+    names, _, _ = _flatten(tree)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return {name: tuple(keys) for name, (keys, _) in zip(names, pairs, strict=True)}
+
+
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """`tree` with the named leaves exchanged.
+
+    Raises:
+        PeftError: a name is not in the tree.
+    """
+    _require_known(leaves, named_leaves(tree))
+    return map_named(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def partition(tree: Any, paths: Iterable[str]) -> tuple[dict[str, Any], Any]:
+    """Take the named leaves out: `(taken, rest)` with a `Hole` where each was; `join` undoes it."""
+    leaves = named_leaves(tree)
+    paths = list(paths)
+    _require_known(paths, leaves)
+    return {path: leaves[path] for path in paths}, replace(tree, dict.fromkeys(paths, Hole()))
+
+
+def join(rest: Any, taken: Mapping[str, Any]) -> Any:
+    """Put leaves back into the holes that `partition` made; holes of others may stay open.
+
+    Raises:
+        PeftError: a name is not a hole of `rest`.
+    """
+    leaves = named_leaves(rest)
+    _require_known(taken, leaves)
+    for path in taken:
+        if not isinstance(leaves[path], Hole):
+            raise PeftError(f"parameter {path!r} was not taken out of this tree")
+    return replace(rest, taken)
+
+
+def count(tree: Any) -> int:
+    """How many numbers the arrays of `tree` hold."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if is_array(leaf))
+
+
+def nbytes(tree: Any) -> int:
+    """How many bytes the arrays of `tree` take."""
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if is_array(leaf))
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in arrays)
+
+
+def nearest(name: str, known: Iterable[str], how_many: int = 3) -> str:
+    """The known names most like `name`, quoted and joined, for an error message."""
+    known = list(known)
+    tails = {path.rsplit("/", 1)[-1]: path for path in known} | {path: path for path in known}
+    close = difflib.get_close_matches(name, list(tails), n=how_many, cutoff=0.3)
+    found = list(dict.fromkeys(tails[match] for match in close)) or known[:how_many]
+    return ", ".join(repr(path) for path in found[:how_many])
+
+
+def module_of(path: str) -> str:
+    """The path of the module that owns the parameter: everything before the last '/'."""
+    return path.rpartition("/")[0]
+
+
+def is_weight(path: str, leaf: Any, leaves: Mapping[str, Any] | None = None) -> bool:
+    """Whether the leaf can be a matrix to adapt: floating, two axes or more, no bias or scale.
+
+    Given the other `leaves` of the tree, a matrix called 'b' or 'scale' is told from stacked vectors.
+    """
+    if getattr(leaf, "ndim", 0) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    if leaves is None:
+        return path.rsplit("/", 1)[-1] not in _VECTOR_NAMES
+    return not _is_vector(path, leaf, leaves)
+
+
+def _is_vector(path: str, leaf: Any, leaves: Mapping[str, Any]) -> bool:
+    """Whether the leaf is a bias or scale, or several of them stacked."""
+    *modules, name = path.split("/")
+    if name == "bias" or name not in _VECTOR_NAMES:
+        return name == "bias"
+    of_weights = [leaves.get("/".join((*modules, other))) for other in WEIGHT_NAMES]
+    if of_weights := [weight.ndim for weight in of_weights if hasattr(weight, "ndim")]:
+        return leaf.ndim < max(of_weights)
+    norm = bool(modules) and re.search(r"norm|^ln", modules[-1].lower()) is not None
+    inner = zip(modules, [*modules[1:], ""])
+    return norm or leaf.ndim < 2 or any(m.lower() in STACKS and not n.isdecimal() for m, n in inner)
+
+
+def biases(tree: Any) -> list[str]:
+    """The paths of the biases, in the words of Flax and Equinox ('bias') and of Haiku ('b', 'offset')."""
+    leaves, others = named_leaves(tree), not_parameters(tree)
+
+    def is_bias(path: str, leaf: Any) -> bool:
+        *modules, name = path.split("/")
+        if "bias" in (*modules, name):
+            return True
+        if name == "offset":
+            return "/".join((*modules, "scale")) in leaves
+        return name == "b" and hasattr(leaf, "ndim") and (leaf.ndim < 2 or _is_vector(path, leaf, leaves))
+
+    return [path for path, leaf in leaves.items() if path not in others and is_bias(path, leaf)]
+
+
+def names_of_weight(path: str) -> tuple[str, ...]:
+    """The names under which a weight may be asked for: its own and, for a 'kernel', its module's."""
+    module, _, name = path.rpartition("/")
+    return (path, module) if module and name in WEIGHT_NAMES else (path,)
+
+
+def names_of_parameter(path: str) -> tuple[str, ...]:
+    """The names under which a plain parameter may be asked for: its own and every module above."""
+    parts = path.split("/")
+    return tuple("/".join(parts[:n]) for n in range(len(parts), 0, -1))
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("/" + suffix)
+
+
+def is_convolution(path: str, ndim: int) -> bool:
+    """Whether the weight's module is called a convolution, and it has the axes of one."""
+    module = path.split("/")[-2] if "/" in path else ""
+    # 'conv_in', 'PatchConv', 'dwconv2d', but not 'converter', 'conversation', 'convex'.
+    called = re.search(r"conv(?!ers|ert|erg|ey|ex|inc|ention|oy)", module.lower())
+    return called is not None and ndim > 2
+
+
+def why_not_linear(path: str, leaf: Any) -> str | None:
+    """Why 'all-linear' leaves a weight out: an output layer, a convolution or a lookup table; else None."""
+    if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
+        return "a lookup table"
+    if is_convolution(path, leaf.ndim):
+        return "a convolution"
+    if (called := _output_layer(path)) is not None:
+        return f"in the output layer {called!r}"
+    return None
+
+
+def _output_layer(path: str) -> str | None:
+    """The output layer that a parameter lies in: never inside a numbered or stacked layer or an attention."""
+    *modules, name = path.split("/")
+    parts = [part for part in (*modules, name) if part != "params"]
+    for number, part in enumerate(parts):
+        if re.fullmatch(r"\d+|.*_\d+", part) or part.lower() in STACKS or "att" in part.lower():
+            return None
+        # A list of heads further in is that of an attention.
+        if part in OUTPUT_LAYERS and (part != "heads" or number == 0):
+            return part
+    return None
+
+
+def _matches(path: str, names: tuple[str, ...], targets: Targets, leaf: Any) -> bool:
+    if targets == "all-linear":
+        return why_not_linear(path, leaf) is None
+    if isinstance(targets, str):
+        return any(fullmatches(targets, name) for name in names)
+    return any(_has_suffix(name, part) for name in names for part in targets)
+
+
+def layer_index(path: str, layers_pattern: str | None = None) -> int | None:
+    """The number of the layer that a path lies in, or None outside a list of layers.
+
+    The first component that is a number ('layers/3/...') or ends in one ('layers_3/...') counts, so an
+    expert's number further in is not taken for a layer's; `layers_pattern` names the list instead.
+    """
+    parts = path.split("/")
+    for list_name, part in zip(["", *parts], parts, strict=False):
+        if part.isdecimal():
+            name, number = list_name, part
+        elif match := re.fullmatch(r"(.*?)_(\d+)", part):
+            name, number = match.groups()
+        else:
+            continue
+        if layers_pattern is None or name == layers_pattern:
+            return int(number)
+    return None
+
+
+def select(
+    tree: Any,
+    targets: Targets,
+    *,
+    who: str,
+    exclude: Targets | None = None,
+    eligible: Callable[[str, Any], bool] | None = None,
+    names: Callable[[str], tuple[str, ...]] = names_of_weight,
+) -> list[str]:
+    """The paths of the leaves that `targets` asks for, in tree order.
+
+    Args:
+        tree: parameters, structured leaves included.
+        targets: a regular expression that must match a whole name; or a list of exact names or path
+            suffixes (whole components: 'head' is not 'my_head'); or 'all-linear': every linear layer
+            but the output layer (`OUTPUT_LAYERS`, outside layers), convolutions and embeddings.
+        who: the method that asks, for the errors.
+        exclude: the same two forms; wins over `targets`.
+        eligible: which parameters may be hit at all; by default matrices.
+        names: the names under which a leaf may be asked for.
+
+    Raises:
+        PeftError: nothing matched, a part of a list matched nothing, everything was excluded, or the
+            exclusion took nothing away.
+    """
+    leaves, others = named_leaves(tree), not_parameters(tree)
+    eligible = eligible or (lambda path, leaf: is_weight(path, leaf, leaves))
+    candidates = {
+        path: names(path) for path, leaf in leaves.items() if path not in others and eligible(path, leaf)
+    }
+    rest = {path: names(path) for path in leaves if path not in candidates}
+    if not candidates:
+        raise PeftError(
+            f"{who}: the tree has no parameter this method can adapt{_why(leaves, list(leaves), others)}"
+        )
+    known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
+    hits = [
+        path for path, all_names in candidates.items() if _matches(path, all_names, targets, leaves[path])
+    ]
+    if not isinstance(targets, str):
+        for part in targets:
+            if not any(_has_suffix(name, part) for name in known):
+                unfit = [path for path, own in rest.items() if any(_has_suffix(name, part) for name in own)]
+                if unfit:
+                    raise PeftError(
+                        f"{who}: target {part!r} has nothing to adapt{_why(leaves, unfit, others)}"
+                    )
+                raise PeftError(
+                    f"{who}: target {part!r} matched no parameter; closest: {nearest(part, known)}"
+                )
+    if not hits:
+        unfit = [
+            path
+            for path, own in rest.items()
+            if targets != "all-linear" and _matches(path, own, targets, leaves[path])
+        ]
+        if unfit:
+            raise PeftError(f"{who}: pattern {targets!r} has nothing to adapt{_why(leaves, unfit, others)}")
+        raise PeftError(
+            f"{who}: pattern {targets!r} matched no parameter; closest: {nearest(str(targets), known)}"
+        )
+    if exclude is None:
+        return hits
+    kept = [path for path in hits if not _matches(path, candidates[path], exclude, leaves[path])]
+    if not kept:
+        raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
+    if len(kept) == len(hits):
+        raise PeftError(
+            f"{who}: exclude {exclude!r} matched none of the targets; closest: "
+            f"{nearest(str(exclude), [name for path in hits for name in candidates[path]])}"
+        )
+    return kept
+
+
+def _why(leaves: Mapping[str, Any], paths: Sequence[str], others: Mapping[str, str]) -> str:
+    """`: 'path' ..., the reason` of the first leaf that is no parameter or does not fit the method."""
+    for path in sorted(paths, key=lambda path: path not in others):
+        leaf = leaves[path]
+        if isinstance(leaf, Hole):
+            return f": {path!r} is trained as it is by the method before"
+        if path in others:
+            return f": {path!r} cannot be trained, {others[path]}"
+        return f": {path!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, not what the method adapts"
+    return ""
+
+
+def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
+    """The value of the first key that matches the end of the weight's name; '^' anchors at its start."""
+    for key, value in (patterns or {}).items():
+        if any(match(key, name, before="(.*/)?(", after=")$") for name in names_of_weight(path)):
+            return value
+    return default
+
+
+def require_patterns_used(who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]) -> None:
+    """Raise a PeftError that names the first key of a rank or alpha pattern which matches no target."""
+    for key in patterns or {}:
+        if not any(pattern_value(path, {key: True}, False) for path in paths):
+            known = [name for path in paths for name in names_of_weight(path)]
+            raise PeftError(f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}")
+
+
+def _require_known(paths: Iterable[str], known: Mapping[str, Any]) -> None:
+    for path in paths:
+        if path not in known:
+            raise PeftError(f"no parameter is called {path!r}; closest: {nearest(path, known)}")

@@ -1,0 +1,1 @@
+"""Small networks inside the blocks."""

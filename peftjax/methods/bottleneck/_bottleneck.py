@@ -1,0 +1,208 @@
+"""The bottleneck that adapters are made of, and a block with one after or beside each of its branches.
+
+    Δ(u) = s · (f(u W_down + b_down) W_up + b_up)      W_down [D, r], W_up [r, D]
+
+`f` with dropout after it. A sequential one reads what its branch gives, `h + Δ(h)`; a parallel one what the
+branch reads, `h + Δ(x)`, the residual stream before any norm. Backward keeps, per token, u (of a parallel one
+in a pre-norm block it is kept anyway) and the r values before `f`; norms, scales and dropout add nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from peftjax.backbone.rewriting import BlockStack
+from peftjax.backbone.rewritten_block import Context, RewrittenBlock
+from peftjax.core.errors import PeftError
+from peftjax.methods._parts import require_rate
+from peftjax.methods._targets import key_for
+
+Form = Literal["sequential", "parallel"]
+Init = Literal["lora", "bert", "houlsby"]
+Norm = Literal["none", "in", "out"]
+Layer = Mapping[str, Any]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda x: x,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+BRANCHES = ("attention", "cross_attention", "feed_forward")
+NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """One adapter's shape and form.
+
+    Attributes:
+        size: r.
+        form: what it reads.
+        scale: s.
+        activation: f, a name in `ACTIVATIONS`.
+        dropout: rate after f, when `run` is given a key.
+        init_as: "lora": W_down ~ U(±1/√D), W_up = 0, so that the block is as it was; "bert": both
+            N(0, 0.02²); "houlsby": both N(0, 0.01²) cut at two deviations. Biases are zero.
+        norm: a layer norm of u ("in") or of Δ after its scale ("out"), or "none".
+        learn_scale: whether s is trained, from the value given.
+    """
+
+    size: int
+    form: Form = "sequential"
+    scale: float = 1.0
+    activation: str = "relu"
+    dropout: float = 0.0
+    init_as: Init = "lora"
+    norm: Norm = "none"
+    learn_scale: bool = False
+
+    def require_valid(self, who: str) -> None:
+        """Raise a PeftError for a setting out of range."""
+        if self.size < 1:
+            raise PeftError(f"{who}: the bottleneck must be 1 wide or more, got {self.size}")
+        require_rate(who, "dropout", self.dropout)
+        for name, value, known in (
+            ("activation", self.activation, ACTIVATIONS),
+            ("init", self.init_as, ("lora", "bert", "houlsby")),
+            ("norm", self.norm, ("none", "in", "out")),
+        ):
+            if value not in known:
+                raise PeftError(f"{who}: {name} {value!r} is not one of {', '.join(known)}")
+
+    def init(self, key: Key[Array, ""], layers: int, width: int) -> dict[str, Any]:
+        """`down` and `up` {kernel, bias}, as asked for `norm` {scale, bias} and `scale`, [layers, ...]."""
+        down_key, up_key = jax.random.split(key)
+        down, up = (layers, width, self.size), (layers, self.size, width)
+        if self.init_as == "lora":
+            bound = width**-0.5
+            kernels = jax.random.uniform(down_key, down, minval=-bound, maxval=bound), jnp.zeros(up)
+        elif self.init_as == "bert":
+            kernels = 0.02 * jax.random.normal(down_key, down), 0.02 * jax.random.normal(up_key, up)
+        else:
+            cut = functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0)
+            kernels = 0.01 * cut(down_key, shape=down), 0.01 * cut(up_key, shape=up)
+        values: dict[str, Any] = {
+            "down": {"kernel": kernels[0], "bias": jnp.zeros((layers, self.size))},
+            "up": {"kernel": kernels[1], "bias": jnp.zeros((layers, width))},
+        }
+        if self.norm != "none":
+            values["norm"] = {"scale": jnp.ones((layers, width)), "bias": jnp.zeros((layers, width))}
+        if self.learn_scale:
+            values["scale"] = jnp.full((layers,), self.scale)
+        return values
+
+    def run(
+        self, layer: Layer, u: Float[Array, "... D"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "... D"]:
+        """Δ(u), in the dtype of u."""
+        # Recomputed, so that no copy of a kernel in another dtype is kept, nor a mask, nor a normed array.
+        recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+        @recompute
+        def down(layer: Layer, u: Array) -> Array:
+            return _linear(layer["down"], _normed(layer["norm"], u) if self.norm == "in" else u)
+
+        @recompute
+        def up(layer: Layer, inner: Array, key: Key[Array, ""] | None) -> Array:
+            active = ACTIVATIONS[self.activation](inner)
+            if key is not None and self.dropout:
+                keep = jax.random.bernoulli(key, 1.0 - self.dropout, active.shape)
+                active = jnp.where(keep, active / (1.0 - self.dropout), 0)
+            scale = layer["scale"].astype(u.dtype) if self.learn_scale else self.scale
+            out = scale * _linear(layer["up"], active)
+            return _normed(layer["norm"], out) if self.norm == "out" else out
+
+        return up(layer, down(layer, u), key)
+
+
+def _linear(part: Mapping[str, Array], x: Array) -> Array:
+    return x @ part["kernel"].astype(x.dtype) + part["bias"].astype(x.dtype)
+
+
+def _normed(part: Mapping[str, Array], x: Array) -> Array:
+    """The layer norm of the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON)
+    return (wide * part["scale"] + part["bias"]).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Bottlenecks in the branches of every block.
+
+    Attributes:
+        attention: of the attention, and another one of the cross-attention of a block that has it, or None.
+        feed_forward: of the feed-forward, or None.
+    """
+
+    attention: Bottleneck | None = None
+    feed_forward: Bottleneck | None = None
+
+    def require_valid(self, who: str) -> None:
+        """Raise a PeftError for a setting out of range."""
+        for bottleneck in (self.attention, self.feed_forward):
+            if bottleneck is not None:
+                bottleneck.require_valid(who)
+
+    def init(self, key: Key[Array, ""], stack: BlockStack) -> dict[str, Any]:
+        """A bottleneck's parameters by its branch."""
+        trained = {}
+        for branch in (*stack.attentions, "feed_forward"):
+            if (bottleneck := self.of(branch)) is not None:
+                own_key = key_for(key, f"{stack.name}/{branch}")
+                trained[branch] = bottleneck.init(own_key, len(stack.layers), stack.width)
+        return trained
+
+    def added(self, trained: Layer, stack: BlockStack, key: Key[Array, ""] | None) -> dict[str, Any]:
+        """The same."""
+        return {branch: trained[branch] for branch in BRANCHES if branch in trained}
+
+    def rewrite(self, block: Any, name: str) -> RewrittenBlock:
+        """The block with them."""
+        return AdapterBlock(block, name, self)
+
+    def of(self, branch: str) -> Bottleneck | None:
+        """The bottleneck of a branch, or None."""
+        return self.feed_forward if branch == "feed_forward" else self.attention
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterBlock(RewrittenBlock):
+    """A block with bottlenecks, whose parameters are `added[branch]`; `added["key"]` draws their dropout.
+
+    Attributes:
+        adapters: which, and where.
+    """
+
+    adapters: Adapters
+
+    def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        """What attention adds to the stream, adapted."""
+        return self._adapted("attention", hidden, self.inner.attention_branch(hidden, context))
+
+    def cross_attention_branch(
+        self, hidden: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B T D"]:
+        """What cross-attention adds to the stream, adapted."""
+        return self._adapted("cross_attention", hidden, self.inner.cross_attention_branch(hidden, context))
+
+    def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What the feed-forward adds to the stream, adapted."""
+        return self._adapted("feed_forward", hidden, self.inner.feed_forward_branch(hidden))
+
+    def _adapted(self, branch: str, hidden: Array, update: Array) -> Array:
+        bottleneck = self.adapters.of(branch)
+        if bottleneck is None:
+            return update
+        key = self.added.get("key")
+        key = None if key is None else jax.random.fold_in(key, BRANCHES.index(branch))
+        read = update if bottleneck.form == "sequential" else hidden
+        return update + bottleneck.run(self.added[branch], read, key)

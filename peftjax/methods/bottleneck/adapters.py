@@ -1,0 +1,204 @@
+"""Bottleneck adapters: small trained layers inside the frozen blocks.
+
+    houlsby           h + Δ(h) after attention and after the feed-forward     1902.00751
+    pfeiffer          h + Δ(h) after the feed-forward only                    2005.00247
+    parallel_adapter  h + s Δ(x) beside the feed-forward, attention or both   He et al. 2022, 2110.04366
+    adaptformer       h + s Δ(x) beside the feed-forward, s = 0.1             Chen et al. 2022, 2205.13535
+
+h [B, S, D] is what a branch adds to the stream, before the residual sum (in a post-norm block before its
+norm too), x [B, S, D] the stream that the branch reads, before any norm; Δ is that of `bottleneck`. Adapters
+of attention are in cross-attention too, each with its own numbers: it is an attention sublayer like the
+other. Both stacks of an encoder-decoder are adapted.
+
+Trained: 2 D r + D + r numbers an adapter. Backward keeps, per token and adapter, the r values before `f`,
+for h + Δ(h) also h, and for h + s Δ(x) in a post-norm block also x, once for all that reads it; a pre-norm
+block keeps x anyway, to make its norm again. None merges: f lies between two matrices. The layers that
+`layers` leaves out have no trained numbers; the scan runs adapters of zeros there.
+
+Sources and differences. Houlsby et al. also train the norms of the blocks, `pj.chain(pj.houlsby(),
+pj.unfreeze(["attention_norm", "feed_forward_norm"]))`; their kernels are N(0, 0.01²) cut at two deviations,
+in the released code N(0, 0.001²).
+Pfeiffer et al. found "feed-forward only" by search on post-norm models, with
+norms around the adapter that depend on the model; here it is He et al.'s short form, with r = D / 16 of
+BERT-base. He et al.'s own baselines begin at N(0, 0.02²) (`init="bert"`). In AdaptFormer's code a norm "out"
+comes after the scale, which then matters only against the norm's epsilon, and a trained scale begins at 1.
+"""
+
+from typing import Literal
+
+from peftjax.core.errors import PeftError
+from peftjax.methods._parts import Layers, of_parts
+from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init, Norm
+from peftjax.transform.transform import MethodInfo, Transform
+
+Places = Literal["feed_forward", "attention", "both"]
+PLACES = ("feed_forward", "attention", "both")
+
+
+def houlsby(
+    *,
+    size: int = 64,
+    activation: str = "gelu",
+    init: Init = "houlsby",
+    dropout: float = 0.0,
+    layers: Layers = None,
+) -> Transform:
+    """`h + f(h W_down + b) W_up + b'` after every attention and every feed-forward (arXiv 1902.00751).
+
+    Args:
+        size: r, the width of the bottleneck.
+        activation: f: "relu", "gelu", "gelu_new", "silu", "tanh" or "identity".
+        init: "houlsby" (near the base), "bert", or "lora" (exactly the base); see `Bottleneck`.
+        dropout: rate after the activation.
+        layers: numbers of the layers to adapt; None is all.
+
+    Raises:
+        PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's.
+    """
+    bottleneck = Bottleneck(size, activation=activation, dropout=dropout, init_as=init)
+    config = {"size": size, "activation": activation, "init": init, "dropout": dropout}
+    return of_parts("houlsby", config, [Adapters(bottleneck, bottleneck)], layers)
+
+
+def pfeiffer(
+    *,
+    size: int = 48,
+    activation: str = "relu",
+    scale: float = 1.0,
+    init: Init = "lora",
+    dropout: float = 0.0,
+    layers: Layers = None,
+) -> Transform:
+    """`h + s (f(h W_down + b) W_up + b')` after every feed-forward (arXiv 2005.00247).
+
+    Args:
+        size: r, the width of the bottleneck.
+        activation: f, as of `houlsby`.
+        scale: s.
+        init: as of `houlsby`.
+        dropout: rate after the activation.
+        layers: numbers of the layers to adapt; None is all.
+
+    Raises:
+        PeftError: as `houlsby`.
+    """
+    bottleneck = Bottleneck(size, "sequential", scale, activation, dropout, init)
+    config = {"size": size, "activation": activation, "scale": scale, "init": init, "dropout": dropout}
+    return of_parts("pfeiffer", config, [Adapters(feed_forward=bottleneck)], layers)
+
+
+def parallel_adapter(
+    *,
+    size: int = 512,
+    scale: float = 4.0,
+    places: Places = "feed_forward",
+    activation: str = "relu",
+    init: Init = "lora",
+    norm: Norm = "none",
+    learn_scale: bool = False,
+    dropout: float = 0.0,
+    layers: Layers = None,
+) -> Transform:
+    """`h + s (f(x W_down + b) W_up + b')` beside the branches named (scaled PA, arXiv 2110.04366).
+
+    Args:
+        size: r, the width of the bottleneck; the paper's is 512 at the feed-forward, 200 at attention.
+        scale: s.
+        places: "feed_forward", "attention" or "both".
+        activation: f, as of `houlsby`.
+        init: as of `houlsby`.
+        norm: a layer norm "in" front of the adapter, or on what it gives out ("out"), or "none".
+        learn_scale: whether s is trained too, one a layer and place, from `scale`.
+        dropout: rate after the activation.
+        layers: numbers of the layers to adapt; None is all.
+
+    Raises:
+        PeftError: as `houlsby`.
+    """
+    if places not in PLACES:
+        raise PeftError(f"parallel_adapter: places {places!r} is not one of {', '.join(PLACES)}")
+    bottleneck = Bottleneck(size, "parallel", scale, activation, dropout, init, norm, learn_scale)
+    config = {
+        "size": size,
+        "scale": scale,
+        "places": places,
+        "activation": activation,
+        "init": init,
+        "norm": norm,
+        "learn_scale": learn_scale,
+        "dropout": dropout,
+    }
+    of = {place: bottleneck for place in PLACES[:2] if places in (place, "both")}
+    return of_parts("parallel_adapter", config, [Adapters(**of)], layers)
+
+
+def adaptformer(
+    *,
+    size: int = 64,
+    scale: float = 0.1,
+    norm: Norm = "none",
+    learn_scale: bool = False,
+    dropout: float = 0.1,
+    layers: Layers = None,
+) -> Transform:
+    """`h + s (relu(x W_down + b) W_up + b')` beside every feed-forward (AdaptFormer, arXiv 2205.13535).
+
+    Args:
+        size: r, the width of the bottleneck.
+        scale: s.
+        norm: as of `parallel_adapter`.
+        learn_scale: as of `parallel_adapter`.
+        dropout: rate after the activation.
+        layers: numbers of the layers to adapt; None is all.
+
+    Raises:
+        PeftError: as `houlsby`.
+    """
+    bottleneck = Bottleneck(size, "parallel", scale, "relu", dropout, "lora", norm, learn_scale)
+    config = {"size": size, "scale": scale, "norm": norm, "learn_scale": learn_scale, "dropout": dropout}
+    return of_parts("adaptformer", config, [Adapters(feed_forward=bottleneck)], layers)
+
+
+METHODS = (
+    MethodInfo(
+        name="houlsby",
+        factory=houlsby,
+        paper="adapters after both sublayers, Houlsby et al. 2019, arXiv 1902.00751",
+        trains="2 (2 D r + D + r) a layer",
+        keeps="what both branches give and 2 r values a token",
+        mergeable=False,
+        example={"size": 3},
+        starts_as_base=False,
+        of_blocks=True,
+    ),
+    MethodInfo(
+        name="pfeiffer",
+        factory=pfeiffer,
+        paper="adapters after the feed-forward, Pfeiffer et al. 2021, arXiv 2005.00247",
+        trains="2 D r + D + r a layer",
+        keeps="what the branch gives and r values a token",
+        mergeable=False,
+        example={"size": 2},
+        of_blocks=True,
+    ),
+    MethodInfo(
+        name="parallel_adapter",
+        factory=parallel_adapter,
+        paper="scaled parallel adapters, He et al. 2022, arXiv 2110.04366",
+        trains="2 D r + D + r a layer and place",
+        keeps="r values a token and place, and x in a post-norm block",
+        mergeable=False,
+        example={"size": 3, "places": "both", "norm": "in", "learn_scale": True},
+        of_blocks=True,
+    ),
+    MethodInfo(
+        name="adaptformer",
+        factory=adaptformer,
+        paper="AdaptFormer, Chen et al. 2022, arXiv 2205.13535",
+        trains="2 D r + D + r a layer",
+        keeps="r values a token, and x in a post-norm block",
+        mergeable=False,
+        example={"size": 3},
+        of_blocks=True,
+    ),
+)

@@ -1,0 +1,194 @@
+"""The vectors that SwitchLoRA exchanges: how many in a step, which ones, and what becomes of the weight.
+
+    θ(t) = 0.3^((t+1) / T0),   T0 = decay · T         expected number a matrix and step: r θ(t) / interval
+
+rounded up or down at random, for each matrix of every stack. Counting the exchanges so far by c, the rows
+c, c+1, ... (mod r) of `a` and the rows c + r//2, ... of `b` are next; each is exchanged with the place
+c, c+1, ... (mod the pool's size) of its pool. That is the released order: there every pool has the live
+vectors too, in a window that moves along, and what leaves the window is the last to come back. The count c is
+a float32, as all that is trained must be: exact for 16 million exchanges in a matrix.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from peftjax.core.errors import PeftError
+from peftjax.transform.transform import at_prefix, own_at, require_together
+
+Slots = Mapping[str, Array]
+STEERED = ("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched")
+"""The slots of a weight that have no gradient: only a switch changes them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often vectors are exchanged.
+
+    Attributes:
+        interval: steps between two exchanges of one vector, at first.
+        decay: T0 as a share of the run; at step T0 exchanges have become 0.3 times as many.
+        total_steps: T.
+        freeze_steps: for how many steps the counterpart of a new vector is not trained.
+
+    Raises:
+        PeftError: a number is out of its range.
+    """
+
+    interval: float
+    decay: float
+    total_steps: int
+    freeze_steps: int
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise PeftError(f"switchlora: total_steps must be positive, got {self.total_steps}")
+        if self.decay <= 0.0:
+            raise PeftError(f"switchlora: decay must be positive, got {self.decay}")
+        if self.freeze_steps < 0:
+            raise PeftError(f"switchlora: freeze_steps must not be negative, got {self.freeze_steps}")
+        least = max(1, 2 * self.freeze_steps)
+        if self.interval < least:
+            raise PeftError(
+                f"switchlora: interval must be at least {least}, twice freeze_steps, got {self.interval}: "
+                "a vector cannot be exchanged while its counterpart was just frozen"
+            )
+
+    def expected(self, rank: int, step: Array | int) -> Array:
+        """The expected number of exchanges in a matrix before the step, counted from 0; float32."""
+        after = (jnp.asarray(step, jnp.float32) + 1.0) / (self.decay * self.total_steps)
+        return rank / self.interval * 0.3**after
+
+    def most(self, rank: int) -> int:
+        """The largest number that any step can have."""
+        return min(rank // 2, math.floor(rank / self.interval) + 1)
+
+
+class Switched(NamedTuple):
+    """A matrix after its exchanges."""
+
+    slots: dict[str, Array]  # all but the weight
+    left: Array  # [2 k, in]: the weight changes by scale · leftᵀ right
+    right: Array  # [2 k, out]
+    reset_a: Array  # [r], true at the rows of `a` that are new counterparts
+    reset_b: Array  # [r]
+
+
+def number(schedule: Schedule, key: Array, step: Array, slots: Slots) -> Array:
+    """How many vectors of `a`, and of `b`, of one matrix are exchanged; int32.
+
+    As many as are expected, rounded at random; never so many that a row would be exchanged whose counterpart
+    was, within the steps of its freeze, nor more than the pools have.
+    """
+    rank, places = slots["a"].shape[0], slots["pool_a"].shape[0]
+    expected = schedule.expected(rank, step)
+    whole = jnp.floor(expected)
+    wanted = whole + jax.random.bernoulli(key, expected - whole)
+    free = rank // 2 - jnp.sum(slots["frozen_a"] > 0)
+    return jnp.clip(jnp.minimum(wanted, jnp.minimum(free, places)), 0).astype(jnp.int32)
+
+
+def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
+    """One matrix with `count` rows of `a`, then of `b`, exchanged with their pools.
+
+    Args:
+        schedule: for the largest count, and how long a counterpart is frozen.
+        slots: `a [r, in]`, `b [r, out]`, their pools, `frozen_a [r]`, `frozen_b [r]`, `switched []`.
+        count: how many, int32.
+    """
+    a, b, rank, places = slots["a"], slots["b"], slots["a"].shape[0], slots["pool_a"].shape[0]
+    most = min(schedule.most(rank), places)
+    done, each = slots["switched"].astype(jnp.int32), jnp.arange(most)
+    on = each < count
+    in_a, in_b, place = (done + each) % rank, (done + rank // 2 + each) % rank, (done + each) % places
+
+    def exchanged(live: Array, pool: Array, rows: Array) -> tuple[Array, Array, Array]:
+        """The factor, its pool, and what its rows lost."""
+        old, new = live[rows], pool[place]
+        now = jnp.where(on[:, None], new, old)
+        back = jnp.where(on[:, None], old, new)
+        return live.at[rows].set(now), pool.at[place].set(back), old - now
+
+    new_a, pool_a, lost_a = exchanged(a, slots["pool_a"], in_a)
+    new_b, pool_b, lost_b = exchanged(b, slots["pool_b"], in_b)
+    reset_a = jnp.zeros(rank, bool).at[in_b].set(on)
+    reset_b = jnp.zeros(rank, bool).at[in_a].set(on)
+    after = {
+        "a": new_a,
+        "b": new_b,
+        "pool_a": pool_a,
+        "pool_b": pool_b,
+        "frozen_a": jnp.where(reset_a, float(schedule.freeze_steps), slots["frozen_a"]),
+        "frozen_b": jnp.where(reset_b, float(schedule.freeze_steps), slots["frozen_b"]),
+        "switched": slots["switched"] + count,
+    }
+    # The rows of the two halves are distinct, so that `b` at the one is as before and `a` at the other too.
+    left = jnp.concatenate([lost_a, a[in_b]])
+    right = jnp.concatenate([b[in_a], lost_b])
+    return Switched(after, left, right, reset_a, reset_b)
+
+
+def thawed(slots: Slots) -> dict[str, Array]:
+    """The slots with one step less to go for each frozen row."""
+    left = {name: jnp.maximum(slots[name] - 1.0, 0.0) for name in ("frozen_a", "frozen_b")}
+    return {**slots, **left}
+
+
+def steered(
+    tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` that never sees the steered slots, and neither sees a gradient of a frozen row nor moves it.
+
+    Raises:
+        PeftError: in `update`, when it is not given the parameters.
+    """
+
+    def trained(params: Any) -> Any:
+        whole = jax.tree.map(lambda _: True, params)
+
+        def of_path(own: Mapping[str, Slots]) -> dict[str, dict[str, bool]]:
+            return {p: {name: not _is_steered(name, slots) for name in slots} for p, slots in own.items()}
+
+        return at_prefix(whole, prefix, of_path)
+
+    inner = optax.masked(tx, trained)
+
+    def held(values: Any, params: Any) -> Any:
+        own = own_at(params, prefix)
+        require_together("switchlora", own)
+
+        def of_path(mine: Mapping[str, Slots]) -> dict[str, dict[str, Array]]:
+            return {path: _held(slots, own[path]) for path, slots in mine.items()}
+
+        return at_prefix(values, prefix, of_path)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise PeftError(
+                "switchlora: the update needs the parameters; call tx.update(grads, state, params)"
+            )
+        updates, state = inner.update(held(grads, params), state, params, **extra)
+        return held(updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_steered(name: str, slots: Slots) -> bool:
+    return "switched" in slots and name in STEERED
+
+
+def _held(values: Slots, now: Slots) -> dict[str, Array]:
+    """Gradients or updates of a weight's slots without those of frozen rows and steered slots."""
+    if "switched" not in now:
+        return dict(values)
+    live = {name: now[f"frozen_{name}"][..., None] == 0 for name in "ab"}
+    return {
+        name: jnp.where(live[name], value, 0.0) if name in live else jnp.zeros_like(value)
+        for name, value in values.items()
+    }

@@ -1,0 +1,1 @@
+"""Trained vectors that attention reads beside the tokens."""

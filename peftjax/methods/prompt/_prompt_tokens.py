@@ -1,0 +1,72 @@
+"""Prompt tokens: trained vectors after the tokens of every row, for the blocks and not for the head.
+
+    h [B, S, D] -> blocks([h; p]) without the last P,   p [P, D]
+
+They stand at the end, where they move no token, and every token of a stack that is not causal reads them.
+Backward keeps for them what the blocks keep for any token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from peftjax.backbone.rewriting import require_one_stack
+from peftjax.core.errors import PeftError
+
+STD = 0.02
+
+
+def init_prompts(key: Array, length: int, width: int) -> Float[Array, "P D"]:
+    """N(0, 0.02²), float32."""
+    return STD * jax.random.normal(key, (length, width))
+
+
+def with_prompts(who: str, backbone: Any) -> Any:
+    """The backbone whose blocks read `params[who]["prompts"]` after the tokens.
+
+    Raises:
+        PeftError: it is causal or an encoder-decoder.
+    """
+    require_one_stack(who, backbone, "its two stacks have no common row of tokens for prompts")
+    if backbone.block.config.causal:
+        raise PeftError(f"{who}: prompts come last, and no token of a causal stack reads them; use pj.prefix")
+    return dataclasses.replace(backbone, stack=PromptStack(who, backbone.stack))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStack:
+    """Runs the blocks on the tokens and the prompts.
+
+    Attributes:
+        name: of the method.
+        inner: the stack as it was.
+    """
+
+    name: str
+    inner: Any
+
+    def run(
+        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: dict[str, Any], key: Any
+    ) -> Float[Array, "B S D"]:
+        """What `inner` gives for the tokens."""
+        if "segments" in context:
+            raise PeftError(f"{self.name}: prompts are of a whole row, and this one has several texts in it")
+        batch, length, width = hidden.shape
+        prompts = params[self.name]["prompts"].astype(hidden.dtype)
+        rows = jnp.broadcast_to(prompts, (batch, len(prompts), width))
+        if "mask" in context:
+            seen = jnp.ones((batch, len(prompts)), bool)
+            context = {**context, "mask": jnp.concatenate([context["mask"], seen], axis=1)}
+        out = self.inner.run(model, params, jnp.concatenate([hidden, rows], axis=1), context, key)
+        return out[:, :length]
+
+    def empty_cache(self, *_: Any) -> Any:
+        """Raise: a stack that is not causal does not generate."""
+        raise PeftError(f"{self.name}: prompts are for encoders, which do not generate")
+
+    run_cached = empty_cache

@@ -1,0 +1,1 @@
+"""Methods that change what the backward pass keeps."""

@@ -1,0 +1,1 @@
+"""Blocks whose inputs are recomputed from their outputs."""

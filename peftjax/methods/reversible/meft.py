@@ -1,0 +1,240 @@
+"""MEFT: a pre-trained transformer made reversible by inserting adapters.
+
+Liao, Tan and Monz, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient Fine-Tuning",
+NeurIPS 2023, arXiv 2306.00477.
+
+Two streams x1, x2 [B, S, D], which both start as the embeddings, go through layers that can be inverted:
+
+    y1 = λ x1 + F(x2)        y2 = β x2 + G(y1)        output (x1 + x2) / 2
+
+    variant   F                            G                               next (x1, x2)   λ     β
+    1         the layer, adapter a         adapter r                       (y2, y1)        0.1   1
+              beside its feed-forward
+    2         adapter r                    the layer, as F of variant 1    (y2, y1)        1     0.1
+    3         attention, adapter after     feed-forward, adapter a         (y1, y2)        0.1   0.1
+              its output                   beside it
+
+An adapter is u -> f(u W_down + b) W_up + b', W_down [D, r], W_up [r, D] (see `bottleneck`). With small
+adapters and λ (or β) the streams stay close to the states of the pre-trained model, where training starts.
+
+Trained: 2 (2 D r + D + r) numbers a layer, and half as many more in variant 3 where a layer has
+cross-attention. W_down and W_up start as N(0, 0.02²), as released, and not as zero: the first outputs are
+near the pre-trained model's, not equal.
+
+Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
+[B, S, D] each, and keys of dropout; it makes a layer's inputs again from its outputs, and the layer once more
+with its derivative. With `anchor_every=0` that does not grow with the number of layers. The backbone's
+`remat` policy and `unroll` are for layers above `num_reversible`: a reversible one is made again in any case.
+
+The inverse divides by λ and β, so that its rounding errors grow with every layer by about the layer's
+Lipschitz constant over λ (variant 3: over λ β). The largest relative error of an adapter's gradient in one
+layer beside ordinary backpropagation, float32, the larger of two models (12 random post-norm layers of width
+256; the 6 of all-MiniLM-L6-v2), by `anchor_every`; 0 is the 12 random layers alone:
+
+    variant, λ, β           2       3       4       6       0
+    1, 0.1, 1            2e-6    2e-5    3e-5    1e-2    9e+0
+    2, 1, 0.1            5e-6    4e-5    9e-5    3e-2    7e+0
+    3, 0.1, 0.1          3e-5    3e-3    1e-1    3e+0    1e+0
+    1, 0.5, 1            6e-7       -    8e-7    8e-6    9e-5
+    2, 1, 0.5            8e-7       -    1e-6    1e-5    1e-4
+    3, 0.5, 0.5          1e-6       -    3e-6    2e-4    2e-1
+    3, 0.7, 0.7          6e-7       -    1e-6    1e-5    2e-4
+
+The defaults, 4, 3 and 2, keep it below 1e-3. In bfloat16, where rounding alone makes 1e-2, errors of the
+released settings grow beyond that sooner, and the defaults are 2, 1 and 1: 1 inverts nothing and keeps every
+layer's streams, more than `remat` does without MEFT. What keeps less is a gentler λ or β, at the price of a
+start that is farther from the pre-trained model; `meft_check` tells for a model, a batch and an adapter how
+far `anchor_every` may go, and a training run warns where it goes too far.
+
+Differences: the paper's code is for BERT, where all norms come after the branches; here other norm orders are
+run as they are, and so is cross-attention, which is part of the attention and adapted like it. The released
+code calls λ = β = 0.1 its defaults, but its scripts use the table's; so does this. There are no anchors in
+the paper.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from peftjax.backbone.rewriting import add_to_blocks, require_scan, rewrite_stacks, stacks_of
+from peftjax.core.errors import PeftError
+from peftjax.methods._targets import key_for
+from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Adapters, Bottleneck
+from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
+from peftjax.methods.reversible.check import warn_of_inexact
+from peftjax.ops.reversible import Coupling
+from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+
+NAME = "meft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs between MEFT 1, 2 and 3.
+
+    Attributes:
+        f: F.
+        g: G.
+        coupling: with the released λ and β.
+        anchor_every: the default where the backbone computes in float32, and where in a shorter dtype.
+        adapters: the form of each adapter by its place.
+    """
+
+    f: Part
+    g: Part
+    coupling: Coupling
+    anchor_every: tuple[int, int]
+    adapters: dict[str, str]
+
+
+_OF_LAYER = {"feed_forward": "parallel", ADAPTER: "sequential"}
+VARIANTS = {
+    1: Variant("block", ADAPTER, Coupling(0.1, 1.0, swap=True), (4, 2), _OF_LAYER),
+    2: Variant(ADAPTER, "block", Coupling(1.0, 0.1, swap=True), (3, 1), _OF_LAYER),
+    3: Variant(
+        "attention",
+        "feed_forward",
+        Coupling(0.1, 0.1, swap=False),
+        (2, 1),
+        {"attention": "sequential", "feed_forward": "parallel"},
+    ),
+}
+# Names of a model's activations that a bottleneck knows by another one.
+_SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+
+
+def meft(
+    *,
+    variant: int = 1,
+    size: int = 8,
+    lam: float | None = None,
+    beta: float | None = None,
+    anchor_every: int | None = None,
+    num_reversible: int | None = None,
+    activation: str | None = None,
+    dropout: float = 0.0,
+) -> Transform:
+    """A reversible stack by inserted adapters (arXiv 2306.00477).
+
+    Args:
+        variant: 1, 2 or 3, what F and G are.
+        size: r, the width of an adapter.
+        lam: λ; default that of the variant.
+        beta: β; default that of the variant.
+        anchor_every: how many layers lie between two pairs of streams that are kept; 0 keeps the last
+            pair alone, 1 inverts nothing; default that of the variant.
+        num_reversible: how many layers, from the lowest on, are reversible; those above run by ordinary
+            backpropagation, on a copy of their parameters unless they are all; default all.
+        activation: "relu", "gelu", "gelu_new", "silu" or "tanh"; default that of the model's
+            feed-forward, "gelu" where it is none of these.
+        dropout: of the adapters, after the activation.
+
+    Raises:
+        PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's or
+            another method runs its blocks already.
+    """
+    if variant not in VARIANTS:
+        raise PeftError(f"{NAME}: variant {variant!r} is not 1, 2 or 3")
+    chosen = VARIANTS[variant]
+    coupling = Coupling(
+        chosen.coupling.lam if lam is None else lam,
+        chosen.coupling.beta if beta is None else beta,
+        chosen.coupling.swap,
+    )
+    _require_valid(coupling, anchor_every, num_reversible)
+    shapes = {
+        place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout, init_as="bert")
+        for place, form in chosen.adapters.items()
+    }
+    alone = shapes.pop(ADAPTER, None)
+    inside = Adapters(**shapes)
+    for part in (inside, alone):
+        if part is not None:
+            part.require_valid(NAME)
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        trainable: dict[str, Any] = {}
+        for stack in stacks_of(NAME, params):
+            trainable[stack.name] = inside.init(key, stack)
+            if alone is not None:
+                own_key = key_for(key, f"{stack.name}/{ADAPTER}")
+                trainable[stack.name][ADAPTER] = alone.init(own_key, stack.num_layers, stack.width)
+        return Frozen(params), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        added = {}
+        for number, stack in enumerate(stacks_of(NAME, frozen.params)):
+            added[stack.name] = dict(trainable[stack.name])
+            if key is not None and dropout:
+                keys = jax.random.split(jax.random.fold_in(key, number), stack.num_layers)
+                added[stack.name]["key"] = keys
+        return add_to_blocks(NAME, frozen.params, added)
+
+    def model(forward: Forward) -> Forward:
+        def rewrite(backbone: Any) -> Any:
+            require_scan(NAME, backbone)
+            of_float32, of_shorter = chosen.anchor_every
+            every = of_float32 if backbone.dtype == "float32" else of_shorter
+            every = every if anchor_every is None else anchor_every
+            name = activation or _activation_of(backbone)
+            block = AdapterBlock(backbone.block, NAME, _activated(inside, name))
+            own = None if alone is None else dataclasses.replace(alone, activation=name)
+            stack = ReversibleStack(
+                NAME, chosen.f, chosen.g, coupling, every, own, num_reversible, backbone.stack
+            )
+            return dataclasses.replace(backbone, block=block, stack=stack)
+
+        return rewrite_stacks(NAME, forward, rewrite)
+
+    config = {
+        "variant": variant,
+        "size": size,
+        "lam": coupling.lam,
+        "beta": coupling.beta,
+        "anchor_every": anchor_every,
+        "num_reversible": num_reversible,
+        "activation": activation,
+        "dropout": dropout,
+    }
+    return Transform(NAME, config, init, apply, model, checks=(warn_of_inexact,))
+
+
+def _require_valid(coupling: Coupling, every: int | None, num_reversible: int | None) -> None:
+    for name, value in (("lam", coupling.lam), ("beta", coupling.beta)):
+        if not value > 0.0:
+            raise PeftError(f"{NAME}: {name} must be positive, or nothing could be inverted; got {value}")
+    for name, number in (("anchor_every", every), ("num_reversible", num_reversible)):
+        if number is not None and number < 0:
+            raise PeftError(f"{NAME}: {name} must be 0 or more, got {number}")
+
+
+def _activated(adapters: Adapters, activation: str) -> Adapters:
+    """The adapters with that activation."""
+    parts = {"attention": adapters.attention, "feed_forward": adapters.feed_forward}
+    changed = {
+        branch: dataclasses.replace(part, activation=activation)
+        for branch, part in parts.items()
+        if part is not None
+    }
+    return Adapters(**changed)
+
+
+def _activation_of(backbone: Any) -> str:
+    name = getattr(backbone.block.config, "activation", None)
+    name = _SAME_ACTIVATION.get(name, name)
+    return name if name in ACTIVATIONS else "gelu"
+
+
+METHOD = MethodInfo(
+    name=NAME,
+    factory=meft,
+    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
+    trains="2 (2 D r + D + r) a layer",
+    keeps="two float32 streams every few layers, and nothing of a layer",
+    mergeable=False,
+    example={"size": 2},
+    starts_as_base=False,
+    of_blocks=True,
+)

@@ -1,0 +1,141 @@
+"""Plain selection: train some parameters as they are, freeze the rest.
+
+    trainable = {path: parameter}        frozen = everything else
+
+`unfreeze` names what is trained, `freeze` what is not; BitFit (Ben Zaken et al., ACL 2022, arXiv
+2106.10199) trains the biases only, `full` everything. The backward pass keeps what the gradient of each
+trained parameter needs: for a bias nothing, for a kernel its input.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.weights.base import Weight
+
+
+def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
+    """Train the matched parameters themselves.
+
+    Args:
+        targets: a regular expression over whole names, or a list of names or path suffixes; a module's
+            name stands for every parameter in it, so `["classifier"]` is the classifier's kernel and
+            bias (and never those of `my_classifier`).
+        exclude: the same forms; wins.
+
+    Raises:
+        PeftError: in `init`, when nothing, or only part of a list, is matched, or a match is a
+            structured weight.
+    """
+    return _selection("unfreeze", {"targets": targets, "exclude": exclude}, targets, exclude)
+
+
+def freeze(targets: Targets) -> Transform:
+    """Train every floating-point parameter but the matched ones; `targets` as in `unfreeze`."""
+    return _selection("freeze", {"targets": targets}, ".*", targets)
+
+
+def full() -> Transform:
+    """Train every floating-point parameter."""
+    return _selection("full", {}, ".*", None)
+
+
+def bitfit() -> Transform:
+    """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them."""
+
+    def find(params: Any) -> list[str]:
+        found = tree.biases(params)
+        if not found:
+            raise PeftError("bitfit: target 'bias' matched no parameter, nor did 'b' or 'offset'")
+        return found
+
+    return _training("bitfit", {}, find)
+
+
+def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None) -> Transform:
+    def find(params: Any) -> list[str]:
+        _say_complex(name, params)
+        return tree.select(
+            params,
+            targets,
+            who=name,
+            exclude=exclude,
+            eligible=_is_floating,
+            names=tree.names_of_parameter,
+        )
+
+    return _training(name, config, find)
+
+
+def _say_complex(name: str, params: Any) -> None:
+    """Warn of complex weights, which no method trains: their gradients would have to be conjugated."""
+    for path, leaf in tree.named_leaves(params).items():
+        if tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            warnings.warn(f"{name}: {path!r} is {leaf.dtype} and stays frozen", stacklevel=4)
+
+
+def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[str]]) -> Transform:
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        paths = find(params)
+        leaves = tree.named_leaves(params)
+        for path in paths:
+            if isinstance(leaves[path], Weight):
+                raise PeftError(
+                    f"{name}: {path!r} is already a {type(leaves[path]).__name__}; exclude it here "
+                    "or from the method before"
+                )
+        taken, rest = tree.partition(params, paths)
+        return Frozen(rest), taken
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
+        return tree.join(frozen.params, trainable)
+
+    return Transform(name, config, init, apply)
+
+
+def _is_floating(path: str, leaf: Any) -> bool:
+    return not isinstance(leaf, tree.Hole) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+METHODS = (
+    MethodInfo(
+        name="full",
+        factory=full,
+        paper="full fine-tuning",
+        trains="everything",
+        keeps="every layer's input",
+        quantized_base=False,
+    ),
+    MethodInfo(
+        name="bitfit",
+        factory=bitfit,
+        paper="BitFit, Ben Zaken et al. 2022, arXiv 2106.10199",
+        trains="the biases",
+        keeps="nothing for a linear layer",
+    ),
+    MethodInfo(
+        name="unfreeze",
+        factory=unfreeze,
+        paper="plain selection of parameters",
+        trains="the matched parameters",
+        keeps="the inputs of matched kernels",
+        example={"targets": r".*(head|norm|scale|bias).*"},
+        quantized_base=False,
+    ),
+    MethodInfo(
+        name="freeze",
+        factory=freeze,
+        paper="plain selection of parameters",
+        trains="all but the matched parameters",
+        keeps="the inputs of trained kernels",
+        example={"targets": r".*bias"},
+        quantized_base=False,
+    ),
+)

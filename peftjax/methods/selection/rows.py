@@ -1,0 +1,83 @@
+"""Trainable rows: train the embeddings of chosen tokens, every other row bit-equal.
+
+    E'[t] = values[i]  where t = rows[i],   E'[t] = E[t]  otherwise;   a tied output layer follows
+
+Trained: n·dim numbers for n rows. Backward keeps nothing for lookups. This is what new special tokens
+need; the whole table is neither copied nor given optimizer state.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.weights.known_layout import layout_of
+from peftjax.weights.rows import TrainedRows, rows_of
+
+
+def rows(
+    indices: Sequence[int],
+    *,
+    targets: Targets = r".*embedding",
+    exclude: Targets | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> Transform:
+    """Train chosen rows of the matched matrices `[rows, dim]`.
+
+    Args:
+        indices: row numbers, e.g. token ids.
+        targets: as in `lora`; by default every parameter called 'embedding'.
+        exclude: the same forms; wins.
+        layouts: axes by pattern; the input axis ('i') is the one whose rows are meant.
+
+    Raises:
+        PeftError: here for repeated, negative or no indices; in `init` when a row lies outside a
+            matrix or a target is not a matrix.
+    """
+    chosen = tuple(int(index) for index in indices)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise PeftError(f"rows: give distinct, non-negative row numbers, got {list(indices)[:10]}")
+    config = {"indices": list(chosen), "targets": targets, "exclude": exclude, "layouts": layouts}
+
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        leaves = tree.named_leaves(params)
+        paths = tree.select(params, targets, who="rows", exclude=exclude)
+        tree.require_patterns_used("rows", layouts, paths)
+        plan = tuple((path, layout_of(path, leaves, layouts)) for path in paths)
+        trainable = {}
+        for path, layout in plan:
+            if sorted(layout.letters) != ["i", "o"]:
+                raise PeftError(f"rows: {path!r} has axes {layout.letters!r}; a matrix is needed")
+            if max(chosen) >= layout.matrix[0]:
+                raise PeftError(
+                    f"rows: {path!r} has {layout.matrix[0]} rows, row {max(chosen)} is not among them"
+                )
+            trainable[path] = {"values": rows_of(leaves[path], layout, jnp.asarray(chosen))}
+        return Frozen(params, {}, plan), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
+        leaves = tree.named_leaves(frozen.params)
+        return tree.replace(
+            frozen.params,
+            {
+                path: TrainedRows(leaves[path], trainable[path]["values"], jnp.asarray(chosen), layout)
+                for path, layout in frozen.plan
+            },
+        )
+
+    return Transform("rows", config, init, apply)
+
+
+METHOD = MethodInfo(
+    name="rows",
+    factory=rows,
+    paper="trainable rows of an embedding",
+    trains="n·dim",
+    keeps="nothing for lookups",
+    example={"indices": [1, 3]},
+)

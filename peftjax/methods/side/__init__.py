@@ -1,0 +1,1 @@
+"""Networks beside a backbone that no gradient goes through."""

@@ -1,0 +1,244 @@
+"""A stack of blocks that is read by a smaller one beside it, and trained no further: see `lst`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from peftjax.core.errors import PeftError
+from peftjax.methods.side._side_pruning import kept_count
+from peftjax.methods.side._side_start import used_layers
+
+Params = dict[str, Any]
+Context = dict[str, Any]
+DropoutKey = Key[Array, ""] | None
+# Recomputed, so that no copy of a kernel in another dtype is kept.
+recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """Runs the backbone's blocks, and beside them those of the side network, `params[name]`.
+
+    First the backbone as far as it is read, its states after every used layer set aside; then the side
+    network over those. The two are apart so that any set of layers is two scans, and so that a step of
+    the backbone is a program without anything trained in it.
+
+    Attributes:
+        name: of the method.
+        plain: the stack in whose place this one is.
+        reduction: r.
+        side_layers: the layers that are read; None is all.
+        gated: whether a trained gate weighs the stream and what comes from the backbone, or they are added.
+        temperature: T of the gates.
+        merge_last: whether the backbone's last states are mixed into the outputs.
+        backbone_dropout: whether the backbone drops out while it is trained.
+        encodes: whether it is the stack of an encoder that a decoder reads.
+    """
+
+    name: str
+    plain: Any
+    reduction: int
+    side_layers: Sequence[int] | None
+    gated: bool
+    temperature: float
+    merge_last: bool
+    backbone_dropout: bool
+    encodes: bool = False
+
+    def run(
+        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: DropoutKey
+    ) -> Any:
+        """What the head reads [B, S, D]; of an encoder that a decoder reads, the last states of both."""
+        side, side_params = self.side_of(model, params)
+        key, side_key, end_key = (None, None, None) if key is None else jax.random.split(key, 3)
+        context, side_context = self._contexts(context)
+        backbone_key = key if self.backbone_dropout else None
+        first = jax.lax.stop_gradient(hidden)
+
+        def read(layer: Any, hidden: Array, state: None) -> tuple[Array, None]:
+            return model.run_layer(layer, hidden, context), state
+
+        last, kept, _ = self._read(model, params, first, backbone_key, read, None)
+
+        def body(stream: Array, rung: tuple[Any, ...]) -> tuple[Array, None]:
+            layer, *joint = rung
+            return side.run_layer(layer, self._join(stream, *joint), side_context), None
+
+        rungs = self._rungs(side, side_params, kept, side_key)
+        stream = _linear(side_params["first"], first)
+        stream = jax.lax.scan(side.checkpointed(body), stream, rungs, unroll=model.unroll)[0]
+        return self._end(side, side_params, stream, last, end_key)
+
+    def empty_cache(self, model: Any, params: Params, hidden: Array, context: Context) -> Params:
+        """A cache of each of the two."""
+        side, side_params = self.side_of(model, params)
+        context, side_context = self._contexts(context)
+        shorter = dataclasses.replace(model, num_layers=self._depth(model))
+        stream = jax.eval_shape(_linear, side_params["first"], hidden)
+        stream = jnp.zeros(stream.shape, stream.dtype)
+        return {
+            "backbone": self.plain.empty_cache(shorter, params, hidden, context),
+            "side": self.plain.empty_cache(side, {"blocks": side_params["layers"]}, stream, side_context),
+        }
+
+    def run_cached(
+        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Params
+    ) -> tuple[Any, Params]:
+        """`run` for further tokens, and the two caches with them."""
+        side, side_params = self.side_of(model, params)
+        context, side_context = self._contexts(context)
+
+        def read(layer: Any, hidden: Array, cache: Any) -> tuple[Array, Any]:
+            return model.run_layer_cached(layer, hidden, context, cache)
+
+        last, kept, backbone = self._read(model, params, hidden, None, read, cache["backbone"])
+
+        def body(carry: tuple[Array, Any], rung: tuple[Any, ...]) -> tuple[Any, None]:
+            (stream, cache), (layer, *joint) = carry, rung
+            return side.run_layer_cached(layer, self._join(stream, *joint), side_context, cache), None
+
+        rungs = self._rungs(side, side_params, kept, None)
+        carry = _linear(side_params["first"], hidden), cache["side"]
+        (stream, of_side), _ = jax.lax.scan(body, carry, rungs, unroll=model.unroll)
+        outputs = self._end(side, side_params, stream, last, None)
+        return outputs, {"backbone": backbone, "side": of_side}
+
+    def side_of(self, model: Any, params: Params) -> tuple[Any, Params]:
+        """The side network as a backbone of its own, whose blocks are the model's but for their sizes.
+
+        Raises:
+            PeftError: another method changes the blocks; the family is not one of those it knows.
+        """
+        if hasattr(model.block, "added_as"):
+            raise PeftError(
+                f"chain: {model.block.added_as!r} changes the blocks of the backbone, which no gradient "
+                f"reaches beside the side network of {self.name!r}; leave one of the two out"
+            )
+        own, config, used = params[self.name], model.block.config, self._used(model)
+        if (config.norm_order == "post") != ("norm" not in own):
+            raise PeftError(
+                f"{self.name}: blocks of norm order {config.norm_order!r} and a head "
+                f"{'with' if 'norm' in own else 'without'} a norm are not one of the families it knows"
+            )
+        smaller = dataclasses.replace(
+            config,
+            width=own["first"]["bias"].shape[0],
+            head_dim=kept_count(config.head_width, self.reduction),
+            inner_size=kept_count(config.inner_size, self.reduction),
+        )
+        rows = np.asarray(used)
+        side = dataclasses.replace(
+            model,
+            block=model.block.clone(config=smaller),
+            num_layers=len(used),
+            per_layer={name: np.asarray(values)[rows] for name, values in model.per_layer.items()},
+            stack=self.plain,
+            encoder=None,
+        )
+        return side, own
+
+    def _used(self, model: Any) -> tuple[int, ...]:
+        return used_layers(self.name, self.side_layers, model.num_layers)
+
+    def _depth(self, model: Any) -> int:
+        """How many layers of the backbone are run: none whose states are not read."""
+        whole = self.encodes or self.merge_last
+        return model.num_layers if whole else self._used(model)[-1] + 1
+
+    def _contexts(self, context: Context) -> tuple[Context, Context]:
+        """What the backbone's blocks share, and what the side's do."""
+        own = context.get(self.name, {})
+        context = {name: value for name, value in context.items() if name != self.name}
+        side = {**context, **own}
+        for name in ("rotation", "local_rotation"):
+            if name in context:
+                # Every r-th angle of a head is the angles of a head r times smaller.
+                side[name] = jax.tree.map(lambda angles: angles[..., :: self.reduction], context[name])
+        encoded = context.get("encoded")
+        if isinstance(encoded, Mapping):
+            context, side["encoded"] = {**context, "encoded": encoded["backbone"]}, encoded["side"]
+        return context, side
+
+    def _read(
+        self, model: Any, params: Params, hidden: Array, key: DropoutKey, run: Any, state: Any
+    ) -> tuple[Array, Float[Array, "n B S D"], Any]:
+        """The backbone's last states, those after each used layer, and its state (a cache).
+
+        A layer that is not read writes where the next one that is will write over it.
+        """
+        used, depth = self._used(model), self._depth(model)
+        layers = model.layers(params, key)
+        slots = jnp.asarray(np.searchsorted(used, np.arange(used[-1] + 1)))
+
+        def body(carry: tuple[Any, ...], step: tuple[Any, Array]) -> tuple[Any, None]:
+            (hidden, state, kept), (layer, slot) = carry, step
+            hidden, state = run(layer, hidden, state)
+            return (hidden, state, jax.lax.dynamic_update_index_in_dim(kept, hidden, slot, 0)), None
+
+        def rest(carry: tuple[Any, Any], layer: Any) -> tuple[Any, None]:
+            return run(layer, *carry), None
+
+        part = functools.partial(_rows, layers, model.num_layers)
+        kept = jnp.zeros((len(used), *hidden.shape), hidden.dtype)
+        carry = hidden, state, kept
+        read = part(0, used[-1] + 1), slots
+        (hidden, state, kept), _ = jax.lax.scan(body, carry, read, unroll=model.unroll)
+        if depth > used[-1] + 1:
+            unread = part(used[-1] + 1, depth)
+            (hidden, state), _ = jax.lax.scan(rest, (hidden, state), unread, unroll=model.unroll)
+        return jax.lax.stop_gradient(hidden), jax.lax.stop_gradient(kept), state
+
+    def _rungs(self, side: Any, params: Params, kept: Array, key: DropoutKey) -> tuple[Any, ...]:
+        """What differs between the layers of the side network."""
+        layers = side.layers({"blocks": params["layers"]}, key)
+        return layers, params["down"], kept, params.get("gate")
+
+    def _join(
+        self, stream: Float[Array, "B S d"], down: Params, feature: Float[Array, "B S D"], gate: Any
+    ) -> Float[Array, "B S d"]:
+        """The stream with what comes down from the backbone."""
+
+        @recompute
+        def joined(stream: Array, down: Params, feature: Array, gate: Any) -> Array:
+            below = _product(down, feature)
+            return stream + below if gate is None else self._mixed(gate, stream, below)
+
+        return joined(stream, down, feature, gate)
+
+    def _mixed(self, gate: Array, one: Array, other: Array) -> Array:
+        share = jax.nn.sigmoid(gate / self.temperature).astype(one.dtype)
+        return share * one + (1 - share) * other
+
+    def _end(self, side: Any, params: Params, stream: Array, last: Array, key: DropoutKey) -> Any:
+        if "norm" in params:
+            variables = {"params": {"attention_norm": params["norm"]}}
+            stream = side.block.apply(variables, stream, method="normalize_attention")
+        if self.encodes:
+            rngs = {} if key is None else {"dropout": key}
+            # What follows the norm in the head of the encoder.
+            dropped = side.block.apply({}, stream, method=lambda b, x: b.attention_dropout(x), rngs=rngs)
+            return {"backbone": last, "side": dropped}
+        up = _linear(params["up"], stream)
+        return self._mixed(params["merge"], up, last) if self.merge_last else up
+
+
+def _rows(layers: Any, count: int, start: int, stop: int) -> Any:
+    """Layers [start, stop) of `count`."""
+    if stop - start == count:
+        return layers
+    return jax.tree.map(lambda leaf: leaf[start:stop], layers)
+
+
+def _product(linear: Params, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+    return x @ linear["kernel"].astype(x.dtype) + linear["bias"].astype(x.dtype)
+
+
+_linear = recompute(_product)

@@ -1,0 +1,204 @@
+"""UniPT: one parallel network that reads every layer of a frozen backbone, in no order.
+
+Diao et al. 2024, arXiv 2308.14316. From the states H_0 ... H_L [B, S, D] of the embeddings and the layers,
+with d = D / factor:
+
+    T_l = LN(H_l W_l + b_l)  [B, S, d]            A_l = relu(Q T_l^T) over visible keys, rows over their sum
+    Q   = T_L                                     R   = Σ_l c_l (A_l + I) T_l
+    c   = softmax_l( w · (mean(Q) * mean(T_l)) )  l = 0 ... L-1;  the means over visible tokens
+    out = relu(Q + LN(R W + b)) W_up + b_up  [B, S, D]            what the model's head reads
+
+No scale, no softmax over keys; a query that no key answers has a row of zeros, and R_l = T_l there. In a
+decoder a token sees those before it, in A and in the means, and the cache has T_l and Q of the tokens so
+far.
+
+The variants are those of the released task trees, of which each output is given for every token:
+
+    vse         as above (texts of VSE-infty)
+    clip4clip   T_l = relu(H_l) W_l + b_l, aggregated with l = L; Q has weights of its own, as every
+                token's c has, softmax_l( w · (Q * mean(T_l)) ), and out = H_L + relu(R) W_up + b_up
+    clip_vil    LN(relu(R W_1 + b_1) W_2 + b_2) with W_1 [d, D] before the sum, and no relu after it
+
+Trained: all of that, D d + d (+ 2 d) a layer. Backward keeps H_l and T_l of every layer, D + d numbers a
+token, and Q, R; A_l is made again. Nothing in the backbone is kept, or can be trained beside it.
+
+Defaults of the released code: factor 2 and torch's initial values, none of them zero, so that a fresh
+output is random (of clip4clip, near H_L). Its scalar b_0 beside w cancels in the softmax and is left out.
+The sum of a row is bounded from below by 1e-8 (clip4clip: 1e-6), to which other trees add. Its images of
+several scales (V2) and the decoder of MDETR (V5) have no counterpart in a backbone; an encoder-decoder has
+two stacks, for which nothing was released.
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from peftjax.backbone.rewriting import (
+    require_backbone,
+    require_nothing_trained,
+    require_one_stack,
+    require_scan,
+    stacks_of,
+)
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import nearest
+from peftjax.methods.side._features import (
+    Context,
+    linear_init,
+    norm_init,
+    states_of,
+    states_of_cached,
+    visible_tokens,
+)
+from peftjax.methods.side._parallel_network import (
+    VARIANTS,
+    Variant,
+    aggregate,
+    confidence,
+    narrow_states,
+    output,
+)
+from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+
+NAME = "unipt"
+
+
+def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
+    """A parallel network beside the frozen backbone, whose output goes to its head (arXiv 2308.14316).
+
+    `out = relu(Q + LN(R W + b)) W_up + b_up`, R = Σ_l c_l (A_l + I) T_l.
+
+    Args:
+        factor: d = D / factor is the network's width.
+        variant: "vse", "clip4clip" or "clip_vil".
+
+    Raises:
+        PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with one
+            stack of blocks.
+    """
+    if variant not in VARIANTS:
+        raise PeftError(f"{NAME}: variant {variant!r} is unknown; closest: {nearest(variant, VARIANTS)}")
+    if factor < 1:
+        raise PeftError(f"{NAME}: factor must be 1 or more, got {factor}")
+    config = {"factor": factor, "variant": variant}
+    kind = VARIANTS[variant]
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        stack = stacks_of(NAME, params)[0]
+        _require_one_stack(params)
+        width, inner = stack.width, stack.width // factor
+        if not inner:
+            raise PeftError(f"{NAME}: factor {factor} is larger than the model's width {width}")
+        keys = jax.random.split(key, 5)
+        trainable = {
+            "down": linear_init(keys[0], (stack.num_layers,), width, inner),
+            "last": linear_init(keys[1], (), width, inner),
+            "confidence": linear_init(keys[2], (), inner, 1)["kernel"][:, 0],
+            "up": linear_init(keys[3], (), inner, width),
+        }
+        return Frozen(params), trainable | _own_parts(kind, keys[4], stack.num_layers, width, inner)
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        return {**frozen.params, NAME: trainable}
+
+    def model(forward: Forward) -> Forward:
+        require_backbone(NAME, forward)
+        require_scan(NAME, forward)
+        _require_one_stack(forward)
+        return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
+
+    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, review=review)
+
+
+def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:
+    """The parameters that not every variant has."""
+    first, second = jax.random.split(key)
+    if kind.of_clip:
+        return {"anchor": linear_init(first, (), width, inner)}
+    wide = width if kind.projection == "bottleneck" else inner
+    project = {"linear": linear_init(first, (), inner, wide), "norm": norm_init((), inner)}
+    if kind.projection == "bottleneck":
+        project["contract"] = linear_init(second, (), wide, inner)
+    return {"down_norm": norm_init((layers,), inner), "last_norm": norm_init((), inner), "project": project}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelStack:
+    """The frozen blocks and the network beside them, whose output is what the head reads.
+
+    Attributes:
+        kind: the network's form.
+        inner: the stack as it was, which knows the blocks' cache.
+    """
+
+    name: ClassVar[str] = NAME
+    kind: Variant
+    inner: Any
+
+    def run(
+        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: Any
+    ) -> Float[Array, "B S D"]:
+        """`out`; the blocks drop out as they do alone."""
+        own = params[NAME]
+        last, states = states_of(model, params, hidden, context, key)
+        anchor, tokens = narrow_states(self.kind, own, last, states)
+        visible = visible_tokens(model, context, hidden.shape[1], hidden.shape[1])
+        shares = confidence(own["confidence"], anchor, tokens, visible, own_anchor=self.kind.of_clip)
+        mixed = aggregate(anchor, tokens, tokens, shares, visible, self.kind.smallest_sum)
+        return output(self.kind, own, last, anchor, mixed)
+
+    def empty_cache(
+        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context
+    ) -> dict[str, Any]:
+        """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
+        inner, slots = params[NAME]["confidence"].shape[0], context["mask"].shape[1]
+        count = model.num_layers + self.kind.of_clip
+        cache = {
+            "blocks": self.inner.empty_cache(model, params, hidden, context),
+            "tokens": jnp.zeros((count, len(hidden), slots, inner), hidden.dtype),
+        }
+        if not self.kind.of_clip:
+            cache["anchor"] = jnp.zeros((len(hidden), slots, inner), hidden.dtype)
+        return cache
+
+    def run_cached(
+        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Any
+    ) -> tuple[Float[Array, "B S D"], dict[str, Any]]:
+        """`run` for further tokens."""
+        own, length = params[NAME], hidden.shape[1]
+        last, blocks, states = states_of_cached(model, params, hidden, context, cache["blocks"])
+        anchor, tokens = narrow_states(self.kind, own, last, states)
+
+        def written(slots: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, context["cache_index"], slots.ndim - 2)
+
+        further, keys = {"blocks": blocks}, written(cache["tokens"], tokens)
+        visible = visible_tokens(model, context, length, keys.shape[2])
+        anchors = anchor
+        if not self.kind.of_clip:
+            further["anchor"] = anchors = written(cache["anchor"], anchor)
+        shares = confidence(own["confidence"], anchors, keys, visible, own_anchor=self.kind.of_clip)
+        mixed = aggregate(anchor, tokens, keys, shares, visible, self.kind.smallest_sum)
+        return output(self.kind, own, last, anchor, mixed), {**further, "tokens": keys}
+
+
+def _require_one_stack(owner: Any) -> None:
+    require_one_stack(NAME, owner, "its form for two stacks was never released")
+
+
+METHOD = MethodInfo(
+    name=NAME,
+    factory=unipt,
+    paper="UniPT: universal parallel tuning, Diao et al. 2024, arXiv 2308.14316",
+    trains="(D + 3) d a layer, and 2 D d + d² for all, d = D / factor",
+    keeps="D + d numbers a token and layer beside the blocks, nothing in them",
+    mergeable=False,
+    example={"factor": 2},
+    starts_as_base=False,
+    of_blocks=True,
+)

@@ -1,0 +1,164 @@
+"""What SNELL and SNELLA share: factors, their start, thresholds, and the weight they make."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.kernels.kernelized_merge import KernelFunction, threshold
+from peftjax.methods._targets import Target, all_layers, find_targets, key_for, keys_of_matrices
+from peftjax.methods.sparse._budget import LEVEL
+from peftjax.transform.transform import Frozen, Trainable, Transform, all_slots_but
+from peftjax.weights.kernelized import Kernelized
+
+_WHERE = ("rank", "targets", "exclude", "layers", "layers_pattern", "rank_pattern", "layouts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelizedTarget(Target):
+    """A target with the map from its factors to its update, and the share that is pruned at the start."""
+
+    map: KernelFunction
+    sparsity: float
+
+
+def checked_options(name: str, given: Mapping[str, Any], **choices: Sequence[str]) -> dict[str, Any]:
+    """The options, layer numbers as a list.
+
+    Raises:
+        PeftError: an option is out of range, or none of its choices.
+    """
+    options = dict(given)
+    for option, known in choices.items():
+        if options[option] not in known:
+            raise PeftError(f"{name}: {option} must be one of {', '.join(known)}, got {options[option]!r}")
+    for option in ("rank", "heads"):
+        if options[option] < 1:
+            raise PeftError(f"{name}: {option} must be positive, got {options[option]}")
+    if not 0.0 <= options["dropout"] < 1.0:
+        raise PeftError(f"{name}: dropout must lie in [0, 1), got {options['dropout']}")
+    if options["layers"] is not None and not isinstance(options["layers"], int):
+        options["layers"] = [int(layer) for layer in options["layers"]]
+    return options
+
+
+def coefficients(options: Mapping[str, Any]) -> tuple[float, ...]:
+    """The heads' fixed coefficients, of alternating sign."""
+    return tuple(options["coefficient"] * (-1.0) ** head for head in range(options["heads"]))
+
+
+def kernelized(
+    name: str,
+    options: Mapping[str, Any],
+    map_of: Callable[[Target], tuple[KernelFunction, float]],
+    *,
+    check: Callable[[list[str]], None] | None = None,
+    start_of_scalars: Mapping[str, float],
+    steered: bool = False,
+    optimizer: Callable[..., optax.GradientTransformation] | None = None,
+) -> Transform:
+    """A method whose weights are `base + dW^s(a, b)`, as a `Transform`.
+
+    Args:
+        name: the method's name.
+        options: all of them, checked: what the transform can be made from again.
+        map_of: the map of a target and the share that is pruned at the start.
+        check: what to ask of the paths of the targets, before anything is made.
+        start_of_scalars: the start of the map's trained scalars.
+        steered: the share that is pruned is a slot of the trainable, set by the optimizer; else it is
+            part of the frozen state.
+        optimizer: the method's hook on the optimizer.
+    """
+    where = {option: options[option] for option in _WHERE}
+    heads, dropout = options["heads"], options["dropout"]
+
+    def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
+        targets = find_targets(params, who=name, **where)
+        if check is not None:
+            check([target.path for target in targets])
+        plan, trainable, state = [], {}, {}
+        for found in targets:
+            if found.rank % heads:
+                raise PeftError(
+                    f"{name}: rank {found.rank} of {found.path!r} does not split into {heads} heads; "
+                    "choose a multiple"
+                )
+            map, sparsity = map_of(found)
+            target = KernelizedTarget(**vars(found), map=map, sparsity=sparsity)
+            level = {} if map.mode == "none" else {LEVEL: jnp.full(target.stack, sparsity, jnp.float32)}
+            scalars = {s: jnp.full(target.stack, start_of_scalars[s], jnp.float32) for s in map.scalars}
+            factors = start_uniform(key_for(key, target.path), target, heads)
+            trainable[target.path] = {**factors, **scalars, **(level if steered else {})}
+            state[target.path] = {} if steered else level
+            plan.append(target)
+        return Frozen(params, state, tuple(plan)), trainable
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
+        leaves = tree.named_leaves(frozen.params)
+        rewritten = {}
+        for target in frozen.plan:
+            slots = {**frozen.state[target.path], **trainable[target.path]}
+            keys = keys_of_matrices(key, target) if dropout > 0.0 else None
+            rewritten[target.path] = _weight(leaves[target.path], target, slots, dropout, keys)
+        return tree.replace(frozen.params, rewritten)
+
+    hook = {} if optimizer is None else {"optimizer": optimizer}
+    moving = partial(all_slots_but, (LEVEL,))
+    return Transform(name, options, init, apply, moving=moving, **hook)
+
+
+def start_uniform(key: Array, target: Target, heads: int) -> dict[str, Array]:
+    """Both factors `[*stack, heads, q, n or m]`, `U(-1/√(n q), 1/√(n q))` and likewise with m, float32.
+
+    This is what PyTorch's kaiming_uniform_(a=√5) makes of the authors' arrays `[heads, n, q]`.
+    """
+    q = target.rank // heads
+    factors = {}
+    for name, own_key, size in zip("ab", jax.random.split(key), target.layout.matrix):
+        bound = 1.0 / math.sqrt(size * q)
+        shape = (*target.stack, heads, q, size)
+        factors[name] = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
+    return factors
+
+
+def _weight(
+    leaf: Any, target: KernelizedTarget, slots: Mapping[str, Array], dropout: float, key: Array | None
+) -> Kernelized:
+    """The weight of a target; layers of its stack that are not trained have an update of zero."""
+    scalars = {name: slots[name] for name in target.map.scalars}
+    t = None
+    if target.map.mode != "none":
+        level = jnp.clip(slots[LEVEL], 0.0, 1.0)
+        t = all_layers(thresholds(slots["a"], slots["b"], scalars, level, target.map), target)
+    # Factors of zero are at distance zero; with these scalars every map makes zeros of them.
+    spread = [all_layers(v, target, 1.0 if name == "gamma" else 0.0) for name, v in scalars.items()]
+    return Kernelized(
+        leaf,
+        all_layers(slots["a"], target),
+        all_layers(slots["b"], target),
+        target.layout,
+        target.map,
+        jnp.stack(spread, axis=-1) if spread else None,
+        t,
+        dropout if key is not None else 0.0,
+        key,
+    )
+
+
+@partial(jax.jit, static_argnums=4)
+def thresholds(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: KernelFunction) -> Array:
+    """A threshold for each matrix of the stack, one after the other: one update exists at a time."""
+    operands = lax.stop_gradient((a, b, dict(scalars), level))
+    stack = level.shape
+    if not stack:
+        return threshold(*operands, map)
+    flat = jax.tree.map(lambda value: value.reshape(-1, *value.shape[len(stack) :]), operands)
+    return lax.map(lambda one: threshold(*one, map), flat).reshape(stack)

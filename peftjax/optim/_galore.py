@@ -1,0 +1,134 @@
+"""GaLore: AdamW whose moments live in a slowly renewed low-rank subspace of each gradient matrix.
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv
+2403.03507. With P and R = P G of `peftjax.optim.projection`, at step t = 1, 2, ... for projected matrices
+
+    m ← b1 m + (1 - b1) R     v ← b2 v + (1 - b2) R²     N = m / (√v + eps)
+    W ← W - lr √(1 - b2ᵗ) / (1 - b1ᵗ) scale Pᵀ N
+    W ← W - lr wd W                                        of the W that the line before made
+
+and the same with P = I and scale 1 for all others. So the learning rate of a projected matrix is scale · lr,
+and the decay is not scaled. `order='optax'` has eps inside the bias correction, √(v / (1 - b2ᵗ)) + eps, and
+the decay of the W before the step, as `optax.adamw`.
+
+Kept per matrix: r · min(in, out) numbers of P and 2 r · max(in, out) moments, where Adam keeps 2 · in · out.
+
+Defaults are the released code's (T = 200, scale = 0.25, eps = 1e-6; lr 0.01 and r 128 at 60 M parameters).
+The released code rounds P to the gradient's dtype, here it is float32; its `reverse_std` (`side='larger'`)
+fails at r = min(in, out) for some shapes. At r = min(in, out) this is not AdamW, which depends on the basis
+that it is written in; momentum alone would be the same.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import Targets
+from peftjax.optim._adamw import decay_updated_weights, scale_by_released_adam
+from peftjax.optim.projection import project
+from peftjax.optim.refresh import Compressed, Method, Signs
+from peftjax.optim.rotation import Moments
+
+Order = Literal["released", "optax"]
+Mask = Any | Callable[[Any], Any] | None
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int,
+    every: int = 200,
+    scale: ArrayLike = 0.25,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike | None = None,
+    weight_decay: ArrayLike = 0.0,
+    decay_mask: Mask = None,
+    order: Order = "released",
+    side: Compressed = "smaller",
+    basis: Method = "auto",
+    signs: Signs = "largest",
+    moments: Moments = "keep",
+    targets: Targets = "all-linear",
+    exclude: Targets | None = None,
+    layouts: Mapping[str, str] | None = None,
+    dtype: DTypeLike = "float32",
+    strict: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on projected gradients (equations above, arXiv 2403.03507).
+
+    Its update needs the parameters and takes `refresh`, see `project`, which has the other options.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: r.
+        every: T, steps between two refreshes.
+        scale: of the steps of projected matrices.
+        b1: decay of the average gradient.
+        b2: decay of the average squared gradient.
+        eps: added to √v; by default 1e-6, and 1e-8 for the order of optax.
+        weight_decay: wd.
+        decay_mask: which parameters decay, as in optax; all of them by default.
+        order: 'released' or 'optax', of eps and decay.
+        side: compressed.
+        basis: how it is found.
+        signs: of its rows.
+        moments: what becomes of m and v on a refresh.
+        targets: projected; Adam's plain moments for all else.
+        exclude: the same forms; wins.
+        layouts: axes by pattern.
+        dtype: of P, m and v.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default they have Adam alone.
+
+    Raises:
+        PeftError: as `project`, or the order is neither.
+    """
+    tx = project(
+        scale_by_adam(b1, b2, eps, order),
+        rank=rank,
+        every=every,
+        scale=scale,
+        side=side,
+        basis=basis,
+        signs=signs,
+        moments=moments,
+        targets=targets,
+        exclude=exclude,
+        layouts=layouts,
+        dtype=dtype,
+        strict=strict,
+    )
+    return step_and_decay(tx, learning_rate, weight_decay, decay_mask, order)
+
+
+def scale_by_adam(
+    b1: ArrayLike, b2: ArrayLike, eps: ArrayLike | None, order: Order
+) -> optax.GradientTransformation:
+    """Adam in one of the two orders; without eps, the one usual there.
+
+    Raises:
+        PeftError: the order is neither.
+    """
+    if order == "optax":
+        return optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
+    if order != "released":
+        raise PeftError(f"galore: order must be 'released' or 'optax', got {order!r}")
+    return scale_by_released_adam(b1, b2, 1e-6 if eps is None else eps)
+
+
+def step_and_decay(
+    tx: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: ArrayLike,
+    decay_mask: Mask,
+    order: Order,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, then learning rate and weight decay in one of the two orders."""
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if order == "optax":
+        return optax.chain(tx, optax.add_decayed_weights(weight_decay, decay_mask), rate)
+    decay = decay_updated_weights(learning_rate, weight_decay)
+    return optax.chain(tx, rate, decay if decay_mask is None else optax.masked(decay, decay_mask))

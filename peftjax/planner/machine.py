@@ -1,0 +1,139 @@
+"""The machines a step can be compiled for, none of which has to be there.
+
+    "cpu"                        the CPU of this process
+    "h100", "h200"               one NVIDIA GPU, from the description beside this file
+    "v5e:2x2", "v6e:4x4", ...    one chip of a TPU topology: "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2",
+                                 "tpu7x:2x2x1" and larger
+
+A TPU needs its compiler, `pip install libtpu`. A GPU needs NVIDIA's, which pip can install alone, without the
+libraries a real GPU needs (0.6 GB instead of several; the version of the two plugins must be that of jax):
+
+    pip install --no-deps jax-cuda13-pjrt==JAX jax-cuda13-plugin==JAX
+    pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+
+Without cuDNN, cuDNN's attention does not compile; nothing in peftjax uses it. Where no accelerator is there,
+start Python with `JAX_PLATFORMS=cpu`: jax reads it when it makes its first backend, and else looks for the
+hardware of every compiler that is installed. No other variable is needed: those of libtpu are set here while
+it starts, and autotuning (which needs a GPU) is turned off for the one compilation.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from importlib.util import find_spec
+
+import jax
+
+from peftjax.core import compat
+from peftjax.core.errors import PeftError
+from peftjax.core.tree import nearest
+
+GPUS = ("h100", "h200")
+TPU = re.compile(r"(v\d+[a-z]*|tpu\w+):\d+(x\d+)+")
+TPU_EXAMPLES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""What libtpu would else ask of the cloud's metadata server, which does not bear on the topology; and that no
+process keeps others from compiling."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device to compile for.
+
+    Attributes:
+        name: as it was asked for.
+        platform: as `lower` knows it, "cpu", "cuda" or "tpu".
+        devices: its devices, of which a program for one takes the first.
+        options: of the compiler.
+    """
+
+    name: str
+    platform: str
+    devices: tuple[jax.Device, ...]
+    options: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device of a program for one."""
+        return self.devices[0]
+
+
+def find_machine(name: str) -> Machine:
+    """The target of that name.
+
+    Raises:
+        PeftError: the name is unknown, or the compiler is not installed.
+    """
+    if name == "cpu":
+        return Machine(name, "cpu", tuple(jax.devices("cpu")))
+    if name in GPUS:
+        return _gpu(name)
+    if TPU.fullmatch(name):
+        return _tpu(name)
+    known = ("cpu", *GPUS, *TPU_EXAMPLES)
+    raise PeftError(
+        f"no target is called {name!r}; closest: {nearest(name, known)} (TPU chips: type:AxB or type:AxBxC)"
+    )
+
+
+def gpu_description(name: str) -> str:
+    """What the compiler needs to know of a GPU: the text of a `GpuTargetConfigProto`."""
+    return (resources.files("peftjax.planner") / f"{name}.pbtxt").read_text()
+
+
+def _gpu(name: str) -> Machine:
+    plugin = next((p for p in ("cuda13", "cuda12") if _is_installed(f"jax_plugins.xla_{p}")), None)
+    wanted = plugin or "cuda13"
+    install = (
+        f"pip install --no-deps jax-{wanted}-pjrt=={jax.__version__} jax-{wanted}-plugin=={jax.__version__} "
+        "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt"
+    )
+    if plugin is None:
+        raise PeftError(f"target {name!r} needs NVIDIA's compiler: {install}")
+    found = metadata.version(f"jax-{plugin}-pjrt")
+    if found != jax.__version__:
+        raise PeftError(f"target {name!r}: jax-{plugin}-pjrt is {found} and jax {jax.__version__}: {install}")
+    # One partition of one host of one device.
+    devices = compat.topology_devices("cuda", name, topology="1x1x1", target_config=gpu_description(name))
+    return Machine(name, "cuda", devices, {"xla_gpu_autotune_level": 0})
+
+
+def _tpu(name: str) -> Machine:
+    if not _is_installed("libtpu"):
+        raise PeftError(f"target {name!r} needs the TPU's compiler: pip install libtpu")
+    with _defaults(LIBTPU):
+        try:
+            devices = compat.topology_devices("tpu", name)
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise PeftError(
+                f"libtpu refuses the topology {name!r} ({reason}); closest: {nearest(name, TPU_EXAMPLES)}"
+            ) from error
+    return Machine(name, "tpu", devices)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the parent
+        return False
+
+
+@contextmanager
+def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """The environment with these variables where it does not set them; afterwards as before."""
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)

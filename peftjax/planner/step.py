@@ -1,0 +1,273 @@
+"""What a training step needs, asked of the real compiler from shapes alone: no weights, no hardware.
+
+    arguments  = weights + method state + trainable + optimizer + batch
+    peak       = arguments + temporaries + (outputs - aliased)
+
+`aliased` are the outputs written over a donated argument: the new trainable and optimizer state. Gradients,
+and whatever the backward pass keeps, are among the temporaries: the most that is needed at one time, as XLA
+shares buffers between values that do not live together.
+The numbers are those of `compiled.memory_analysis()`:
+
+* GPU: `peak_memory_in_bytes` is the most that lives at one time, slightly below this peak: the temporaries
+  are one allocation, gaps included.
+* TPU: `temp_size_in_bytes` is HBM only. `peak_memory_in_bytes` also has what lies in the chip's VMEM, so it
+  is not used. Arguments include the filling of tiles: a [768, 8] array in tiles of 8 x 128 may take 16 times
+  its numbers. The program itself takes HBM too: `code`, on top of the peak.
+* CPU: `peak_memory_in_bytes` leaves the temporaries out, so it is not used. A CPU's compiler widens bfloat16
+  and fuses otherwise than an accelerator's: its temporaries stand for a CPU only.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+
+from peftjax import losses
+from peftjax.core import compat, tree
+from peftjax.interpreter import adapt
+from peftjax.planner.between import peaks_between
+from peftjax.planner.compiling import compile_for
+from peftjax.planner.flops import Flops, count_flops
+from peftjax.planner.machine import Machine, find_machine
+from peftjax.planner.residuals import kept_arrays, nbytes
+from peftjax.transform.transform import Forward, Params, Transform
+
+Loss = Callable[[Any, Any], jax.Array]
+"""`(outputs, batch) -> scalar`."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where a step's memory goes, in bytes of the device, its layout's filling included.
+
+    Attributes:
+        weights: the frozen parameters.
+        method_state: what else the method keeps fixed, such as indices or a frozen factor.
+        trainable: what is trained.
+        optimizer: the optimizer's state.
+        batch: the batch.
+        arguments: all of the above, as the compiler counts it.
+        temporaries: what the step holds while it works, gradients and kept activations included.
+        outputs: all that the step returns.
+        aliased: the part of `outputs` in the place of a donated argument.
+        code: the program, where it lies in the device's memory (TPU); not in `peak`.
+        host: temporaries in the host's memory, which a policy such as "offload_attention" puts there; not in
+            `peak`.
+    """
+
+    weights: int
+    method_state: int
+    trainable: int
+    optimizer: int
+    batch: int
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+    code: int
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """The device memory that one step needs."""
+        return self.arguments + self.temporaries + self.outputs - self.aliased
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step needs on a target; `str` is a table.
+
+    Attributes:
+        method: the method's name.
+        target: the target's name.
+        device: the device's own name.
+        bytes: memory by kind.
+        kept: what the forward pass leaves for the backward pass, as traced, without the step's own inputs:
+            activations, in bytes. `bytes.temporaries` has them too, and what one layer needs while it works.
+        flops: of the products of one step, what is made again included; see `peftjax.planner.flops`.
+        uncounted: operations that `flops` leaves out.
+        trainable_parameters: how many numbers are trained.
+        compile_seconds: what the compiler took for the step.
+        between: the peaks of the programs that the method runs between steps (its renewals), each counted as
+            that of the step.
+    """
+
+    method: str
+    target: str
+    device: str
+    bytes: Bytes
+    kept: int
+    flops: int
+    uncounted: tuple[str, ...]
+    trainable_parameters: int
+    compile_seconds: float
+    between: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = self.bytes
+        rows = [
+            ("weights", sizes.weights),
+            ("method state", sizes.method_state),
+            ("trainable", sizes.trainable),
+            ("optimizer", sizes.optimizer),
+            ("batch", sizes.batch),
+            ("temporaries", sizes.temporaries),
+            ("  kept for backward", self.kept),
+            ("outputs not aliased", sizes.outputs - sizes.aliased),
+            ("peak", sizes.peak),
+            *((("peak between steps", max(self.between)),) if self.between else ()),
+            ("code, on top", sizes.code),
+            ("on the host", sizes.host),
+        ]
+        left_out = f", without {', '.join(self.uncounted)}" if self.uncounted else ""
+        return "\n".join(
+            [
+                f"{self.method} on {self.target} ({self.device}), {self.trainable_parameters:,} trained",
+                *(f"  {name:<20}{size / 2**20:>12,.2f} MiB" for name, size in rows),
+                f"  {'FLOPs a step':<20}{self.flops:>12.4g}{left_out}",
+                f"  {'compiled in':<20}{self.compile_seconds:>12.1f} s",
+            ]
+        )
+
+
+def training_loss(method: Transform, model: Forward, loss: Loss) -> Callable[..., jax.Array]:
+    """`(trainable, frozen, batch) -> loss`."""
+    forward = adapt(method.model(model))
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return loss(forward(method.apply(frozen, trainable), batch), batch)
+
+    return loss_fn
+
+
+def training_step(
+    method: Transform, model: Forward, optimizer: optax.GradientTransformation, loss: Loss
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """`(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss)`, not jitted."""
+    loss_fn, tx = training_loss(method, model, loss), method.optimizer(optimizer)
+
+    def step(trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        trainable = method.open(frozen, trainable)
+        value, gradients = jax.value_and_grad(loss_fn)(trainable, frozen, batch)
+        updates, opt_state = tx.update(gradients, opt_state, trainable)
+        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, value
+
+    return step
+
+
+def plan(
+    method: Transform,
+    model: Forward,
+    params: Params,
+    batch: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    loss: Loss = losses.cross_entropy,
+    target: str = "cpu",
+) -> Plan:
+    """Compile one training step of `method` for `target` and read what it needs.
+
+    The step is the loop of the README: `value_and_grad` over the trainable, `tx.update`, `apply_updates`,
+    between the method's `open` and `close`, with the trainable and the optimizer's state donated. Nothing
+    random happens in it (no dropout). The weights of a method in place hold the trained values, as after its
+    first `write`; the writes themselves are programs of their own and not in the plan. What a method does
+    between steps is compiled too.
+
+    Args:
+        method: the method.
+        model: `(params, batch) -> outputs`.
+        params: the parameters, or their shapes (`jax.eval_shape(model.init, key)`); their dtypes are those
+            the device will hold.
+        batch: a batch, or its shapes.
+        optimizer: what the method's own optimizer hook is given.
+        loss: `(outputs, batch) -> scalar`.
+        target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
+            `peftjax.planner.machine` for the compilers they need.
+
+    Raises:
+        PeftError: the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
+            says so when the step does not fit.
+    """
+    machine = find_machine(target)
+    inputs = _input_shapes(method, params, batch, optimizer, machine)
+    step = jax.jit(training_step(method, model, optimizer, loss), donate_argnums=(0, 1), keep_unused=True)
+    traced = step.trace(*inputs)
+    flops = count_flops(traced.jaxpr, machine.platform)
+    trainable, _, *others = inputs
+    opened = jax.eval_shape(method.open, others[0], trainable)
+    kept = nbytes(kept_arrays(training_loss(method, model, loss), opened, *others))
+    start = time.perf_counter()
+    compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
+    seconds = time.perf_counter() - start
+    between = peaks_between(method, model, loss, inputs, machine)
+    return _read(method, machine, inputs, compiled, kept, flops, seconds, between)
+
+
+def _input_shapes(
+    method: Transform, params: Params, batch: Any, optimizer: optax.GradientTransformation, machine: Machine
+) -> tuple[Any, Any, Any, Any]:
+    """Shapes of trainable, optimizer state, frozen and batch, on the target's device."""
+    key = jax.eval_shape(jax.random.key, 0)
+    frozen, trainable = jax.eval_shape(method.init, key, params)
+    frozen = jax.eval_shape(method.write, frozen, trainable)
+    state = jax.eval_shape(method.optimizer(optimizer).init, trainable)
+    place = SingleDeviceSharding(machine.device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        (trainable, state, frozen, batch),
+    )
+
+
+def _read(
+    method: Transform,
+    machine: Machine,
+    inputs: tuple,
+    compiled: Any,
+    kept: int,
+    flops: Flops,
+    seconds: float,
+    between: tuple[int, ...],
+) -> Plan:
+    found = compiled.memory_analysis()
+    trainable, state, frozen, batch = zip(inputs, compiled.input_formats[0])
+    sizes = Bytes(
+        weights=_device_bytes(*(part.params for part in frozen)),
+        method_state=_device_bytes(*(part.state for part in frozen)),
+        trainable=_device_bytes(*trainable),
+        optimizer=_device_bytes(*state),
+        batch=_device_bytes(*batch),
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        host=found.host_temp_size_in_bytes,
+    )
+    return Plan(
+        method=method.name,
+        target=machine.name,
+        device=machine.device.device_kind,
+        bytes=sizes,
+        kept=kept,
+        flops=flops.total,
+        uncounted=flops.uncounted,
+        trainable_parameters=tree.count(inputs[0]),
+        compile_seconds=seconds,
+        between=between,
+    )
+
+
+def _device_bytes(shapes: Any, formats: Any) -> int:
+    """The bytes of arrays in the compiled program's layouts."""
+    total = 0
+    for leaf, held in zip(jax.tree.leaves(shapes), jax.tree.leaves(formats)):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        total += math.prod(compat.padded_shape(leaf.shape, held.layout)) * leaf.dtype.itemsize
+    return total

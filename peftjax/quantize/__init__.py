@@ -1,0 +1,1 @@
+"""Codecs of numbers, shared by weights, optimizers and residuals."""

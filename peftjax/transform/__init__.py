@@ -1,0 +1,1 @@
+"""What a method is, several of them as one, and the registry."""

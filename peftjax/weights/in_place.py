@@ -1,0 +1,46 @@
+"""An array that holds trained values already: forward it is as it is, backward they get their gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from peftjax.core.derivatives import with_backward
+
+Take = Callable[..., Array]
+
+
+def resident(take: Take, scale: float, w: Array, values: Array, places: tuple[Array, ...]) -> Array:
+    """`w`, which holds `scale · values` at `places`; their gradient is what `take` finds in that of w.
+
+    Args:
+        take: `(array like w, *places) -> array like values`.
+        scale: of the values.
+        w: the weight.
+        values: what is trained, any floating dtype.
+        places: integer arrays.
+    """
+
+    def forward(w: Array, values: Array, places: tuple[Array, ...]) -> tuple[Array, Any]:
+        return resident(take, scale, w, values, places), (values, places)
+
+    def backward(kept: Any, g: Array) -> tuple[Array, Array, None]:
+        values, places = kept
+        return g, scale * take(g, *places).astype(values.dtype), None
+
+    return with_backward(lambda w, values, places: w, forward, backward)(w, values, places)
+
+
+def followed(product: Any, y: Array, z: Array, values: Array) -> Array:
+    """`y`, which holds `product(z, values)` already; backward keeps z and gives the values their gradient."""
+
+    def forward(y: Array, z: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
+        return followed(product, y, z, values), (z, values)
+
+    def backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
+        z, values = kept
+        _, pull = jax.vjp(lambda values: product(z, values).astype(g.dtype), values)
+        return g, None, pull(g)[0]
+
+    return with_backward(lambda y, z, values: y, forward, backward)(y, z, values)
