@@ -30,7 +30,7 @@ from peftjax.train.step import (
     Metrics,
     Training,
     TrainingState,
-    loss_of,
+    model_loss,
     make_evaluate,
     training,
 )
@@ -90,7 +90,7 @@ def fit(
         PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
             gradient is not finite.
     """
-    loss = loss_of(forward, objective, model_dropout=config.model_dropout)
+    loss = model_loss(forward, objective, model_dropout=config.model_dropout)
     tx = make_optimizer(config, steps.total)
     run = training(method, loss, tx, accumulation=config.grad_accumulation)
     rate = learning_rate(config, steps.total)

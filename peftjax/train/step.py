@@ -312,7 +312,7 @@ def training(
     return Training(method, loss, method.optimizer(tx), accumulation)
 
 
-def loss_of(forward: Forward, objective: Objective, *, model_dropout: bool = False) -> Loss:
+def model_loss(forward: Forward, objective: Objective, *, model_dropout: bool = False) -> Loss:
     """The loss of a model, as the method rewrites it, by an objective; with its own dropout or without."""
     forward = adapt(forward)
 
