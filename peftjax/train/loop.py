@@ -30,8 +30,8 @@ from peftjax.train.step import (
     Metrics,
     Training,
     TrainingState,
-    model_loss,
     make_evaluate,
+    model_loss,
     training,
 )
 from peftjax.train.usage import Throughput, peak_memory
