@@ -10,6 +10,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.interpreter.evaluate import Evaluator
+from peftjax.interpreter.rules import RULES
 from peftjax.weights.base import structured
 from peftjax.weights.layout import Layout, guess_layout
 from peftjax.weights.low_rank import LowRank
@@ -74,7 +75,7 @@ def _first_that_fits(
             leaf = tree.named_leaves(params)[path]
             layout = Layout.parse(letters, shape, path)
             a, b = (jnp.zeros((*layout.stack, 1, n), leaf.dtype) for n in layout.matrix)
-            return Evaluator().trace(fn)(tree.replace(params, {path: kind(leaf, a, b, layout)}), *inputs)
+            return Evaluator(RULES).trace(fn)(tree.replace(params, {path: kind(leaf, a, b, layout)}), *inputs)
 
         try:
             jax.eval_shape(traced, params, *inputs)

@@ -319,6 +319,15 @@ class Weight(Opaque, abc.ABC):
                 changes[f.name] = fn(part)
         return replace(self, **changes)
 
+    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> Self:
+        """The weight inside a `shard_map` that divides activations of these shapes in these ways.
+
+        What a weight has for each row of a batch is divided as the batch is.
+        """
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        inner = {n: part.divided_with(activations) for n, part in parts.items() if isinstance(part, Weight)}
+        return replace(self, **inner)
+
     def relabeled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout, after a scan took or gave a leading axis."""
         return self._rebuild(

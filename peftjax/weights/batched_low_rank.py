@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -91,7 +91,7 @@ class BatchedLowRank(Weight):
         stack = () if specs is None else tuple(specs.rows)[: len(self.layout.stack)]
         return None if specs is None else replace(specs, rows=PartitionSpec(*stack, self.over))
 
-    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> "BatchedLowRank":
+    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> Self:
         """The weight with its rows divided as `shard_map` divides the batch of these shapes.
 
         Raises:
@@ -126,7 +126,7 @@ class BatchedLowRank(Weight):
                 f"axes of that size in several ways, {sorted(map(str, over))}; call peftjax.mix and "
                 "peftjax.adapt inside of it, with its own rows"
             )
-        return replace(self, over=next(iter(over), None))
+        return replace(super().divided_with(activations), over=next(iter(over), None))
 
     def _grouped(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """`[*free, n]` as `[B, tokens, n]`, and how such a result gets the free axes back, flattened."""
