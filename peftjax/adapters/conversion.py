@@ -19,7 +19,7 @@ from peftjax.transform.chain import chain
 from peftjax.transform.transform import Frozen, Params, Trainable, Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
-from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import layout_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from peftjax.interpreter.arithmetic import sums_of_squares
 from peftjax.interpreter.uses import Uses
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.mixture import Mixture
-from peftjax.weights.sharding import type_of
 
 # A rule takes (equation, operands) and gives the results, or None when the operands' structure would be lost.
 # A control rule also takes the evaluator, to run the jaxprs inside it.
@@ -123,7 +122,7 @@ class Evaluator:
                 result[:] = [out_tree, [None if _is_array(leaf) else leaf for leaf in out]]
                 return [leaf for leaf in out if _is_array(leaf)]
 
-            closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
+            closed = jax.make_jaxpr(flat)(*(_as_type(leaves[n]) for n in traced))
             jaxpr, consts = compat.open_jaxpr(closed)
             outputs = iter(
                 replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
@@ -183,12 +182,5 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def _abstract(leaf: Any) -> Any:
-    if not isinstance(leaf, Weight):
-        return leaf
-    base = leaf.base
-    while isinstance(base, Weight):
-        base = base.base
-    if base is None:  # factors and nothing else
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return type_of(base, leaf.shape, leaf.dtype)
+def _as_type(leaf: Any) -> Any:
+    return leaf.typeof() if isinstance(leaf, Weight) else leaf

@@ -9,10 +9,11 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from peftjax.core.errors import PeftError
-from peftjax.weights.base import Weight, canonical, contract, logical, static, structured
+from peftjax.weights.base import Weight, contract
 from peftjax.weights.canonical import side_of
+from peftjax.weights.contraction import Contraction, Dot, Gather
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Dot, Gather, Rule
 
 
 @structured
@@ -40,7 +41,7 @@ class BatchedLowRank(Weight):
             f"{self.layout.name}: adapters mixed per row have no single dense weight; merge one of them"
         )
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Products and lookups with the batch in front, on one matrix."""
         if isinstance(rule, Dot):
             plain = not rule.weight_first and not rule.x_batch and 0 not in rule.x_contract

@@ -10,22 +10,12 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from peftjax.kernels.kernelized_merge import KernelFunction, sparse_update
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    cast,
-    contract,
-    dense,
-    lazily_merged,
-    logical,
-    random_key,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
+from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.sharding import like
 
 
@@ -37,10 +27,10 @@ class Kernelized(Weight):
     the map has none.
 
     dW^s has no form in activation space. Where the base is a plain float32 array and no dropout acts, the
-    layer merges: one product with `base + dW^s`, made again in the backward pass. Otherwise there are two
+    layer merges: one product with `base + dW^s`, recomputed in the backward pass. Otherwise there are two
     products, `x·base + drop(x)·dW^s`: a sum in bfloat16 would round updates below 1/512 of the base's
     entries away, and a quantized base keeps its own rule. Either way backward keeps x, the factors, the
-    scalars and the threshold, and nothing of the weight's size. The mask is made again from the key.
+    scalars and the threshold, and nothing of the weight's size. The mask is recomputed from the key.
     """
 
     base: Any = logical()
@@ -66,7 +56,7 @@ class Kernelized(Weight):
         base = dense(self.base)
         return (base.astype(jnp.float32) + like(self.delta(), base)).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Whatever the base supports."""
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
@@ -120,7 +110,7 @@ class Kernelized(Weight):
     def _drops(self) -> bool:
         return self.key is not None and self.dropout > 0.0
 
-    def _contract(self, x: Array, rule: Rule) -> Array:
+    def _contract(self, x: Array, rule: Contraction) -> Array:
         exact = not isinstance(self.base, Weight) and jnp.finfo(self.dtype).bits >= 32
         if exact and not self._drops:
             return lazily_merged(rule, x, self)

@@ -16,7 +16,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
-from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 
