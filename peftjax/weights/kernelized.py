@@ -23,8 +23,8 @@ from peftjax.weights.sharding import like
 class Kernelized(Weight):
     """`w = base + dW^s(a, b)` with `a [*stack, P, q, in]` and `b [*stack, P, q, out]`, float32.
 
-    scalars: `[*stack, k]`, the map's in its order; threshold: `[*stack]`, of |dW|, a constant. None where
-    the map has none.
+    scalars: `[*stack, k]`, those of the kernel function in its order; threshold: `[*stack]`, of |dW|, a
+    constant. None where it has none.
 
     dW^s has no form in activation space. Where the base is a plain float32 array and no dropout acts, the
     layer merges: one product with `base + dW^s`, recomputed in the backward pass. Otherwise there are two
@@ -37,7 +37,7 @@ class Kernelized(Weight):
     a: Array = canonical("i")
     b: Array = canonical("o")
     layout: Layout = static()
-    map: KernelFunction = static()
+    kernel_function: KernelFunction = static()
     scalars: Array | None = canonical(default=None)
     threshold: Array | None = canonical(default=None)
     dropout: float = static(0.0)
@@ -48,8 +48,8 @@ class Kernelized(Weight):
         stack = self.a.shape[:-3]
         t = jnp.zeros(stack, jnp.float32) if self.threshold is None else self.threshold
         values = () if self.scalars is None else jnp.moveaxis(self.scalars, -1, 0)
-        scalars = dict(zip(self.map.scalars, values))
-        return to_logical(sparse_update(self.a, self.b, scalars, t, self.map), self.layout)
+        scalars = dict(zip(self.kernel_function.scalars, values))
+        return to_logical(sparse_update(self.a, self.b, scalars, t, self.kernel_function), self.layout)
 
     def dense(self) -> Array:
         """`base + dW^s`, summed in float32, in the base's dtype."""
@@ -82,19 +82,21 @@ class Kernelized(Weight):
 
     def slice_features(self, position: int, cut: range) -> "Kernelized | None":
         """A slice, with the whole matrix's threshold; a softmax over the outputs needs all of them."""
-        if self.map.mixed and self.layout.axes[position].kind == "o":
+        if self.kernel_function.mixed and self.layout.axes[position].kind == "o":
             return None
         return super().slice_features(position, cut)
 
     def as_stack(self, position: int) -> "Kernelized | None":
         """As other weights'; a softmax over the outputs needs all of them."""
         return (
-            None if self.map.mixed and self.layout.axes[position].kind == "o" else super().as_stack(position)
+            None
+            if self.kernel_function.mixed and self.layout.axes[position].kind == "o"
+            else super().as_stack(position)
         )
 
     def part_specs(self, spec: PartitionSpec) -> "Kernelized | None":
         """As other weights'; None where a softmax over the outputs would see some of them only."""
-        if self.map.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):
+        if self.kernel_function.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):
             return None
         return super().part_specs(spec)
 
@@ -102,7 +104,7 @@ class Kernelized(Weight):
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
     ) -> "Kernelized | None":
         """As other weights'; None where a softmax over the outputs would see repeated ones."""
-        if self.map.mixed and self.layout.axes[position].kind == "o":
+        if self.kernel_function.mixed and self.layout.axes[position].kind == "o":
             return None
         return super().gather_features(position, mesh_axes, fn, size)
 

@@ -20,7 +20,7 @@ False at them.
 
 Defaults: heads, coefficient and betas are the released code's; initial_sparsity 0.01 is that of its VTAB
 scripts and 100 epochs are theirs; the target is chosen per task there, and 0.55 is the median of the 11
-released values. `mode="none"` is the released `mixk`: the map without sparsifier, slot and budget.
+released values. `mode="none"` is the released `mixk`: no sparsifier, slot or budget.
 Differences: as in `snell`, and those of the budget.
 """
 
@@ -89,7 +89,7 @@ def snella(
     options = checked_options("snella", dict(locals()), mode=("released", "paper", "hard", "none"))
     every = max(1, total_steps // 100) if allocate_every is None else allocate_every
     budget = Budget(sparsity, initial_sparsity, total_steps, every, init_warmup, final_warmup, beta1, beta2)
-    map = KernelFunction("distance", coefficients(options), mode, mixed=True)
+    kernel_function = KernelFunction("distance", coefficients(options), mode, mixed=True)
     start = float(on_grid(initial_sparsity))
 
     def hook(tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()) -> optax.GradientTransformation:
@@ -99,7 +99,7 @@ def snella(
     return kernelized(
         "snella",
         options,
-        lambda target: (map, start),
+        lambda target: (kernel_function, start),
         start_of_scalars=scalars,
         steered=True,
         optimizer=hook,
