@@ -64,6 +64,7 @@ def load(
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
     sharding: Shardings | None = None,
+    described: tuple[Family, dict[str, Any]] | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
@@ -85,6 +86,7 @@ def load(
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
         sharding: where each parameter goes: a function of its path and shape, or a tree like the
             parameters'. Each process reads only what its devices hold, one parameter at a time.
+        described: what `read_family` gave for the folder, where the caller has read it already.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
@@ -93,7 +95,7 @@ def load(
             its tree or does not divide a parameter.
     """
     folder = Path(path)
-    family, values = read_family(folder)
+    family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
     files = find_tensors(folder)

@@ -16,7 +16,7 @@ from peftjax.cli import main as cli_main
 from peftjax.cli.main import COMMANDS, main
 from peftjax.core.errors import PeftError
 from peftjax.models.load import load
-from peftjax.train.saved import open_tuned
+from peftjax.train.saved_adapter import open_tuned
 
 STEPS = ["--steps", "30", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
 
