@@ -1,4 +1,4 @@
-"""The rooms of the package and which imports which, read from the source; `python docs/rooms.py` prints them."""
+"""The rooms of the package and which imports which, read from the source; run it to print them."""
 
 import ast
 from collections.abc import Iterator
@@ -39,7 +39,9 @@ def table() -> str:
     count = sum(map(len, imports.values()))
     facing = circles(imports)
     together = ", ".join(f"`{one}` and `{other}`" for one, other in facing) or "none"
-    return "\n".join([*lines, "", f"{len(imports)} rooms, {count} arrows. Rooms that reach each other: {together}."])
+    return "\n".join(
+        [*lines, "", f"{len(imports)} rooms, {count} arrows. Rooms that reach each other: {together}."]
+    )
 
 
 def _imported(file: Path, package: Path) -> set[str]:

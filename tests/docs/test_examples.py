@@ -2,11 +2,11 @@
 
 import doctest
 import importlib
-import pkgutil
 import re
 from pathlib import Path
 
 import jax
+import optax
 import pytest
 import tiny_decoder_folder
 
@@ -56,16 +56,16 @@ def test_the_example_of_the_readme_learns_and_both_loops_agree(folder):
 
 def modules_with_examples():
     """The modules of the package whose source has a `>>>`."""
-    found = pkgutil.walk_packages(pj.__path__, "peftjax.")
-    sources = {module.name: ROOT / (module.name.replace(".", "/") + ".py") for module in found}
-    return [name for name, path in sources.items() if path.exists() and ">>> " in path.read_text("utf-8")]
+    files = sorted(path for path in (ROOT / "peftjax").rglob("*.py") if ">>> " in path.read_text("utf-8"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return [name.removesuffix(".__init__") for name in names]
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_the_examples_of_docstrings_say_what_comes_out(name):
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     module = importlib.import_module(name)
-    names = {"jax": jax, "jnp": jax.numpy, "pj": pj}
+    names = {"jax": jax, "jnp": jax.numpy, "optax": optax, "pj": pj}
     failed, tried = doctest.testmod(module, optionflags=options, extraglobs=names)
     assert failed == 0
     assert tried > 0
