@@ -45,7 +45,7 @@ def put_around(
     tx: optax.GradientTransformation, around: Around | None
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on the whole trainable with the method's own transformations around it."""
-    tx = optax.with_extra_args_support(tx)
+    tx = _without_frozen(tx)
     if around is None:
         return tx
     before, after = _on_own(around.gradients), _on_own(around.updates)
@@ -62,6 +62,18 @@ def put_around(
         return updates, AroundState(own_before, own, own_after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_frozen(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, not given `frozen`: an optimizer that loops over slices would hold all of it in its loops."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        gradients: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        return tx.update(gradients, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def by_name(
