@@ -192,7 +192,7 @@ def plan(
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
     between = peaks_between(run, (trainable, state, frozen, batch), machine)
-    return _read(method, machine, inputs, compiled, kept, flops, seconds, between)
+    return _read(method, machine, opened, inputs, compiled, kept, flops, seconds, between)
 
 
 def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -> tuple[Any, Any, Any, Any]:
@@ -211,6 +211,7 @@ def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -
 def _read(
     method: Transform,
     machine: Machine,
+    trained: Any,
     inputs: tuple,
     compiled: Any,
     kept: int,
@@ -242,7 +243,7 @@ def _read(
         kept=kept,
         flops=flops.total,
         uncounted=flops.uncounted,
-        trainable_parameters=tree.count(inputs[0]),
+        trainable_parameters=tree.count(trained),
         compile_seconds=seconds,
         between=between,
     )

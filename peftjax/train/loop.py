@@ -20,9 +20,9 @@ from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
-from peftjax.train.identity import claim_folder
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
+from peftjax.train.output_folder import claim_folder
 from peftjax.train.progress import show_progress
 from peftjax.train.step import (
     Evaluate,
@@ -30,11 +30,11 @@ from peftjax.train.step import (
     Metrics,
     Training,
     TrainingState,
-    loss_of,
     make_evaluate,
+    model_loss,
     training,
 )
-from peftjax.train.usage import Throughput, peak_memory
+from peftjax.train.throughput import Throughput, peak_memory
 from peftjax.transform.frozen import Frozen
 from peftjax.transform.transform import Transform, changing_state, with_changing_state
 
@@ -90,7 +90,7 @@ def fit(
         PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
             gradient is not finite.
     """
-    loss = loss_of(forward, objective, model_dropout=config.model_dropout)
+    loss = model_loss(forward, objective, model_dropout=config.model_dropout)
     tx = make_optimizer(config, steps.total)
     run = training(method, loss, tx, accumulation=config.grad_accumulation)
     rate = learning_rate(config, steps.total)
