@@ -1,7 +1,9 @@
 """A training loop of one's own: what a method does between steps, by `method.advance`."""
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import peftjax as pj
 from peftjax.transform.registry import METHODS as REGISTERED
 from peftjax.transform.transform import changing_state
 
+README = Path(__file__).parents[2] / "README.md"
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 STEPS = 4
 OWN = {"targets": ["up"], "train_rest": False}
 ALONE = {
@@ -41,29 +45,34 @@ METHODS = {**ALONE, **{f"chain, {name}": method for name, method in CHAINED.item
 LOOPS = ("galore", "switchlora", "lowrank_restarts")
 
 
-def by_hand(method, tx, steps, *, advance):
-    """The README's loop: `(frozen, trainable)` after the steps."""
+def run_readme(method):
+    """What the README's own loop, as it stands there, leaves after a training of the method."""
+    (loop,) = (code for code in CODE.findall(README.read_text(encoding="utf-8")) if "tx.update" in code)
+    assert "advance" not in loop
+    given = {"jax": jax, "optax": optax, "params": PARAMS, "batch": X, "loss": loss_of, "method": method}
+    exec(loop, given)
+    return given
+
+
+def by_hand(method, tx, steps):
+    """The README's loop with `method.advance`: `(frozen, trainable)` after the steps."""
     frozen, trainable = method.init(KEY, PARAMS)
     tx = method.optimizer(tx)
     opt_state = tx.init(trainable)
 
     @jax.jit
-    def step(trainable, opt_state, frozen, x):
-        def loss_fn(trainable):
-            return loss_of(method.apply(frozen, trainable), x)
-
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+    def step(frozen, trainable, opt_state, batch):
+        grads = jax.grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable, frozen=frozen)
-        return optax.apply_updates(trainable, updates), opt_state, loss
+        return optax.apply_updates(trainable, updates), opt_state
 
     for number in range(steps):
-        if advance:
-            key = jax.random.fold_in(jax.random.fold_in(KEY, number + 1), 1)
-            frozen, trainable, opt_state = method.advance(
-                lambda params: loss_of(params, X),
-                frozen, trainable, opt_state, step=number, key=key, tx=tx,
-            )  # fmt: skip
-        trainable, opt_state, _ = step(trainable, opt_state, frozen, X)
+        key = jax.random.fold_in(jax.random.fold_in(KEY, number + 1), 1)
+        given = frozen, trainable, opt_state
+        frozen, trainable, opt_state = method.advance(
+            lambda params: loss_of(params, X), *given, step=number, key=key, tx=tx
+        )
+        trainable, opt_state = step(frozen, trainable, opt_state, X)
     return frozen, trainable
 
 
@@ -73,16 +82,23 @@ def test_every_method_that_advances_is_tested_here():
 
 
 @pytest.mark.parametrize("name", [*ALONE, "chain, galore"])
-def test_a_loop_that_does_not_advance_the_method_is_told_so_at_its_first_step(name):
-    told = r"between steps, .*: train with pj\.training\(.*, or call method\.advance\(.* before each step"
+def test_the_readmes_loop_which_does_not_advance_is_told_so_at_its_first_apply(name):
+    told = (
+        r"between steps, and has not yet: train with pj\.training\(method, loss, tx\), "
+        r"or call method\.advance\(loss, .*\) before each step"
+    )
     with pytest.raises(pj.PeftError, match=told):
-        by_hand(METHODS[name], optax.adam(0.01), 1, advance=False)
+        run_readme(METHODS[name])
+
+
+def test_the_readmes_loop_trains_a_method_that_does_not_advance():
+    assert float(run_readme(pj.lora(rank=2))["value"]) < float(loss_of(PARAMS, X))
 
 
 @pytest.mark.parametrize("name", [*LOOPS, pytest.param("chain, two", marks=pytest.mark.slow)])
 def test_a_loop_that_does_trains_what_pj_training_trains(name):
     method = METHODS[name]
-    frozen, trainable = by_hand(method, optax.adam(0.01), STEPS, advance=True)
+    frozen, trainable = by_hand(method, optax.adam(0.01), STEPS)
     run, state = pretraining.started(method, optax.adam(0.01))
     for _ in range(STEPS):
         state, _ = run.step(state, X)
