@@ -39,8 +39,6 @@ def model(params, x):
 
 
 def loss_and_grad(method, frozen, trainable, x):
-    frozen = replace(frozen, advanced=True)
-
     def loss(trainable, frozen, x):
         return jnp.sum(jnp.sin(pj.adapt(model)(method.apply(frozen, trainable), x)))
 
@@ -54,7 +52,8 @@ METHODS = {
     "shira": pj.shira(rank=2),
     "sara": pj.sara(density=0.2),
     "snell": pj.snell(rank=8, sparsity=0.3, coefficient=1.0),
-    "snella": pj.snella(rank=8, total_steps=20, initial_sparsity=0.3, coefficient=1.0),
+    # Without the allocations between steps, so that it may be applied as it starts.
+    "snella": replace(pj.snella(rank=8, total_steps=20, initial_sparsity=0.3, coefficient=1.0), advances=()),
 }
 
 

@@ -255,7 +255,7 @@ def test_rotation_refuses_a_state_it_does_not_know():
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("side", ["smaller", "both"])
 def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(moments, side):
-    method = pj.galore(rank=2, side=side, moments=moments, train_rest=False)
+    method = pj.galore(rank=2, every=EVERY, side=side, moments=moments, train_rest=False)
     run, state = started(method, optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation())
     state, _ = resting(run).step(state, BATCHES[0])
     renewed = advanced(run, state, EVERY, BATCHES[1])

@@ -156,6 +156,28 @@ def test_a_loop_that_does_not_open_is_told_so():
         galore(write="never")
 
 
+def test_a_loop_that_opens_and_closes_by_hand_trains_what_pj_training_trains():
+    method, batches = galore(write="step"), BATCHES[: EVERY + 1]
+    tx = method.optimizer(optax.adam(RATE))
+    frozen, trainable = method.init(KEY, PARAMS)
+    state = tx.init(method.open(frozen, trainable)[1])
+
+    @jax.jit
+    def step(frozen, trainable, state, batch):
+        frozen, trainable = method.open(frozen, trainable)
+        grads = jax.grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
+        updates, state = tx.update(grads, state, trainable, frozen=frozen)
+        return *method.close(frozen, optax.apply_updates(trainable, updates)), state
+
+    for number, batch in enumerate(batches):
+        loss, given = (lambda params, batch=batch: loss_of(params, batch)), (frozen, trainable, state)
+        frozen, trainable, state = method.advance(loss, *given, step=number, key=KEY, tx=tx)
+        assert trainable["up/kernel"] == {}
+        frozen, trainable, state = step(frozen, trainable, state, batch)
+    wanted, _ = trained(method, optax.adam(RATE), batches)
+    assert_close(method.merge(frozen, trainable), wanted[-1], 1e-5)
+
+
 def test_a_step_is_given_less_by_what_z_has():
     """Weights, gradients and moments are the same; the compiled step has no argument for Z and the factor."""
 
