@@ -100,6 +100,7 @@ def meft_check(
     Raises:
         PeftError: the method has no reversible stack.
     """
+    frozen = dataclasses.replace(frozen, advanced=True)
     forward = _reversible(method, model)
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     own, worst = error_of(forward.stack.every)
