@@ -51,7 +51,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.core.errors import PeftError
-from peftjax.core.linalg import rebalance
+from peftjax.core.linalg import balanced, rebalance, svd_of
 from peftjax.core.tree import Targets, named_leaves, pattern_value
 from peftjax.methods._entries import entry_count, random_entries
 from peftjax.methods._rest import with_targets, without_targets
@@ -136,7 +136,7 @@ def lowrank_restarts(
         for target in plan_of(params):
             path, layout, own = target.path, target.layout, key_for(key, target.path)
             w = plain_matrices("lowrank_restarts", target, leaves[path])
-            a, b = _random(own, w, target.rank) if start == "random" else _spectral(w, target.rank)
+            a, b = _random(own, w, target.rank) if start == "random" else balanced(svd_of(w), target.rank)
             trainable[path] = {"a": a, "b": b}
             if density > 0.0:
                 count = entry_count("lowrank_restarts", path, layout, target.rank, density)
@@ -186,13 +186,6 @@ def lowrank_restarts(
 
     advance = Advance(lambda step: step > 0 and step % every == 0, restart)
     return Transform("lowrank_restarts", options, init, apply, advances=(advance,))
-
-
-def _spectral(w: Array, rank: int) -> tuple[Array, Array]:
-    """Balanced factors of the best approximation of that rank."""
-    u, sizes, vt = jnp.linalg.svd(w, full_matrices=False)
-    root = jnp.sqrt(sizes[..., :rank])[..., None]
-    return root * u[..., :rank].swapaxes(-1, -2), root * vt[..., :rank, :]
 
 
 def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:

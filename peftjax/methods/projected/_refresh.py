@@ -23,8 +23,8 @@ from peftjax.optim import bases
 from peftjax.optim.bases import Side
 from peftjax.optim.refresh import Method, Projected, method_for
 from peftjax.weights.canonical import to_canonical
-from peftjax.weights.lengths import rows_through
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.norms import rows_through
 
 Loss = Callable[[Any], Array]
 Slots = Mapping[str, Mapping[str, Array]]

@@ -147,6 +147,7 @@ def _gradient_errors(
     method: Transform, forward: Any, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
 ) -> Callable[[int], tuple[float, str]]:
     """`anchor_every -> (the largest error, whose)`, each compiled once."""
+    frozen = dataclasses.replace(frozen, advanced=True)  # what a run asks before its first step
 
     def gradients(changed: Forward) -> dict[str, Array]:
         def value(trainable: Trainable, frozen: Frozen, batch: Any) -> Array:

@@ -17,7 +17,7 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import MethodInfo, Transform
-from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 

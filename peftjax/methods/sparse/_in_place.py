@@ -16,8 +16,7 @@ from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import Placement
 from peftjax.weights.base import Weight
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 Slots = Mapping[str, Array]
 

@@ -19,7 +19,7 @@ False at them.
 
 Defaults: heads, coefficient and betas are the released code's; initial_sparsity 0.01 is that of its VTAB
 scripts and 100 epochs are theirs; the target is chosen per task there, and 0.55 is the median of the 11
-released values. `mode="none"` is the released `mixk`: the map without sparsifier and budget.
+released values. `mode="none"` is the released `mixk`: no sparsifier or budget.
 Differences: as in `snell`, and those of the budget.
 """
 
@@ -86,12 +86,12 @@ def snella(
     options = checked_options("snella", dict(locals()), mode=("released", "paper", "hard", "none"))
     every = max(1, total_steps // 100) if allocate_every is None else allocate_every
     budget = Budget(sparsity, initial_sparsity, total_steps, every, init_warmup, final_warmup, beta1, beta2)
-    map = KernelFunction("distance", coefficients(options), mode, mixed=True)
+    kernel_function = KernelFunction("distance", coefficients(options), mode, mixed=True)
     sparsified = mode != "none"
     return kernelized(
         "snella",
         options,
-        lambda target: (map, initial_sparsity),
+        lambda target: (kernel_function, initial_sparsity),
         start_of_scalars={"alpha": 1.0, "gamma": 1.0, "beta": 0.0},
         around=Around(updates=track_importance(budget)) if sparsified else None,
         advances=(share_out(budget),) if sparsified else (),
