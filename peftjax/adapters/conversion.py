@@ -5,7 +5,7 @@
 The best approximation of that rank; exact where the change has no higher one (LoRA itself, PaCA).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import Array
@@ -68,7 +68,7 @@ def to_lora(
         raise PeftError(f"to_lora: rank must be positive, got {rank}")
     bases = tree.named_leaves(method.open(frozen, trainable)[0].params if params is None else params)
     merged = tree.named_leaves(method.merge(frozen, trainable))
-    adapted = tree.named_leaves(method.apply(frozen, trainable))
+    adapted = tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable))
     factors, layouts, errors, plain = {}, {}, {}, {}
     for path, new in merged.items():
         if isinstance(bases[path], tree.Hole):

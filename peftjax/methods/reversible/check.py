@@ -100,6 +100,7 @@ def meft_check(
     Raises:
         PeftError: the method has no reversible stack.
     """
+    frozen = dataclasses.replace(frozen, advanced=True)
     forward = _reversible(method, model)
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
     own, worst = error_of(forward.stack.every)
@@ -146,6 +147,7 @@ def _gradient_errors(
     method: Transform, forward: Any, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
 ) -> Callable[[int], tuple[float, str]]:
     """`anchor_every -> (the largest error, whose)`, each compiled once."""
+    frozen = dataclasses.replace(frozen, advanced=True)  # what a run asks before its first step
 
     def gradients(changed: Forward) -> dict[str, Array]:
         def value(trainable: Trainable, frozen: Frozen, batch: Any) -> Array:
