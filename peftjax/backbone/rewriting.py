@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftjax.backbone.backbone import Backbone, Scan
+from peftjax.backbone.protocols import Params
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import Forward, Params
 
 NOT_A_BACKBONE = (
     "rewrites the blocks of a backbone of peftjax, such as pj.load gives; "
@@ -105,7 +105,9 @@ def add_to_blocks(method: str, params: Params, added: Mapping[str, Any]) -> Para
     return params
 
 
-def rewrite_stacks(method: str, model: Forward, rewrite: Callable[[Backbone], Backbone]) -> Backbone:
+def rewrite_stacks(
+    method: str, model: Callable[..., Any], rewrite: Callable[[Backbone], Backbone]
+) -> Backbone:
     """The backbone with `rewrite(backbone of one stack)` on it and on its encoder.
 
     Raises:
@@ -116,7 +118,7 @@ def rewrite_stacks(method: str, model: Forward, rewrite: Callable[[Backbone], Ba
     return rewrite(dataclasses.replace(backbone, encoder=encoder))
 
 
-def require_backbone(method: str, model: Forward) -> Backbone:
+def require_backbone(method: str, model: Callable[..., Any]) -> Backbone:
     """The model, which is a backbone, or a PeftError."""
     if not isinstance(model, Backbone):
         raise PeftError(f"{method} {NOT_A_BACKBONE}")
@@ -128,22 +130,6 @@ def require_scan(method: str, backbone: Backbone) -> None:
     if not isinstance(backbone.stack, Scan):
         other = getattr(backbone.stack, "name", type(backbone.stack).__name__)
         raise PeftError(f"chain: {method!r} and {other!r} both run the blocks; leave one of the two out")
-
-
-def require_nothing_trained(method: str, remedy: str, trained: Mapping[str, str]) -> None:
-    """Raise a PeftError where another method trains what no gradient reaches: all but the head.
-
-    Args:
-        method: the method that cuts the gradient.
-        remedy: what else to do than to leave the parameter out.
-        trained: the method by the parameter that is trained or adapted.
-    """
-    for path, other in trained.items():
-        if not path.startswith("head/"):
-            raise PeftError(
-                f"{method}: {path!r} is trained by {other!r}, but no gradient reaches the backbone beside "
-                f"{method}; exclude it, merge that method first, or {remedy}"
-            )
 
 
 def require_one_stack(method: str, owner: Backbone | Params, why: str) -> None:

@@ -14,7 +14,6 @@ is kept, or can be trained beside it.
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -27,7 +26,6 @@ from peftjax.backbone.functional import linear_init, norm_init
 from peftjax.backbone.protocols import Cache, DropoutKey
 from peftjax.backbone.rewriting import (
     require_backbone,
-    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -47,7 +45,8 @@ from peftjax.methods.side._unipt_network import (
     narrow_states,
     output,
 )
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
 
 NAME = "unipt"
 
@@ -96,8 +95,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         _require_one_stack(backbone)
         return dataclasses.replace(backbone, stack=ParallelStack(kind, backbone.stack))
 
-    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, review=review)
+    cut = GradientCut("use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, cut=cut)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:

@@ -14,7 +14,6 @@ passes Z_0 alone for all layers. Nothing else in the blocks or below can be trai
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -30,7 +29,6 @@ from peftjax.backbone.protocols import DropoutKey
 from peftjax.backbone.rewriting import (
     add_to_blocks,
     require_backbone,
-    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -39,7 +37,8 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._layer_states import detached
 from peftjax.methods.side._vqt_head import Features, QueryHead
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
@@ -97,8 +96,8 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         stack = QueryStack(passes, dropout)
         return dataclasses.replace(backbone, stack=stack, head=QueryHead(backbone.head, NAME))
 
-    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, review=review)
+    cut = GradientCut("use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True)
