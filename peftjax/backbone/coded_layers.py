@@ -162,7 +162,7 @@ def _of_codes(f: Callable[..., Array], *codes: Code | Array) -> Array:
 
 
 def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: tuple[Any, ...]) -> Array:
-    """`f(*x, *rest)`, made again from codes of `x`, each [B, S, N, H]."""
+    """`f(*x, *rest)`, recomputed from codes of `x`, each [B, S, N, H]."""
     if bits.attention == 32:
         return recompute(f)(*x, *rest)
     flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)

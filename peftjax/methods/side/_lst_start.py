@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.functional import linear_init
 from peftjax.backbone.rewriting import BlockStack, stacks_of
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.methods._targets import key_for
-from peftjax.methods.side._side_pruning import Kept, Part, Rules, largest, prune_stack
+from peftjax.methods.side._lst_pruning import Kept, Part, Rules, largest, prune_stack
 from peftjax.weights.base import Weight
 
 Scores = Mapping[str, Array]
 
 
-def used_layers(who: str, side_layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+def used_layers(method: str, side_layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
     """The layers of a stack that the side network reads, by default all.
 
     Raises:
@@ -27,32 +28,23 @@ def used_layers(who: str, side_layers: Sequence[int] | None, num_layers: int) ->
         return tuple(range(num_layers))
     for layer in side_layers:
         if not 0 <= layer < num_layers:
-            raise PeftError(f"{who}: side_layers names layer {layer} of a stack of {num_layers} layers")
+            raise PeftError(f"{method}: side_layers names layer {layer} of a stack of {num_layers} layers")
     return tuple(side_layers)
 
 
-def linear_start(key: Key[Array, ""], shape: tuple[int, ...]) -> Part:
-    """A kernel [..., in, out] and a bias [..., out], both U(±1/√in)."""
-    bound = shape[-2] ** -0.5
-    kernel_key, bias_key = jax.random.split(key)
-    kernel = jax.random.uniform(kernel_key, shape, minval=-bound, maxval=bound)
-    bias = jax.random.uniform(bias_key, (*shape[:-2], shape[-1]), minval=-bound, maxval=bound)
-    return {"kernel": kernel, "bias": bias}
-
-
-def require_plain(who: str, params: Part) -> None:
+def require_plain(method: str, params: Part) -> None:
     """Raise a PeftError if a weight to start from is a structured one."""
     for path, leaf in tree.named_leaves(params).items():
         if isinstance(leaf, Weight) and not path.startswith("head/"):
             raise PeftError(
-                f"{who}: {path!r} is a {type(leaf).__name__} of an earlier method, from which no side "
+                f"{method}: {path!r} is a {type(leaf).__name__} of an earlier method, from which no side "
                 f"network can start; merge that method first, or let it change the side network: "
-                f"{who}(side=...)"
+                f"{method}(side=...)"
             )
 
 
 def start(
-    who: str,
+    method: str,
     key: Key[Array, ""],
     params: Part,
     scores: Scores | None,
@@ -64,7 +56,7 @@ def start(
     """The side network of every stack, by its name: blocks, norm, layers from and to the backbone's width.
 
     Args:
-        who: the method.
+        method: the method.
         key: draws the fresh layers, and the blocks where they are `random`.
         params: of the backbone.
         scores: of its parameters, by path; None is their magnitude.
@@ -75,19 +67,19 @@ def start(
     Raises:
         PeftError: scores do not fit the parameters; as `stacks_of` and `used_layers`.
     """
-    scored = _scored(who, params, scores)
-    width = stacks_of(who, params)[0].width
+    scored = _scored(method, params, scores)
+    width = stacks_of(method, params)[0].width
     if reduction > width:
-        raise PeftError(f"{who}: reduction {reduction} leaves nothing of a width of {width}")
+        raise PeftError(f"{method}: reduction {reduction} leaves nothing of a width of {width}")
     first = encoded = _embedded(params["embed"], scored["embed"], width, reduction)
     sides: dict[str, Part] = {}
     # The decoder's cross-attention reads what the encoder ends with.
-    for stack in reversed(stacks_of(who, params)):
+    for stack in reversed(stacks_of(method, params)):
         part, own = (params, scored) if stack.name == "blocks" else (params["encoder"], scored["encoder"])
         norm = _last_norm(part["head"])
         rules = Rules(reduction, not _has_positions(params["embed"]), post_norm=norm is None)
         blocks, encoded = prune_stack(part["blocks"], own["blocks"], first, encoded, rules)
-        used = np.asarray(used_layers(who, side_layers, stack.num_layers))
+        used = np.asarray(used_layers(method, side_layers, stack.num_layers))
         blocks = jax.tree.map(lambda leaf, used=used: leaf[used].astype(jnp.float32), blocks)
         stack_key = key_for(key, stack.name)
         if random:
@@ -105,15 +97,15 @@ def start(
 def _between(key: Key[Array, ""], stack: BlockStack, used: int, width: int, params: Part) -> Part:
     """The layers from the backbone's width down to the side's, and of the last stack up again."""
     down = {
-        "first": linear_start(key_for(key, "first"), (stack.width, width)),
-        "down": linear_start(key_for(key, "down"), (used, stack.width, width)),
+        "first": linear_init(key_for(key, "first"), (stack.width, width)),
+        "down": linear_init(key_for(key, "down"), (used, stack.width, width)),
     }
     if stack.name == "encoder":
         return down
-    return {**down, "up": linear_start(key_for(key, "up"), (width, stack.width))}
+    return {**down, "up": linear_init(key_for(key, "up"), (width, stack.width))}
 
 
-def _scored(who: str, params: Part, scores: Scores | None) -> Part:
+def _scored(method: str, params: Part, scores: Scores | None) -> Part:
     """Scores in the structure of embeddings and blocks, float32; of a bias or norm, which none reads, any."""
     parts = {name: params[name] for name in ("embed", "blocks")}
     if "encoder" in params:
@@ -123,7 +115,7 @@ def _scored(who: str, params: Part, scores: Scores | None) -> Part:
         if scores is None or not tree.is_weight(path, leaf):
             return jnp.abs(leaf).astype(jnp.float32)
         if path not in scores or scores[path].shape != leaf.shape:
-            raise PeftError(f"{who}: scores has no array of shape {leaf.shape} for {path!r}")
+            raise PeftError(f"{method}: scores has no array of shape {leaf.shape} for {path!r}")
         return scores[path].astype(jnp.float32)
 
     return tree.map_named(score, parts)
@@ -168,7 +160,7 @@ def _drawn(key: Key[Array, ""], blocks: Part) -> Part:
         if not isinstance(part, Mapping):
             drawn[name] = part
         elif "kernel" in part:
-            new = linear_start(key_for(key, name), part["kernel"].shape)["kernel"]
+            new = linear_init(key_for(key, name), part["kernel"].shape)["kernel"]
             drawn[name] = {leaf: new if leaf == "kernel" else jnp.zeros_like(part[leaf]) for leaf in part}
         else:
             drawn[name] = _drawn(key_for(key, name), part)

@@ -1,26 +1,36 @@
-"""A stack of blocks that is read by a smaller one beside it, and trained no further: see `lst`."""
+"""The stack of `lst`, a backbone's blocks that a smaller network reads, and what stands before and after it.
+
+That is the head of an encoder whose states come in pairs, and embeddings with a table of their own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
+from peftjax.backbone.backbone import Backbone, Layer, Stack, dropout_rngs
 from peftjax.backbone.context import Context
+from peftjax.backbone.functional import linear
+from peftjax.backbone.layers import recompute
+from peftjax.backbone.protocols import Batch, DropoutKey, Params
+from peftjax.backbone.rewritten import RewrittenBlock, RewrittenModule
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._side_pruning import kept_count
-from peftjax.methods.side._side_start import used_layers
+from peftjax.methods.side._lst_pruning import kept_count
+from peftjax.methods.side._lst_start import used_layers
 
-Params = dict[str, Any]
-DropoutKey = Key[Array, ""] | None
-# Recomputed, so that no copy of a kernel in another dtype is kept.
-recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+class States(NamedTuple):
+    """What an encoder with a side network gives a decoder that has one."""
+
+    backbone: Float[Array, "B S D"]
+    side: Float[Array, "B S d"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Ladder:
 
     Attributes:
         name: of the method.
-        plain: the stack in whose place this one is.
+        plain: the stack that this one replaces.
         reduction: r.
         side_layers: the layers that are read; None is all.
         gated: whether a trained gate weighs the stream and what comes from the backbone, or they are added.
@@ -44,7 +54,7 @@ class Ladder:
     """
 
     name: str
-    plain: Any
+    plain: Stack
     reduction: int
     side_layers: Sequence[int] | None
     gated: bool
@@ -54,7 +64,12 @@ class Ladder:
     encodes: bool = False
 
     def run(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: DropoutKey
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> Any:
         """What the head reads [B, S, D]; of an encoder that a decoder reads, the last states of both."""
         side, side_params = self.side_of(model, params)
@@ -63,7 +78,7 @@ class Ladder:
         backbone_key = key if self.backbone_dropout else None
         first = jax.lax.stop_gradient(hidden)
 
-        def read(layer: Any, hidden: Array, state: None) -> tuple[Array, None]:
+        def read(layer: Layer, hidden: Array, state: None) -> tuple[Array, None]:
             return model.run_layer(layer, hidden, context), state
 
         last, kept, _ = self._read(model, params, first, backbone_key, read, None)
@@ -77,7 +92,7 @@ class Ladder:
         stream = jax.lax.scan(side.checkpointed(body), stream, rungs, unroll=model.unroll)[0]
         return self._end(side, side_params, stream, last, end_key)
 
-    def empty_cache(self, model: Any, params: Params, hidden: Array, context: Context) -> Params:
+    def empty_cache(self, model: Backbone, params: Params, hidden: Array, context: Context) -> Params:
         """A cache of each of the two."""
         side, side_params = self.side_of(model, params)
         context, side_context = self._contexts(context)
@@ -90,13 +105,13 @@ class Ladder:
         }
 
     def run_cached(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Params
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Params
     ) -> tuple[Any, Params]:
         """`run` for further tokens, and the two caches with them."""
         side, side_params = self.side_of(model, params)
         context, side_context = self._contexts(context)
 
-        def read(layer: Any, hidden: Array, cache: Any) -> tuple[Array, Any]:
+        def read(layer: Layer, hidden: Array, cache: Any) -> tuple[Array, Any]:
             return model.run_layer_cached(layer, hidden, context, cache)
 
         last, kept, backbone = self._read(model, params, hidden, None, read, cache["backbone"])
@@ -111,13 +126,13 @@ class Ladder:
         outputs = self._end(side, side_params, stream, last, None)
         return outputs, {"backbone": backbone, "side": of_side}
 
-    def side_of(self, model: Any, params: Params) -> tuple[Any, Params]:
+    def side_of(self, model: Backbone, params: Params) -> tuple[Backbone, Params]:
         """The side network as a backbone of its own, whose blocks are the model's but for their sizes.
 
         Raises:
             PeftError: another method changes the blocks; the family is not one of those it knows.
         """
-        if hasattr(model.block, "added_as"):
+        if isinstance(model.block, RewrittenBlock):
             raise PeftError(
                 f"chain: {model.block.added_as!r} changes the blocks of the backbone, which no gradient "
                 f"reaches beside the side network of {self.name!r}; leave one of the two out"
@@ -145,10 +160,10 @@ class Ladder:
         )
         return side, own
 
-    def _used(self, model: Any) -> tuple[int, ...]:
+    def _used(self, model: Backbone) -> tuple[int, ...]:
         return used_layers(self.name, self.side_layers, model.num_layers)
 
-    def _depth(self, model: Any) -> int:
+    def _depth(self, model: Backbone) -> int:
         """How many layers of the backbone are run: none whose states are not read."""
         whole = self.encodes or self.merge_last
         return model.num_layers if whole else self._used(model)[-1] + 1
@@ -162,13 +177,13 @@ class Ladder:
         side = dataclasses.replace(context, rotation=turns[0], local_rotation=turns[1])
         if bias is not None:
             side = dataclasses.replace(side, bias=bias)
-        if isinstance(context.encoded, Mapping):
-            side = dataclasses.replace(side, encoded=context.encoded["side"])
-            context = dataclasses.replace(context, encoded=context.encoded["backbone"])
+        if isinstance(context.encoded, States):
+            side = dataclasses.replace(side, encoded=context.encoded.side)
+            context = dataclasses.replace(context, encoded=context.encoded.backbone)
         return context, side
 
     def _read(
-        self, model: Any, params: Params, hidden: Array, key: DropoutKey, run: Any, state: Any
+        self, model: Backbone, params: Params, hidden: Array, key: DropoutKey, run: Any, state: Any
     ) -> tuple[Array, Float[Array, "n B S D"], Any]:
         """The backbone's last states, those after each used layer, and its state (a cache).
 
@@ -183,7 +198,7 @@ class Ladder:
             hidden, state = run(layer, hidden, state)
             return (hidden, state, jax.lax.dynamic_update_index_in_dim(kept, hidden, slot, 0)), None
 
-        def rest(carry: tuple[Any, Any], layer: Any) -> tuple[Any, None]:
+        def rest(carry: tuple[Any, Any], layer: Layer) -> tuple[Any, None]:
             return run(layer, *carry), None
 
         part = functools.partial(_rows, layers, model.num_layers)
@@ -196,7 +211,7 @@ class Ladder:
             (hidden, state), _ = jax.lax.scan(rest, (hidden, state), unread, unroll=model.unroll)
         return jax.lax.stop_gradient(hidden), jax.lax.stop_gradient(kept), state
 
-    def _rungs(self, side: Any, params: Params, kept: Array, key: DropoutKey) -> tuple[Any, ...]:
+    def _rungs(self, side: Backbone, params: Params, kept: Array, key: DropoutKey) -> tuple[Any, ...]:
         """What differs between the layers of the side network."""
         layers = side.layers({"blocks": params["layers"]}, key)
         return layers, params["down"], kept, params.get("gate")
@@ -208,7 +223,7 @@ class Ladder:
 
         @recompute
         def joined(stream: Array, down: Params, feature: Array, gate: Any) -> Array:
-            below = _product(down, feature)
+            below = linear(down, feature)
             return stream + below if gate is None else self._mixed(gate, stream, below)
 
         return joined(stream, down, feature, gate)
@@ -217,28 +232,70 @@ class Ladder:
         share = jax.nn.sigmoid(gate / self.temperature).astype(one.dtype)
         return share * one + (1 - share) * other
 
-    def _end(self, side: Any, params: Params, stream: Array, last: Array, key: DropoutKey) -> Any:
+    def _end(self, side: Backbone, params: Params, stream: Array, last: Array, key: DropoutKey) -> Any:
         if "norm" in params:
             variables = {"params": {"attention_norm": params["norm"]}}
             stream = side.block.apply(variables, stream, method="normalize_attention")
         if self.encodes:
-            rngs = {} if key is None else {"dropout": key}
             # What follows the norm in the head of the encoder.
-            dropped = side.block.apply({}, stream, method=lambda b, x: b.attention_dropout(x), rngs=rngs)
-            return {"backbone": last, "side": dropped}
+            dropped = side.block.apply(
+                {}, stream, method=lambda b, x: b.attention_dropout(x), rngs=dropout_rngs(key)
+            )
+            return States(last, dropped)
         up = _linear(params["up"], stream)
         return self._mixed(params["merge"], up, last) if self.merge_last else up
 
 
-def _rows(layers: Any, count: int, start: int, stop: int) -> Any:
+def _rows(layers: Layer, count: int, start: int, stop: int) -> Layer:
     """Layers [start, stop) of `count`."""
     if stop - start == count:
         return layers
     return jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
 
-def _product(linear: Params, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-    return x @ linear["kernel"].astype(x.dtype) + linear["bias"].astype(x.dtype)
+# So that no copy of a kernel in another dtype is kept.
+_linear = recompute(linear)
 
 
-_linear = recompute(_product)
+@dataclasses.dataclass(frozen=True)
+class BothStates(RewrittenModule):
+    """The head of an encoder whose last states come with those of its side network.
+
+    Attributes:
+        dropout: whether it drops out.
+    """
+
+    dropout: bool
+
+    def apply(self, variables: Any, states: States, *inputs: Any, rngs: Any = None) -> States:
+        """The backbone's states through the head, and the side network's as they are."""
+        rngs = rngs if self.dropout else {}
+        backbone = self.inner.apply(variables, states.backbone, *inputs, rngs=rngs)
+        return states._replace(backbone=jax.lax.stop_gradient(backbone))
+
+
+@dataclasses.dataclass(frozen=True)
+class SideEmbed(RewrittenModule):
+    """The embeddings of a backbone, and what the side network's blocks share of its own.
+
+    That is a bias of relative positions by the table `params[name]`, which is read instead of the
+    backbone's where both are computed by the one module. Compiled, the second lookup of words is none.
+
+    Attributes:
+        name: of the method.
+        dropout: whether they drop out.
+    """
+
+    name: str
+    dropout: bool
+
+    def apply(self, variables: Any, batch: Batch, *, rngs: Any = None) -> Any:
+        """As of a Linen module."""
+        params = {name: own for name, own in variables["params"].items() if name != self.name}
+        rngs = rngs if self.dropout else {}
+        hidden, context = self.inner.apply({"params": params}, batch, rngs=rngs)
+        if self.name in variables["params"]:
+            own = {**params, **variables["params"][self.name]}
+            again = self.inner.apply({"params": own}, batch)[1]
+            context = dataclasses.replace(context, side_bias=again.bias)
+        return hidden, context

@@ -9,11 +9,6 @@ without residual"), in the order of the computation and through all layers, used
     o             inputs: the outputs of q, k, v; outputs by their own scores: the new kept set
     up (, gate)   as q, k, v;   down: as o
     norms         the kept set where they stand
-
-With rotary positions, or fewer key than query heads, every r-th output of q, k and v is kept instead: so the
-heads stay heads, pairs of numbers that turn together stay pairs, and their frequencies are those of rotary
-positions of a head r times smaller. Keys and values of cross-attention read the kept set that the encoder
-ends with (the authors' code: that of the decoder at hand, whose numbers are not the encoder's).
 """
 
 from dataclasses import dataclass

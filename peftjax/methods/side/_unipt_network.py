@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from peftjax.methods.side._features import Part, linear, linear_norm, mean_visible, recompute
+from peftjax.backbone.functional import Part, linear, linear_norm
+from peftjax.backbone.layers import recompute
+from peftjax.backbone.protocols import Params
+from peftjax.methods.side._layer_states import mean_visible
 
-Params = Any
 EPSILON = 1e-5
 
 

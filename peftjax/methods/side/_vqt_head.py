@@ -9,25 +9,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peftjax.backbone.context import Context
-from peftjax.methods.side._features import linear, unit
+from peftjax.backbone.functional import linear
+from peftjax.backbone.protocols import Params
+from peftjax.backbone.rewritten import RewrittenModule
+from peftjax.methods.side._layer_states import unit
 
-Params = Any
 Features = Float[Array, "L B T D"]
 EPSILON = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryHead:
+class QueryHead(RewrittenModule):
     """The linear classifier over the features of all layers, beside a head whose classifier it replaces.
-
-    It stands where a Linen head does.
 
     Attributes:
         inner: the model's own head, which gives c.
         added_as: the name of the new classifier's parameters beside the head's.
     """
 
-    inner: Any
     added_as: str
 
     def apply(
@@ -43,14 +42,6 @@ class QueryHead:
         layers = features.transpose(1, 0, 2, 3).reshape(features.shape[1], len(features), -1)
         rows = [unit(first, EPSILON), unit(layers, EPSILON).reshape(len(first), -1)]
         return linear(own, jnp.concatenate(rows, axis=-1).astype(first.dtype))
-
-    def clone(self, **changes: Any) -> "QueryHead":
-        """The same changes to the model's own head."""
-        return dataclasses.replace(self, inner=self.inner.clone(**changes))
-
-    def lazy_init(self, key: Array, read: Array, *inputs: Any) -> Any:
-        """The variables of the head as it was."""
-        return self.inner.lazy_init(key, read, *inputs)
 
 
 def _stop_before_the_classifier(
