@@ -38,8 +38,8 @@ from typing import Any
 from jax import Array
 
 from peftjax.backbone.rewriting import rewrite_stacks
-from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
+from peftjax.quantize.affine import GROUP
 from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
 
 
