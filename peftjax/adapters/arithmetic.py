@@ -24,7 +24,8 @@ from peftjax.core.linalg import balanced, svd_of_product
 from peftjax.methods._targets import Target
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.batched_low_rank import BatchedLowRank
 from peftjax.weights.column_normalized import ColumnNormalized
@@ -218,7 +219,8 @@ def _added_leaves(
     for path, leaf in changed.items():
         if getattr(leaf, "in_place", False):
             raise PeftError(
-                f"{method.name}: {path!r} holds its trained values; give method.write(frozen, None)"
+                f"{method.name}: {path!r} holds its trained values; give what method.open(frozen, trainable) "
+                "returns"
             )
         if isinstance(leaf, TrainedRows):
             changed[path] = leaf = leaf.as_low_rank()

@@ -16,7 +16,8 @@ from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.selection.plain import unfreeze
 from peftjax.transform.chain import chain
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.layout import layout_of
@@ -56,7 +57,7 @@ def to_lora(
     """
     if rank < 1:
         raise PeftError(f"to_lora: rank must be positive, got {rank}")
-    bases = tree.named_leaves(method.write(frozen, None).params if params is None else params)
+    bases = tree.named_leaves(method.open(frozen, trainable)[0].params if params is None else params)
     merged = tree.named_leaves(method.merge(frozen, trainable))
     adapted = tree.named_leaves(method.apply(frozen, trainable))
     factors, layouts, errors, plain = {}, {}, {}, {}

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from peftjax.core import naming, tree
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import MethodInfo, Transform
 from peftjax.weights.base import Weight
 
 

@@ -27,8 +27,9 @@ from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import find_task
 from peftjax.train.usage import peak_memory
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import describe
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
@@ -104,6 +105,7 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         identity=identity,
         evaluate=evaluate,
     )
+    frozen = result.frozen
     scores = task.named_scores(evaluate(result.trainable, frozen, prepared.held_out()))
 
     info = {

@@ -21,7 +21,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.t5 import t5
 from peftjax.models.t5_config import read_config
-from peftjax.train.step import make_step
+from peftjax.train.step import model_loss
 
 CASES = {
     "bert": {},
@@ -196,10 +196,10 @@ def test_it_trains_and_the_backbone_stays():
         loss = jnp.mean(jnp.square(outputs - 1.0))
         return {"loss": loss}, jnp.ones(())
 
-    step = make_step(method.model(tiny.forward), method, tx, objective, model_dropout=True)
-    state, losses = tx.init(trainable), []
-    for number in range(20):
-        trainable, state, metrics = step(trainable, state, frozen, tiny.batch, jax.random.key(number))
+    training = pj.training(method, model_loss(method.model(tiny.forward), objective, model_dropout=True), tx)
+    state, losses = training.begin(frozen, trainable, KEY), []
+    for _ in range(20):
+        state, metrics = training.step(state, tiny.batch)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     jax.tree.map(np.testing.assert_array_equal, frozen, before)

@@ -37,7 +37,8 @@ from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.methods._parts import Layers, of_parts, require_rate
 from peftjax.methods._targets import key_for
-from peftjax.transform.transform import Forward, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Params, Trainable
+from peftjax.transform.transform import Forward, MethodInfo, Transform
 
 
 def prefix(

@@ -37,7 +37,8 @@ from peftjax.methods.bottleneck._bottleneck import Bottleneck
 from peftjax.methods.prompt._prompt_tokens import init_prompts, with_prompts
 from peftjax.methods.residuals.coded_residuals import with_codes
 from peftjax.ops.coded.bits import Bits
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, MethodInfo, Transform
 from peftjax.weights.base import Weight
 
 

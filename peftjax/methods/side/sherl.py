@@ -46,7 +46,8 @@ from peftjax.methods.side._features import (
     states_of_cached,
     unit,
 )
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, MethodInfo, Transform
 
 NAME = "sherl"
 DOWN_EPSILON, OUT_EPSILON = 1e-5, 1e-12

@@ -30,7 +30,6 @@ two stacks, for which nothing was released.
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -39,7 +38,6 @@ from jaxtyping import Array, Float
 
 from peftjax.backbone.rewriting import (
     require_backbone,
-    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -62,7 +60,8 @@ from peftjax.methods.side._parallel_network import (
     narrow_states,
     output,
 )
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
 
 NAME = "unipt"
 
@@ -111,8 +110,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
 
-    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, review=review)
+    cut = GradientCut("use pj.sherl, which trains the last layer too")
+    return Transform(NAME, config, init, apply, model, cut=cut)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 
 from peftjax.core import tree
@@ -16,7 +15,9 @@ from peftjax.core.errors import PeftError
 from peftjax.kernels.kernelized_merge import KernelFunction, threshold
 from peftjax.methods._targets import Target, all_layers, find_targets, key_for, keys_of_matrices
 from peftjax.methods.sparse._budget import LEVEL
-from peftjax.transform.transform import Frozen, Trainable, Transform, all_slots_but
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.kernelized import Kernelized
 
 _WHERE = ("rank", "targets", "exclude", "layers", "layers_pattern", "rank_pattern", "layouts")
@@ -62,8 +63,8 @@ def kernelized(
     *,
     check: Callable[[list[str]], None] | None = None,
     start_of_scalars: Mapping[str, float],
-    steered: bool = False,
-    optimizer: Callable[..., optax.GradientTransformation] | None = None,
+    around: Around | None = None,
+    advances: tuple[Advance, ...] = (),
 ) -> Transform:
     """A method whose weights are `base + dW^s(a, b)`, as a `Transform`.
 
@@ -73,9 +74,8 @@ def kernelized(
         kernel_function_of: the kernel function of a target and the share that is pruned at the start.
         check: what to ask of the paths of the targets, before anything is made.
         start_of_scalars: the start of the kernel function's trained scalars.
-        steered: the share that is pruned is a slot of the trainable, set by the optimizer; else it is
-            part of the frozen state.
-        optimizer: the method's hook on the optimizer.
+        around: what it does around the optimizer.
+        advances: what it does to itself.
     """
     where = {option: options[option] for option in _WHERE}
     heads, dropout = options["heads"], options["dropout"]
@@ -102,8 +102,8 @@ def kernelized(
                 s: jnp.full(target.stack, start_of_scalars[s], jnp.float32) for s in kernel_function.scalars
             }
             factors = start_uniform(key_for(key, target.path), target, heads)
-            trainable[target.path] = {**factors, **scalars, **(level if steered else {})}
-            state[target.path] = {} if steered else level
+            trainable[target.path] = {**factors, **scalars}
+            state[target.path] = level
             plan.append(target)
         return Frozen(params, state, tuple(plan)), trainable
 
@@ -116,9 +116,7 @@ def kernelized(
             rewritten[target.path] = _weight(leaves[target.path], target, slots, dropout, keys)
         return tree.replace(frozen.params, rewritten)
 
-    hook = {} if optimizer is None else {"optimizer": optimizer}
-    moving = partial(all_slots_but, (LEVEL,))
-    return Transform(name, options, init, apply, moving=moving, **hook)
+    return Transform(name, options, init, apply, around=around, advances=advances)
 
 
 def start_uniform(key: Array, target: Target, heads: int) -> dict[str, Array]:

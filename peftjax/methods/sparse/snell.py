@@ -40,7 +40,8 @@ from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
 from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
-from peftjax.transform.transform import Frozen, MethodInfo, Transform
+from peftjax.transform.frozen import Frozen
+from peftjax.transform.transform import MethodInfo, Transform
 
 Sparsity = float | Mapping[str, float]
 
