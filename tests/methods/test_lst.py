@@ -62,7 +62,7 @@ def test_the_ladders_of_an_encoder_decoder_are_the_loops_over_their_layers():
     stacks = {"encoder_positions": "encoder", "decoder_positions": "blocks"}
     tables = {name: trainable[stack]["positions"] for name, stack in stacks.items()}
     own = {**tiny.params, "embed": {**embed, **tables}}
-    bias = lambda inputs: {"bias": inputs[1]["bias"]}
+    bias = lambda inputs: {"bias": inputs[1].bias}
 
     @jax.jit
     def wanted(batch):
@@ -153,7 +153,7 @@ def test_a_method_of_the_side_network_trains_that_alone():
     inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.unfreeze(["blocks/gate"]))
     method = pj.lst(reduction=2, side=inner)
     frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
-    assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "train"}
+    assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "unfreeze"}
     run = pj.adapt(method.model(tiny.forward))
     plain = pj.lst(reduction=2)
     _, whole = jax.jit(plain.init)(KEY, tiny.params)

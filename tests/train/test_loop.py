@@ -17,7 +17,7 @@ import peftjax
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.selection.plain import unfreeze
-from peftjax.train.identity import run_identity
+from peftjax.train.output_folder import run_identity
 from peftjax.transform.chain import chain
 
 TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes", "peak_device_bytes")

@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan, stacks_of
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._features import (
-    Context,
     Part,
     drop,
     linear_init,

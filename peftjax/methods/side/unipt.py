@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import (
     require_backbone,
     require_one_stack,
@@ -45,7 +46,6 @@ from peftjax.backbone.rewriting import (
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.methods.side._features import (
-    Context,
     linear_init,
     norm_init,
     states_of,
@@ -155,7 +155,7 @@ class ParallelStack:
         self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> dict[str, Any]:
         """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
-        inner, slots = params[NAME]["confidence"].shape[0], context["mask"].shape[1]
+        inner, slots = params[NAME]["confidence"].shape[0], context.mask.shape[1]
         count = model.num_layers + self.kind.of_clip
         cache = {
             "blocks": self.inner.empty_cache(model, params, hidden, context),
@@ -174,7 +174,7 @@ class ParallelStack:
         anchor, tokens = narrow_states(self.kind, own, last, states)
 
         def written(slots: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, context["cache_index"], slots.ndim - 2)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, context.cache_index, slots.ndim - 2)
 
         further, keys = {"blocks": blocks}, written(cache["tokens"], tokens)
         visible = visible_tokens(model, context, length, keys.shape[2])

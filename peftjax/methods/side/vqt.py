@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import (
     add_to_blocks,
     require_backbone,
@@ -46,7 +47,7 @@ from peftjax.backbone.rewriting import (
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._feature_head import Features, QueryHead
-from peftjax.methods.side._features import Context, detached, drop
+from peftjax.methods.side._features import detached, drop
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
 
@@ -183,7 +184,9 @@ class QueryStack:
     ) -> Float[Array, "B T D"]:
         """F of one layer, whose tokens are `hidden`."""
         rows = jnp.broadcast_to(queries.astype(hidden.dtype), (len(hidden), *queries.shape))
-        return model.run_layer(layer, drop(rows, key, self.dropout), {**context, "attended": hidden})
+        return model.run_layer(
+            layer, drop(rows, key, self.dropout), dataclasses.replace(context, attended=hidden)
+        )
 
     def empty_cache(self, *_: Any) -> Any:
         """Raise: a classifier does not generate."""
