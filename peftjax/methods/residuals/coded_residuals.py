@@ -20,8 +20,8 @@ from jax import Array
 
 from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import rewrite_stacks
-from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
+from peftjax.quantize.affine import GROUP
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Forward, MethodInfo, Transform
 

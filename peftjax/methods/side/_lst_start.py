@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from peftjax.backbone.functional import linear_init
 from peftjax.backbone.rewriting import BlockStack, stacks_of
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.methods._targets import key_for
 from peftjax.methods.side._lst_pruning import Kept, Part, Rules, largest, prune_stack
@@ -112,7 +112,7 @@ def _scored(method: str, params: Part, scores: Scores | None) -> Part:
         parts["encoder"] = {"blocks": params["encoder"]["blocks"]}
 
     def score(path: str, leaf: Array) -> Array:
-        if scores is None or not tree.is_weight(path, leaf):
+        if scores is None or not naming.is_weight(path, leaf):
             return jnp.abs(leaf).astype(jnp.float32)
         if path not in scores or scores[path].shape != leaf.shape:
             raise PeftError(f"{method}: scores has no array of shape {leaf.shape} for {path!r}")
@@ -126,7 +126,7 @@ def _embedded(embed: Part, scores: Part, width: int, reduction: int) -> Kept:
     total: Float[Array, " D"] = jnp.zeros(width)
     scored = tree.named_leaves(scores)
     for path, leaf in tree.named_leaves(embed).items():
-        if tree.is_weight(path, leaf) and leaf.shape[-1] == width:
+        if naming.is_weight(path, leaf) and leaf.shape[-1] == width:
             total += scored[path].reshape(-1, width).sum(0)
     return largest(total, reduction)
 
