@@ -20,10 +20,12 @@ from jax import Array
 from peftjax.adapters.growing import adapted, default_key, grown, revived
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.core.linalg import balanced, svd_of_product
 from peftjax.methods._targets import Target
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.batched_low_rank import BatchedLowRank
 from peftjax.weights.column_normalized import ColumnNormalized
@@ -217,7 +219,8 @@ def _added_leaves(
     for path, leaf in changed.items():
         if getattr(leaf, "in_place", False):
             raise PeftError(
-                f"{method.name}: {path!r} holds its trained values; give method.write(frozen, None)"
+                f"{method.name}: {path!r} holds its trained values; give what method.open(frozen, trainable) "
+                "returns"
             )
         if isinstance(leaf, TrainedRows):
             changed[path] = leaf = leaf.as_low_rank()
@@ -259,11 +262,6 @@ def _padded(leaf: LowRank | None, like: LowRank, rank: int) -> tuple[Array, Arra
 
 
 def _truncated(a: Array, b: Array, rank: int, key: Array, layout: Layout) -> tuple[Array, Array]:
-    """Factors of this rank closest to `aᵀb`, from the SVD of its `R x R` core."""
-    q_a, r_a = jnp.linalg.qr(a.swapaxes(-1, -2))
-    q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
-    u, sizes, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
-    root = jnp.sqrt(sizes[..., :rank])[..., None]
-    left = (q_a @ u[..., :rank]).swapaxes(-1, -2)
-    right = (q_b @ vt[..., :rank, :].swapaxes(-1, -2)).swapaxes(-1, -2)
-    return revived((root * left, root * right), sizes[..., :rank], adapted(a, b), key, layout)
+    """Factors of this rank closest to `aᵀb`, without forming it."""
+    svd = svd_of_product(a, b)
+    return revived(balanced(svd, rank), svd.sizes[..., :rank], adapted(a, b), key, layout)

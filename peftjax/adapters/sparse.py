@@ -22,7 +22,8 @@ from jax import Array
 from peftjax.adapters.arithmetic import Adapter
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import put_entries, put_rows, take_entries, take_rows
@@ -69,7 +70,7 @@ def patches(method: Transform, frozen: Frozen, trainable: Trainable, *, weight: 
     Raises:
         PeftError: the adapter changes more than rows or entries of arrays.
     """
-    frozen = method.write(frozen, None)
+    frozen, trainable = method.open(frozen, trainable)
     bases, found = tree.named_leaves(frozen.params), {}
     for path, leaf in tree.named_leaves(method.apply(frozen, trainable)).items():
         base = bases[path]
@@ -133,7 +134,7 @@ def overlap(first: Adapter, second: Adapter) -> dict[str, tuple[Array, Array]]:
 
 
 def _changes(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[str, Array]:
-    frozen = method.write(frozen, None)
+    frozen, trainable = method.open(frozen, trainable)
     bases = tree.named_leaves(frozen.params)
     adapted: dict[str, Any] = {
         path: leaf

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from peftjax.interpreter.evaluate import Evaluator
 from peftjax.interpreter.layouts import layouts_of
+from peftjax.interpreter.rules import RULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,4 +33,4 @@ def adapt(fn: F, *, allow_dense: Sequence[str] = ()) -> F:
         PeftError: when called, if an equation outside `allow_dense` needs the dense weight; it names
             the parameter, the primitive and the source line.
     """
-    return Evaluator(tuple(allow_dense)).trace(fn)  # type: ignore[return-value]
+    return Evaluator(RULES, tuple(allow_dense)).trace(fn)  # type: ignore[return-value]

@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Int, Key
 from peftjax.core.errors import PeftError
 from peftjax.optim.coded_sharding import shardings_like
 from peftjax.optim.elementwise import is_elementwise
-from peftjax.optim.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 from peftjax.optim.rounding_noise import uniform
 from peftjax.optim.slicewise import Cut, Leaves, cut_of, run_slicewise
 from peftjax.optim.updates import is_placeholder
 from peftjax.quantize.blockwise import Codes, decode, encode
+from peftjax.transform.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 
 
 class EightBitState(NamedTuple):

@@ -36,9 +36,9 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.optim import refresh as of
-from peftjax.optim.moments import Path
 from peftjax.optim.rotation import Moments, follow_bases, gradient_sums, require_rotatable
 from peftjax.optim.updates import is_placeholder
+from peftjax.transform.moments import Path
 from peftjax.weights.canonical import to_canonical, to_logical
 
 

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from peftjax.core.errors import PeftError
-from peftjax.optim.moments import Change
+from peftjax.transform.moments import Change
 
 
 class RowAdamState(NamedTuple):

@@ -20,9 +20,10 @@ from peftjax.train.output_folder import run_identity
 from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.task import Run
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.inspection import adapted_line
 from peftjax.transform.registry import describe
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 
 # Of the first batch, for the method's checks, which may keep what training does not.
 CHECKED_ROWS = 2
@@ -38,7 +39,6 @@ class Result:
     """The run's method, with plain training of what the head has new."""
     head: str
     """The model's head."""
-    frozen: Frozen
     fitted: FitResult
     scores: Mapping[str, float]
     """On the evaluation data, as its task names them."""
@@ -103,8 +103,8 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
         identity=identity,
         evaluate=evaluate,
     )
-    scores = task.named_scores(evaluate(fitted.trainable, frozen, data.held_out()))
-    return Result(method, model.head_name, frozen, fitted, scores, before, started, total)
+    scores = task.named_scores(evaluate(fitted.trainable, fitted.frozen, data.held_out()))
+    return Result(method, model.head_name, fitted, scores, before, started, total)
 
 
 def warn(method: Transform, model: Backbone, frozen: Frozen, trainable: Trainable, batches: Any) -> None:

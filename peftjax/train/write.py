@@ -45,7 +45,7 @@ def write(run: Run, result: Result, *, started: float) -> Summary:
         **run.data.info,
     }
     adapter = options.output / ADAPTER
-    save_adapter(adapter, result.method, result.frozen, fitted.trainable, seed=config.seed, info=info)
+    save_adapter(adapter, result.method, fitted.frozen, fitted.trainable, seed=config.seed, info=info)
     summary: Summary = {
         "task": run.task,
         "data": run.data.identity["name"],

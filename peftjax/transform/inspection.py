@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from peftjax.core import tree
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 
 
