@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object per line, and TensorBoard where asked."""
+"""The metrics of a run: a JSON object a line, and scalars for TensorBoard where asked."""
 
 import json
 import time
@@ -106,7 +106,7 @@ def cut(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """What is read again of a line."""
+    """What is read of a line."""
 
     step: int
     tokens_per_second: float | None = None
