@@ -47,6 +47,16 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
     Raises:
         PeftError: the adapters have different bases, or one is not a sum with its base (DoRA), or
             several train the same plain parameter.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> forward = pj.adapt(lambda params, x: x @ params["up"]["kernel"])
+        >>> forward(pj.adapters.add(adapters, [0.7, 0.3]), jnp.ones((3, 4))).shape
+        (3, 8)
     """
     weights = _weights(adapters, weights)
     leaves = [_added_leaves(*adapter, (LowRank, SparseEntries)) for adapter in adapters]
@@ -69,6 +79,16 @@ def mix(adapters: Sequence[Adapter], rows: Array, *, axis: int | None = None) ->
 
     Raises:
         PeftError: as `add`.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> forward = pj.adapt(lambda params, x: x @ params["up"]["kernel"])
+        >>> forward(pj.adapters.mix(adapters, jnp.array([0, 1, -1])), jnp.ones((3, 4))).shape
+        (3, 8)
     """
     leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
     params = _common_base(adapters)
@@ -111,6 +131,16 @@ def combine(
 
     Raises:
         PeftError: as `add`; or when the rank is not positive.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> both, trainable = pj.adapters.combine(adapters)
+        >>> both.name, trainable["up/kernel"]["a"].shape
+        ('lora', (4, 4))
     """
     if rank is not None and rank < 1:
         raise PeftError(f"combine: rank must be positive, got {rank}")

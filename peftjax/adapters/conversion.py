@@ -54,6 +54,15 @@ def to_lora(
 
     Raises:
         PeftError: the rank is not positive, nothing has changed, or `params` is needed.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.shira(density=0.25, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> trainable = jax.tree.map(lambda x: x + 1.0, trainable)
+        >>> converted = pj.adapters.to_lora(method, frozen, trainable, rank=4)
+        >>> float(converted.errors["up/kernel"]) < 1e-5
+        True
     """
     if rank < 1:
         raise PeftError(f"to_lora: rank must be positive, got {rank}")

@@ -119,6 +119,15 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     Raises:
         PeftError: the folder holds no adapter, a file is damaged, or the adapter was made for another
             model; the error names the first tensor that is missing or has another shape.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> pj.adapters.save_adapter(folder, method, *method.init(jax.random.key(0), params), seed=0)
+        >>> pj.adapters.load_adapter(folder, params).method.name
+        'lora'
     """
     config = read_config(folder)
     method, frozen, fresh = _started(Path(folder) / CONFIG, config, params)

@@ -51,6 +51,12 @@ def layouts_of(
     Raises:
         PeftError: no reading of a weight fits, because the model uses it in a way that needs the dense
             array; the error is that of the most likely reading.
+
+    Examples:
+        >>> params = {"w": jnp.ones((2, 4, 8))}
+        >>> heads = lambda params, x: jnp.einsum("bi,hio->bho", x, params["w"])
+        >>> pj.layouts_of(heads, params, jnp.ones((3, 4)))
+        {'^w': 'sio'}
     """
     leaves = tree.named_leaves(params)
     return {

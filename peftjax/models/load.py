@@ -94,6 +94,9 @@ def load(
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
             for a head that has none; a head without an output layer to untie; a sharding that is absent from
             its tree or does not divide a parameter.
+
+    Examples:
+        >>> model, params = pj.load("path/to/llama", head="causal_lm")  # doctest: +SKIP
     """
     folder = Path(path)
     family, values = described or read_family(folder)
@@ -234,6 +237,16 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
 
     Raises:
         PeftError: when a parameter is missing, unknown or has another shape than the model's.
+
+    Examples:
+        >>> import tempfile
+        >>> from peftjax.models.bert import bert
+        >>> from peftjax.models.bert_config import BertConfig
+        >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = bert(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=12), head="none")
+        >>> folder = tempfile.mkdtemp()
+        >>> pj.save(folder, model, model.init(jax.random.key(0)))
+        >>> model, params = pj.load(folder)
     """
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")

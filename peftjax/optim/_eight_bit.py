@@ -77,6 +77,13 @@ def eight_bit(
     Raises:
         PeftError: block_size is less than 2; in `init`, when no large array of the state is a known moment,
             or `moments` gives something else.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.eight_bit(optax.adamw(1e-2))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     if block_size < 2:
         raise PeftError(f"eight_bit: block_size must be at least 2, got {block_size}")

@@ -96,6 +96,13 @@ def project(
     Raises:
         PeftError: here for an option out of range; in `init` for targets that match nothing or states that
             cannot rotate; in `update` for a traced `refresh` or an `inner` that reads projected parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.project(optax.adam(1e-2), rank=2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     of.require_options(rank, every, side, basis, signs)
     if moments not in get_args(Moments):

@@ -306,6 +306,15 @@ def training(
 
     Raises:
         PeftError: when `accumulation` is not positive.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> loss = lambda params, x: jnp.mean(pj.adapt(jnp.dot)(x, params["up"]["kernel"]) ** 2)
+        >>> training = pj.training(pj.lora(rank=2, targets=["up"]), loss, optax.adamw(1e-2))
+        >>> state = training.start(jax.random.key(0), params)
+        >>> state, metrics = training.step(state, jnp.ones((3, 4)))
+        >>> int(state.step), float(metrics["loss"])
+        (1, 16.0)
     """
     if accumulation < 1:
         raise PeftError(f"training: accumulation must be positive, got {accumulation}")

@@ -27,6 +27,13 @@ def chain(*methods: Transform) -> Transform:
         PeftError: when made, without a method; in `init`, if a method adapts or takes a parameter
             that an earlier one trains, replaces the base of a weight that an earlier one made, or lets no
             gradient reach what another one trains.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}, "down": {"kernel": jnp.ones((8, 4))}}
+        >>> method = pj.chain(pj.lora(rank=2, targets=["up"]), pj.unfreeze(["down"]))
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> {name: list(own) for name, own in trainable.items()}
+        {'lora': ['up/kernel'], 'unfreeze': ['down/kernel']}
     """
     if not methods:
         raise PeftError("chain: give at least one method")

@@ -1,6 +1,7 @@
 """What a method makes of each parameter of a model, from shapes alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from peftjax.weights.base import Weight
 def inspection(method: Transform, params: Any) -> dict[str, Any]:
     """Each parameter with what the method makes of it, and the totals; nothing is computed."""
     frozen, trainable = _shapes(method.init, jax.random.key(0), params)
-    rewritten = tree.named_leaves(_shapes(method.apply, frozen, trainable))
+    rewritten = _rewritten(method, frozen, trainable)
     kept = tree.named_leaves(frozen.params)
     rows, left = [], left_out(params, frozen, rewritten)
     for path, leaf in tree.named_leaves(params).items():
@@ -39,6 +40,11 @@ def inspection(method: Transform, params: Any) -> dict[str, Any]:
         "trainable_parameters": tree.count(trainable),
         "total_parameters": tree.count(params),
     }
+
+
+def _rewritten(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
+    """The leaves of what `apply` gives, by path; also of a method that has not advanced."""
+    return tree.named_leaves(_shapes(method.apply, replace(frozen, advanced=True), trainable))
 
 
 def _shapes(fn: Callable[..., Any], *args: Any) -> Any:
@@ -83,7 +89,7 @@ def left_out(params: Any, frozen: Frozen, rewritten: Mapping[str, Any]) -> dict[
 
 def adapted_line(method: Transform, params: Any, frozen: Frozen, trainable: Trainable) -> str:
     """How many weights a method adapts, and which matrices it leaves out for which reason, in one line."""
-    rewritten = tree.named_leaves(_shapes(method.apply, frozen, trainable))
+    rewritten = _rewritten(method, frozen, trainable)
     before = tree.named_leaves(params)
     adapted = sum(isinstance(rewritten[p], Weight) and not isinstance(w, Weight) for p, w in before.items())
     groups: dict[str, list[str]] = {}

@@ -95,6 +95,15 @@ class Transform:
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
         parts: the methods of a chain by their names in it.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> jax.tree.map(jnp.shape, trainable)
+        {'up/kernel': {'a': (2, 4), 'b': (2, 8)}}
+        >>> method.merge(frozen, trainable)["up"]["kernel"].shape
+        (4, 8)
     """
 
     name: str
