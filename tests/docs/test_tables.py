@@ -1,5 +1,6 @@
 """The tables of README.md are those that the registry and the recorded results give."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -69,3 +70,19 @@ def test_a_docstring_is_read_into_its_parts(generator):
     lines = (some.__doc__ or "").replace("\n        ", "\n").splitlines()
     docstrings.markdown_to_rst(None, "function", "some", some, {}, lines)
     assert lines[2:5] == ["::", "", "    y = a·b_"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_files_that_a_page_links_to_are_there(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_commands_that_the_documentation_gives_are_there():
+    pages = [README, *ROOT.glob("docs/guides/*.md"), *ROOT.glob("docs/results/*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"-m\s(experiments[.\w]+)", page.read_text("utf-8"))
+    }
+    files = [ROOT / name.replace(".", "/") for name in named]
+    assert [file for file in files if not file.with_suffix(".py").exists() and not file.is_dir()] == []
