@@ -66,7 +66,7 @@ def test_a_docstring_is_read_into_its_parts(generator):
     found = docstrings.read(some)
     assert found.text == "What it does.\n\n    y = a·b_"
     assert found.entries("Args") == {"a": "the first, on two lines.", "b": "the | second."}
-    assert docstrings.signature(some) == "some(\n    a: int,\n    b: float = 2.0,\n)"
+    assert docstrings.signature(some) == "some(\n    a: int,\n    *,\n    b: float = 2.0,\n)"
     lines = (some.__doc__ or "").replace("\n        ", "\n").splitlines()
     docstrings.markdown_to_rst(None, "function", "some", some, {}, lines)
     assert lines[2:5] == ["::", "", "    y = a·b_"]
