@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 import peftjax as pj
-from experiments.digits.data import Images, draw, of_classes, training_batches
-from experiments.digits.pretrain import KNOWN, Pretrained
-from experiments.tuning.entrants import Entrant, adapter_size, method_for
-from experiments.tuning.trainer import Fitted, make_trainer
+from experiments.digits_transfer.data import Images, draw, of_classes, training_batches
+from experiments.digits_transfer.pretrain import KNOWN, Pretrained
+from experiments.harness import contenders
+from experiments.harness.contenders import Contender, adapter_size, calibrated
+from experiments.harness.training import Trained, finetuning_optimizer, make_training, train
 from peftjax.backbone.backbone import Params
 
 
@@ -40,7 +41,7 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a seed stands for: images, the model with a new classifier, and (in `fit`) adapter and order."""
+    """What a seed stands for: images, a new classifier, and (in `transfer`) the adapter and the order."""
 
     seed: int
     params: Params
@@ -63,13 +64,14 @@ def make_tasks(images: Images, base: Pretrained, options: Transfer) -> tuple[lis
     return tasks, test
 
 
-def make_method(entrant: Entrant, base: Pretrained, task: Task, options: Transfer) -> pj.Transform:
-    """The entrant's method for a seed."""
-    return method_for(entrant, base.model, task.params, options.steps, [task.train.batch()])
+def make_method(contender: Contender, base: Pretrained, task: Task, options: Transfer) -> pj.Transform:
+    """The contender's method for a seed."""
+    setting = calibrated(options.steps, base.model, task.params, lambda: [task.train.batch()])
+    return contenders.make_method(contender, setting, base.model, task.params)
 
 
 def transfer(
-    entrant: Entrant,
+    contender: Contender,
     base: Pretrained,
     tasks: list[Task],
     test: Images,
@@ -82,7 +84,7 @@ def transfer(
     looked at once, at that rate.
 
     Args:
-        entrant: the method.
+        contender: the method.
         base: the model to adapt.
         tasks: one for each seed.
         test: the test images.
@@ -90,33 +92,33 @@ def transfer(
         advance: called after each run with its name.
 
     Returns:
-        A line of `experiments.tuning.report`, without its label.
+        A line of `experiments.harness.report`, without its label.
     """
     started = time.perf_counter()
-    methods = [make_method(entrant, base, task, options) for task in tasks]
-    starts = [method.init(jax.random.key(task.seed), task.params) for method, task in zip(methods, tasks)]
-    trainer = make_trainer(base.model, methods[0], options.steps)
-    runs: dict[float, list[Fitted]] = {}
+    methods = [make_method(contender, base, task, options) for task in tasks]
+    training = make_training(base.model, methods[0], finetuning_optimizer(options.steps))
+    runs: dict[float, list[Trained]] = {}
     scores: dict[float, list[dict[str, float]]] = {}
     for rate in options.rates:
         runs[rate] = []
-        for task, start in zip(tasks, starts):
+        for task, method in zip(tasks, methods):
+            start = training.start(method, task.params, rate, task.seed)
             batches = training_batches(task.train, options.batch, task.seed)
-            runs[rate].append(trainer.fit(start, batches, rate, task.seed))
-            advance(f"{entrant.label}, learning rate {rate:g}, seed {task.seed}")
+            runs[rate].append(train(training, start, batches, options.steps))
+            advance(f"{contender.label}, learning rate {rate:g}, seed {task.seed}")
         scores[rate] = [
-            trainer.evaluate(run, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)
+            training.evaluate(run.state, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)
         ]
     best = max(options.rates, key=lambda rate: _rank(scores[rate]))
     every = [run for at_rate in runs.values() for run in at_rate]
     return {
-        "matched": entrant.matched,
+        "matched": contender.matched,
         "trained": adapter_size(methods[0], tasks[0].params),
         "rate": best,
         "validation": {str(rate): [score["accuracy"] for score in scores[rate]] for rate in options.rates},
-        "accuracy": [trainer.evaluate(run, [test.batch()])["accuracy"] for run in runs[best]],
-        "step_seconds": float(np.median([run.seconds for run in every if run.seconds])),
-        "compile_seconds": sum(run.compiled_seconds for run in every),
+        "accuracy": [training.evaluate(run.state, [test.batch()])["accuracy"] for run in runs[best]],
+        "step_seconds": float(np.median([run.step_seconds for run in every if run.step_seconds])),
+        "compile_seconds": sum(run.compile_seconds for run in every),
         "seconds": time.perf_counter() - started,
     }
 

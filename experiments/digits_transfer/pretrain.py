@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 import peftjax as pj
-from experiments.digits.data import CLASSES, Images, draw, of_classes, training_batches
-from experiments.tuning.trainer import make_trainer
+from experiments.digits_transfer.data import CLASSES, Images, draw, of_classes, training_batches
+from experiments.harness.training import finetuning_optimizer, make_training, train
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.vit import ViTConfig, vit
 
@@ -63,11 +63,10 @@ def pretrain(images: Images, options: Pretraining, seed: int = 0) -> Pretrained:
     """Train all parameters on the digits 0-4."""
     model = build_model(options)
     known = of_classes(images, 0, KNOWN)
-    test, train = draw(known, options.held_out, np.random.default_rng(seed))
+    test, rest = draw(known, options.held_out, np.random.default_rng(seed))
     method = pj.full()
-    trainer = make_trainer(model, method, options.steps)
-    key = jax.random.key(seed)
-    batches = training_batches(train, options.batch, seed)
-    fitted = trainer.fit(method.init(key, model.init(key)), batches, options.rate, seed)
-    scores = trainer.evaluate(fitted, [test.batch()])
-    return Pretrained(model, method.merge(fitted.frozen, fitted.trainable), scores["accuracy"])
+    training = make_training(model, method, finetuning_optimizer(options.steps))
+    start = training.start(method, model.init(jax.random.key(seed)), options.rate, seed)
+    trained = train(training, start, training_batches(rest, options.batch, seed), options.steps)
+    scores = training.evaluate(trained.state, [test.batch()])
+    return Pretrained(model, method.merge(trained.state.frozen, trained.state.trainable), scores["accuracy"])

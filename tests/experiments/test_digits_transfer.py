@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 import peftjax as pj
-from experiments.digits.data import Images, draw, load_images, of_classes, training_batches
-from experiments.digits.pretrain import Pretrained, Pretraining, pretrain
-from experiments.digits.run import Options, compare, describe
-from experiments.digits.transfer import Transfer, make_tasks
-from experiments.tuning.entrants import Entrant
+from experiments.digits_transfer.data import Images, draw, load_images, of_classes, training_batches
+from experiments.digits_transfer.pretrain import Pretrained, Pretraining, pretrain
+from experiments.digits_transfer.run import Options, compare, describe
+from experiments.digits_transfer.transfer import Transfer, make_tasks
+from experiments.harness.contenders import Contender
 from peftjax.core.errors import PeftError
 
 SMALL = Options(
@@ -35,12 +35,12 @@ def base(images) -> Pretrained:
 
 @pytest.mark.slow
 def test_methods_are_compared_end_to_end(images, tmp_path):
-    entrants = (
-        Entrant("full", lambda setting: pj.full(), matched=False),
-        Entrant("LoRA", lambda setting: pj.lora(rank=1)),
+    chosen = (
+        Contender("full", lambda setting: pj.full(), matched=False),
+        Contender("LoRA", lambda setting: pj.lora(rank=1)),
     )
     options = dataclasses.replace(SMALL, output=tmp_path)
-    results = compare(images, entrants, options, Console(quiet=True))
+    results = compare(images, chosen, options, Console(quiet=True))
     full, lora = results["lines"]
     head = results["head_parameters"]
     assert full["trained"] == results["parameters"] - head
@@ -49,14 +49,14 @@ def test_methods_are_compared_end_to_end(images, tmp_path):
     assert lora["rate"] in SMALL.transfer.rates
     assert set(lora["validation"]) == {"0.001", "0.01"}
     assert "2 steps of 4 images, 2 seeds, 10 test images" in describe(results)
-    assert compare(images, entrants, options, Console(quiet=True))["lines"] == results["lines"]  # recorded
+    assert compare(images, chosen, options, Console(quiet=True))["lines"] == results["lines"]  # recorded
 
 
 @pytest.mark.slow
 def test_methods_of_different_sizes_are_refused(images, tmp_path):
-    entrants = [Entrant(f"rank {rank}", lambda setting, rank=rank: pj.lora(rank=rank)) for rank in (1, 2)]
+    chosen = [Contender(f"rank {rank}", lambda setting, rank=rank: pj.lora(rank=rank)) for rank in (1, 2)]
     with pytest.raises(PeftError, match="rank 2 trains 224 parameters and rank 1 112"):
-        compare(images, entrants, dataclasses.replace(SMALL, output=tmp_path), Console(quiet=True))
+        compare(images, chosen, dataclasses.replace(SMALL, output=tmp_path), Console(quiet=True))
 
 
 def test_a_seed_changes_images_and_classifier_but_not_the_body_or_the_test(images, base):
