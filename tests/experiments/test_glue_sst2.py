@@ -1,11 +1,13 @@
 """The comparison on SST-2: which runs it makes, and that it goes on where it stopped."""
 
+import json
+
 import pytest
 
 import peftjax as pj
-from experiments.sparse.entrants import shira
-from experiments.sst2.run import Options, best_runs, main, pick
-from experiments.tuning.entrants import Entrant
+from experiments.glue_sst2.run import Options, best_runs, compare, pick
+from experiments.harness.contenders import Contender
+from experiments.harness.finetuning import shira
 from peftjax.core.errors import PeftError
 from peftjax.models.minilm import minilm_path
 from peftjax.train.data.dataset import Split
@@ -35,7 +37,7 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
         minilm_path()
     except PeftError as error:
         pytest.skip(str(error))
-    chosen = (Entrant("LoRA", lambda setting: pj.lora(rank=8)), shira(8, "gradient"))
+    chosen = (Contender("LoRA", lambda setting: pj.lora(rank=8)), shira(8, "gradient"))
     rows = "\n".join(
         f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(20)
     )
@@ -43,15 +45,15 @@ def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
     options = Options(
         tmp_path / "train.tsv",
         tmp_path / "train.tsv",
-        tmp_path / "out",
+        output=tmp_path / "out",
         steps=2,
         batch=4,
         held_out=8,
         seeds=1,
         rates=(1e-3,),
     )
-    main(chosen, options)
-    before = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr("experiments.sst2.run.make_runner", lambda *_: None)  # a call of it fails
-    main(chosen, options)
-    assert (tmp_path / "out" / "results.json").read_text() == before
+    compare(chosen, options)
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
+    monkeypatch.setattr("experiments.glue_sst2.run.make_runner", lambda *_: None)  # a call of it fails
+    compare(chosen, options)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
