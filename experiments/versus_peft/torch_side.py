@@ -10,10 +10,10 @@ import peft
 import torch
 import transformers
 
-from experiments.bench_peft.config import Entrant, Race, tokens
+from experiments.versus_peft.config import Race, Racer, tokens
 
 
-def prepare(folder: Path, entrant: Entrant, race: Race) -> tuple[Callable[[], int], Callable[[], Any]]:
+def prepare(folder: Path, racer: Racer, race: Race) -> tuple[Callable[[], int], Callable[[], Any]]:
     """`load() -> trained parameters` and, after it, `compiled() -> step`."""
     held: dict[str, Any] = {}
 
@@ -21,12 +21,12 @@ def prepare(folder: Path, entrant: Entrant, race: Race) -> tuple[Callable[[], in
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.train()
         model.config.use_cache = False
-        if entrant.method == "lora":
+        if racer.method == "lora":
             settings = peft.LoraConfig(r=race.rank, lora_alpha=2 * race.rank, target_modules="all-linear")
             model = peft.get_peft_model(model, settings)
-        if entrant.checkpointing:
+        if racer.checkpointing:
             model.gradient_checkpointing_enable()
-            if entrant.method == "lora":
+            if racer.method == "lora":
                 model.enable_input_require_grads()
         held["model"] = model
         return sum(p.numel() for p in model.parameters() if p.requires_grad)

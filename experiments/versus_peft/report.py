@@ -1,14 +1,15 @@
-"""The results of the race as a table and as a plot."""
+"""The results of the race as tables and as a plot."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from experiments import markdown
+from experiments.harness.plot import saved
+from experiments.harness.report import Report, Results, table
 
 
-def table(results: dict[str, Any]) -> str:
+def make_report(results: Results) -> str:
     """The results in Markdown."""
     race = results["race"]
     lines = [
@@ -18,9 +19,9 @@ def table(results: dict[str, Any]) -> str:
         + f"; huge pages {'on' if results['huge_pages'] else 'off'}; "
         f"{results['rounds_counted']} quiet rounds of {results['rounds_tried']}.",
         "",
-        *markdown.table(
+        *table(
             [
-                "entrant",
+                "contender",
                 "s/step (median)",
                 "peak above loaded, MiB",
                 "after the first step, MiB",
@@ -28,10 +29,10 @@ def table(results: dict[str, Any]) -> str:
                 "first loss",
                 "last loss",
             ],
-            map(_entrant, results["entrants"]),
+            map(_row, results["racers"]),
         ),
         "",
-        *markdown.table(
+        *table(
             ["peftjax / peft", "step time, median of pairs [range]", "peak memory", "after the first step"],
             map(_ratio, results["ratios"]),
         ),
@@ -39,7 +40,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entrant(e: dict[str, Any]) -> list[str]:
+def _row(e: dict[str, Any]) -> list[str]:
     return [
         e["name"],
         f"{e['median_seconds']:.2f}",
@@ -51,38 +52,41 @@ def _entrant(e: dict[str, Any]) -> list[str]:
     ]
 
 
+def _name(ratio: dict[str, Any]) -> str:
+    return f"{ratio['method']}{' + checkpointing' if ratio['checkpointing'] else ''}"
+
+
 def _ratio(r: dict[str, Any]) -> list[str]:
     return [
-        f"{r['method']}{' + checkpointing' if r['checkpointing'] else ''}",
+        _name(r),
         f"{r['step_time']:.2f} [{r['step_time_range'][0]:.2f}, {r['step_time_range'][1]:.2f}]",
         f"{r['peak_memory']:.2f}",
         f"{r['steady_peak_memory']:.2f}",
     ]
 
 
-def plot(results: dict[str, Any], file: Path) -> None:
-    """Step time and memory of every entrant, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(results: Results, file: Path) -> None:
+    """Step time and memory of every racer, side by side."""
     colors = {"peftjax": "#1b6ca8", "peft": "#c8553d"}
-    entrants = results["entrants"]
-    names = [entrant["name"] for entrant in entrants]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    left.boxplot(
-        [entrant["seconds"] for entrant in entrants], orientation="horizontal", positions=range(len(names))
-    )
-    right.barh(
-        range(len(names)),
-        [entrant["peak_mib"] for entrant in entrants],
-        color=[colors[entrant["library"]] for entrant in entrants],
-    )
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlabel("seconds a step")
-    left.set_xlim(left=0)
-    right.set_xlabel("peak memory above the loaded model, MiB")
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    racers = results["racers"]
+    places = range(len(racers))
+    with saved(file, 2, size=(11, 4), sharey=True) as (_, (left, right)):
+        left.boxplot([racer["seconds"] for racer in racers], orientation="horizontal", positions=places)
+        peaks = [racer["peak_mib"] for racer in racers]
+        right.barh(places, peaks, color=[colors[racer["library"]] for racer in racers])
+        left.set_yticks(places, [racer["name"] for racer in racers])
+        left.invert_yaxis()
+        left.set_xlabel("seconds a step")
+        left.set_xlim(left=0)
+        right.set_xlabel("peak memory above the loaded model, MiB")
+
+
+def answer(results: Results) -> dict[str, str]:
+    """Time and memory, peftjax divided by peft."""
+    return {
+        _name(ratio): f"time x {ratio['step_time']:.2f}, memory x {ratio['peak_memory']:.2f}"
+        for ratio in results["ratios"]
+    }
+
+
+REPORT = Report(make_report, draw, answer)

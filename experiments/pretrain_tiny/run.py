@@ -1,6 +1,6 @@
 """A small Llama trained from scratch on a text file, so that there is a decoder without any download.
 
-python -m experiments.pretrain_tiny --output tiny
+    python -m experiments.pretrain_tiny.run --output tiny
 
 It trains a byte-level BPE tokenizer, draws a Llama at random and trains all of it (`pj.full()`) with the
 loop of `peftjax train`. Without `--data` the text is the docstrings of this Python's standard library. What

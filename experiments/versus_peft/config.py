@@ -29,13 +29,13 @@ LLAMA_31M = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entrant:
-    """One way of training.
+class Racer:
+    """A contender of the race: one way of training.
 
     Attributes:
         library: "peftjax" or "peft" (PyTorch).
         method: "lora" (rank 16, alpha 32, all linear layers but the output) or "full".
-        checkpointing: whether each layer is computed again in the backward pass.
+        checkpointing: whether each layer is recomputed in the backward pass.
     """
 
     library: str

@@ -1,4 +1,4 @@
-"""One entrant in a process of its own: it loads, then makes a step for every line it is sent.
+"""One racer in a process of its own: it loads, then makes a step for every line it is sent.
 
 Lines on standard output are JSON: one when the model is loaded, one when the step is ready
 (compiled), and one a step.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.bench_peft.config import Entrant, Race
+from experiments.versus_peft.config import Race, Racer
 
 Step = Callable[[int], float]
 """`number of the step -> loss`."""
@@ -33,14 +33,14 @@ def forget_peak() -> None:
 
 
 def main() -> None:
-    """Run the entrant that the arguments describe."""
-    folder, entrant, race = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    entrant, race = Entrant(**entrant), Race(**race)
-    if entrant.library == "peftjax":
-        from experiments.bench_peft.jax_side import prepare
+    """Run the racer that the arguments describe."""
+    folder, racer, race = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    racer, race = Racer(**racer), Race(**race)
+    if racer.library == "peftjax":
+        from experiments.versus_peft.jax_side import prepare
     else:
-        from experiments.bench_peft.torch_side import prepare
-    load, compiled = prepare(folder, entrant, race)
+        from experiments.versus_peft.torch_side import prepare
+    load, compiled = prepare(folder, racer, race)
     trained = load()
     loaded = memory("VmRSS")
     _say(loaded=loaded, trained=trained)
