@@ -44,7 +44,7 @@ from experiments.digits_transfer.data import Images, load_images
 from experiments.digits_transfer.pretrain import Pretraining, pretrain
 from experiments.digits_transfer.transfer import Transfer, make_method, make_tasks, transfer
 from experiments.harness.contenders import Contender, adapter_size, require_equal
-from experiments.harness.finetuning import Set, Sizes, contenders
+from experiments.harness.finetuning import Group, Sizes, contenders
 from experiments.harness.plot import draw_accuracies
 from experiments.harness.progress import progress_bar
 from experiments.harness.record import Run, open_record, provenance
@@ -56,7 +56,7 @@ from peftjax.core import tree
 class Options:
     """Who is compared, the model, the task and where the results go."""
 
-    contenders: Set = "plain"
+    contenders: Group = "plain"
     """Which methods."""
     output: Path | None = None
     """Where the results go; by default the folder of the contenders beside this file."""

@@ -45,7 +45,7 @@ import tyro
 import peftjax as pj
 from experiments.harness import contenders
 from experiments.harness.contenders import Contender, adapter_size, calibrated, require_equal
-from experiments.harness.finetuning import Set, Sizes
+from experiments.harness.finetuning import Group, Sizes
 from experiments.harness.finetuning import contenders as contenders_of
 from experiments.harness.plot import draw_accuracies
 from experiments.harness.progress import progress_bar
@@ -68,7 +68,7 @@ class Options:
     """SST-2's train.tsv."""
     evaluation: Path
     """SST-2's dev.tsv."""
-    contenders: Set = "plain"
+    contenders: Group = "plain"
     """Which methods."""
     output: Path | None = None
     """Where the results go; by default the folder of the contenders beside this file."""

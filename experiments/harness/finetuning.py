@@ -10,7 +10,7 @@ import peftjax as pj
 from experiments.harness.contenders import Contender
 from peftjax.methods.sparse.shira import Mask
 
-Set = Literal["plain", "blocks", "sparse"]
+Group = Literal["plain", "blocks", "sparse"]
 """LoRA and the reference points alone; or beside them methods of blocks, or sparse methods."""
 
 
@@ -26,7 +26,7 @@ class Sizes:
     """Share of the entries of all linear weights."""
 
 
-def contenders(chosen: Set, sizes: Sizes) -> tuple[Contender, ...]:
+def contenders(chosen: Group, sizes: Sizes) -> tuple[Contender, ...]:
     """The contenders of a set, the reference points first."""
     lora = Contender(f"LoRA r={sizes.rank}", lambda setting: pj.lora(rank=sizes.rank))
     others = {"plain": (), "blocks": blocks(sizes), "sparse": sparse(sizes)}

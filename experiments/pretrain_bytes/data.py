@@ -14,8 +14,6 @@ from peftjax.models import llama
 from peftjax.models.decoder import decoder
 
 BYTES = 256
-HELD_OUT = 0.05
-"""Of the text, for each of the two parts that are not trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Text:
     test: UInt8[np.ndarray, "H"]
 
 
-def read_text(folder: Path) -> Text:
-    """The .txt files of a folder, end to end by name; the last tenth is held out.
+def read_text(folder: Path, held_out: float = 0.05) -> Text:
+    """The .txt files of a folder, end to end by name; the last two shares `held_out` are not trained on.
 
     Raises:
         PeftError: there are none.
@@ -37,7 +35,7 @@ def read_text(folder: Path) -> Text:
     if not files:
         raise PeftError(f"{folder} has no .txt file to train on")
     whole = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
-    size = int(HELD_OUT * len(whole))
+    size = int(held_out * len(whole))
     return Text(whole[: -2 * size], whole[-2 * size : -size], whole[-size:])
 
 
