@@ -37,9 +37,11 @@ from peftjax.methods.sparse.snell import set_sparsity, snell
 from peftjax.methods.sparse.snella import snella
 from peftjax.models.load import load, save
 from peftjax.planner.step import plan
+from peftjax.train.step import training
 from peftjax.transform.chain import chain
+from peftjax.transform.frozen import Frozen
 from peftjax.transform.registry import METHODS, build, describe
-from peftjax.transform.transform import Frozen, MethodInfo, Transform
+from peftjax.transform.transform import MethodInfo, Transform
 from peftjax.weights.base import Weight, dense, matmul
 
 __all__ = [
@@ -100,6 +102,7 @@ __all__ = [
     "snell",
     "snella",
     "switchlora",
+    "training",
     "unfreeze",
     "unipt",
     "vqt",

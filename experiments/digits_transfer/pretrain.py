@@ -9,7 +9,7 @@ import numpy as np
 
 import peftjax as pj
 from experiments.digits_transfer.data import CLASSES, Images, draw, of_classes, training_batches
-from experiments.harness.training import finetuning_optimizer, make_training, train
+from experiments.harness.training import finetuning_optimizer, make_programs, train
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.vit import ViTConfig, vit
 
@@ -65,8 +65,8 @@ def pretrain(images: Images, options: Pretraining, seed: int = 0) -> Pretrained:
     known = of_classes(images, 0, KNOWN)
     test, rest = draw(known, options.held_out, np.random.default_rng(seed))
     method = pj.full()
-    training = make_training(model, method, finetuning_optimizer(options.steps))
-    start = training.start(method, model.init(jax.random.key(seed)), options.rate, seed)
-    trained = train(training, start, training_batches(rest, options.batch, seed), options.steps)
-    scores = training.evaluate(trained.state, [test.batch()])
+    programs = make_programs(model, method, finetuning_optimizer(options.steps))
+    start = programs.start(method, model.init(jax.random.key(seed)), options.rate, seed)
+    trained = train(programs, start, training_batches(rest, options.batch, seed), options.steps)
+    scores = programs.evaluate(trained.state, [test.batch()])
     return Pretrained(model, method.merge(trained.state.frozen, trained.state.trainable), scores["accuracy"])

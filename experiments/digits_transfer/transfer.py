@@ -15,7 +15,7 @@ from experiments.digits_transfer.data import Images, draw, of_classes, training_
 from experiments.digits_transfer.pretrain import KNOWN, Pretrained
 from experiments.harness import contenders
 from experiments.harness.contenders import Contender, adapter_size, calibrated
-from experiments.harness.training import Trained, finetuning_optimizer, make_training, train
+from experiments.harness.training import Trained, finetuning_optimizer, make_programs, train
 from peftjax.backbone.backbone import Params
 
 
@@ -96,18 +96,18 @@ def transfer(
     """
     started = time.perf_counter()
     methods = [make_method(contender, base, task, options) for task in tasks]
-    training = make_training(base.model, methods[0], finetuning_optimizer(options.steps))
+    programs = make_programs(base.model, methods[0], finetuning_optimizer(options.steps))
     runs: dict[float, list[Trained]] = {}
     scores: dict[float, list[dict[str, float]]] = {}
     for rate in options.rates:
         runs[rate] = []
         for task, method in zip(tasks, methods):
-            start = training.start(method, task.params, rate, task.seed)
+            start = programs.start(method, task.params, rate, task.seed)
             batches = training_batches(task.train, options.batch, task.seed)
-            runs[rate].append(train(training, start, batches, options.steps))
+            runs[rate].append(train(programs, start, batches, options.steps))
             advance(f"{contender.label}, learning rate {rate:g}, seed {task.seed}")
         scores[rate] = [
-            training.evaluate(run.state, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)
+            programs.evaluate(run.state, [task.validation.batch()]) for run, task in zip(runs[rate], tasks)
         ]
     best = max(options.rates, key=lambda rate: _rank(scores[rate]))
     every = [run for at_rate in runs.values() for run in at_rate]
@@ -116,7 +116,7 @@ def transfer(
         "trained": adapter_size(methods[0], tasks[0].params),
         "rate": best,
         "validation": {str(rate): [score["accuracy"] for score in scores[rate]] for rate in options.rates},
-        "accuracy": [training.evaluate(run.state, [test.batch()])["accuracy"] for run in runs[best]],
+        "accuracy": [programs.evaluate(run.state, [test.batch()])["accuracy"] for run in runs[best]],
         "step_seconds": float(np.median([run.step_seconds for run in every if run.step_seconds])),
         "compile_seconds": sum(run.compile_seconds for run in every),
         "seconds": time.perf_counter() - started,

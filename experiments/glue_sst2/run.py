@@ -51,7 +51,7 @@ from experiments.harness.plot import draw_accuracies
 from experiments.harness.progress import progress_bar
 from experiments.harness.record import Run, open_record, provenance
 from experiments.harness.report import Report, accuracy_table, best_accuracies, write_report
-from experiments.harness.training import finetuning_optimizer, make_training, train
+from experiments.harness.training import finetuning_optimizer, make_programs, train
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.minilm import minilm_path
 from peftjax.text.tokenizer import load_tokenizer
@@ -146,17 +146,17 @@ def make_method(
 
 def make_runner(contender: Contender, texts: Texts, options: Options) -> Callable[[float, int], Run]:
     """`(rate, seed) -> run`; the method's programs are compiled with the first."""
-    training = None
+    programs = None
 
     def run(rate: float, seed: int) -> Run:
-        nonlocal training
+        nonlocal programs
         model, params = open_minilm(seed)
         batches = training_batches(texts.train, options.batch, seed)
         method = make_method(contender, model, params, texts, options, seed)
-        training = training or make_training(model, method, finetuning_optimizer(options.steps))
-        trained = train(training, training.start(method, params, rate, seed), batches, options.steps)
+        programs = programs or make_programs(model, method, finetuning_optimizer(options.steps))
+        trained = train(programs, programs.start(method, params, rate, seed), batches, options.steps)
         held_out, test = (
-            training.evaluate(trained.state, evaluation_batches(part, 64))
+            programs.evaluate(trained.state, evaluation_batches(part, 64))
             for part in (texts.held_out, texts.test)
         )
         return {

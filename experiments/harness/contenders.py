@@ -14,7 +14,7 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
-from peftjax.train.options import with_new_head
+from peftjax.train.new_head import with_new_head
 
 Statistics = Callable[[], Mapping[str, jax.Array]]
 """Computes an array for every weight, by path, before training."""
@@ -98,14 +98,9 @@ def make_method(contender: Contender, setting: Setting, model: Backbone, params:
 
 
 def adapter_size(method: pj.Transform, params: Params) -> int:
-    """Trained parameters without the classifier's, which every contender trains.
-
-    Slots that the method's optimizer sets, such as a share of pruned entries, are not trained.
-    """
+    """Trained parameters without the classifier's, which every contender trains."""
     _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    moves = jax.tree.leaves(method.moving(trainable))
-    trained = [leaf for leaf, moves in zip(jax.tree.leaves(trainable), moves) if moves]
-    return tree.count(trained) - tree.count(params["head"]["classifier"])
+    return tree.count(trainable) - tree.count(params["head"]["classifier"])
 
 
 def require_equal(sizes: Sequence[tuple[Contender, int]], tolerance: float) -> None:

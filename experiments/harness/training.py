@@ -7,8 +7,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,87 +17,48 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch, classification
 from peftjax.train.config import TrainConfig
 from peftjax.train.optimizer import make_optimizer
-from peftjax.train.step import make_evaluate, make_renewals, make_step, make_write
+from peftjax.train.step import Metrics, TrainingState, make_evaluate, model_loss
 
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 """The optimizer of a peak learning rate, which is an array in its state: another one compiles nothing."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["frozen", "trainable", "opt_state", "key"],
-    meta_fields=["step"],
-)
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A run between two steps, of which `step` are done."""
-
-    frozen: Any
-    trainable: Any
-    opt_state: Any
-    key: jax.Array
-    step: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
+class Programs:
     """A method's programs.
 
     Attributes:
         start: `(method, params, rate, seed) -> state`; the method may differ from the compiled one in what
             only `init` reads, such as the gradients that choose a mask. The seed drives what it draws.
         advance: `(state, batch) -> state`, what the method does before the next step, where it is due.
-        step: `(state, batch) -> (state, loss)`: advance, gradient, update.
+        step: `(state, batch) -> (state, metrics)`: advance, gradient, update.
         evaluate: `(state, batches) -> means`.
         compiled: the shapes of the batches that the step is compiled for.
     """
 
-    start: Callable[[pj.Transform, Params, float, int], State]
-    advance: Callable[[State, Batch], State]
-    step: Callable[[State, Batch], tuple[State, jax.Array]]
-    evaluate: Callable[[State, Iterable[Batch]], dict[str, float]]
+    start: Callable[[pj.Transform, Params, float, int], TrainingState]
+    advance: Callable[[TrainingState, Batch], TrainingState]
+    step: Callable[[TrainingState, Batch], tuple[TrainingState, Metrics]]
+    evaluate: Callable[[TrainingState, Iterable[Batch]], dict[str, float]]
     compiled: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
 
-def make_training(model: Backbone, method: pj.Transform, optimizer: Optimizer) -> Training:
+def make_programs(model: Backbone, method: pj.Transform, optimizer: Optimizer) -> Programs:
     """The programs of a method. All that the experiments use of the library's step is in this function."""
     forward = method.model(model)
-    tx = method.optimizer(optax.inject_hyperparams(optimizer)(peak=1.0))
-    update = make_step(forward, method, tx, classification)
-    renewals = make_renewals(forward, method, classification)
-    write = make_write(method) if method.in_place else lambda frozen, trainable: frozen
+    tx = optax.inject_hyperparams(optimizer)(peak=1.0)
+    training = pj.training(method, model_loss(forward, classification), tx)
     score = make_evaluate(forward, method, classification)
 
-    def start(method: pj.Transform, params: Params, rate: float, seed: int) -> State:
+    def start(method: pj.Transform, params: Params, rate: float, seed: int) -> TrainingState:
         key = jax.random.key(seed)
-        frozen, trainable = method.init(key, params)
-        opt_state = optax.tree.set(tx.init(trainable), peak=jnp.float32(rate))
-        # A step takes its memory, which the frozen part, the parameters or the optimizer's state may share.
-        trainable, opt_state = jax.tree.map(jnp.copy, trainable), jax.tree.map(jnp.copy, opt_state)
-        if method.in_place:
-            frozen = write(jax.tree.map(lambda leaf: leaf.copy(), frozen), trainable)
-        return State(frozen, trainable, opt_state, key)
+        state = training.begin(*method.init(key, params), key)
+        return dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, peak=jnp.float32(rate)))
 
-    def advance(state: State, batch: Batch) -> State:
-        trainable, opt_state = state.trainable, state.opt_state
-        for renewal in renewals:
-            if renewal.due(state.step):
-                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-                now = jnp.asarray(state.step, jnp.int32)
-                trainable, opt_state = renewal.run(trainable, opt_state, state.frozen, batch, now, key)
-        return dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
-
-    def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        state = advance(state, batch)
-        key = jax.random.fold_in(state.key, state.step)
-        trainable, opt_state, metrics = update(state.trainable, state.opt_state, state.frozen, batch, key)
-        frozen = write(state.frozen, trainable)
-        return State(frozen, trainable, opt_state, state.key, state.step + 1), metrics["loss"]
-
-    def evaluate(state: State, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(state: TrainingState, batches: Iterable[Batch]) -> dict[str, float]:
         return score(state.trainable, state.frozen, batches)
 
-    return Training(start, advance, step, evaluate)
+    return Programs(start, training.advance, training.step, evaluate)
 
 
 def finetuning_optimizer(steps: int) -> Optimizer:
@@ -121,7 +80,7 @@ class Trained:
         seconds: of the whole run.
     """
 
-    state: State
+    state: TrainingState
     loss: float
     step_seconds: float | None
     compile_seconds: float
@@ -134,18 +93,18 @@ class Trained:
 
 
 def train(
-    training: Training,
-    state: State,
+    programs: Programs,
+    state: TrainingState,
     batches: Iterable[Batch],
     steps: int,
     *,
     every: int = 0,
-    visit: Callable[[State], None] = lambda state: None,
+    visit: Callable[[TrainingState], None] = lambda state: None,
 ) -> Trained:
     """One run.
 
     Args:
-        training: the method's programs.
+        programs: of the method.
         state: where it starts; its memory is taken.
         batches: to train on, at least as many as steps.
         steps: optimizer steps.
@@ -158,15 +117,15 @@ def train(
     compiling, loss = 0.0, float("nan")
     for number, batch in zip(range(1, steps + 1), batches):
         before = time.perf_counter()
-        state, found = training.step(state, batch)
-        loss = float(found)
+        state, metrics = programs.step(state, batch)
+        loss = float(metrics["loss"])
         elapsed = time.perf_counter() - before
         shape = batch["labels"].shape + next(iter(batch.values())).shape
-        if shape in training.compiled:
+        if shape in programs.compiled:
             seconds.append(elapsed)
         else:
             compiling += elapsed
-        training.compiled.add(shape)
+        programs.compiled.add(shape)
         ended = number == steps or not math.isfinite(loss)
         if ended or (every and number % every == 0):
             visit(state)

@@ -49,10 +49,11 @@ from experiments.harness.pretraining import CONTENDERS, Schedule, optimizer_of
 from experiments.harness.progress import progress_bar
 from experiments.harness.record import Record, Run, commit, open_record, provenance
 from experiments.harness.report import write_report
-from experiments.harness.training import State, Training, make_training, train
+from experiments.harness.training import Programs, make_programs, train
 from experiments.pretrain_bytes.data import Text, first_batches, read_text, small_llama, training_batches
 from experiments.pretrain_bytes.report import REPORT, summarize
 from peftjax.planner.residuals import nbytes
+from peftjax.train.step import TrainingState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,23 +119,23 @@ def make_runner(contender: Contender, text: Text, options: Options) -> Callable[
         first_batches(part, options.length, rows, options.tested) for part in (text.held_out, text.test)
     )
     method = contender.method(options.setting)
-    training: Training | None = None
+    programs: Programs | None = None
 
     def run(rate: float, seed: int) -> Run:
-        nonlocal training
-        if training is None:
+        nonlocal programs
+        if programs is None:
             optimizer = optimizer_of(contender, options.setting, options.schedule)
-            training = make_training(model, method, optimizer)
+            programs = make_programs(model, method, optimizer)
         params = init(jax.random.key(seed))
-        start = training.start(method, params, rate, seed)
+        start = programs.start(method, params, rate, seed)
         beside = nbytes(jax.tree.leaves((start.frozen, start.trainable, start.opt_state)))
         curve: list[tuple[int, float]] = []
 
-        def visit(state: State) -> None:
-            curve.append((state.step, training.evaluate(state, watched)["loss"]))
+        def visit(state: TrainingState) -> None:
+            curve.append((state.step, programs.evaluate(state, watched)["loss"]))
 
         trained = train(
-            training,
+            programs,
             start,
             training_batches(text.train, options.length, options.batch, seed),
             options.steps,
@@ -143,7 +144,7 @@ def make_runner(contender: Contender, text: Text, options: Options) -> Callable[
         )
         diverged = trained.diverged or not math.isfinite(curve[-1][1])
         scores = [
-            None if diverged else training.evaluate(trained.state, part)["loss"] for part in (held_out, test)
+            None if diverged else programs.evaluate(trained.state, part)["loss"] for part in (held_out, test)
         ]
         return {
             "beside_weights": beside - nbytes(jax.tree.leaves(params)),

@@ -42,7 +42,7 @@ from experiments.harness.pretraining import full, galore, optimizer_of
 from experiments.harness.record import open_record, provenance
 from experiments.harness.report import write_report
 from experiments.harness.timing import Call, measure_in_turn, repeated
-from experiments.harness.training import State, make_training, train
+from experiments.harness.training import make_programs, train
 from experiments.pretrain_bytes import run
 from experiments.pretrain_bytes.data import read_text, small_llama, training_batches
 from experiments.refresh_cost.bases import BASES, Basis, compressed_side
@@ -51,6 +51,7 @@ from peftjax.core import tree
 from peftjax.losses import cross_entropy
 from peftjax.methods.projected._refresh import OVERSAMPLING
 from peftjax.optim.bases import captured_energy
+from peftjax.train.step import TrainingState
 
 Energy = dict[str, dict[str, list[float]]]
 """By basis and start: the steps, and the mean over all matrices for the same and for the next batch."""
@@ -108,17 +109,17 @@ def time_refreshes(options: run.Options, rounds: int) -> dict[str, list[float]]:
         """Its step and its refresh, each on a state of its own."""
         one = contender(basis)
         method = one.method(options.setting)
-        training = make_training(model, method, optimizer_of(one, options.setting, options.schedule))
-        first = training.start(method, params, 1.0, 0)
+        programs = make_programs(model, method, optimizer_of(one, options.setting, options.schedule))
+        first = programs.start(method, params, 1.0, 0)
 
-        def step(state: State) -> State:
+        def step(state: TrainingState) -> TrainingState:
             """A step before which nothing is due: always the second one."""
-            return dataclasses.replace(training.step(state, batch)[0], step=1)
+            return dataclasses.replace(programs.step(state, batch)[0], step=1)
 
-        refreshed = training.advance(jax.tree.map(jnp.copy, first), batch)
+        refreshed = programs.advance(jax.tree.map(jnp.copy, first), batch)
         return (
             repeated(step, dataclasses.replace(refreshed, step=1)),
-            repeated(lambda state: training.advance(state, batch), first),
+            repeated(lambda state: programs.advance(state, batch), first),
         )
 
     found = {basis.label: calls(basis) for basis in BASES}
@@ -150,7 +151,7 @@ def measure_energy(options: run.Options, rate: float) -> Energy:
             shares.append([captured_energy(one, new[path], side).mean() for one in (g, following[path])])
         return jnp.mean(jnp.asarray(shares), axis=0), new
 
-    def visit(state: State) -> None:
+    def visit(state: TrainingState) -> None:
         nonlocal before
         params = method.apply(state.frozen, state.trainable)
         same, following = gradients(params, next(batches)), gradients(params, next(batches))
@@ -168,12 +169,12 @@ def measure_energy(options: run.Options, rate: float) -> Energy:
         before = exact
 
     method = pj.full()
-    training = make_training(
+    programs = make_programs(
         model, method, optimizer_of(Contender("AdamW", full), options.setting, options.schedule)
     )
     train(
-        training,
-        training.start(method, jax.jit(model.init)(key), rate, 0),
+        programs,
+        programs.start(method, jax.jit(model.init)(key), rate, 0),
         training_batches(text.train, options.length, options.batch, 0),
         options.steps,
         every=options.every,

@@ -31,10 +31,11 @@ from experiments.harness.plot import saved
 from experiments.harness.record import provenance
 from experiments.harness.report import Report, Results, ratio_rows, table, write_report
 from experiments.harness.timing import Call, measure_in_turn, repeated
-from experiments.harness.training import State, finetuning_optimizer, make_training
+from experiments.harness.training import finetuning_optimizer, make_programs
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch
 from peftjax.train.data.batches import training_batches
+from peftjax.train.step import TrainingState
 from peftjax.transform.transform import Transform
 
 
@@ -56,12 +57,12 @@ def make_call(
     model: Backbone, params: Params, method: Transform, batches: Iterator[Batch], options: Options
 ) -> Call:
     """One step after the other of a run."""
-    training = make_training(model, method, finetuning_optimizer(1000))
+    programs = make_programs(model, method, finetuning_optimizer(1000))
 
-    def step(state: State) -> State:
-        return training.step(state, next(batches))[0]
+    def step(state: TrainingState) -> TrainingState:
+        return programs.step(state, next(batches))[0]
 
-    return repeated(step, training.start(method, params, options.rate, 0))
+    return repeated(step, programs.start(method, params, options.rate, 0))
 
 
 def main(options: Options) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import METHODS
-from peftjax.transform.transform import Frozen, Trainable
 from peftjax.weights.column_normalized import ColumnNormalized
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank

@@ -11,7 +11,8 @@ from peftjax.backbone.rewriting import BlockStack, add_to_blocks, chosen_layers,
 from peftjax.backbone.rewritten_block import RewrittenBlock
 from peftjax.core.errors import PeftError
 from peftjax.methods._targets import on_layers
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, Transform
 
 Layers = int | Sequence[int] | None
 

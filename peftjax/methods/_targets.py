@@ -12,8 +12,7 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)

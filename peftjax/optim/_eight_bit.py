@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Int, Key
 from peftjax.core.errors import PeftError
 from peftjax.optim.coded_sharding import shardings_like
 from peftjax.optim.elementwise import is_elementwise
-from peftjax.optim.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 from peftjax.optim.rounding_noise import uniform
 from peftjax.optim.slicewise import Cut, Leaves, cut_of, run_slicewise
 from peftjax.optim.updates import is_placeholder
 from peftjax.quantize.blockwise import Codes, decode, encode
+from peftjax.transform.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 
 
 class EightBitState(NamedTuple):
@@ -77,6 +77,13 @@ def eight_bit(
     Raises:
         PeftError: block_size is less than 2; in `init`, when no large array of the state is a known moment,
             or `moments` gives something else.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.eight_bit(optax.adamw(1e-2))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     if block_size < 2:
         raise PeftError(f"eight_bit: block_size must be at least 2, got {block_size}")

@@ -23,7 +23,7 @@ from experiments.harness.finetuning import contenders
 from experiments.harness.record import open_record, provenance, write_json
 from experiments.harness.report import Report, accuracy_table, difference, ratio_rows, write_report
 from experiments.harness.timing import measure_in_turn, repeated
-from experiments.harness.training import finetuning_optimizer, make_training, train
+from experiments.harness.training import finetuning_optimizer, make_programs, train
 from peftjax.core.errors import PeftError
 
 
@@ -61,12 +61,12 @@ def method_for(contender, task, steps, batches=()):
 def test_a_training_learns_and_compiles_once_for_all_rates_and_seeds(task):
     model, params, images = task
     method = pj.full()
-    training = make_training(model, method, finetuning_optimizer(30))
+    programs = make_programs(model, method, finetuning_optimizer(30))
     runs = [
-        train(training, training.start(method, params, rate, seed), training_batches(images, 10, seed), 30)
+        train(programs, programs.start(method, params, rate, seed), training_batches(images, 10, seed), 30)
         for rate, seed in ((1e-2, 0), (1e-2, 1), (0.0, 0))
     ]
-    trained, other, still = (training.evaluate(run.state, [images.batch()])["loss"] for run in runs)
+    trained, other, still = (programs.evaluate(run.state, [images.batch()])["loss"] for run in runs)
     assert trained < 0.8 * still
     assert other != trained
     assert runs[0].compile_seconds > 0
@@ -78,10 +78,10 @@ def test_a_training_learns_and_compiles_once_for_all_rates_and_seeds(task):
 def test_a_run_that_diverges_ends_and_says_so(task):
     model, params, images = task
     method = pj.full()
-    training = make_training(model, method, finetuning_optimizer(5))
-    start, visited = training.start(method, params, float("inf"), 0), []
+    programs = make_programs(model, method, finetuning_optimizer(5))
+    start, visited = programs.start(method, params, float("inf"), 0), []
     batches = training_batches(images, 10, 0)
-    run = train(training, start, batches, 5, every=3, visit=lambda state: visited.append(state.step))
+    run = train(programs, start, batches, 5, every=3, visit=lambda state: visited.append(state.step))
     assert run.diverged
     assert visited == [0, run.state.step]
     assert run.state.step < 5
@@ -90,15 +90,15 @@ def test_a_run_that_diverges_ends_and_says_so(task):
 def test_a_projection_is_refreshed_when_it_is_due(task):
     model, params, images = task
     method = pj.galore(rank=2, every=2)
-    training = make_training(model, method, finetuning_optimizer(4))
+    programs = make_programs(model, method, finetuning_optimizer(4))
     batch = images.batch(slice(10))
-    state = training.start(method, params, 1e-2, 0)
-    fresh = training.advance(jax.tree.map(jnp.copy, state), batch)
+    state = programs.start(method, params, 1e-2, 0)
+    fresh = programs.advance(jax.tree.map(jnp.copy, state), batch)
     same = lambda a, b: all(map(jnp.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     held = lambda state: (state.frozen, state.trainable)
     assert not same(held(fresh), held(state))
-    after, _ = training.step(fresh, batch)
-    assert same(held(training.advance(jax.tree.map(jnp.copy, after), batch)), held(after))
+    after, _ = programs.step(fresh, batch)
+    assert same(held(programs.advance(jax.tree.map(jnp.copy, after), batch)), held(after))
 
 
 def test_a_contender_gets_steps_and_gradients_and_the_classifier_is_trained(task):

@@ -18,7 +18,8 @@ from peftjax.core.errors import PeftError
 from peftjax.methods._parts import Layers, Part, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init
 from peftjax.methods.prompt.prefix import Prefix, keys_and_values, prefix
-from peftjax.transform.transform import MethodInfo, Trainable, Transform
+from peftjax.transform.frozen import Trainable
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def mam(

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from peftjax.core import tree
@@ -36,7 +35,9 @@ from peftjax.methods.lowrank._factors import (
     start_orthogonal,
     start_uniform,
 )
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import MethodInfo, Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.shifted import Shifted
@@ -146,7 +147,7 @@ def low_rank(
     rslora: bool = False,
     train_a: bool = True,
     one_way: bool = False,
-    optimizer: Callable[..., optax.GradientTransformation] | None = None,
+    around: Around | None = None,
 ) -> Transform:
     """A method whose weights are `base + scale · aᵀb`, as a `Transform`.
 
@@ -158,7 +159,7 @@ def low_rank(
         rslora: scale by alpha / sqrt(r), where the method has no such option.
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
         one_way: whether the method depends on which side of a weight is the input.
-        optimizer: the method's hook on the optimizer.
+        around: what the method does around the optimizer.
     """
     dropout, bias = options["dropout"], options["bias"]
     names = (
@@ -211,8 +212,7 @@ def low_rank(
             rewritten[target.path] = weight
         return tree.replace(params, rewritten)
 
-    hook = {} if optimizer is None else {"optimizer": optimizer}
-    return Transform(name, options, init, apply, **hook)
+    return Transform(name, options, init, apply, around=around)
 
 
 def _lacks_bias(target: Target, leaves: Mapping[str, Any]) -> bool:

@@ -27,7 +27,8 @@ from peftjax.core.derivatives import with_backward
 from peftjax.methods._targets import Target, all_layers
 from peftjax.methods.lowrank._factors import is_embedding
 from peftjax.methods.lowrank.lora import STARTS, Wrap, checked_options, low_rank
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import MethodInfo, Transform
 from peftjax.weights.low_rank import LowRank
 
 _RIDGE = 1e-8  # on the diagonal of a·aᵀ

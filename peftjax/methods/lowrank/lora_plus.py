@@ -12,11 +12,11 @@ ratio 16 is the one the authors recommend.
 from typing import Any
 
 import jax
-import optax
 
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform, at_prefix
+from peftjax.transform.around import Around, on_slots
+from peftjax.transform.transform import MethodInfo, Transform
 
 
 def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
@@ -33,22 +33,11 @@ def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
     if ratio <= 0:
         raise PeftError(f"lora_plus: ratio must be positive, got {ratio}")
 
-    def faster_b(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        def scale(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-            return {
-                path: {
-                    name: jax.tree.map(lambda u: ratio * u, part) if name == "b" else part
-                    for name, part in slots.items()
-                }
-                for path, slots in own.items()
-            }
-
-        return optax.chain(tx, optax.stateless(lambda updates, _: at_prefix(updates, prefix, scale)))
-
+    faster_b = on_slots(
+        lambda slot, update: jax.tree.map(lambda u: ratio * u, update) if slot == "b" else update
+    )
     start = STARTS[options["init"]]
-    return low_rank("lora_plus", {**options, "ratio": ratio}, start, optimizer=faster_b)
+    return low_rank("lora_plus", {**options, "ratio": ratio}, start, around=Around(updates=faster_b))
 
 
 METHOD = MethodInfo(

@@ -40,7 +40,8 @@ from jax import Array
 from peftjax.backbone.rewriting import rewrite_stacks
 from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, MethodInfo, Transform
 
 
 def coded_residuals(

@@ -65,7 +65,8 @@ from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Ad
 from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
 from peftjax.methods.reversible.check import warn_of_inexact
 from peftjax.ops.reversible import Coupling
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, MethodInfo, Transform
 
 NAME = "meft"
 

@@ -17,7 +17,8 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import MethodInfo, Transform
 from peftjax.weights.base import Weight
 
 

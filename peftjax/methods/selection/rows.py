@@ -15,8 +15,9 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
-from peftjax.weights.known_layout import layout_of
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.weights.layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 

@@ -40,7 +40,8 @@ from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
 from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
-from peftjax.transform.transform import Frozen, MethodInfo, Transform
+from peftjax.transform.frozen import Frozen
+from peftjax.transform.transform import MethodInfo, Transform
 
 Sparsity = float | Mapping[str, float]
 
@@ -91,22 +92,24 @@ def snell(
             not fit the parameters.
     """
     options = checked_options("snell", dict(locals()), mode=_MODES, kernel=_KERNELS)
-    map = KernelFunction(kernel, coefficients(options), mode)
+    kernel_function = KernelFunction(kernel, coefficients(options), mode)
     patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
     for share in patterns.values():
         _check_share("snell", share)
 
-    def map_of(target: Target) -> tuple[KernelFunction, float]:
+    def kernel_function_of(target: Target) -> tuple[KernelFunction, float]:
         share = tree.pattern_value(target.path, patterns, None)
         if share is None:
             raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
         unsparsified = share == 0 and mode == "released"
-        return (replace(map, mode="none") if unsparsified else map), float(share)
+        return (replace(kernel_function, mode="none") if unsparsified else kernel_function), float(share)
 
     def check(paths: list[str]) -> None:
         tree.require_patterns_used("snell", patterns, paths)
 
-    return kernelized("snell", options, map_of, check=check, start_of_scalars=_SCALARS.get(kernel, {}))
+    return kernelized(
+        "snell", options, kernel_function_of, check=check, start_of_scalars=_SCALARS.get(kernel, {})
+    )
 
 
 def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
