@@ -144,7 +144,7 @@ def _question(folder: Path) -> str:
     for name in ("README.md", "run.py", "__init__.py"):
         text = _text(folder / name)
         if name.endswith(".py"):
-            found = re.match(r'"""(.*?)"""', text, re.DOTALL)
+            found = re.match(r'r?"""(.*?)"""', text, re.DOTALL)
             text = found[1] if found else ""
         if text.strip():
             return _below(text)
