@@ -7,9 +7,7 @@
 Each raises an `AssertionError` that says what is not as it must be. The suite of this project runs the same.
 """
 
-import copy
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,14 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftjax.core import tree
-from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.train.step import Training, divided, training
-from peftjax.transform.chain import chain
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
-from peftjax.weights.base import Weight, dense
 
 KEY = jax.random.key(7)
 RATE = 1e-3

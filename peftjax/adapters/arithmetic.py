@@ -224,9 +224,10 @@ def _common_base(adapters: Sequence[Adapter]) -> Params:
     if not adapters:
         raise PeftError("give at least one adapter")
     first = adapters[0][1].params
+    leaves = tree.named_leaves(first)
     for method, frozen, _ in adapters[1:]:
         for path, leaf in tree.named_leaves(frozen.params).items():
-            if leaf is not tree.named_leaves(first).get(path):
+            if leaf is not leaves.get(path):
                 raise PeftError(
                     f"{method.name}: parameter {path!r} is not the same array in both bases; adapters "
                     "share a base when `init` got the same parameters and replaced none (as PiSSA does)"

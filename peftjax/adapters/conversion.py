@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.adapters.arithmetic import as_lora
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.selection.plain import unfreeze
@@ -76,7 +76,7 @@ def to_lora(
         old = dense(bases[path])
         if new is old or bool(jnp.array_equal(new, old)):
             continue
-        if not tree.is_weight(path, new):
+        if not naming.is_weight(path, new):
             plain[path] = new
             continue
         layouts[path] = layout_of(path, adapted, None)

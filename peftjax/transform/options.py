@@ -3,6 +3,8 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -81,7 +83,7 @@ def _of_file(hint: Any) -> Any:
     if get_origin(hint) not in (Union, UnionType):
         return hint
     kept = [part for part in get_args(hint) if part is not Transform and jax.Array not in get_args(part)]
-    return Union[tuple(kept)]  # noqa: UP007
+    return reduce(or_, kept)
 
 
 def _numbers(value: Any) -> list[int | float]:

@@ -10,10 +10,10 @@ from support import KEY, all_but_slow, assert_close
 
 import peftjax as pj
 from peftjax.core.derivatives import with_backward
-from peftjax.kernels.packed_residuals import encode
 from peftjax.ops.coded.activation import GRIDS, activate
 from peftjax.ops.coded.recompute import again_from_codes
 from peftjax.ops.reversible import Coupling, reversible
+from peftjax.quantize.affine import encode
 
 PARAMS = {"up": {"kernel": jax.random.normal(KEY, (6, 8))}}
 X = jax.random.normal(jax.random.key(1), (5, 6))

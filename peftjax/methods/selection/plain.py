@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
@@ -69,7 +69,7 @@ def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: 
             who=name,
             exclude=exclude,
             eligible=_is_floating,
-            names=tree.names_of_parameter,
+            names=naming.names_of_parameter,
         )
 
     return _training(name, config, find)

@@ -57,7 +57,9 @@ def _backward(strength: float, polar: Polar, layout: Layout, kept: tuple, g: Arr
         return keep * of_polar(matrix).at[rows, columns].get(mode="fill", fill_value=0)
 
     parts = tuple(part.reshape(-1, part.shape[-1]) for part in kept)
-    return g + strength * lax.map(of_matrix, parts).reshape(g.shape), None, None, None
+    penalty = strength * lax.map(of_matrix, parts).reshape(g.shape)
+    # Where nothing of a batch counts, neither does the penalty.
+    return g + jnp.where(jnp.any(g != 0), penalty, 0.0), None, None, None
 
 
 def exact_polar_factor(matrix: Array) -> Array:
