@@ -137,9 +137,13 @@ def test_wrong_options_are_refused(change, text):
 
 # Around an optimizer, and before the steps.
 
-PARAMS = {"up": {"kernel": jnp.zeros((2, 4, 6))}, "down": {"kernel": jnp.zeros((6, 4))}, "head": jnp.ones(3)}
+PARAMS = {
+    "up": {"kernel": jnp.zeros((2, 4, 6))},
+    "down": {"kernel": jnp.zeros((6, 4))},
+    "head": {"bias": jnp.ones(3)},
+}
 BUDGET = {"sparsity": 0.6, "initial_sparsity": 0.25, "total_steps": 12, "allocate_every": 3}
-METHOD = pj.chain(pj.snella(rank=6, targets=["up", "down"], **BUDGET), pj.unfreeze(["head"]))
+METHOD = pj.chain(pj.snella(rank=4, targets=["up", "down"], **BUDGET), pj.unfreeze(["head"]))
 FACTORS = [(path, factor) for path in ("down/kernel", "up/kernel") for factor in ("a", "b")]
 
 

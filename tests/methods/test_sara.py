@@ -1,6 +1,7 @@
 """SaRA: the smallest entries, their penalty, and selecting again."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,9 @@ def train(method, params, steps, tx, loss=loss):
     training = pj.training(method, pj.adapt(loss), tx)
     states = [training.start(KEY, params)]
     for _ in range(steps):
-        given = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, states[-1])
+        last = states[-1]
+        frozen, trainable, opt = jax.tree.map(jnp.copy, (last.frozen, last.trainable, last.opt_state))
+        given = replace(last, frozen=frozen, trainable=trainable, opt_state=opt)  # donated
         states.append(training.step(given, X)[0])
     return states
 
