@@ -476,7 +476,7 @@ def _falls(tx: optax.GradientTransformation, params: Any) -> None:
 
 
 def _works_for_a_part(tx: optax.GradientTransformation, params: Any, gradient: Any, first: Any) -> None:
-    """In `optax.partition` each part at the top of the tree moves as with the others, but for the last one."""
+    """In `optax.partition` each part at the top of the tree but the last moves as with the others."""
     *some, last = params
     labels = {**dict.fromkeys(some, "own"), last: "other"}
     parts = optax.partition({"own": tx, "other": optax.set_to_zero()}, labels)

@@ -157,8 +157,9 @@ def plan(
 ) -> Plan:
     """Compile one training step of `method` for `target` and read what it needs.
 
-    The step is that of `pj.training`, with nothing random in it (no dropout). What a method does to itself
-    before a step is compiled too.
+    The step is that of `pj.training`, with nothing random in it (no dropout). The weights of a method in
+    place hold the trained values; writing them is a program of its own and not in the plan. What a method
+    does to itself before a step is compiled too.
 
     Args:
         method: the method.

@@ -92,7 +92,7 @@ class Training:
 
     def begin(self, frozen: Frozen, trainable: Trainable, key: Key[Array, ""]) -> TrainingState:
         """The state before the first step of a method that is initialized; what is given stays as it is."""
-        moved, fixed = divided(frozen, {"state", *self.moves})
+        moved, fixed = divided(frozen, self._written)
         return self._begun(_joined(_copied(moved), fixed), _copied(trainable), key)
 
     def _begun(self, frozen: Frozen, trainable: Trainable, key: Key[Array, ""]) -> TrainingState:
@@ -102,13 +102,18 @@ class Training:
         return TrainingState(0, frozen, trainable, opt_state, key)
 
     def close(self, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
-        """`method.close`, compiled; the base of a method in place, and a method's state, are donated."""
+        """`method.close`, compiled; trainable, state and the base of a method in place are donated."""
         if self.method.placement is None:
             return frozen, trainable
         plan = jax.eval_shape(self.method.close, frozen, trainable)[0].plan
-        moved, fixed = divided(frozen, self.moves)
+        frozen, trainable = self._close(frozen, trainable)
+        return replace(frozen, plan=plan), trainable
+
+    def _close(self, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        """The same without what the method decides by it, of what has been closed before."""
+        moved, fixed = divided(frozen, self._written)
         moved, trainable = self._closed(moved, fixed, trainable)
-        return replace(_joined(moved, fixed), plan=plan), trainable
+        return _joined(moved, fixed), trainable
 
     def step(self, state: TrainingState, batch: Batch) -> tuple[TrainingState, Metrics]:
         """One step on a batch, after what the method does before it.
@@ -128,6 +133,9 @@ class Training:
             state.trainable, state.opt_state, moved, fixed, batch, key
         )
         frozen = _joined(moved, fixed)
+        if self.method.in_place:
+            # A program of its own: within the step, a compiler copies each weight before it writes into it.
+            frozen, trainable = self._close(frozen, trainable)
         return TrainingState(state.step + 1, frozen, trainable, opt_state, state.key), metrics
 
     def advance(self, state: TrainingState, batch: Batch) -> TrainingState:
@@ -171,7 +179,7 @@ class Training:
             metrics["grad_norm"] = optax.tree.norm(gradients)
         frozen, trainable = self.method.begin(frozen, trainable)
         updates, opt_state = self.tx.update(gradients, opt_state, trainable, frozen=frozen)
-        frozen, trainable = self.method.close(frozen, optax.apply_updates(trainable, updates))
+        frozen, trainable = self.method.end(frozen, optax.apply_updates(trainable, updates))
         return trainable, opt_state, {name: getattr(frozen, name) for name in moved}, metrics
 
     def run_advance(
@@ -197,9 +205,13 @@ class Training:
 
     @property
     def moves(self) -> tuple[str, ...]:
-        """The fields of `frozen` that a step changes."""
-        if self.method.placement is None:
-            return ()
+        """The fields of `frozen` that a step's program changes."""
+        placement = self.method.placement
+        return () if placement is None or placement.stays_closed else ("state",)
+
+    @property
+    def _written(self) -> tuple[str, ...]:
+        """The fields of `frozen` that closing it changes."""
         return ("state", "params") if self.method.in_place else ("state",)
 
     @cached_property
@@ -219,7 +231,7 @@ class Training:
             frozen, trainable = self.method.close(_joined(moved, fixed), trainable)
             return {name: getattr(frozen, name) for name in moved}, trainable
 
-        return jax.jit(close, donate_argnums=0)
+        return jax.jit(close, donate_argnums=(0, 2))
 
     def _sums(self, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Sums:
         """The loss of a batch as sums and their weight."""

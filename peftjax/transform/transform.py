@@ -183,6 +183,14 @@ class Transform:
             return self.placement.open(frozen, trainable)
         return through_parts(self.parts, "begin", frozen, trainable)
 
+    def end(self, frozen: Frozen, trainable: Trainable) -> Both:
+        """What a step leaves: what `begin` opened, closed."""
+        if self.placement is None or self.placement.stays_closed:
+            return frozen, trainable
+        if not self.parts:
+            return self.placement.close(frozen, trainable)
+        return through_parts(self.parts, "end", frozen, trainable)
+
     @property
     def in_place(self) -> bool:
         """Whether the base's own arrays may come to hold trained values, so that a step needs no copy."""
@@ -228,7 +236,7 @@ def part_of(frozen: Frozen, name: str, params: Params) -> Frozen:
 
 
 def through_parts(parts: Mapping[str, Transform], hook: str, frozen: Frozen, trainable: Trainable) -> Both:
-    """A method of `Transform`, `open`, `close` or `begin`, on all parts of a chain, the first innermost."""
+    """A method of `Transform`, such as `open` or `begin`, on all parts of a chain, the first innermost."""
     params, states, plans, values = frozen.params, {}, {}, {}
     for name, part in parts.items():
         own, values[name] = getattr(part, hook)(part_of(frozen, name, params), trainable[name])
