@@ -67,9 +67,9 @@ def _without_frozen(tx: optax.GradientTransformation) -> optax.GradientTransform
     tx = optax.with_extra_args_support(tx)
 
     def update(
-        gradients: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
     ) -> tuple[Any, Any]:
-        return tx.update(gradients, state, params, **extra)
+        return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
