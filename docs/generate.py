@@ -126,7 +126,8 @@ def _results(out: Path) -> None:
     for folder in folders:
         lines = [f"# {folder.name}", "", _question(folder), ""]
         for table in sorted(folder.glob("results/**/*.md")):
-            title = " ".join(table.relative_to(folder / "results").with_suffix("").parts)
+            parts = table.relative_to(folder / "results").with_suffix("").parts
+            title = " ".join(part for part in parts if part != "results") or folder.name
             lines += [f"## {title.replace('_', ' ')}", "", _below(_text(table)), ""]
             plot = table.with_suffix(".png")
             if plot.exists():
