@@ -54,7 +54,7 @@ def find_targets(
     leaves = tree.named_leaves(params)
     paths = tree.select(params, targets, who=who, exclude=exclude)
     if layers is not None:
-        wanted = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+        wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
         _require_layers_exist(who, wanted, picked)
         paths = [path for path in paths if picked[path] != ()]

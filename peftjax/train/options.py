@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from peftjax.train.data.language.dataset import RowOptions, SourceOptions
 from peftjax.train.data.tfds import PREFIX, tfds_dataset
 from peftjax.train.options_file import parse_yaml
 from peftjax.transform.chain import chain
-from peftjax.transform.registry import KNOWN, build
+from peftjax.transform.registry import METHODS, build, find_method
 from peftjax.transform.transform import Transform
 
 MINILM = "minilm"
@@ -216,14 +216,14 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
         if isinstance(value, float) and not math.isfinite(value):
             raise PeftError(f"the method's option {name!r} is {value}, but has to be a finite number")
     names = options.method.split("+")
-    known = {name: _options_of(name) for name in names}
+    known = {name: inspect.signature(find_method(name).factory).parameters for name in names}
     for option in given:
         if len(names) > 1 and not any(option in own for own in known.values()):
             raise PeftError(f"none of {', '.join(names)} has an option {option!r}")
     methods = []
     for name in names:
         taken = {option: value for option, value in given.items() if len(names) == 1 or option in known[name]}
-        of_steps = KNOWN[name].of_steps
+        of_steps = METHODS[name].of_steps
         if of_steps is not None and steps is not None:
             taken = {**of_steps(steps), **taken}
         methods.append(build({"name": name, **taken}))
@@ -232,19 +232,8 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
 
 def needs_steps(options: MethodOptions) -> bool:
     """Whether `make_method` has to know the steps of the run."""
-    infos = [KNOWN[name] for name in options.method.split("+") if name in KNOWN]
+    infos = [METHODS[name] for name in options.method.split("+") if name in METHODS]
     return any(info.of_steps is not None for info in infos)
-
-
-def _options_of(method: str) -> Collection[str]:
-    """The names of a method's options.
-
-    Raises:
-        PeftError: no method is called so.
-    """
-    if method not in KNOWN:
-        raise PeftError(f"no method is called {method!r}; closest: {tree.nearest(method, KNOWN)}")
-    return inspect.signature(KNOWN[method].factory).parameters
 
 
 def with_new_head(method: Transform, model: Backbone, params: Params) -> Transform:

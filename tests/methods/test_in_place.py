@@ -205,7 +205,7 @@ def test_a_base_that_is_no_array_is_refused():
 
 @pytest.mark.parametrize("info", pj.METHODS.values(), ids=lambda info: info.name)
 def test_write_is_the_identity_for_a_method_that_is_not_in_place(info):
-    method = info.factory(**info.example)
+    method = info.factory(**info.conformance.example)
     assert not method.in_place
     frozen = pj.Frozen({"a": jnp.ones(2)})
     assert method.write(frozen, {}) is frozen

@@ -17,10 +17,20 @@ from typing import Any
 from peftjax.core.errors import PeftError
 from peftjax.methods._parts import Layers, Part, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init
-from peftjax.methods.prompt.prefix import Prefix, keys_and_values, prefix
-from peftjax.transform.transform import MethodInfo, Trainable, Transform
+from peftjax.methods.prompt.prefix import Prefix, keys_and_values
+from peftjax.transform.registry import Conformance, build, describe, register
+from peftjax.transform.transform import Trainable, Transform
 
 
+@register(
+    kind="adapter",
+    paper="MAM adapters, He et al. 2022, arXiv 2110.04366",
+    trains="a prefix and 2 D r + D + r a layer",
+    backward_keeps="r values a token, and x in a post-norm block",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"length": 2, "mlp_size": 4, "size": 3}, starts_as_base=False),
+)
 def mam(
     *,
     length: int = 30,
@@ -81,26 +91,12 @@ def without_mlp(method: Transform, trainable: Trainable) -> tuple[Transform, Tra
     Raises:
         PeftError: the method has no prefix.
     """
-    factories = {"prefix": prefix, "mam": mam}
-    if method.name not in factories:
+    if "mlp_size" not in method.config:
         raise PeftError(f"without_mlp: {method.name} has no MLP; give prefix or mam")
 
     def plain(parts: Mapping[str, Any]) -> dict[str, Any]:
         own = {branch: keys_and_values(values) for branch, values in parts.get("prefix", {}).items()}
         return {**parts, **({"prefix": own} if own else {})}
 
-    again = factories[method.name](**{**method.config, "mlp_size": None})
+    again = build({**describe(method), "mlp_size": None})
     return again, {stack: plain(parts) for stack, parts in trainable.items()}
-
-
-MAM = MethodInfo(
-    name="mam",
-    factory=mam,
-    paper="MAM adapters, He et al. 2022, arXiv 2110.04366",
-    trains="a prefix and 2 D r + D + r a layer",
-    keeps="r values a token, and x in a post-norm block",
-    mergeable=False,
-    example={"length": 2, "mlp_size": 4, "size": 3},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -9,27 +9,46 @@ which for optax optimizers is the same as a learning rate of its own. Everything
 ratio 16 is the one the authors recommend.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
 
 from peftjax.core.errors import PeftError
-from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform, at_prefix
+from peftjax.methods.lowrank._options import LoraOptions
+from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform, at_prefix
 
 
-def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
-    """Low-rank adaptation with `ratio` times the learning rate on `b` (arXiv 2402.12354).
+@dataclass(frozen=True, kw_only=True)
+class LoraPlusOptions(LoraOptions):
+    """Those of `lora`, and one more.
 
-    Args:
+    Attributes:
         ratio: λ = η_b / η_a.
-        **options: those of `lora`.
+    """
+
+    ratio: float = 16.0
+
+
+@register(
+    kind="adapter",
+    paper="LoRA+, Hayou et al. 2024, arXiv 2402.12354",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(LoraPlusOptions)
+def lora_plus(options: LoraPlusOptions) -> Transform:
+    """Low-rank adaptation with `ratio` times the learning rate on `b` (arXiv 2402.12354).
 
     Raises:
         PeftError: as `lora`, or when the ratio is not positive.
     """
-    options = checked_options("lora_plus", options)
+    ratio = options.ratio
     if ratio <= 0:
         raise PeftError(f"lora_plus: ratio must be positive, got {ratio}")
 
@@ -47,15 +66,4 @@ def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
 
         return optax.chain(tx, optax.stateless(lambda updates, _: at_prefix(updates, prefix, scale)))
 
-    start = STARTS[options["init"]]
-    return low_rank("lora_plus", {**options, "ratio": ratio}, start, optimizer=faster_b)
-
-
-METHOD = MethodInfo(
-    name="lora_plus",
-    factory=lora_plus,
-    paper="LoRA+, Hayou et al. 2024, arXiv 2402.12354",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    example={"rank": 2, "alpha": 4.0},
-)
+    return low_rank("lora_plus", options, options.start, rslora=options.rslora, optimizer=faster_b)

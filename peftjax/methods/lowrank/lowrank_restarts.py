@@ -59,7 +59,8 @@ from peftjax.methods._targets import Target, find_targets, key_for
 from peftjax.methods.lowrank._factors import plain_matrices
 from peftjax.optim.moment_fields import is_gradient_sum, kind_of
 from peftjax.optim.moments import Change, change_moments
-from peftjax.transform.transform import Frozen, MethodInfo, Params, Renewal, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Params, Renewal, Trainable, Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.factored import Factored
@@ -75,6 +76,14 @@ RESETS: dict[str, Callable[[str], bool]] = {
 STARTS = ("random", "spectral")
 
 
+@register(
+    kind="adapter",
+    paper="low-rank restarts, Glentis et al. 2025, arXiv 2505.22922",
+    trains="r·(in + out), and all that is not factored",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "every": 3}, starts_as_base=False),
+)
 def lowrank_restarts(
     *,
     rank: int | None = None,
@@ -246,15 +255,3 @@ def _reset(opt_state: Any, turns: Mapping[tuple[str, ...], Change], reset: str) 
             "use pj.optim.row_adamw, or reset='m' or 'm,v'"
         )
     return changed
-
-
-METHOD = MethodInfo(
-    name="lowrank_restarts",
-    factory=lowrank_restarts,
-    paper="low-rank restarts, Glentis et al. 2025, arXiv 2505.22922",
-    trains="r·(in + out), and all that is not factored",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    starts_as_base=False,
-    example={"rank": 2, "every": 3},
-)

@@ -9,6 +9,7 @@ Trained and kept by backward: as LoRA. The base given to `init` is not changed: 
 array in the frozen parameters. The start needs a plain floating-point base.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,21 +18,41 @@ from jax import Array
 
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
-from peftjax.methods.lowrank.lora import checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.methods.lowrank._options import ScaleOptions
+from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
-    """Low-rank adaptation of the principal singular part (arXiv 2404.02948).
+@dataclass(frozen=True, kw_only=True)
+class PissaOptions(ScaleOptions):
+    """Those of `lora` but `init`, and one more; the paper uses dropout 0.
 
-    Args:
+    Attributes:
         iterations: power iterations of a randomized SVD; None takes the exact SVD.
-        **options: those of `lora`, `init` excepted; the paper uses dropout 0.
+    """
+
+    iterations: int | None = None
+
+
+@register(
+    kind="adapter",
+    paper="PiSSA, Meng et al. 2024, arXiv 2404.02948",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(PissaOptions)
+def pissa(options: PissaOptions) -> Transform:
+    """Low-rank adaptation of the principal singular part (arXiv 2404.02948).
 
     Raises:
         PeftError: as `lora`; in `init`, when a base is not a plain array.
     """
-    options = checked_options("pissa", options, leave_out=("init",))
+    iterations = options.iterations
     if iterations is not None and iterations < 1:
         raise PeftError(f"pissa: iterations must be positive, got {iterations}")
 
@@ -48,7 +69,7 @@ def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
         b = root * vt[..., :r, :]
         return a, b, residual(leaf, a, b, target)
 
-    return low_rank("pissa", {**options, "iterations": iterations}, start)
+    return low_rank("pissa", options, start, rslora=options.rslora)
 
 
 def _randomized_svd(key: Array, w: Array, rank: int, iterations: int) -> tuple[Array, Array, Array]:
@@ -60,15 +81,3 @@ def _randomized_svd(key: Array, w: Array, rank: int, iterations: int) -> tuple[A
     q = jnp.linalg.qr(y)[0]
     u, sizes, vt = jnp.linalg.svd(q.swapaxes(-1, -2) @ w, full_matrices=False)
     return q @ u, sizes, vt
-
-
-METHOD = MethodInfo(
-    name="pissa",
-    factory=pissa,
-    paper="PiSSA, Meng et al. 2024, arXiv 2404.02948",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    replaces_base=True,
-    example={"rank": 2, "alpha": 4.0},
-)

@@ -54,9 +54,9 @@ from peftjax.methods.lowrank._factors import ScaledTarget, find_targets, plain_m
 from peftjax.methods.lowrank._switching import STEERED, Schedule, Slots, number, steered, switch, thawed
 from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
+from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import (
     Frozen,
-    MethodInfo,
     Params,
     Renewal,
     Trainable,
@@ -69,6 +69,16 @@ from peftjax.weights.low_rank import LowRank
 GAIN = (1.0 / 3.0) ** 0.5
 
 
+@register(
+    kind="adapter",
+    paper="SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564",
+    trains="r·(in + out), and all that is not targeted",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    of_steps=lambda steps: {"total_steps": steps},
+    conformance=Conformance(example={"rank": 2, "total_steps": 20}),
+)
 def switchlora(
     *,
     total_steps: int,
@@ -211,16 +221,3 @@ def _switched(
         return dict(slots), {"a": nothing, "b": nothing}
 
     return lax.cond(jnp.any(counts > 0), some, none)
-
-
-METHOD = MethodInfo(
-    name="switchlora",
-    factory=switchlora,
-    paper="SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564",
-    trains="r·(in + out), and all that is not targeted",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    replaces_base=True,
-    of_steps=lambda steps: {"total_steps": steps},
-    example={"rank": 2, "total_steps": 20},
-)

@@ -36,9 +36,18 @@ from peftjax.core.tree import Targets
 from peftjax.methods.projected._projected import Write, checked, projected
 from peftjax.optim.refresh import Compressed, Method
 from peftjax.optim.rotation import Moments
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
+@register(
+    kind="optimizer",
+    paper="GaLore, Zhao et al. 2024, arXiv 2403.03507",
+    trains="everything, in r·max(in, out) numbers at a time",
+    backward_keeps="x·Pᵀ where the input side is compressed, else x",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "scale": 1.0}),
+)
 def galore(
     *,
     rank: int = 128,
@@ -86,14 +95,3 @@ def galore(
     """
     options = checked("galore", dict(locals()))
     return projected("galore", options, side=side)
-
-
-METHOD = MethodInfo(
-    name="galore",
-    factory=galore,
-    paper="GaLore, Zhao et al. 2024, arXiv 2403.03507",
-    trains="everything, in r·max(in, out) numbers at a time",
-    keeps="x·Pᵀ where the input side is compressed, else x",
-    example={"rank": 2, "scale": 1.0},
-    quantized_base=False,
-)

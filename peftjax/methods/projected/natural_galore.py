@@ -26,9 +26,18 @@ from peftjax.core.tree import Targets
 from peftjax.methods.projected._projected import Write, checked, projected
 from peftjax.optim.natural import scale_by_natural_gradient
 from peftjax.optim.refresh import Method
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
+@register(
+    kind="optimizer",
+    paper="Natural GaLore, Das 2024, arXiv 2410.16029",
+    trains="everything, in r·max(in, out) numbers at a time",
+    backward_keeps="x·Pᵀ where the input side is compressed, else x",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "history": 3}),
+)
 def natural_galore(
     *,
     rank: int = 128,
@@ -82,14 +91,3 @@ def natural_galore(
     natural = scale_by_natural_gradient(history, damping)
     side = "smaller" if variant == "paper" else "both"
     return projected("natural_galore", options, side=side, precondition=natural)
-
-
-METHOD = MethodInfo(
-    name="natural_galore",
-    factory=natural_galore,
-    paper="Natural GaLore, Das 2024, arXiv 2410.16029",
-    trains="everything, in r·max(in, out) numbers at a time",
-    keeps="x·Pᵀ where the input side is compressed, else x",
-    example={"rank": 2, "history": 3},
-    quantized_base=False,
-)

@@ -37,9 +37,19 @@ from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.methods._parts import Layers, of_parts, require_rate
 from peftjax.methods._targets import key_for
-from peftjax.transform.transform import Forward, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Params, Trainable, Transform
 
 
+@register(
+    kind="adapter",
+    paper="prefix tuning, Li & Liang 2021, arXiv 2101.00190",
+    trains="P D + (D + 1) m + (m + 1) 2 L K H; without the MLP 2 L P K H",
+    backward_keeps="nothing a token",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"length": 3, "mlp_size": 4}, starts_as_base=False),
+)
 def prefix(
     *,
     length: int = 30,
@@ -196,16 +206,3 @@ def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Train
     flat = {name: jnp.moveaxis(slots[:, 0], 1, 2) for name, slots in cache.items()}
     flat = {name: slots.reshape(*slots.shape[:2], -1).astype(jnp.float32) for name, slots in flat.items()}
     return {"blocks": {"prefix": {"attention": flat}}}
-
-
-PREFIX = MethodInfo(
-    name="prefix",
-    factory=prefix,
-    paper="prefix tuning, Li & Liang 2021, arXiv 2101.00190",
-    trains="P D + (D + 1) m + (m + 1) 2 L K H; without the MLP 2 L P K H",
-    keeps="nothing a token",
-    mergeable=False,
-    example={"length": 3, "mlp_size": 4},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -40,9 +40,17 @@ from jax import Array
 from peftjax.backbone.rewriting import rewrite_stacks
 from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 
+@register(
+    kind="companion",
+    paper="4-bit residuals after S2A, Jin et al. 2025, arXiv 2503.08154",
+    trains="nothing",
+    backward_keeps="codes of 4 or 8 bits instead of what a block keeps",
+    of_blocks=True,
+)
 def coded_residuals(
     *,
     activation: int = 4,
@@ -92,13 +100,3 @@ def with_codes(who: str, forward: Forward, bits: Bits) -> Forward:
         return dataclasses.replace(backbone, block=block.clone(config=config))
 
     return rewrite_stacks(who, forward, rewrite)
-
-
-METHOD = MethodInfo(
-    name="coded_residuals",
-    factory=coded_residuals,
-    paper="4-bit residuals after S2A, Jin et al. 2025, arXiv 2503.08154",
-    trains="nothing",
-    keeps="codes of 4 or 8 bits in the place of what a block keeps",
-    of_blocks=True,
-)

@@ -37,7 +37,8 @@ from peftjax.methods.bottleneck._bottleneck import Bottleneck
 from peftjax.methods.prompt._prompt_tokens import init_prompts, with_prompts
 from peftjax.methods.residuals.coded_residuals import with_codes
 from peftjax.ops.coded.bits import Bits
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 from peftjax.weights.base import Weight
 
 
@@ -75,6 +76,15 @@ def pool_tokens(hidden: Float[Array, "B S D"], mask: Array | None, pool: int) ->
     return (total / jnp.maximum(count, 1)[..., None]).astype(hidden.dtype)
 
 
+@register(
+    kind="adapter",
+    paper="S2A-style, Jin et al. 2025, arXiv 2503.08154",
+    trains="the biases, 2 D d + d + D a layer, and P D of prompts",
+    backward_keeps="codes of 4 or 8 bits; (D + d) / pool values a token for a side module",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"side": 2}),
+)
 def s2a(
     *,
     biases: bool = True,
@@ -164,15 +174,3 @@ def _biases(params: Params) -> list[str]:
             raise PeftError(f"s2a: {path!r} is already a {type(leaf).__name__}; exclude it from that method")
         paths.append(path)
     return paths
-
-
-METHOD = MethodInfo(
-    name="s2a",
-    factory=s2a,
-    paper="S2A-style, Jin et al. 2025, arXiv 2503.08154",
-    trains="the biases, 2 D d + d + D a layer, and P D of prompts",
-    keeps="codes of 4 or 8 bits; (D + d) / pool values a token for a side module",
-    mergeable=False,
-    example={"side": 2},
-    of_blocks=True,
-)

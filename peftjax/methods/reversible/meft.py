@@ -65,7 +65,8 @@ from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Ad
 from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
 from peftjax.methods.reversible.check import warn_of_inexact
 from peftjax.ops.reversible import Coupling
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 NAME = "meft"
 
@@ -105,6 +106,15 @@ VARIANTS = {
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 
 
+@register(
+    kind="adapter",
+    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
+    trains="2 (2 D r + D + r) a layer",
+    backward_keeps="two float32 streams every few layers, and nothing of a layer",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 2}, starts_as_base=False),
+)
 def meft(
     *,
     variant: int = 1,
@@ -225,16 +235,3 @@ def _activation_of(backbone: Any) -> str:
     name = getattr(backbone.block.config, "activation", None)
     name = _SAME_ACTIVATION.get(name, name)
     return name if name in ACTIVATIONS else "gelu"
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=meft,
-    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
-    trains="2 (2 D r + D + r) a layer",
-    keeps="two float32 streams every few layers, and nothing of a layer",
-    mergeable=False,
-    example={"size": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -17,10 +17,19 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Trainable, Transform
 from peftjax.weights.base import Weight
 
 
+@register(
+    kind="selection",
+    paper="plain selection of parameters",
+    trains="the matched parameters",
+    backward_keeps="the inputs of matched kernels",
+    quantized_base=False,
+    conformance=Conformance(example={"targets": r".*(head|norm|scale|bias).*"}),
+)
 def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
     """Train the matched parameters themselves.
 
@@ -37,16 +46,37 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
     return _selection("unfreeze", {"targets": targets, "exclude": exclude}, targets, exclude)
 
 
+@register(
+    kind="selection",
+    paper="plain selection of parameters",
+    trains="all but the matched parameters",
+    backward_keeps="the inputs of trained kernels",
+    quantized_base=False,
+    conformance=Conformance(example={"targets": r".*bias"}),
+)
 def freeze(targets: Targets) -> Transform:
     """Train every floating-point parameter but the matched ones; `targets` as in `unfreeze`."""
     return _selection("freeze", {"targets": targets}, ".*", targets)
 
 
+@register(
+    kind="selection",
+    paper="full fine-tuning",
+    trains="everything",
+    backward_keeps="every layer's input",
+    quantized_base=False,
+)
 def full() -> Transform:
     """Train every floating-point parameter."""
     return _selection("full", {}, ".*", None)
 
 
+@register(
+    kind="selection",
+    paper="BitFit, Ben Zaken et al. 2022, arXiv 2106.10199",
+    trains="the biases",
+    backward_keeps="nothing for a linear layer",
+)
 def bitfit() -> Transform:
     """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them."""
 
@@ -102,40 +132,3 @@ def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[s
 
 def _is_floating(path: str, leaf: Any) -> bool:
     return not isinstance(leaf, tree.Hole) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-METHODS = (
-    MethodInfo(
-        name="full",
-        factory=full,
-        paper="full fine-tuning",
-        trains="everything",
-        keeps="every layer's input",
-        quantized_base=False,
-    ),
-    MethodInfo(
-        name="bitfit",
-        factory=bitfit,
-        paper="BitFit, Ben Zaken et al. 2022, arXiv 2106.10199",
-        trains="the biases",
-        keeps="nothing for a linear layer",
-    ),
-    MethodInfo(
-        name="unfreeze",
-        factory=unfreeze,
-        paper="plain selection of parameters",
-        trains="the matched parameters",
-        keeps="the inputs of matched kernels",
-        example={"targets": r".*(head|norm|scale|bias).*"},
-        quantized_base=False,
-    ),
-    MethodInfo(
-        name="freeze",
-        factory=freeze,
-        paper="plain selection of parameters",
-        trains="all but the matched parameters",
-        keeps="the inputs of trained kernels",
-        example={"targets": r".*bias"},
-        quantized_base=False,
-    ),
-)

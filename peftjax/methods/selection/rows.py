@@ -15,11 +15,19 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Trainable, Transform
 from peftjax.weights.known_layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 
+@register(
+    kind="selection",
+    paper="trainable rows of an embedding",
+    trains="n·dim",
+    backward_keeps="nothing for lookups",
+    conformance=Conformance(example={"indices": [1, 3]}),
+)
 def rows(
     indices: Sequence[int],
     *,
@@ -71,13 +79,3 @@ def rows(
         )
 
     return Transform("rows", config, init, apply)
-
-
-METHOD = MethodInfo(
-    name="rows",
-    factory=rows,
-    paper="trainable rows of an embedding",
-    trains="n·dim",
-    keeps="nothing for lookups",
-    example={"indices": [1, 3]},
-)

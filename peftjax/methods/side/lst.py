@@ -51,12 +51,23 @@ from peftjax.core.errors import PeftError
 from peftjax.methods.side._ladder import Ladder
 from peftjax.methods.side._ladder_ends import BothStates, SideEmbed
 from peftjax.methods.side._side_start import require_plain, start
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 NAME = "lst"
 INITS = ("fisher", "magnitude", "random", "loaded")
 
 
+@register(
+    kind="adapter",
+    paper="LST, Sung et al. 2022, arXiv 2206.06522",
+    trains="4 d² + 2 d F / r + D d a used layer, d = D / r",
+    backward_keeps="the states after the used layers, and a network of width d; none of the backbone's",
+    mergeable=False,
+    quantized_base=False,
+    of_blocks=True,
+    conformance=Conformance(example={"reduction": 2}, starts_as_base=False),
+)
 def lst(
     *,
     reduction: int = 8,
@@ -66,7 +77,7 @@ def lst(
     merge_last: bool = False,
     init: Literal["fisher", "magnitude", "random", "loaded"] = "magnitude",
     scores: Mapping[str, Array] | None = None,
-    side: Transform | Mapping[str, Any] | None = None,
+    side: Transform | None = None,
     backbone_dropout: bool = True,
 ) -> Transform:
     """Ladder side-tuning (arXiv 2206.06522).
@@ -96,7 +107,6 @@ def lst(
             chain's `init` when another method trains something in the backbone but its head.
     """
     _check(reduction, side_layers, gate, temperature, init, scores)
-    inner = _built(side)
     used = None if side_layers is None else sorted({int(layer) for layer in side_layers})
     config = {
         "reduction": reduction,
@@ -105,7 +115,6 @@ def lst(
         "temperature": temperature,
         "merge_last": merge_last,
         "init": "loaded" if init == "fisher" else init,
-        "side": None if inner is None else {"name": inner.name, **inner.config},
         "backbone_dropout": backbone_dropout,
     }
 
@@ -124,15 +133,15 @@ def lst(
         key, inner_key = jax.random.split(key)
         stacks_of(NAME, params)
         sides = fresh(key, params)
-        if inner is None:
+        if side is None:
             return Frozen(params), sides
-        frozen, trainable = inner.init(inner_key, sides)
+        frozen, trainable = side.init(inner_key, sides)
         return Frozen(params, *_stored(sides, frozen)), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         sides = trainable
-        if inner is not None:
-            sides = inner.apply(_restored(frozen), trainable, key=key)
+        if side is not None:
+            sides = side.apply(_restored(frozen), trainable, key=key)
         return _added(frozen.params, sides)
 
     def model(forward: Forward) -> Forward:
@@ -214,15 +223,6 @@ def _restored(frozen: Frozen) -> Frozen:
     return Frozen(side, frozen.state["inner"], plan)
 
 
-def _built(side: Transform | Mapping[str, Any] | None) -> Transform | None:
-    """The method of the side network, or the one that a saved configuration describes."""
-    if side is None or isinstance(side, Transform):
-        return side
-    from peftjax.transform.registry import build
-
-    return build(side)
-
-
 def _check(
     reduction: int,
     side_layers: Sequence[int] | None,
@@ -246,17 +246,3 @@ def _check(
             f"{NAME}: init {init!r} and scores do not go together; scores, from "
             "peftjax.fisher_information, are for the init 'fisher'"
         )
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=lst,
-    paper="LST, Sung et al. 2022, arXiv 2206.06522",
-    trains="4 d² + 2 d F / r + D d a used layer, d = D / r",
-    keeps="the states after the used layers, and a network of width d; none of the backbone's",
-    mergeable=False,
-    quantized_base=False,
-    example={"reduction": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -46,7 +46,8 @@ from peftjax.methods.side._features import (
     states_of_cached,
     unit,
 )
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 NAME = "sherl"
 DOWN_EPSILON, OUT_EPSILON = 1e-5, 1e-12
@@ -55,6 +56,15 @@ SMALLEST = 1e-8
 TEMPERATURE = 0.1
 
 
+@register(
+    kind="adapter",
+    paper="SHERL, Diao et al. 2024, arXiv 2407.07523",
+    trains="(D + 3) d a layer, and D d + 3 D + d + 2 for all, d = D / factor",
+    backward_keeps="D + d numbers a token and layer beside the blocks, and what the last layer keeps",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"factor": 2}, starts_as_base=False),
+)
 def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
     """The early layers merged without what they repeat, through the frozen last layer (arXiv 2407.07523).
 
@@ -194,16 +204,3 @@ def _last(model: Any, layers: Any) -> Any:
 
 def _require_one_stack(owner: Any) -> None:
     require_one_stack(NAME, owner, "its form for two stacks has another encoder's output in the last layer")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=sherl,
-    paper="SHERL, Diao et al. 2024, arXiv 2407.07523",
-    trains="(D + 3) d a layer, and D d + 3 D + d + 2 for all, d = D / factor",
-    keeps="D + d numbers a token and layer beside the blocks, and what the last layer keeps",
-    mergeable=False,
-    example={"factor": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

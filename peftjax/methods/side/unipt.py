@@ -62,11 +62,21 @@ from peftjax.methods.side._parallel_network import (
     narrow_states,
     output,
 )
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 NAME = "unipt"
 
 
+@register(
+    kind="adapter",
+    paper="UniPT: universal parallel tuning, Diao et al. 2024, arXiv 2308.14316",
+    trains="(D + 3) d a layer, and 2 D d + d² for all, d = D / factor",
+    backward_keeps="D + d numbers a token and layer beside the blocks, nothing in them",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"factor": 2}, starts_as_base=False),
+)
 def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
     """A parallel network beside the frozen backbone, whose output goes to its head (arXiv 2308.14316).
 
@@ -189,16 +199,3 @@ class ParallelStack:
 
 def _require_one_stack(owner: Any) -> None:
     require_one_stack(NAME, owner, "its form for two stacks was never released")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=unipt,
-    paper="UniPT: universal parallel tuning, Diao et al. 2024, arXiv 2308.14316",
-    trains="(D + 3) d a layer, and 2 D d + d² for all, d = D / factor",
-    keeps="D + d numbers a token and layer beside the blocks, nothing in them",
-    mergeable=False,
-    example={"factor": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -49,7 +49,8 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._feature_head import Features, QueryHead
 from peftjax.methods.side._features import Context, detached, drop
-from peftjax.transform.transform import Forward, Frozen, MethodInfo, Params, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
@@ -58,6 +59,15 @@ NEEDS_A_CLASSIFIER = (
 )
 
 
+@register(
+    kind="adapter",
+    paper="visual query tuning, Tu et al. 2023, arXiv 2212.03220",
+    trains="T D a layer, and (E + L T D + 1) C for the head",
+    backward_keeps="keys and values of the tokens; nothing with passes=2",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"num_queries": 2}, starts_as_base=False, reads_classifier=True),
+)
 def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Transform:
     """Queries that read every frozen layer, and a linear head over all (arXiv 2212.03220).
 
@@ -211,17 +221,3 @@ def _patch_inputs(params: Params, width: int) -> int:
 
 def _require_one_stack(owner: Any) -> None:
     require_one_stack(NAME, owner, "it says nothing of queries in two stacks")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=vqt,
-    paper="visual query tuning, Tu et al. 2023, arXiv 2212.03220",
-    trains="T D a layer, and (E + L T D + 1) C for the head",
-    keeps="keys and values of the tokens; nothing with passes=2",
-    mergeable=False,
-    example={"num_queries": 2},
-    starts_as_base=False,
-    of_blocks=True,
-    reads_classifier=True,
-)

@@ -31,12 +31,20 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Trainable, Transform
 from peftjax.weights.indexing import put_rows
 from peftjax.weights.layout import Layout
 from peftjax.weights.rows import TrainedRows, rows_of
 
 
+@register(
+    kind="adapter",
+    paper="PaCA, Woo et al. 2025, arXiv 2503.01905",
+    trains="r·out",
+    backward_keeps="x[I], r numbers a token",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
 def paca(
     *,
     rank: int = 8,
@@ -171,13 +179,3 @@ def _numbers(rows: Any) -> np.ndarray:
     except ValueError:  # lists of different lengths
         return np.empty(0)
     return np.empty(0) if found.dtype == object else found
-
-
-METHOD = MethodInfo(
-    name="paca",
-    factory=paca,
-    paper="PaCA, Woo et al. 2025, arXiv 2503.01905",
-    trains="r·out",
-    keeps="x[I], r numbers a token",
-    example={"rank": 2, "alpha": 4.0},
-)

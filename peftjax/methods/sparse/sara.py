@@ -39,7 +39,8 @@ from peftjax.methods._entries import Entries, entry_count, largest_entries
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
 from peftjax.methods.sparse._nuclear import Polar, penalized
 from peftjax.methods.sparse._reselect import reselecting
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform, all_slots_but
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Trainable, Transform, all_slots_but
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import NOWHERE, put_entries, take_entries
@@ -48,6 +49,14 @@ from peftjax.weights.sharding import whole
 from peftjax.weights.sparse_entries import SparseEntries
 
 
+@register(
+    kind="adapter",
+    paper="SaRA, Hu et al. 2025, arXiv 2409.06633",
+    trains="K of the entries",
+    backward_keeps="the input x",
+    of_steps=lambda steps: {"reselect_at": steps // 2},
+    conformance=Conformance(example={"density": 0.3}),
+)
 def sara(
     *,
     density: float | None = None,
@@ -177,14 +186,3 @@ def _smallest(path: str, layout: Layout, w: Array, density: float | None, thresh
     flat = below.reshape(*layout.stack, -1)
     inside = jnp.take_along_axis(flat, rows * layout.matrix[1] + columns, axis=-1)
     return jnp.where(inside, rows, NOWHERE), columns
-
-
-METHOD = MethodInfo(
-    name="sara",
-    factory=sara,
-    paper="SaRA, Hu et al. 2025, arXiv 2409.06633",
-    trains="K of the entries",
-    keeps="the input x",
-    example={"density": 0.3},
-    of_steps=lambda steps: {"reselect_at": steps // 2},
-)

@@ -30,7 +30,8 @@ from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
-from peftjax.transform.transform import Frozen, MethodInfo, Trainable, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Trainable, Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import put_entries, take_entries
@@ -42,6 +43,13 @@ _BY_GRADIENT = ("gradient", "snip")
 _MASKS = ("random", "struct", "magnitude", *_BY_GRADIENT, "loaded")
 
 
+@register(
+    kind="adapter",
+    paper="SHiRA, Bhardwaj et al. 2024, arXiv 2406.13175",
+    trains="K of the entries",
+    backward_keeps="the input x",
+    conformance=Conformance(example={"rank": 2}),
+)
 def shira(
     *,
     rank: int = 32,
@@ -156,13 +164,3 @@ def _entries(
             raise PeftError(f"shira: gradients has no array of shape {leaf.shape} for {path!r}")
         scores = scores * gradients[path]
     return largest_entries(to_canonical(jnp.abs(scores), layout), layout, count)
-
-
-METHOD = MethodInfo(
-    name="shira",
-    factory=shira,
-    paper="SHiRA, Bhardwaj et al. 2024, arXiv 2406.13175",
-    trains="K of the entries",
-    keeps="the input x",
-    example={"rank": 2},
-)

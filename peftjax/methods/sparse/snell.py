@@ -40,7 +40,8 @@ from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
 from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
-from peftjax.transform.transform import Frozen, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Frozen, Transform
 
 Sparsity = float | Mapping[str, float]
 
@@ -52,6 +53,13 @@ _SCALARS = {
 }
 
 
+@register(
+    kind="adapter",
+    paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and a threshold",
+    conformance=Conformance(example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0}, starts_as_base=False),
+)
 def snell(
     *,
     rank: int = 8,
@@ -144,14 +152,3 @@ def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
 def _check_share(who: str, share: Any) -> None:
     if not 0.0 <= share < 1.0:
         raise PeftError(f"{who}: sparsity must lie in [0, 1), got {share}")
-
-
-METHOD = MethodInfo(
-    name="snell",
-    factory=snell,
-    paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and a threshold",
-    starts_as_base=False,
-    example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0},
-)

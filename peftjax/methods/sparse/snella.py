@@ -34,9 +34,27 @@ from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods.sparse._allocation import on_grid
 from peftjax.methods.sparse._budget import Budget, share_budget
 from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
+@register(
+    kind="adapter",
+    paper="SNELLA, Shen et al. 2025, arXiv 2510.24037",
+    trains="r·(in + out) + 3",
+    backward_keeps="the input x (shared), a threshold and three scalars",
+    of_steps=lambda steps: {"total_steps": steps},
+    conformance=Conformance(
+        example={
+            "rank": 2,
+            "coefficient": 1.0,
+            "initial_sparsity": 0.3,
+            "total_steps": 20,
+            "allocate_every": 5,
+        },
+        starts_as_base=False,
+    ),
+)
 def snella(
     *,
     total_steps: int,
@@ -104,21 +122,3 @@ def snella(
         steered=True,
         optimizer=hook,
     )
-
-
-METHOD = MethodInfo(
-    name="snella",
-    factory=snella,
-    paper="SNELLA, Shen et al. 2025, arXiv 2510.24037",
-    trains="r·(in + out) + 3",
-    keeps="the input x (shared), a threshold and three scalars",
-    starts_as_base=False,
-    of_steps=lambda steps: {"total_steps": steps},
-    example={
-        "rank": 2,
-        "coefficient": 1.0,
-        "initial_sparsity": 0.3,
-        "total_steps": 20,
-        "allocate_every": 5,
-    },
-)
