@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.weights.known_layout import layout_of
@@ -66,8 +67,7 @@ def find_targets(
     for path in paths:
         layout = layout_of(path, leaves, layouts, one_way=one_way)
         own_rank = tree.pattern_value(path, rank_pattern, rank)
-        if own_rank < 1:
-            raise PeftError(f"{who}: rank must be positive, got {own_rank} for {path!r}")
+        positive(who, "rank", own_rank, path=path)
         if own_rank > min(layout.matrix):
             raise PeftError(
                 f"{who}: rank {own_rank} is larger than {path!r}, a matrix of "

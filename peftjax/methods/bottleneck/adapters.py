@@ -26,7 +26,7 @@ comes after the scale, which then matters only against the norm's epsilon, and a
 
 from typing import Literal
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import one_of
 from peftjax.methods._parts import Layers, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init, Norm
 from peftjax.transform.registry import Conformance, register
@@ -66,8 +66,7 @@ def houlsby(
         PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's.
     """
     bottleneck = Bottleneck(size, activation=activation, dropout=dropout, init_as=init)
-    config = {"size": size, "activation": activation, "init": init, "dropout": dropout}
-    return of_parts("houlsby", config, [Adapters(bottleneck, bottleneck)], layers)
+    return of_parts("houlsby", [Adapters(bottleneck, bottleneck)], layers)
 
 
 @register(
@@ -102,8 +101,7 @@ def pfeiffer(
         PeftError: as `houlsby`.
     """
     bottleneck = Bottleneck(size, "sequential", scale, activation, dropout, init)
-    config = {"size": size, "activation": activation, "scale": scale, "init": init, "dropout": dropout}
-    return of_parts("pfeiffer", config, [Adapters(feed_forward=bottleneck)], layers)
+    return of_parts("pfeiffer", [Adapters(feed_forward=bottleneck)], layers)
 
 
 @register(
@@ -143,21 +141,10 @@ def parallel_adapter(
     Raises:
         PeftError: as `houlsby`.
     """
-    if places not in PLACES:
-        raise PeftError(f"parallel_adapter: places {places!r} is not one of {', '.join(PLACES)}")
+    one_of("parallel_adapter", "places", places, PLACES)
     bottleneck = Bottleneck(size, "parallel", scale, activation, dropout, init, norm, learn_scale)
-    config = {
-        "size": size,
-        "scale": scale,
-        "places": places,
-        "activation": activation,
-        "init": init,
-        "norm": norm,
-        "learn_scale": learn_scale,
-        "dropout": dropout,
-    }
     of = {place: bottleneck for place in PLACES[:2] if places in (place, "both")}
-    return of_parts("parallel_adapter", config, [Adapters(**of)], layers)
+    return of_parts("parallel_adapter", [Adapters(**of)], layers)
 
 
 @register(
@@ -192,5 +179,4 @@ def adaptformer(
         PeftError: as `houlsby`.
     """
     bottleneck = Bottleneck(size, "parallel", scale, "relu", dropout, "lora", norm, learn_scale)
-    config = {"size": size, "scale": scale, "norm": norm, "learn_scale": learn_scale, "dropout": dropout}
-    return of_parts("adaptformer", config, [Adapters(feed_forward=bottleneck)], layers)
+    return of_parts("adaptformer", [Adapters(feed_forward=bottleneck)], layers)

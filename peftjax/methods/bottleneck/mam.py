@@ -69,18 +69,7 @@ def mam(
         parts.append(Prefix(length, mlp_size, init_std, prefix_dropout))
     if not parts:
         raise PeftError("mam: length and size are both 0; give one of the two parts some room")
-    config = {
-        "length": length,
-        "mlp_size": mlp_size,
-        "size": size,
-        "scale": scale,
-        "activation": activation,
-        "init": init,
-        "init_std": init_std,
-        "prefix_dropout": prefix_dropout,
-        "dropout": dropout,
-    }
-    return of_parts("mam", config, parts, layers)
+    return of_parts("mam", parts, layers)
 
 
 def without_mlp(method: Transform, trainable: Trainable) -> tuple[Transform, Trainable]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import fraction, one_of, positive
 from peftjax.core.tree import Targets
 from peftjax.methods.lowrank._factors import (
     Bias,
@@ -54,14 +54,11 @@ class LowRankOptions:
     bias: Bias = "none"
     dropout: float = 0.0
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
-        if not 0.0 <= self.dropout < 1.0:
-            raise PeftError(f"{who}: dropout must lie in [0, 1), got {self.dropout}")
-        if self.bias not in get_args(Bias):
-            raise PeftError(f"{who}: bias must be 'none', 'adapted', 'all' or 'added', got {self.bias!r}")
-        if self.rank < 1:
-            raise PeftError(f"{who}: rank must be positive, got {self.rank}")
+        positive(caller, "rank", self.rank)
+        one_of(caller, "bias", self.bias, get_args(Bias))
+        fraction(caller, "dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +71,10 @@ class StartOptions(LowRankOptions):
 
     init: Literal["uniform", "gaussian", "orthogonal"] = "uniform"
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
-        super().require_valid(who)
-        if self.init not in STARTS:
-            raise PeftError(f"{who}: init {self.init!r} is unknown; choose one of {', '.join(STARTS)}")
+        super().require_valid(caller)
+        one_of(caller, "init", self.init, STARTS)
 
     @property
     def start(self) -> Start:

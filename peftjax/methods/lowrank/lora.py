@@ -91,11 +91,7 @@ def low_rank(
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
         one_way: whether the method depends on which side of a weight is the input.
         optimizer: the method's hook on the optimizer.
-
-    Raises:
-        PeftError: an option is out of range.
     """
-    options.require_valid(name)
     dropout, bias = options.dropout, options.bias
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
@@ -147,7 +143,7 @@ def low_rank(
         return tree.replace(params, rewritten)
 
     hook = {} if optimizer is None else {"optimizer": optimizer}
-    return Transform(name, vars(options), init, apply, **hook)
+    return Transform(name, {}, init, apply, **hook)
 
 
 def _lacks_bias(target: Target, leaves: Mapping[str, Any]) -> bool:

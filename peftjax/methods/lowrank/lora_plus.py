@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import positive
 from peftjax.methods.lowrank._options import LoraOptions
 from peftjax.methods.lowrank.lora import low_rank
 from peftjax.transform.options import takes
@@ -33,6 +33,11 @@ class LoraPlusOptions(LoraOptions):
 
     ratio: float = 16.0
 
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        positive(caller, "ratio", self.ratio)
+
 
 @register(
     kind="adapter",
@@ -48,9 +53,6 @@ def lora_plus(options: LoraPlusOptions) -> Transform:
     Raises:
         PeftError: as `lora`, or when the ratio is not positive.
     """
-    ratio = options.ratio
-    if ratio <= 0:
-        raise PeftError(f"lora_plus: ratio must be positive, got {ratio}")
 
     def faster_b(
         tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ def lora_plus(options: LoraPlusOptions) -> Transform:
         def scale(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             return {
                 path: {
-                    name: jax.tree.map(lambda u: ratio * u, part) if name == "b" else part
+                    name: jax.tree.map(lambda u: options.ratio * u, part) if name == "b" else part
                     for name, part in slots.items()
                 }
                 for path, slots in own.items()

@@ -50,6 +50,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import rebalance
 from peftjax.core.tree import Targets, named_leaves, pattern_value
@@ -117,15 +118,11 @@ def lowrank_restarts(
             parameters, or a base that is not a plain array; in a restart for `reset="m,v,count"` with an
             optimizer without counts of its arrays' own.
     """
-    options = dict(locals())
-    if every < 1:
-        raise PeftError(f"lowrank_restarts: every must be positive, got {every}")
-    if not 0.0 <= density <= 1.0:
-        raise PeftError(f"lowrank_restarts: density must lie in [0, 1], got {density}")
-    for name, known in (("start", STARTS), ("reset", RESETS)):
-        if options[name] not in known:
-            listed = ", ".join(map(repr, known))
-            raise PeftError(f"lowrank_restarts: {name} must be one of {listed}, got {options[name]!r}")
+    positive("lowrank_restarts", "every", every)
+    if density:
+        positive_share("lowrank_restarts", "density", density)
+    one_of("lowrank_restarts", "start", start, STARTS)
+    one_of("lowrank_restarts", "reset", reset, RESETS)
 
     def plan_of(params: Params) -> list[Target]:
         found = find_targets(
@@ -194,7 +191,7 @@ def lowrank_restarts(
         return new, _reset(opt_state, turns, reset)
 
     renewal = Renewal(lambda step: step > 0 and step % every == 0, restart)
-    return Transform("lowrank_restarts", options, init, apply, renewals=(renewal,))
+    return Transform("lowrank_restarts", {}, init, apply, renewals=(renewal,))
 
 
 def _spectral(w: Array, rank: int) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import positive
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import low_rank
@@ -34,6 +34,11 @@ class PissaOptions(ScaleOptions):
     """
 
     iterations: int | None = None
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        positive(caller, "iterations", self.iterations)
 
 
 @register(
@@ -53,8 +58,6 @@ def pissa(options: PissaOptions) -> Transform:
         PeftError: as `lora`; in `init`, when a base is not a plain array.
     """
     iterations = options.iterations
-    if iterations is not None and iterations < 1:
-        raise PeftError(f"pissa: iterations must be positive, got {iterations}")
 
     def start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
         w = plain_matrices("pissa", target, leaf)

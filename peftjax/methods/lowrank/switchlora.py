@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._rest import with_targets, without_targets
@@ -114,10 +115,8 @@ def switchlora(
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
             parameters, or a base that is not a plain array.
     """
-    options = dict(locals())
     schedule = Schedule(interval, decay, total_steps, freeze_steps)
-    if init not in ("switchlora", "lora"):
-        raise PeftError(f"switchlora: init must be 'switchlora' or 'lora', got {init!r}")
+    one_of("switchlora", "init", init, ("switchlora", "lora"))
 
     def start(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_targets(
@@ -162,9 +161,7 @@ def switchlora(
 
     renewal = Renewal(lambda step: True, renew)
     moving = partial(all_slots_but, STEERED)
-    return Transform(
-        "switchlora", options, start, apply, optimizer=steered, renewals=(renewal,), moving=moving
-    )
+    return Transform("switchlora", {}, start, apply, optimizer=steered, renewals=(renewal,), moving=moving)
 
 
 def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:

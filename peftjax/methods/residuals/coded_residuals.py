@@ -84,7 +84,7 @@ def coded_residuals(
     def model(forward: Forward) -> Forward:
         return with_codes("coded_residuals", forward, bits)
 
-    return Transform("coded_residuals", dataclasses.asdict(bits), init, apply, model)
+    return Transform("coded_residuals", {}, init, apply, model)
 
 
 def with_codes(who: str, forward: Forward, bits: Bits) -> Forward:

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from peftjax.backbone.rewriting import add_to_blocks, require_one_stack, rewrite_stacks, stacks_of
 from peftjax.backbone.rewritten_block import Context, RewrittenBlock
 from peftjax.core import tree
+from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods._targets import key_for
 from peftjax.methods.bottleneck._bottleneck import Bottleneck
@@ -109,11 +110,9 @@ def s2a(
         PeftError: for a setting out of range; in `init`, when nothing is left to train, or a bias is a
             structured weight; in `init` and `model`, when it is not a backbone's.
     """
-    config = {"biases": biases, "prompts": prompts, "side": side, "pool": pool, "activation": activation}
-    config["residuals"] = None if residuals is None else dict(residuals)
-    for name, value, least in (("prompts", prompts, 0), ("side", side, 0), ("pool", pool, 1)):
-        if value < least:
-            raise PeftError(f"s2a: {name} must be {least} or more, got {value}")
+    at_least("s2a", "prompts", prompts, 0)
+    at_least("s2a", "side", side, 0)
+    positive("s2a", "pool", pool)
     bottleneck = Bottleneck(side, activation=activation) if side else None
     if bottleneck is not None:
         bottleneck.require_valid("s2a")
@@ -150,7 +149,7 @@ def s2a(
         coded = with_prompts("s2a", coded) if prompts else coded
         return rewrite_stacks("s2a", coded, rewrite) if bottleneck else coded
 
-    return Transform("s2a", config, init, apply, model)
+    return Transform("s2a", {}, init, apply, model)
 
 
 def _bits(residuals: Mapping[str, int]) -> Bits:

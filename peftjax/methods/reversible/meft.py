@@ -59,7 +59,7 @@ import jax
 from jax import Array
 
 from peftjax.backbone.rewriting import add_to_blocks, require_scan, rewrite_stacks, stacks_of
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import at_least, one_of, positive
 from peftjax.methods._targets import key_for
 from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Adapters, Bottleneck
 from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
@@ -145,15 +145,17 @@ def meft(
         PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's or
             another method runs its blocks already.
     """
-    if variant not in VARIANTS:
-        raise PeftError(f"{NAME}: variant {variant!r} is not 1, 2 or 3")
+    one_of(NAME, "variant", variant, VARIANTS)
     chosen = VARIANTS[variant]
     coupling = Coupling(
         chosen.coupling.lam if lam is None else lam,
         chosen.coupling.beta if beta is None else beta,
         chosen.coupling.swap,
     )
-    _require_valid(coupling, anchor_every, num_reversible)
+    positive(NAME, "lam", coupling.lam)  # or nothing could be inverted
+    positive(NAME, "beta", coupling.beta)
+    at_least(NAME, "anchor_every", anchor_every, 0)
+    at_least(NAME, "num_reversible", num_reversible, 0)
     shapes = {
         place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout, init_as="bert")
         for place, form in chosen.adapters.items()
@@ -198,26 +200,8 @@ def meft(
 
         return rewrite_stacks(NAME, forward, rewrite)
 
-    config = {
-        "variant": variant,
-        "size": size,
-        "lam": coupling.lam,
-        "beta": coupling.beta,
-        "anchor_every": anchor_every,
-        "num_reversible": num_reversible,
-        "activation": activation,
-        "dropout": dropout,
-    }
+    config = {"lam": coupling.lam, "beta": coupling.beta}
     return Transform(NAME, config, init, apply, model, checks=(warn_of_inexact,))
-
-
-def _require_valid(coupling: Coupling, every: int | None, num_reversible: int | None) -> None:
-    for name, value in (("lam", coupling.lam), ("beta", coupling.beta)):
-        if not value > 0.0:
-            raise PeftError(f"{NAME}: {name} must be positive, or nothing could be inverted; got {value}")
-    for name, number in (("anchor_every", every), ("num_reversible", num_reversible)):
-        if number is not None and number < 0:
-            raise PeftError(f"{NAME}: {name} must be 0 or more, got {number}")
 
 
 def _activated(adapters: Adapters, activation: str) -> Adapters:

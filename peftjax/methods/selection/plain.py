@@ -8,7 +8,7 @@ trained parameter needs: for a bias nothing, for a kernel its input.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
         PeftError: in `init`, when nothing, or only part of a list, is matched, or a match is a
             structured weight.
     """
-    return _selection("unfreeze", {"targets": targets, "exclude": exclude}, targets, exclude)
+    return _selection("unfreeze", targets, exclude)
 
 
 @register(
@@ -56,7 +56,7 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
 )
 def freeze(targets: Targets) -> Transform:
     """Train every floating-point parameter but the matched ones; `targets` as in `unfreeze`."""
-    return _selection("freeze", {"targets": targets}, ".*", targets)
+    return _selection("freeze", ".*", targets)
 
 
 @register(
@@ -68,7 +68,7 @@ def freeze(targets: Targets) -> Transform:
 )
 def full() -> Transform:
     """Train every floating-point parameter."""
-    return _selection("full", {}, ".*", None)
+    return _selection("full", ".*", None)
 
 
 @register(
@@ -86,10 +86,10 @@ def bitfit() -> Transform:
             raise PeftError("bitfit: target 'bias' matched no parameter, nor did 'b' or 'offset'")
         return found
 
-    return _training("bitfit", {}, find)
+    return _training("bitfit", find)
 
 
-def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None) -> Transform:
+def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transform:
     def find(params: Any) -> list[str]:
         _say_complex(name, params)
         return tree.select(
@@ -101,7 +101,7 @@ def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: 
             names=tree.names_of_parameter,
         )
 
-    return _training(name, config, find)
+    return _training(name, find)
 
 
 def _say_complex(name: str, params: Any) -> None:
@@ -111,7 +111,7 @@ def _say_complex(name: str, params: Any) -> None:
             warnings.warn(f"{name}: {path!r} is {leaf.dtype} and stays frozen", stacklevel=4)
 
 
-def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[str]]) -> Transform:
+def _training(name: str, find: Callable[[Any], list[str]]) -> Transform:
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         paths = find(params)
         leaves = tree.named_leaves(params)
@@ -127,7 +127,7 @@ def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[s
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
         return tree.join(frozen.params, trainable)
 
-    return Transform(name, config, init, apply)
+    return Transform(name, {}, init, apply)
 
 
 def _is_floating(path: str, leaf: Any) -> bool:

@@ -50,7 +50,6 @@ def rows(
     chosen = tuple(int(index) for index in indices)
     if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
         raise PeftError(f"rows: give distinct, non-negative row numbers, got {list(indices)[:10]}")
-    config = {"indices": list(chosen), "targets": targets, "exclude": exclude, "layouts": layouts}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         leaves = tree.named_leaves(params)
@@ -78,4 +77,4 @@ def rows(
             },
         )
 
-    return Transform("rows", config, init, apply)
+    return Transform("rows", {"indices": list(chosen)}, init, apply)

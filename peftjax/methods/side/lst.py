@@ -47,6 +47,7 @@ from jax import Array
 
 from peftjax.backbone.rewriting import require_backbone, require_nothing_trained, require_scan, stacks_of
 from peftjax.core import tree
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._ladder import Ladder
 from peftjax.methods.side._ladder_ends import BothStates, SideEmbed
@@ -108,15 +109,7 @@ def lst(
     """
     _check(reduction, side_layers, gate, temperature, init, scores)
     used = None if side_layers is None else sorted({int(layer) for layer in side_layers})
-    config = {
-        "reduction": reduction,
-        "side_layers": used,
-        "gate": gate,
-        "temperature": temperature,
-        "merge_last": merge_last,
-        "init": "loaded" if init == "fisher" else init,
-        "backbone_dropout": backbone_dropout,
-    }
+    config = {"side_layers": used, "init": "loaded" if init == "fisher" else init}
 
     def fresh(key: Array, params: Params) -> Trainable:
         require_plain(NAME, params)
@@ -231,16 +224,12 @@ def _check(
     init: str,
     scores: Mapping[str, Array] | None,
 ) -> None:
-    if reduction < 1:
-        raise PeftError(f"{NAME}: reduction must be 1 or more, got {reduction}")
+    positive(NAME, "reduction", reduction)
     if side_layers is not None and not len(side_layers):
         raise PeftError(f"{NAME}: side_layers names no layer; give at least one, or None for all")
-    if gate not in ("learned", "sum"):
-        raise PeftError(f"{NAME}: gate {gate!r} is not 'learned' or 'sum'")
-    if temperature <= 0.0:
-        raise PeftError(f"{NAME}: temperature must be positive, got {temperature}")
-    if init not in INITS:
-        raise PeftError(f"{NAME}: init {init!r} is unknown; choose one of {', '.join(INITS)}")
+    one_of(NAME, "gate", gate, ("learned", "sum"))
+    positive(NAME, "temperature", temperature)
+    one_of(NAME, "init", init, INITS)
     if (init == "fisher") != (scores is not None):
         raise PeftError(
             f"{NAME}: init {init!r} and scores do not go together; scores, from "

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan, stacks_of
+from peftjax.core.checks import fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._features import (
     Context,
@@ -78,11 +79,8 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with one
             stack of two blocks or more.
     """
-    if factor < 1:
-        raise PeftError(f"{NAME}: factor must be 1 or more, got {factor}")
-    if not 0.0 <= dropout < 1.0:
-        raise PeftError(f"{NAME}: dropout must be in [0, 1), got {dropout}")
-    config = {"factor": factor, "dropout": dropout}
+    positive(NAME, "factor", factor)
+    fraction(NAME, "dropout", dropout)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         stack = stacks_of(NAME, params)[0]
@@ -113,7 +111,7 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=LateStack(dropout, forward.stack))
 
-    return Transform(NAME, config, init, apply, model)
+    return Transform(NAME, {}, init, apply, model)
 
 
 @dataclasses.dataclass(frozen=True)

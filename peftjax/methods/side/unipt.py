@@ -44,8 +44,8 @@ from peftjax.backbone.rewriting import (
     require_scan,
     stacks_of,
 )
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import nearest
 from peftjax.methods.side._features import (
     Context,
     linear_init,
@@ -90,11 +90,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with one
             stack of blocks.
     """
-    if variant not in VARIANTS:
-        raise PeftError(f"{NAME}: variant {variant!r} is unknown; closest: {nearest(variant, VARIANTS)}")
-    if factor < 1:
-        raise PeftError(f"{NAME}: factor must be 1 or more, got {factor}")
-    config = {"factor": factor, "variant": variant}
+    one_of(NAME, "variant", variant, VARIANTS)
+    positive(NAME, "factor", factor)
     kind = VARIANTS[variant]
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
@@ -122,7 +119,7 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
 
     review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, review=review)
+    return Transform(NAME, {}, init, apply, model, review=review)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:

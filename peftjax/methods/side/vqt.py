@@ -46,6 +46,7 @@ from peftjax.backbone.rewriting import (
     stacks_of,
 )
 from peftjax.core import tree
+from peftjax.core.checks import fraction, one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._feature_head import Features, QueryHead
 from peftjax.methods.side._features import Context, detached, drop
@@ -83,13 +84,9 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with a
             classifier and one stack of blocks.
     """
-    if num_queries < 1:
-        raise PeftError(f"vqt: num_queries must be 1 or more, got {num_queries}")
-    if passes not in (1, 2):
-        raise PeftError(f"vqt: passes must be 1 or 2, got {passes}")
-    if not 0.0 <= dropout < 1.0:
-        raise PeftError(f"vqt: dropout must be in [0, 1), got {dropout}")
-    config = {"num_queries": num_queries, "passes": passes, "dropout": dropout}
+    positive(NAME, "num_queries", num_queries)
+    one_of(NAME, "passes", passes, (1, 2))
+    fraction(NAME, "dropout", dropout)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         layers, width, read, classes = _sizes(params)
@@ -118,7 +115,7 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head, NAME))
 
     review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, review=review)
+    return Transform(NAME, {}, init, apply, model, review=review)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._targets import key_for
@@ -74,22 +75,12 @@ def paca(
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks or rows that do not fit.
     """
-    if rank < 1 or alpha <= 0:
-        raise PeftError(f"paca: rank and alpha must be positive, got {rank} and {alpha}")
-    if isinstance(selection, str) and selection != "random":
-        raise PeftError(f"paca: selection must be 'random' or row numbers by pattern, got {selection!r}")
+    positive("paca", "rank", rank)
+    positive("paca", "alpha", alpha)
+    if isinstance(selection, str):
+        one_of("paca", "selection", selection, ("random",))
     given = {} if isinstance(selection, str) else {p: _numbers(rows) for p, rows in selection.items()}
-    config = {
-        "rank": rank,
-        "alpha": alpha,
-        "targets": targets,
-        "exclude": exclude,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "layouts": layouts,
-        "selection": selection if isinstance(selection, str) else {p: r.tolist() for p, r in given.items()},
-        "in_place": in_place,
-    }
+    config = {"selection": {p: rows.tolist() for p, rows in given.items()} or selection}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(

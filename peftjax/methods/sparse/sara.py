@@ -25,7 +25,7 @@ at (re-)selection, and the step lost at re-selection.
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import optax
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import at_least, one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries
@@ -90,17 +91,7 @@ def sara(
     """
     _check(density, threshold, penalty, polar, reselect_at)
     share = 0.05 if density is None and threshold is None else density
-    config = {
-        "density": share,
-        "threshold": threshold,
-        "penalty": penalty,
-        "polar": polar,
-        "reselect_at": reselect_at,
-        "targets": targets,
-        "exclude": exclude,
-        "layouts": layouts,
-        "in_place": in_place,
-    }
+    config = {"density": share}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
@@ -158,16 +149,11 @@ def _check(
 ) -> None:
     if density is not None and threshold is not None:
         raise PeftError("sara: give a density or a threshold, not both")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise PeftError(f"sara: density must lie in (0, 1], got {density}")
-    if threshold is not None and threshold <= 0.0:
-        raise PeftError(f"sara: threshold must be positive, got {threshold}")
-    if penalty < 0.0:
-        raise PeftError(f"sara: penalty must not be negative, got {penalty}")
-    if polar not in ("newton_schulz", "svd"):
-        raise PeftError(f"sara: polar must be 'newton_schulz' or 'svd', got {polar!r}")
-    if reselect_at is not None and reselect_at < 0:
-        raise PeftError(f"sara: reselect_at is the number of a step, from 0; got {reselect_at}")
+    positive_share("sara", "density", density)
+    positive("sara", "threshold", threshold)
+    at_least("sara", "penalty", penalty, 0)
+    one_of("sara", "polar", polar, get_args(Polar))
+    at_least("sara", "reselect_at", reselect_at, 0)
 
 
 def _smallest(path: str, layout: Layout, w: Array, density: float | None, threshold: float | None) -> Entries:
