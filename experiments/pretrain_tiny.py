@@ -26,8 +26,9 @@ from peftjax.train.config import TrainConfig
 from peftjax.train.data.docstrings import docstring_dataset
 from peftjax.train.data.language.corpus import read_corpus
 from peftjax.train.options import DataOptions, MethodOptions, ModelOptions, RunOptions
-from peftjax.train.run import ADAPTER, run
-from peftjax.train.saved import merge_saved
+from peftjax.train.run import run
+from peftjax.train.saved_adapter import merge_saved
+from peftjax.train.write import ADAPTER
 
 BOS, EOS, PAD, START, END = "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -13,9 +13,11 @@ from peftjax.methods.reversible.check import meft_check
 from peftjax.methods.sparse.snell import set_sparsity
 from peftjax.models.load import load, save
 from peftjax.planner.step import plan
+from peftjax.train.step import training
 from peftjax.transform.chain import chain
+from peftjax.transform.frozen import Frozen
 from peftjax.transform.registry import METHODS, Conformance, MethodInfo, build, describe, register
-from peftjax.transform.transform import Frozen, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight, dense, matmul
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "register",
     "save",
     "set_sparsity",
+    "training",
     "without_mlp",
 ]
 __all__ += methods.__all__

@@ -31,12 +31,23 @@ def cross_entropy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[
         logits: an array of any floating dtype, or a language model's `Logits`, which are then
             computed `CHUNK` tokens at a time: `[B, S, V]` exists neither forward nor backward.
         batch: `labels` [*B] int32, and optionally `weights` [*B].
+
+    Examples:
+        >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0]])
+        >>> batch = {"labels": jnp.array([0, 1]), "weights": jnp.array([0.0, 1.0])}
+        >>> round(float(pj.losses.cross_entropy(logits, batch)), 3)
+        0.693
     """
     return _mean(logits, batch)[0]
 
 
 def accuracy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
-    """Weighted part of the examples whose largest logit is the label's; arguments as above."""
+    """Weighted part of the examples whose largest logit is the label's; arguments as above.
+
+    Examples:
+        >>> float(pj.losses.accuracy(jnp.array([[2.0, 0.0], [0.0, 1.0]]), {"labels": jnp.array([0, 0])}))
+        0.5
+    """
     return _mean(logits, batch)[1]
 
 

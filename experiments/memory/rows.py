@@ -9,7 +9,7 @@ from typing import Literal
 
 import peftjax as pj
 from peftjax.backbone.backbone import Backbone, Params
-from peftjax.train.options import with_new_head
+from peftjax.train.new_head import with_new_head
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from experiments.pretrain.entrants import (
 )
 from peftjax.methods.projected._projected import Write
 from peftjax.optim.refresh import Method
-from peftjax.transform.transform import Frozen, Params, Trainable
+from peftjax.transform.frozen import Frozen, Params, Trainable
 
 RATE = 1e-3
 

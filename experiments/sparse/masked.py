@@ -17,9 +17,8 @@ from jax import Array
 
 import peftjax as pj
 from peftjax.core import tree
-from peftjax.weights.base import logical, static, structured
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.fields import logical, static, structured
+from peftjax.weights.layout import Layout, layout_of
 
 
 @jax.custom_vjp

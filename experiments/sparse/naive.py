@@ -32,7 +32,7 @@ def _plain(w: Any) -> Array:
     """`w` of the released sparsifier and the distance kernel as an array."""
     differences = w.a[..., :, None] - w.b[..., None, :]
     distances = jnp.sqrt(jnp.sum(jnp.square(differences), axis=-3))
-    update = sum(c * distances[..., head, :, :] for head, c in enumerate(w.map.coefficients))
+    update = sum(c * distances[..., head, :, :] for head, c in enumerate(w.kernel_function.coefficients))
     size = lax.stop_gradient(jnp.abs(update))
     update = update * jnp.where(size > w.threshold[..., None, None], size, 0)
     return w.base + to_logical(update, w.layout)

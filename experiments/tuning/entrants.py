@@ -12,7 +12,7 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
-from peftjax.train.options import with_new_head
+from peftjax.train.new_head import with_new_head
 
 HEAD = ["head/classifier"]
 

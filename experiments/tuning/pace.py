@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from experiments.markdown import table
-from peftjax.transform.transform import Trainable
+from peftjax.transform.frozen import Trainable
 
 Step = Callable[[], Trainable]
 """Does one step and returns what it trained, not yet waited for."""

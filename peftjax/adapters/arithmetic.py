@@ -20,10 +20,12 @@ from jax import Array
 from peftjax.adapters.growing import adapted, default_key, grown, revived
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.core.linalg import balanced, svd_of_product
 from peftjax.methods._targets import Target
 from peftjax.methods.lowrank.dora import dora
 from peftjax.methods.lowrank.lora import lora
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.batched_low_rank import BatchedLowRank
 from peftjax.weights.column_normalized import ColumnNormalized
@@ -45,6 +47,16 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
     Raises:
         PeftError: the adapters have different bases, or one is not a sum with its base (DoRA), or
             several train the same plain parameter.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> forward = pj.adapt(lambda params, x: x @ params["up"]["kernel"])
+        >>> forward(pj.adapters.add(adapters, [0.7, 0.3]), jnp.ones((3, 4))).shape
+        (3, 8)
     """
     weights = _weights(adapters, weights)
     leaves = [_added_leaves(*adapter, (LowRank, SparseEntries)) for adapter in adapters]
@@ -67,6 +79,16 @@ def mix(adapters: Sequence[Adapter], rows: Array, *, axis: int | None = None) ->
 
     Raises:
         PeftError: as `add`.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> forward = pj.adapt(lambda params, x: x @ params["up"]["kernel"])
+        >>> forward(pj.adapters.mix(adapters, jnp.array([0, 1, -1])), jnp.ones((3, 4))).shape
+        (3, 8)
     """
     leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
     params = _common_base(adapters)
@@ -109,6 +131,16 @@ def combine(
 
     Raises:
         PeftError: as `add`; or when the rank is not positive.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, first = method.init(jax.random.key(0), params)
+        >>> _, second = method.init(jax.random.key(1), params)
+        >>> adapters = [(method, frozen, first), (method, frozen, second)]
+        >>> both, trainable = pj.adapters.combine(adapters)
+        >>> both.name, trainable["up/kernel"]["a"].shape
+        ('lora', (4, 4))
     """
     if rank is not None and rank < 1:
         raise PeftError(f"combine: rank must be positive, got {rank}")
@@ -217,7 +249,8 @@ def _added_leaves(
     for path, leaf in changed.items():
         if getattr(leaf, "in_place", False):
             raise PeftError(
-                f"{method.name}: {path!r} holds its trained values; give method.write(frozen, None)"
+                f"{method.name}: {path!r} holds its trained values; give what method.open(frozen, trainable) "
+                "returns"
             )
         if isinstance(leaf, TrainedRows):
             changed[path] = leaf = leaf.as_low_rank()
@@ -259,11 +292,6 @@ def _padded(leaf: LowRank | None, like: LowRank, rank: int) -> tuple[Array, Arra
 
 
 def _truncated(a: Array, b: Array, rank: int, key: Array, layout: Layout) -> tuple[Array, Array]:
-    """Factors of this rank closest to `aᵀb`, from the SVD of its `R x R` core."""
-    q_a, r_a = jnp.linalg.qr(a.swapaxes(-1, -2))
-    q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
-    u, sizes, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
-    root = jnp.sqrt(sizes[..., :rank])[..., None]
-    left = (q_a @ u[..., :rank]).swapaxes(-1, -2)
-    right = (q_b @ vt[..., :rank, :].swapaxes(-1, -2)).swapaxes(-1, -2)
-    return revived((root * left, root * right), sizes[..., :rank], adapted(a, b), key, layout)
+    """Factors of this rank closest to `aᵀb`, without forming it."""
+    svd = svd_of_product(a, b)
+    return revived(balanced(svd, rank), svd.sizes[..., :rank], adapted(a, b), key, layout)

@@ -6,7 +6,6 @@ The best approximation of that rank; exact where the change has no higher one (L
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,12 +13,14 @@ from jax import Array
 from peftjax.adapters.arithmetic import as_lora
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.selection.plain import unfreeze
 from peftjax.transform.chain import chain
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
-from peftjax.weights.known_layout import layout_of
+from peftjax.weights.layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,19 @@ def to_lora(
 
     Raises:
         PeftError: the rank is not positive, nothing has changed, or `params` is needed.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.shira(density=0.25, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> trainable = jax.tree.map(lambda x: x + 1.0, trainable)
+        >>> converted = pj.adapters.to_lora(method, frozen, trainable, rank=4)
+        >>> float(converted.errors["up/kernel"]) < 1e-5
+        True
     """
     if rank < 1:
         raise PeftError(f"to_lora: rank must be positive, got {rank}")
-    bases = tree.named_leaves(method.write(frozen, None).params if params is None else params)
+    bases = tree.named_leaves(method.open(frozen, trainable)[0].params if params is None else params)
     merged = tree.named_leaves(method.merge(frozen, trainable))
     adapted = tree.named_leaves(method.apply(frozen, trainable))
     factors, layouts, errors, plain = {}, {}, {}, {}
@@ -82,8 +92,6 @@ def to_lora(
 
 def _closest(delta: Array, rank: int) -> tuple[tuple[Array, Array], float]:
     """Factors `[*stack, r, in]` and `[*stack, r, out]`, and their relative error."""
-    u, sizes, vt = jnp.linalg.svd(delta, full_matrices=False)
-    root: Any = jnp.sqrt(sizes[..., :rank])[..., None]
-    a, b = root * u[..., :rank].swapaxes(-1, -2), root * vt[..., :rank, :]
-    left = jnp.linalg.norm(sizes[..., rank:]) / jnp.linalg.norm(sizes)
-    return (a, b), float(left)
+    svd = svd_of(delta)
+    left = jnp.linalg.norm(svd.sizes[..., rank:]) / jnp.linalg.norm(svd.sizes)
+    return balanced(svd, rank), float(left)

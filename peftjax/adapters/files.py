@@ -16,8 +16,9 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.io.files import read_as, replacing
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import build, describe
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Transform
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter.json"
@@ -118,6 +119,15 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     Raises:
         PeftError: the folder holds no adapter, a file is damaged, or the adapter was made for another
             model; the error names the first tensor that is missing or has another shape.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> pj.adapters.save_adapter(folder, method, *method.init(jax.random.key(0), params), seed=0)
+        >>> pj.adapters.load_adapter(folder, params).method.name
+        'lora'
     """
     config = read_config(folder)
     method, frozen, fresh = _started(Path(folder) / CONFIG, config, params)
@@ -125,7 +135,11 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     held = dict(read_tensors(files))
     wanted = {"trainable": fresh, "state": frozen.state}
     names = {f"{part}/{name}" for part, values in wanted.items() for name in tree.named_leaves(values)}
-    for name in names - held.keys():  # files of earlier versions drop the slot
+    for name in names - held.keys():
+        # In files of earlier versions the state that a method changes itself is beside what it trains.
+        if (before := name.replace("state/", "trainable/", 1)) in held.keys() - names:
+            held[name] = held.pop(before)
+    for name in names - held.keys():  # and they drop the slot
         if name.endswith("/value") and (short := name.removesuffix("/value")) in held.keys() - names:
             held[name] = held.pop(short)
     if extra := sorted(held.keys() - names):

@@ -22,7 +22,8 @@ from jax import Array
 from peftjax.adapters.arithmetic import Adapter
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import put_entries, put_rows, take_entries, take_rows
@@ -68,8 +69,15 @@ def patches(method: Transform, frozen: Frozen, trainable: Trainable, *, weight: 
 
     Raises:
         PeftError: the adapter changes more than rows or entries of arrays.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.shira(density=0.25, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> list(pj.adapters.patches(method, frozen, trainable))
+        ['up/kernel']
     """
-    frozen = method.write(frozen, None)
+    frozen, trainable = method.open(frozen, trainable)
     bases, found = tree.named_leaves(frozen.params), {}
     for path, leaf in tree.named_leaves(method.apply(frozen, trainable)).items():
         base = bases[path]
@@ -96,6 +104,14 @@ def fuse(params: Params, new: Patches) -> tuple[Params, Patches]:
 
     Raises:
         PeftError: a patch is for a parameter that is not there.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.shira(density=0.25, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> fused, undo = pj.adapters.fuse(params, pj.adapters.patches(method, frozen, trainable))
+        >>> fused["up"]["kernel"].shape
+        (4, 8)
     """
     found, _ = tree.partition(params, new)
     undo = {path: patch.of(found[path]) for path, patch in new.items()}
@@ -113,6 +129,16 @@ def switch(params: Params, undo: Patches, new: Patches) -> tuple[Params, Patches
 
     Returns:
         The parameters, and what undoes it.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.shira(density=0.25, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> patches = pj.adapters.patches(method, frozen, trainable)
+        >>> fused, undo = pj.adapters.fuse(params, patches)
+        >>> base, undo = pj.adapters.switch(fused, undo, {})
+        >>> bool((base["up"]["kernel"] == params["up"]["kernel"]).all())
+        True
     """
     return fuse(fuse(params, undo)[0], new)
 
@@ -133,7 +159,7 @@ def overlap(first: Adapter, second: Adapter) -> dict[str, tuple[Array, Array]]:
 
 
 def _changes(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[str, Array]:
-    frozen = method.write(frozen, None)
+    frozen, trainable = method.open(frozen, trainable)
     bases = tree.named_leaves(frozen.params)
     adapted: dict[str, Any] = {
         path: leaf

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from peftjax.backbone.attention import Visibility, attend
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import attended, linear, norm, plain_value
-from peftjax.backbone.layers import Context, recompute
+from peftjax.backbone.context import Context
+from peftjax.backbone.layers import recompute
 from peftjax.backbone.names import ATTENTION_RESULT
 from peftjax.backbone.queries import place_of_queries, rotation_of_queries, seen_by_queries
 from peftjax.backbone.rope import layer_rotation, rotate
@@ -71,30 +72,24 @@ class Attention(nn.Module):
     ) -> Float[Array, "B S NH"]:
         """The values that every token sees, mixed; of earlier calls too where there is a cache.
 
-        With `attended` in the context the query [B, T, N, H] is that of queries beside the S tokens.
-        `context` holds `mask` [B, S]; optionally `segments` [B, S], `rotation`, `window`, `bias`
-        [1, N, S, S] of the scores, and with two rotations also `local_rotation` and `local`, whether
-        this layer reads that one. With `cache_index`, the slot of the first token, keys and values go
-        through the collection "cache", and `mask` [B, T] tells which of its slots are tokens; see
-        `_through_cache`. `prefix` is further keys and values that all tokens see (`attention.Prefix`), as
-        they are: not normed, not rotated, in no slot of the cache.
+        With `context.attended` the query [B, T, N, H] is that of queries beside the S tokens. With
+        `context.cache_index` keys and values go through the collection "cache": see `_through_cache`.
         """
         config = self.config
         if config.qk_norm:
             query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
-        if "cache_index" in context:
+        if context.cache_index is not None:
             key, value = self._through_cache(_rotated(config, key, context), value, context)
-        seen = {name: context[name] for name in SEEN if name in context}
-        if "attended" in context:
-            seen["place"] = place_of_queries(context, *key.shape[:2])
-        if config.attention_dropout > 0.0 and self.has_rng("dropout"):
-            seen["dropout_key"] = self.make_rng("dropout")
+        place = None if context.attended is None else place_of_queries(context, *key.shape[:2])
+        drops = config.attention_dropout > 0.0 and self.has_rng("dropout")
+        seen = Context(**{name: getattr(context, name) for name in SEEN})
+        rest = seen, place, self.make_rng("dropout") if drops else None
         # Not among the arrays: where it is known while tracing, attention is cut to the keys seen from there.
-        mixed = partial(_mixed, config, context.get("cache_index"))
+        mixed = partial(_mixed, config, context.cache_index)
         if config.residuals is None:
-            result = recompute(mixed)(query, key, value, seen)
+            result = recompute(mixed)(query, key, value, *rest)
         else:
-            result = attended(config.residuals, mixed, (query, key, value), seen)
+            result = attended(config.residuals, mixed, (query, key, value), rest)
         return checkpoint_name(result.reshape(*result.shape[:2], -1), ATTENTION_RESULT)
 
     def _through_cache(
@@ -103,12 +98,13 @@ class Attention(nn.Module):
         """All keys and values up to now, after writing the new ones from slot `cache_index` on.
 
         The cache holds `keys` and `values` [L, B, K, T, H] of all layers, of which this one's are at
-        `context["layer"]`: written so, a loop over the layers changes one array in place. Heads come
+        `context.layer`: written so, a loop over the layers changes one array in place. Heads come
         before slots because that is how attention reads them. A new cache has one layer.
         """
-        layer, index = context.get("layer", 0), context["cache_index"]
+        assert context.mask is not None
+        layer, index = 0 if context.layer is None else context.layer, context.cache_index
         batch, _, heads, width = key.shape
-        shape = (1, batch, heads, context["mask"].shape[1], width)
+        shape = (1, batch, heads, context.mask.shape[1], width)
         whole = []
         for name, new in (("keys", key), ("values", value)):
             if not self.has_variable("cache", name):
@@ -143,18 +139,19 @@ def _mixed(
     key: Array,
     value: Array,
     context: Context,
+    place: Int[Array, " B"] | None,
+    dropout_key: Key[Array, ""] | None,
 ) -> Array:
     """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already.
 
-    With `place` [B] in the context the queries are beside the tokens, each row's where its token of that
-    number stands.
+    With `place` the queries are beside the tokens, each row's where its token of that number stands.
     """
     query, key, value = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key, value))
     start = 0 if cache_index is None else cache_index
-    seen = {name: context[name] for name in ("mask", "segments", "bias") if name in context}
-    visible, place = Visibility(config.causal, context.get("window", config.window), start), None
-    if "place" in context:
-        place = context["place"]
+    window = config.window if context.window is None else context.window
+    visible = Visibility(config.causal, window, start)
+    seen = {"mask": context.mask, "segments": context.segments, "bias": context.bias}
+    if place is not None:
         visible, seen = Visibility(), {"mask": seen_by_queries(context, visible, place, key.shape[1])}
     return attend(
         _rotated(config, query, context, place),
@@ -165,8 +162,8 @@ def _mixed(
         scale=config.query_scale,
         softcap=config.softcap,
         dropout=config.attention_dropout,
-        dropout_key=context.get("dropout_key"),
-        prefix=context.get("prefix"),
+        dropout_key=dropout_key,
+        prefix=context.prefix,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from peftjax.backbone.layers import Context
+from peftjax.backbone.context import Context
 from peftjax.backbone.names import ATTENTION_RESULT, BLOCK_INPUT, OFFLOADED_TOKENS
 from peftjax.backbone.stack import Cache, DropoutKey, Params, Scan, Stack
 from peftjax.core.errors import PeftError
@@ -77,8 +77,8 @@ class Layer(NamedTuple):
 
     weights: Params
     """The block's parameters."""
-    own: Context
-    """What joins the context: its number as `layer`, and the backbone's `per_layer`."""
+    own: dict[str, Array]
+    """What joins the `Context`, by its fields: its number as `layer`, and the backbone's `per_layer`."""
     key: DropoutKey
     """Of its dropout."""
 
@@ -94,7 +94,7 @@ class Backbone:
     `params["encoder"]`, `{"blocks", "head"}`. Both stacks are then the same thing to a rewrite, which
     changes the encoder as it would change an encoder alone; the task's head stays `params["head"]`.
     The stacks share `params["embed"]`, as they share its word table. What the encoder gives is part of
-    what all blocks of the decoder share, so `run_embed` runs it: `context["encoded"]`.
+    what all blocks of the decoder share, so `run_embed` runs it: `Context.encoded`.
 
     Attributes:
         config: the family's configuration.
@@ -105,8 +105,8 @@ class Backbone:
         head_name: the name the family knows `head` by, such as "classifier".
         remat: a name in `REMAT_POLICIES`, "offload_attention" with or without a share, for
             `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
-        per_layer: what differs between the layers, arrays [num_layers, ...] that join each block's
-            context, such as `window`.
+        per_layer: what differs between the layers, arrays [num_layers, ...] by the field of the
+            `Context` that they are in each block, such as `window`.
         stack: how the blocks are run; a method may put its own in the place of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
         encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
@@ -180,7 +180,7 @@ class Backbone:
         key, encoder_key = (None, None) if key is None else jax.random.split(key)
         hidden, context = self._embed(params["embed"], batch, key)
         of_encoder = {**params["encoder"], "embed": params["embed"]}
-        return hidden, {**context, "encoded": self.encoder(of_encoder, batch, key=encoder_key)}
+        return hidden, dataclasses.replace(context, encoded=self.encoder(of_encoder, batch, key=encoder_key))
 
     def run_blocks(
         self,
@@ -262,7 +262,7 @@ class Backbone:
         if part == "feed_forward":
             return "feed_forward_sublayer", (hidden,)
         method = "attention_sublayer" if part == "attention" else None
-        return method, (hidden, {**context, **layer.own})
+        return method, (hidden, dataclasses.replace(context, **layer.own))
 
     def run_head(
         self,
@@ -287,7 +287,7 @@ class Backbone:
             embed = {**encoder["encoder"].pop("embed"), **embed}
         hidden, context = self._block_inputs(embed, batch)
         first = {name: jnp.asarray(values)[0] for name, values in self.per_layer.items()}
-        inputs = (hidden, {**context, **first})
+        inputs = (hidden, dataclasses.replace(context, **first))
         blocks = jax.vmap(lambda layer_key: _draw(self.block, layer_key, *inputs))(
             jax.random.split(block_key, self.num_layers)
         )
@@ -302,7 +302,7 @@ class Backbone:
         """The shapes of what `run_embed` hands to the blocks; an encoder gives the shape it embeds."""
         hidden, context = jax.eval_shape(self._embed, embed, batch)
         if self.encoder is not None:
-            context["encoded"] = self.encoder._block_inputs(embed, batch)[0]
+            context = dataclasses.replace(context, encoded=self.encoder._block_inputs(embed, batch)[0])
         return hidden, context
 
     def _embed(self, embed: Params, batch: Batch, key: DropoutKey = None) -> tuple[Array, Context]:

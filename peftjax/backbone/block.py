@@ -7,7 +7,7 @@ enters the activation. Norms, rotation, attention weights, activations, casts of
 masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
 norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
 2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
-the encoder; `context["encoded"]` is kept once for all blocks, and so is `context["bias"]`.
+the encoder; `Context.encoded` is kept once for all blocks, and so is `Context.bias`.
 
 With `config.residuals` a block keeps codes of a few bits instead and makes only attention again: see
 `peftjax.backbone.coded_layers`, and `pj.coded_residuals` for what is kept.
@@ -27,8 +27,9 @@ from jaxtyping import Array, Float
 from peftjax.backbone.attention_layer import Attention, CrossAttention
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import kept_as_codes, norm, plain_value
+from peftjax.backbone.context import Context
 from peftjax.backbone.feed_forward import FeedForward
-from peftjax.backbone.layers import Context, Dropout, recompute_module
+from peftjax.backbone.layers import Dropout, recompute_module
 from peftjax.backbone.names import split_by_name
 
 
@@ -83,12 +84,12 @@ class Block(nn.Module):
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream.
 
-        With `attended` [B, S, D] in the context, the stream before this block, `hidden` [B, T, D] are queries
-        beside its tokens: they read those, and neither are read nor read each other.
+        With `context.attended`, the stream before this block, `hidden` [B, T, D] are queries beside its
+        tokens: they read those, and neither are read nor read each other.
         """
         query, key, value = self._by_tokens(_project, hidden)
-        if "attended" in context:
-            _, key, value = self._by_tokens(_project, context["attended"])
+        if context.attended is not None:
+            _, key, value = self._by_tokens(_project, context.attended)
         mixed = self.attention.mix(query, key, value, context)
         update = self.attention_dropout(self._by_tokens(_output, mixed))
         return plain_value(self.attention_post_norm(update)) if self._sandwich else update
@@ -106,13 +107,9 @@ class Block(nn.Module):
     def cross_attention_branch(
         self, hidden: Float[Array, "B T D"], context: Context
     ) -> Float[Array, "B T D"]:
-        """What attention to `encoded` [B, S, D] adds, where `encoded_mask` [B, S] of the context is True.
-
-        A `prefix` of the context given here is this branch's.
-        """
-        names = {"encoded_mask": "mask", "prefix": "prefix"}
-        own = {ours: context[name] for name, ours in names.items() if name in context}
-        mixed = self.cross_attention.mix(*_project_cross(self, hidden, context["encoded"]), own)
+        """What attention to `context.encoded` adds; a prefix in a context given here is this branch's."""
+        own = Context(mask=context.encoded_mask, prefix=context.prefix)
+        mixed = self.cross_attention.mix(*_project_cross(self, hidden, context.encoded), own)
         update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed)))
         return plain_value(self.cross_attention_post_norm(update)) if self._sandwich else update
 

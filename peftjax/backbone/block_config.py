@@ -33,8 +33,8 @@ class BlockConfig:
         output_bias: whether the attention's output has one.
         feed_forward_bias: whether the feed-forward has them.
         qk_norm: whether queries and keys are RMS-normed per head.
-        rotary: whether queries and keys are turned by `context["rotation"]`.
-        cross_attention: whether a branch that reads `context["encoded"]` follows the attention's.
+        rotary: whether queries and keys are turned by `Context.rotation`.
+        cross_attention: whether a branch that reads `Context.encoded` follows the attention's.
         causal: whether a token sees only those before it.
         window: how many places back a token sees, itself included; None is all.
         softcap: bound of the attention scores.

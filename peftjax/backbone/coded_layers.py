@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jaxtyping import Array, Float
 from peftjax.backbone.block_config import BlockConfig, make_norm
 from peftjax.backbone.layers import (
     ACTIVATIONS,
-    Context,
     Dropout,
     dense,
     over_tokens,
@@ -161,10 +161,10 @@ def _of_codes(f: Callable[..., Array], *codes: Code | Array) -> Array:
     return f(*map(decode, codes))
 
 
-def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: Context) -> Array:
-    """`f(*x, rest)`, made again from codes of `x`, each [B, S, N, H]."""
+def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: tuple[Any, ...]) -> Array:
+    """`f(*x, *rest)`, made again from codes of `x`, each [B, S, N, H]."""
     if bits.attention == 32:
-        return recompute(f)(*x, rest)
+        return recompute(f)(*x, *rest)
     flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)
     codes = tuple(encode(part, bits.attention, group=bits.group) for part in flat)
-    return again_from_codes(f, flat, codes, (rest,))
+    return again_from_codes(f, flat, codes, rest)

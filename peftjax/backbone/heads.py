@@ -8,12 +8,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from peftjax.backbone.backbone import Params
-from peftjax.backbone.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm, recompute
+from peftjax.backbone.context import Context
+from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, layer_norm, recompute
 from peftjax.backbone.logits import Logits
 
 
-def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-    """The mean of the hidden states where `mask` is True; zero for a row without any token."""
+def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B D"]:
+    """The mean of the hidden states where `mask` is True, None is everywhere; zero for a row without any."""
+    mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
     weights = mask.astype(hidden.dtype)
     total = jnp.einsum("bsd,bs->bd", hidden, weights, preferred_element_type=jnp.float32)
     count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
@@ -36,8 +38,8 @@ class MeanPool(nn.Module):
     dtype: DTypeLike
 
     def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B D"]:
-        """Pool over `context["mask"]`."""
-        return mean_pool(hidden, context["mask"])
+        """Pool over `context.mask`."""
+        return mean_pool(hidden, context.mask)
 
 
 class Pooler(nn.Module):
@@ -88,7 +90,7 @@ class MeanClassifier(nn.Module):
     def __call__(self, hidden: Array, context: Context, embed: Params) -> Float[Array, "B C"]:
         """Classify the mean over the tokens."""
         classifier = dense(self.num_labels, self.init_std, self.dtype, "classifier")
-        return classifier(Dropout(self.dropout)(mean_pool(hidden, context["mask"])))
+        return classifier(Dropout(self.dropout)(mean_pool(hidden, context.mask)))
 
 
 class OutputKernel(nn.Module):

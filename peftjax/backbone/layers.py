@@ -19,10 +19,6 @@ from jaxtyping import Array, Float, Key
 
 from peftjax.weights.sharding import is_explicit
 
-Context = dict[str, Any]
-"""What `embed` hands to every block and to the head: `mask` [B, S] bool, True where a token is, and
-what a family adds (`positions`, `segments`, `rotation`, `bias`, `encoded`)."""
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from peftjax.weights.base import cast, contract
-from peftjax.weights.rules import Dot
+from peftjax.weights.contraction import Dot
 
 
 @jax.tree_util.register_dataclass

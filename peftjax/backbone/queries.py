@@ -11,16 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from peftjax.backbone.attention import Visibility
-from peftjax.backbone.layers import Context
-from peftjax.backbone.rope import Rotation
+from peftjax.backbone.context import Context, Rotation
 
 
 def place_of_queries(context: Context, batch: int, length: int) -> Int[Array, " B"]:
     """`last` of the context, else the last token by `mask`, else the last of all."""
-    if "last" in context:
-        return context["last"]
-    if "mask" in context:
-        return jnp.max(jnp.where(context["mask"], jnp.arange(length), 0), axis=1)
+    if context.last is not None:
+        return context.last
+    if context.mask is not None:
+        return jnp.max(jnp.where(context.mask, jnp.arange(length), 0), axis=1)
     return jnp.full(batch, length - 1)
 
 
@@ -28,10 +27,10 @@ def seen_by_queries(
     context: Context, visible: Visibility, place: Int[Array, " B"], length: int
 ) -> Bool[Array, "B S"] | None:
     """Which tokens the one at `place` sees; None is all."""
-    conditions = [visible.allowed(place, jnp.arange(length)), context.get("mask")]
-    if "segments" in context:
-        own = jnp.take_along_axis(context["segments"], place[:, None], axis=1)
-        conditions.append(context["segments"] == own)
+    conditions = [visible.allowed(place, jnp.arange(length)), context.mask]
+    if context.segments is not None:
+        own = jnp.take_along_axis(context.segments, place[:, None], axis=1)
+        conditions.append(context.segments == own)
     given = [condition for condition in conditions if condition is not None]
     return None if not given else jnp.stack(jnp.broadcast_arrays(*given)).all(axis=0)
 

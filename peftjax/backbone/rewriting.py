@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import Forward, Params
+from peftjax.transform.frozen import Params
+from peftjax.transform.transform import Forward
 
 NOT_A_BACKBONE = (
     "rewrites the blocks of a backbone of peftjax, such as pj.load gives; "
@@ -125,22 +126,6 @@ def require_scan(who: str, backbone: Any) -> None:
     if name != "Scan":
         other = getattr(backbone.stack, "name", name)
         raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
-
-
-def require_nothing_trained(who: str, remedy: str, trained: Mapping[str, str]) -> None:
-    """Raise a PeftError where another method trains what no gradient reaches: all but the head.
-
-    Args:
-        who: the method that cuts the gradient.
-        remedy: what else to do than to leave the parameter out.
-        trained: the method by the parameter that is trained or adapted.
-    """
-    for path, other in trained.items():
-        if not path.startswith("head/"):
-            raise PeftError(
-                f"{who}: {path!r} is trained by {other!r}, but no gradient reaches the backbone beside "
-                f"{who}; exclude it, merge that method first, or {remedy}"
-            )
 
 
 def require_one_stack(who: str, owner: Any, why: str) -> None:

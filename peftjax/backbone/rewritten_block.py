@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-Context = dict[str, Any]
+from peftjax.backbone.context import Context
 
 
 @dataclasses.dataclass(frozen=True)

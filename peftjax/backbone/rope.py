@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from peftjax.backbone.layers import Context
+from peftjax.backbone.context import Context, Rotation
 from peftjax.core.errors import PeftError
 
-Rotation = tuple[Float[Array, "#B S h"], Float[Array, "#B S h"]]
-"""Cosine and sine of every position's angles, in float32; h is half of a head's width."""
 Positions = Int[Array, "#B S"]
 Frequencies = Float[Array, " h"] | np.ndarray
 
@@ -53,10 +51,10 @@ def rotation(
 
 def layer_rotation(context: Context) -> Rotation:
     """The rotation of the layer at hand: `local_rotation` where `local` is set, else `rotation`."""
-    if "local_rotation" not in context:
-        return context["rotation"]
-    choose = partial(jnp.where, context["local"])
-    return jax.tree.map(choose, context["local_rotation"], context["rotation"])
+    assert context.rotation is not None
+    if context.local_rotation is None:
+        return context.rotation
+    return jax.tree.map(partial(jnp.where, context.local), context.local_rotation, context.rotation)
 
 
 def rope_type(settings: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from peftjax.backbone.layers import Context
+from peftjax.backbone.context import Context
 
 if TYPE_CHECKING:
     from peftjax.backbone.backbone import Backbone

@@ -14,12 +14,13 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.generation.sampling import choice
 from peftjax.generation.text import chat_ids, prompt_ids, stream, write
-from peftjax.models.load import load, read_family
+from peftjax.models.load import load
 from peftjax.text.chat import compile_template
-from peftjax.text.tokenizer import Tokenizer, load_tokenizer
+from peftjax.text.tokenizer import Tokenizer
+from peftjax.train.adapter_info import Noted, read_noted
 from peftjax.train.config import require_numbers
 from peftjax.train.data.columns import pick_column, warn_of_unused
-from peftjax.train.data.files import all_rows
+from peftjax.train.data.files import DataFile
 from peftjax.train.data.language.conversations import (
     ASSISTANT,
     MESSAGE_COLUMNS,
@@ -36,10 +37,8 @@ from peftjax.train.data.language.prompts import (
     prompt_of,
     separated,
 )
-from peftjax.train.info import Noted, read_noted
-from peftjax.train.options import model_folder
+from peftjax.train.open import LANGUAGE_HEAD, BaseModel, find_base, open_tokenizer
 
-HEAD = "causal_lm"
 COMPLETIONS = "completions"
 
 Messages = Sequence[Mapping[str, Any]]
@@ -109,10 +108,11 @@ def run_generate(options: GenerateOptions, show: Callable[[str], None] | None = 
     require_numbers(vars(options))
     chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     choose = choice(**chosen)
-    folder = _folder(options)
-    tokenizer = load_tokenizer(folder, decoder=True)
-    prompts = _prompts(options, tokenizer)
-    model, params = _open(options, folder)
+    noted = Noted() if options.adapter is None else read_noted(options.adapter)
+    base = _base(options, noted)
+    tokenizer = open_tokenizer(base)
+    prompts = _prompts(options, noted, tokenizer)
+    model, params = _open(options, noted, base)
     longest = max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens
     if longest > model.config.max_positions:
         logger.warning("%d tokens: the model was made for %d", longest, model.config.max_positions)
@@ -127,36 +127,32 @@ def run_generate(options: GenerateOptions, show: Callable[[str], None] | None = 
     return [{"prompt": prompt.given, **asdict(made)} for prompt, made in zip(prompts, written)]
 
 
-def _folder(options: GenerateOptions) -> Path:
-    """The model's folder, that of a decoder."""
-    name = options.model
-    if options.adapter is not None:
-        noted = read_noted(options.adapter)
-        name = name or noted.model
-        if noted.head not in (None, HEAD):
-            raise PeftError(
-                f"{options.adapter} was trained for the head {noted.head!r} and has nothing to generate"
-            )
+def _base(options: GenerateOptions, noted: Noted) -> BaseModel:
+    """The model to generate with, a decoder."""
+    if noted.head not in (None, LANGUAGE_HEAD):
+        raise PeftError(
+            f"{options.adapter} was trained for the head {noted.head!r} and has nothing to generate"
+        )
+    name = options.model or noted.model
     if name is None:
         raise PeftError("generate needs a model: give its folder with --model")
-    folder = model_folder(name)
-    family, _ = read_family(folder)
-    if HEAD not in family.heads:
+    base = find_base(name)
+    if not base.is_decoder:
         raise PeftError(
-            f"{folder} is a {family.name}, an encoder, and has nothing to generate; give a decoder"
+            f"{base.folder} is a {base.family.name}, an encoder, and has nothing to generate; give a decoder"
         )
-    return folder
+    return base
 
 
-def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
-    noted = Noted() if options.adapter is None else read_noted(options.adapter)
+def _open(options: GenerateOptions, noted: Noted, base: BaseModel) -> tuple[Backbone, Params]:
     model, params = load(
-        folder,
-        head=HEAD,
+        base.folder,
+        head=LANGUAGE_HEAD,
         vocab_size=noted.vocab_size,
         untie=options.untie or noted.untied,
         dtype=options.dtype,
         param_dtype=options.dtype,
+        described=(base.family, base.config),
     )
     if options.adapter is None:
         return model, params
@@ -164,9 +160,9 @@ def _open(options: GenerateOptions, folder: Path) -> tuple[Backbone, Params]:
     return adapter.method.model(model), adapter.method.apply(adapter.frozen, adapter.trainable)
 
 
-def _prompts(options: GenerateOptions, tokenizer: Tokenizer) -> list[Prompt]:
+def _prompts(options: GenerateOptions, noted: Noted, tokenizer: Tokenizer) -> list[Prompt]:
     if not options.chat:
-        return [Prompt(text, prompt_ids(tokenizer, text)) for text in _texts(options)]
+        return [Prompt(text, prompt_ids(tokenizer, text)) for text in _texts(options, noted)]
     template = compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
     return [
         Prompt(given, chat_ids(tokenizer, template, messages, tools))
@@ -174,13 +170,13 @@ def _prompts(options: GenerateOptions, tokenizer: Tokenizer) -> list[Prompt]:
     ]
 
 
-def _texts(options: GenerateOptions) -> list[str]:
+def _texts(options: GenerateOptions, noted: Noted) -> list[str]:
     """The texts to continue, as training makes the prompts of the same rows."""
-    separator = _separator(options)
+    separator = _separator(options, noted)
     if options.prompt is not None:
         return [separated(options.prompt, separator)]
-    path = Path(str(options.prompts))
-    rows, names = all_rows(path)
+    file = DataFile(Path(str(options.prompts)))
+    path, rows, names = file.path, file.rows, file.columns
     columns = prompt_columns(names, options.prompt_column, str(path))
     answer = next((name for name in COMPLETION_GUESSES if name in names), None)
     warn_of_unused(path, names, (*columns.all, answer))
@@ -193,7 +189,7 @@ def _texts(options: GenerateOptions) -> list[str]:
     return made
 
 
-def _separator(options: GenerateOptions) -> str:
+def _separator(options: GenerateOptions, noted: Noted) -> str:
     """What stands at the end of a prompt: what is asked for, or what the adapter was trained with.
 
     A prompt of the command line is any text, so only an adapter that was trained on prompts with
@@ -201,7 +197,6 @@ def _separator(options: GenerateOptions) -> str:
     """
     if options.separator is not None:
         return options.separator
-    noted = Noted() if options.adapter is None else read_noted(options.adapter)
     source = noted.source or (None if options.prompt is not None else COMPLETIONS)
     return noted.rows.separator if source == COMPLETIONS else ""
 
@@ -210,12 +205,12 @@ def _chats(options: GenerateOptions) -> list[Chat]:
     """Conversations with their tools; a text is what the user says."""
     if options.prompt is not None:
         return [(options.prompt, [{"role": "user", "content": options.prompt}], None)]
-    path = Path(str(options.prompts))
-    rows, names = all_rows(path)
+    file = DataFile(Path(str(options.prompts)))
+    path, rows, names = file.path, file.rows, file.columns
     guesses = (*MESSAGE_COLUMNS, *PROMPT_GUESSES)
     column = pick_column(names, options.prompt_column, guesses, "prompt", str(path))
     if column in MESSAGE_COLUMNS or any(holds_messages(row.get(column)) for _, row in rows):
-        chats = read_conversations(path, messages_column=column, answered=False)
+        chats = read_conversations(file, messages_column=column, answered=False)
         for chat in chats:
             if chat.messages[-1]["role"] == ASSISTANT:
                 raise PeftError(f"{chat.place}: the last message is the assistant's; there is none to answer")

@@ -25,20 +25,13 @@ from peftjax.cli.peft import export_saved, import_saved
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.train.interrupt import end_at_once, ends_within, what_is_saved, without_late_ends
-from peftjax.train.options import (
-    LANGUAGE_HEAD,
-    DataOptions,
-    MethodOptions,
-    ModelOptions,
-    RunOptions,
-    is_decoder,
-    make_method,
-    model_folder,
-    open_model,
-)
+from peftjax.train.method import make_method
+from peftjax.train.open import LANGUAGE_HEAD, find_base, open_model
+from peftjax.train.options import DataOptions, MethodOptions, ModelOptions, RunOptions
 from peftjax.train.options_file import read_options
 from peftjax.train.run import run
-from peftjax.train.saved import evaluate_saved, merge_saved
+from peftjax.train.saved_adapter import evaluate_saved, merge_saved
+from peftjax.transform.inspection import inspection
 from peftjax.transform.registry import METHODS
 
 
@@ -362,10 +355,11 @@ def _inspect(command: Inspect, console: Console) -> None:
         config = read_config(command.adapter)
         _show(command.json, config, lambda: print(yaml.safe_dump(config, sort_keys=False), end=""))
         return
-    writes = command.base.head in (None, LANGUAGE_HEAD) and is_decoder(model_folder(command.base.model))
-    _, params = open_model(command.base, num_labels=None if writes else 2)
+    base = find_base(command.base.model)
+    writes = command.base.head in (None, LANGUAGE_HEAD) and base.is_decoder
+    _, params = open_model(base, command.base, num_labels=None if writes else 2)
     method = make_method(command.tuning, steps=100)  # any number: what is trained does not depend on it
-    found = report.inspection(method, params)
+    found = inspection(method, params)
     _show(command.json, found, lambda: report.print_inspection(found))
 
 

@@ -16,11 +16,11 @@ from peftjax.hf.names import Names, module_of, names_of
 from peftjax.hf.prefix import is_prefix
 from peftjax.hf.tensors import Tensors, read_file
 from peftjax.models.family import Family, Head
-from peftjax.models.load import lacking, load, read_family
+from peftjax.models.load import lacking, load
 from peftjax.models.shared import untied
 from peftjax.train.config import DEFAULTS, require_numbers
-from peftjax.train.options import LANGUAGE_HEAD, model_folder
-from peftjax.train.saved import open_tuned
+from peftjax.train.open import LANGUAGE_HEAD, find_base
+from peftjax.train.saved_adapter import open_tuned
 
 
 def export_saved(
@@ -97,9 +97,9 @@ def import_saved(
             as many as the classifier's outputs.
     """
     require_numbers({"max_length": max_length})
-    folder = model_folder(model)
-    family, values = read_family(folder)
-    config = family.read_config(values)
+    found = find_base(model)
+    folder, family = found.folder, found.family
+    config = family.read_config(found.config)
     if head is not None and head not in family.heads:
         raise PeftError(f"{folder} has no head {head!r}; closest: {nearest(head, family.heads)}")
     outputs, replaced = None, set()
@@ -125,6 +125,7 @@ def import_saved(
         untie=untie,
         key=jax.random.key(0),
         replaced=replaced,
+        described=(family, found.config),
     )
     method, frozen, trainable = import_peft(peft, backbone, params, leave_out=leave_out, freeze_tables=False)
     known = list(labels or backbone.config.labels) if spec.labeled else []

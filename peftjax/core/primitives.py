@@ -48,16 +48,20 @@ def one_equation(
     body: Callable[..., Sequence[Any]],
     differentiable: Callable[..., Callable[..., Sequence[Any]]],
     mapped: Callable[..., Sequence[Any]],
+    on_weights: Callable[..., Sequence[Any] | None],
 ) -> Callable[..., list[Any]]:
     """A function of arrays and static keywords that is one equation in a jaxpr until it is differentiated.
 
     `body(*arrays, **static)` is what it runs. `differentiable(moving, arrays, **static)` gives the function,
     with a rule, that stands for it where those `arrays` for which `moving` is True have a tangent; it takes
     these alone. `mapped(arrays, axes, **static)` gives the outputs mapped over those axes, axis 0 of each.
+    `on_weights(evaluator, eqn, operands)` is the equation in `peftjax.adapt`, where some operands are
+    structured weights: its results, or None where one of them has no such form.
     """
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
     primitive.bodies = {None: body}
+    primitive.on_weights = on_weights
     primitive.def_impl(body)
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(body, **static), avals))
     ad.primitive_jvps[primitive] = partial(_derivative, differentiable)
@@ -88,6 +92,11 @@ def body_for(primitive: Any, platform: str) -> Callable[..., Sequence[Any]] | No
     """What a primitive of `by_platform` runs in a program for one device; None for any other primitive."""
     bodies = getattr(primitive, "bodies", None)
     return None if bodies is None else bodies.get(platform, bodies[None])
+
+
+def rule_on_weights(primitive: Any) -> Callable[..., Sequence[Any] | None] | None:
+    """What `peftjax.adapt` makes of a primitive of `one_equation`; None for any other primitive."""
+    return getattr(primitive, "on_weights", None)
 
 
 def _derivative_of_plain(

@@ -8,7 +8,7 @@ Under `jax.jit` give the step its state back to write in: `donate_argnums` on `d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.backbone.backbone import Backbone, Batch, Cache, Params
+from peftjax.backbone.context import Context
 from peftjax.core.errors import PeftError
 from peftjax.generation.prompt import left_padded
 from peftjax.interpreter import adapt
@@ -62,7 +63,7 @@ def start(
     def read(params: Params, ids: Array, positions: Array, mask: Array) -> tuple[Array, Cache]:
         hidden, context = model.run_embed(params, {"input_ids": ids, "position_ids": positions})
         # The first slot is static, so that attention is cut to the keys each query sees.
-        context = {**context, "mask": mask, "cache_index": 0}
+        context = replace(context, mask=mask, cache_index=0)
         cache = model.empty_cache(params, hidden, context)
         hidden, cache = model.run_blocks_cached(params, hidden, context, cache)
         return _last_logits(model, params, hidden, context), cache
@@ -90,7 +91,7 @@ def step(
     def read(params: Params, decoding: Decoding, tokens: Array) -> tuple[Array, Cache]:
         batch = {"input_ids": tokens[:, None], "position_ids": decoding.positions[:, None]}
         hidden, context = model.run_embed(params, batch)
-        context = {**context, "mask": decoding.mask, "cache_index": decoding.index}
+        context = replace(context, mask=decoding.mask, cache_index=decoding.index)
         hidden, cache = model.run_blocks_cached(params, hidden, context, decoding.cache)
         return _last_logits(model, params, hidden, context), cache
 
@@ -115,6 +116,6 @@ def require_generator(model: Any) -> None:
         )
 
 
-def _last_logits(model: Backbone, params: Params, hidden: Array, context: dict[str, Any]) -> Array:
+def _last_logits(model: Backbone, params: Params, hidden: Array, context: Context) -> Array:
     logits = model.run_head(params, hidden[:, -1:], context)
     return logits.dense()[:, 0].astype(jnp.float32)

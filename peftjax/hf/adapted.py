@@ -18,8 +18,7 @@ from peftjax.hf.names import Names, module_of, require_one_stack
 from peftjax.hf.tensors import PREFIX, Tensors
 from peftjax.methods.lowrank.lora import SHIFT
 from peftjax.models.weight_map import Slot
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ from peftjax.hf.trained import (
 from peftjax.io.files import replacing
 from peftjax.io.safetensors import write_tensors
 from peftjax.models.weight_map import Slot
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import describe
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 
 

@@ -23,8 +23,9 @@ from peftjax.hf.plain import read_plain, untrained_tables
 from peftjax.hf.prefix import import_prefix, is_prefix
 from peftjax.hf.tensors import read_file
 from peftjax.hf.tokens import Rows, read_tokens, tokens_method
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import build
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Transform
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.methods.bottleneck.mam import without_mlp
 from peftjax.methods.prompt.prefix import prefix
 from peftjax.models.decoder import DecoderConfig
-from peftjax.transform.transform import Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Transform
 
 NAME, TYPE = "prompt_embeddings", "PREFIX_TUNING"
 OF_LENGTH = ("dynamic", "longrope")

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from peftjax.interpreter.evaluate import Evaluator
 from peftjax.interpreter.layouts import layouts_of
+from peftjax.interpreter.rules import RULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,5 +32,13 @@ def adapt(fn: F, *, allow_dense: Sequence[str] = ()) -> F:
     Raises:
         PeftError: when called, if an equation outside `allow_dense` needs the dense weight; it names
             the parameter, the primitive and the source line.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> forward = pj.adapt(lambda params, x: x @ params["up"]["kernel"])
+        >>> forward(method.apply(frozen, trainable), jnp.ones((3, 4))).shape
+        (3, 8)
     """
-    return Evaluator(tuple(allow_dense)).trace(fn)  # type: ignore[return-value]
+    return Evaluator(RULES, tuple(allow_dense)).trace(fn)  # type: ignore[return-value]

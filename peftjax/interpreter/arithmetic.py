@@ -10,10 +10,10 @@ from peftjax.interpreter.lookups import as_activation
 from peftjax.weights.base import Weight
 from peftjax.weights.canonical import side_to_logical
 from peftjax.weights.diagonal import Diagonal
-from peftjax.weights.entrywise import Masked, Plus
+from peftjax.weights.elementwise import Masked, Sum
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.lengths import rows_through, squares_over
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.norms import rows_through, squared_norms
 from peftjax.weights.scaled import Scaled
 
 
@@ -54,7 +54,7 @@ def plus(eqn: Any, operands: list[Any]) -> Any:
     weight, other = (left, right) if isinstance(left, Weight) else (right, left)
     layout = weight.layout
     if isinstance(other, Weight):
-        return Plus(weight, other, layout) if other.layout.axes == layout.axes else None
+        return Sum(weight, other, layout) if other.layout.axes == layout.axes else None
     if not _fits(other, weight):
         return None
     other, kinds = jnp.asarray(other), _kinds(other, weight)
@@ -63,7 +63,7 @@ def plus(eqn: Any, operands: list[Any]) -> Any:
         numbers = _canonical(other, layout, f"s{side}")[..., None, :]
         ones = jnp.ones((*layout.stack, 1, layout.matrix[side == "i"]), numbers.dtype)
         return LowRank(weight, *((numbers, ones) if side == "i" else (ones, numbers)), layout)
-    return Plus(weight, jnp.broadcast_to(other, weight.shape), layout)
+    return Sum(weight, jnp.broadcast_to(other, weight.shape), layout)
 
 
 def summed(eqn: Any, operands: list[Any]) -> Array | None:
@@ -103,7 +103,7 @@ def sums_of_squares(jaxpr: Any, eqn: Any, operands: list[Any]) -> tuple[dict[Any
         if side is None:
             return None
         (out,) = reader.outvars
-        squares = squares_over(weight, weight.layout, side)
+        squares = squared_norms(weight, weight.layout, side)
         found[out] = _reduced(squares, weight, reader.params["axes"], side).astype(out.aval.dtype)
     return found, {id(reader) for reader in readers}
 

@@ -1,8 +1,8 @@
 """Equations that hold other jaxprs: the weights go inside, structured."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,14 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax.core import compat
+from peftjax.interpreter.evaluate import ControlRule, Evaluator
+from peftjax.interpreter.loops import in_step, layers_first, of_one_layer
 from peftjax.interpreter.subfunction import call_once_traced
-from peftjax.interpreter.uses import draws, in_step
-from peftjax.ops.reversible import reversible
+from peftjax.interpreter.uses import draws
 from peftjax.weights.base import Weight, dense
-from peftjax.weights.batched_low_rank import BatchedLowRank
-
-if TYPE_CHECKING:
-    from peftjax.interpreter.evaluate import Evaluator
 
 
-def _jit(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _jit(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     def constrained(values: list[Any], shardings: Any) -> list[Any]:
         return [
             lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight) else v
@@ -33,20 +30,20 @@ def _jit(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
     return constrained(call_once_traced(run, eqn, operands, jax.jit), eqn.params["out_shardings"])
 
 
-def _call(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _call(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     return run.call(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])(*operands)
 
 
-def _remat(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _remat(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     return call_once_traced(
         run, eqn, operands, lambda body: jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
     )
 
 
-def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _scan(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     consts, carry, xs = compat.split_scan(eqn.params, operands)
-    xs = _layers_first(xs)
+    xs = layers_first(xs)
     if xs is None:
         return None
     body, length = run.call(eqn.params["jaxpr"]), eqn.params["length"]
@@ -55,7 +52,7 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     def step(carry: list[Any], now: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         xs, number = now
-        out = body(*in_step((*consts, *carry), number), *_of_one_layer(xs))
+        out = body(*in_step((*consts, *carry), number), *of_one_layer(xs))
         state = _named_as(carry, out[: len(carry)])
         structures.append(jax.tree.structure(state))
         return state, out[len(carry) :]
@@ -72,40 +69,7 @@ def _scan(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     return [*carry, *ys]
 
 
-def _layers_first(xs: list[Any]) -> list[Any] | None:
-    """What is scanned, its weights with the scanned axis first; None where one has no such view."""
-    xs = [x.stack_first() if isinstance(x, Weight) else x for x in xs]
-    return None if any(x is None for x in xs) else xs
-
-
-def _of_one_layer(xs: list[Any]) -> list[Any]:
-    """The weights of which each part has lost its first axis."""
-    return [x.relabeled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in xs]
-
-
-def _reversible(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
-    plan = eqn.params["plan"]
-    pair, shared, layers = plan.split(operands)
-    layers = _layers_first(layers)
-    if layers is None:
-        return None
-
-    steps = jnp.arange(plan.length) if any(map(draws, shared)) else None
-
-    def branch(jaxpr: Any) -> Callable[[list[Any], Any, Any], Any]:
-        body = run.call(jaxpr)
-
-        def of_layer(shared: list[Any], now: tuple[list[Any], Any], x: Any) -> Any:
-            layer, number = now
-            return body(*in_step(shared, number), *_of_one_layer(layer), x)[0]
-
-        return of_layer
-
-    f, g = (branch(eqn.params[name]) for name in ("f", "g"))
-    return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
-
-
-def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _while(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, rest = operands[:n_cond], operands[n_cond:]
     body_consts, init = rest[:n_body], rest[n_body:]
@@ -127,7 +91,7 @@ def _while(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
     return None if result is None else result[1]
 
 
-def _cond(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _cond(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *rest = operands
     first: list[Any] = []
     structures: list[Any] = []
@@ -165,7 +129,7 @@ def _unless_they_differ(structures: list[Any], call: Callable[[], Any]) -> Any:
         raise
 
 
-def _custom_jvp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _custom_jvp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     primal = run.call(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_jvp(lambda *values: primal(*operands[:n_consts], *values))
@@ -190,7 +154,7 @@ def _dense_tangent(value: Any, tangent: Any) -> Any:
     return jax.jvp(dense, (value,), (tangent,))[1] if isinstance(value, Weight) else tangent
 
 
-def _custom_vjp(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any]:
+def _custom_vjp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     primal = run.call(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_vjp(lambda *values: primal(*operands[:n_consts], *values))
@@ -252,14 +216,14 @@ def _zero_tangent(value: Any) -> Any:
     return jnp.zeros_like(value) if floating else np.zeros(value.shape, jax.dtypes.float0)
 
 
-def _shard_map(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _shard_map(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     body = run.call(eqn.params["jaxpr"])
     specs = eqn.params["in_specs"]
     flat: list[Any] = []
     flat_specs: list[PartitionSpec] = []
     rebuild: list[Callable[[list[Any]], Any]] = []
     plain = [(v.shape, spec) for v, spec in zip(operands, specs) if not isinstance(v, Weight)]
-    operands = [_rows_divided(v, plain) if isinstance(v, Weight) else v for v in operands]
+    operands = [v.divided_with(plain) if isinstance(v, Weight) else v for v in operands]
     for value, spec, variable in zip(operands, specs, eqn.params["jaxpr"].invars):
         parts, part_specs, tree = _sharded_parts(value, spec)
         if parts is None:
@@ -285,15 +249,6 @@ def _shard_map(run: "Evaluator", eqn: Any, operands: list[Any]) -> list[Any] | N
     )(*flat)
 
 
-def _rows_divided(weight: Weight, activations: list[Any]) -> Weight:
-    """The weight, what of it is mixed per row divided as the batch of these (shape, spec) is."""
-    if isinstance(weight, BatchedLowRank):
-        weight = weight.divided_with(activations)
-    parts = {f.name: getattr(weight, f.name) for f in fields(weight)}
-    inner = {n: _rows_divided(part, activations) for n, part in parts.items() if isinstance(part, Weight)}
-    return replace(weight, **inner) if inner else weight
-
-
 def _sharded_parts(value: Any, spec: PartitionSpec) -> tuple[list[Any] | None, list[Any], Any]:
     if not isinstance(value, Weight):
         return [value], [spec], None
@@ -311,7 +266,7 @@ def _localiser(tree: Any, local_shape: tuple[int, ...]) -> Callable[[list[Any]],
     return lambda parts: jax.tree.unflatten(tree, parts).relabeled(lambda layout: layout.resized(local_shape))
 
 
-CONTROL: dict[str, Callable[["Evaluator", Any, list[Any]], list[Any] | None]] = {
+CONTROL: dict[str, ControlRule] = {
     "jit": _jit,
     "pjit": _jit,
     "closed_call": _call,
@@ -320,7 +275,6 @@ CONTROL: dict[str, Callable[["Evaluator", Any, list[Any]], list[Any] | None]] = 
     "remat": _remat,
     "remat2": _remat,
     "scan": _scan,
-    "reversible": _reversible,
     "while": _while,
     "cond": _cond,
     "custom_jvp_call": _custom_jvp,

@@ -1,7 +1,7 @@
 """Evaluate a jaxpr on values of which some are structured weights."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,25 +11,40 @@ import numpy as np
 from peftjax.core import compat
 from peftjax.core.errors import PeftError
 from peftjax.core.patterns import fullmatches
+from peftjax.core.primitives import rule_on_weights
 from peftjax.interpreter.arithmetic import sums_of_squares
-from peftjax.interpreter.control import CONTROL
-from peftjax.interpreter.joins import JOINS
-from peftjax.interpreter.products import PRODUCTS
 from peftjax.interpreter.uses import Uses
-from peftjax.interpreter.views import VIEWS
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.mixture import Mixture
-from peftjax.weights.sharding import type_of
 
-# A rule takes (parameters of the equation, operands) and gives the results, or None when the operands'
-# structure would be lost. A control rule also takes the evaluator, to run the jaxprs inside it.
-Rule = Callable[[dict[str, Any], list[Any]], Any]
+# A rule takes (equation, operands) and gives the results, or None when the operands' structure would be lost.
+# A control rule also takes the evaluator, to run the jaxprs inside it.
+EquationRule = Callable[[Any, list[Any]], Any]
+ControlRule = Callable[["Evaluator", Any, list[Any]], Sequence[Any] | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of an equation, by the name of its primitive.
+
+    Attributes:
+        control: of equations that hold other jaxprs.
+        views: of equations whose result is a weight again.
+        products: in which a weight meets an activation.
+        joins: of several weights, and of views of a mixture; tried last.
+    """
+
+    control: Mapping[str, ControlRule]
+    views: Mapping[str, EquationRule]
+    products: Mapping[str, EquationRule]
+    joins: Mapping[str, EquationRule]
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Runs jaxprs; `allow_dense` names the primitives and parameters that may be densified."""
 
+    rules: Rules
     allow_dense: tuple[str, ...] = ()
     functions: dict[Any, Any] = field(default_factory=dict, compare=False)  # of `call_once_traced`
     uses: Uses = field(default_factory=Uses, compare=False)
@@ -68,20 +83,20 @@ class Evaluator:
         """The results of one equation."""
         if not any(isinstance(value, Weight) for value in operands):
             return compat.bind(eqn, operands)
-        name = eqn.primitive.name
-        if name in CONTROL:
+        name, rules = eqn.primitive.name, self.rules
+        if control := rule_on_weights(eqn.primitive) or rules.control.get(name):
             around = replace(self, line=self.line_of(eqn))
-            results = CONTROL[name](around, eqn, self.uses.told_apart(operands))
-        elif rule := VIEWS.get(name):
+            results = control(around, eqn, self.uses.told_apart(operands))
+        elif rule := rules.views.get(name):
             results = rule(eqn, operands)
-        elif rule := PRODUCTS.get(name):
+        elif rule := rules.products.get(name):
             with compat.context_of(eqn):
                 operands = self.uses.told_apart(operands)
                 results = rule(eqn, operands)
         else:
             results = None
-        if results is None and name in JOINS and not self.allows(eqn, operands):
-            results = JOINS[name](eqn, operands)
+        if results is None and name in rules.joins and not self.allows(eqn, operands):
+            results = rules.joins[name](eqn, operands)
         if results is not None:
             return list(results) if isinstance(results, list | tuple) else [results]
         self.require_allowed(eqn, operands)
@@ -107,7 +122,7 @@ class Evaluator:
                 result[:] = [out_tree, [None if _is_array(leaf) else leaf for leaf in out]]
                 return [leaf for leaf in out if _is_array(leaf)]
 
-            closed = jax.make_jaxpr(flat)(*(_abstract(leaves[n]) for n in traced))
+            closed = jax.make_jaxpr(flat)(*(_as_type(leaves[n]) for n in traced))
             jaxpr, consts = compat.open_jaxpr(closed)
             outputs = iter(
                 replace(self, functions={}, uses=Uses()).run(jaxpr, [*consts, *(leaves[n] for n in traced)])
@@ -167,12 +182,5 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def _abstract(leaf: Any) -> Any:
-    if not isinstance(leaf, Weight):
-        return leaf
-    base = leaf.base
-    while isinstance(base, Weight):
-        base = base.base
-    if base is None:  # factors and nothing else
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return type_of(base, leaf.shape, leaf.dtype)
+def _as_type(leaf: Any) -> Any:
+    return leaf.typeof() if isinstance(leaf, Weight) else leaf

@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from peftjax.interpreter.lookups import is_table, look_up
 from peftjax.weights.base import Weight
-from peftjax.weights.members import over_members
+from peftjax.weights.stack_members import over_members
 
 
 def gathered(

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from peftjax.interpreter.products import dot_of
 from peftjax.interpreter.views import reordered
-from peftjax.weights.base import Weight, reshape
+from peftjax.weights.base import Weight
 from peftjax.weights.concatenated import concatenated
-from peftjax.weights.members import contract_summed, supports_summed
 from peftjax.weights.merged import regrouped
 from peftjax.weights.mixture import mixed_by
+from peftjax.weights.stack_members import contract_summed, supports_summed
+from peftjax.weights.views import reshape
 
 
 def _concatenate(eqn: Any, operands: list[Any]) -> Any:

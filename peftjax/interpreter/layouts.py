@@ -10,10 +10,11 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.interpreter.evaluate import Evaluator
-from peftjax.weights.base import structured
+from peftjax.interpreter.rules import RULES
+from peftjax.weights.contraction import Contraction, met_axes
+from peftjax.weights.fields import structured
 from peftjax.weights.layout import Layout, guess_layout
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.rules import Rule, met_axes
 
 
 @structured
@@ -22,7 +23,7 @@ class _EntersByInputs(LowRank):
 
     may_mix: ClassVar[bool] = False
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """As the low-rank weight, but only where the inputs are contracted or looked up."""
         met = {self.layout.axes[p].kind for p in met_axes(rule)}
         return super().supports(rule) and not met & {"s", "o"}
@@ -50,6 +51,12 @@ def layouts_of(
     Raises:
         PeftError: no reading of a weight fits, because the model uses it in a way that needs the dense
             array; the error is that of the most likely reading.
+
+    Examples:
+        >>> params = {"w": jnp.ones((2, 4, 8))}
+        >>> heads = lambda params, x: jnp.einsum("bi,hio->bho", x, params["w"])
+        >>> pj.layouts_of(heads, params, jnp.ones((3, 4)))
+        {'^w': 'sio'}
     """
     leaves = tree.named_leaves(params)
     return {
@@ -74,7 +81,7 @@ def _first_that_fits(
             leaf = tree.named_leaves(params)[path]
             layout = Layout.parse(letters, shape, path)
             a, b = (jnp.zeros((*layout.stack, 1, n), leaf.dtype) for n in layout.matrix)
-            return Evaluator().trace(fn)(tree.replace(params, {path: kind(leaf, a, b, layout)}), *inputs)
+            return Evaluator(RULES).trace(fn)(tree.replace(params, {path: kind(leaf, a, b, layout)}), *inputs)
 
         try:
             jax.eval_shape(traced, params, *inputs)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.base import Weight, contract
-from peftjax.weights.rules import Gather
+from peftjax.weights.contraction import Gather
 
 _WITHIN = {
     "mode": lax.GatherScatterMode.CLIP,

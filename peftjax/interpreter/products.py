@@ -7,10 +7,10 @@ from jax import Array
 
 from peftjax.interpreter.gathers import gathered
 from peftjax.weights.base import Weight, contract
-from peftjax.weights.rules import Conv, Dot, RaggedDot, Rule
+from peftjax.weights.contraction import Contraction, Conv, Dot, RaggedDot
 
 
-def _apply(x: Any, weight: Any, rule: Rule) -> Array | None:
+def _apply(x: Any, weight: Any, rule: Contraction) -> Array | None:
     if isinstance(x, Weight) or not isinstance(weight, Weight) or not weight.supports(rule):
         return None
     return contract(x, weight, rule)

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftjax.core.errors import PeftError
 from peftjax.core.patterns import fullmatches
+from peftjax.interpreter.evaluate import Evaluator
 from peftjax.weights.base import Weight
-
-if TYPE_CHECKING:
-    from peftjax.interpreter.evaluate import Evaluator
 
 
 def call_once_traced(
-    run: "Evaluator", eqn: Any, operands: list[Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    run: Evaluator, eqn: Any, operands: list[Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> list[Any]:
     """Call the jaxpr of an equation through `wrap`, such as `jax.jit`, traced once for equal structures.
 

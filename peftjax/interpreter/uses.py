@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from jax import Array
-
 from peftjax.weights.base import Weight
 from peftjax.weights.dropout import with_number
 
@@ -33,13 +31,6 @@ class Uses:
         self.counts[weight.layout.name] += 1
         number = 2**31 + (self.depth % 2**11) * 2**20 + earlier % 2**20
         return weight.with_keys(partial(with_number, number=number)) if earlier else weight
-
-
-def in_step(operands: Sequence[Any], step: Array | None) -> list[Any]:
-    """The operands in one step of a loop; `step` None where no weight among them draws."""
-    if step is None:
-        return list(operands)
-    return [v.with_keys(partial(with_number, number=step)) if draws(v) else v for v in operands]
 
 
 def draws(value: Any) -> bool:

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peftjax.core import compat
 from peftjax.interpreter.arithmetic import negated, plus, summed, times
 from peftjax.interpreter.lookups import as_activation, is_table, look_up, only_member
-from peftjax.weights.base import Weight, reshape, slice_features, transpose
+from peftjax.weights.base import Weight
+from peftjax.weights.views import reshape, slice_features, transpose
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> Weight | None:

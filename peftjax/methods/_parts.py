@@ -10,7 +10,8 @@ from jax import Array
 from peftjax.backbone.rewriting import BlockStack, add_to_blocks, chosen_layers, rewrite_stacks, stacks_of
 from peftjax.backbone.rewritten_block import RewrittenBlock
 from peftjax.methods._targets import on_layers
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.transform import Forward, Transform
 
 Layers = int | Sequence[int] | None
 

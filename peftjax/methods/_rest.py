@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from peftjax.core import tree
-from peftjax.transform.transform import Frozen, Params, Trainable
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.weights.base import Weight
 
 REST = "value"

@@ -13,8 +13,7 @@ from peftjax.core import tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from peftjax.backbone.backbone import Backbone, Batch
 from peftjax.backbone.block import Block
 from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.context import Context
 from peftjax.backbone.heads import Classifier, Hidden, MaskedLM, MeanClassifier, MeanPool, Pooler
-from peftjax.backbone.layers import Context, Dropout, layer_norm
+from peftjax.backbone.layers import Dropout, layer_norm
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.models.bert_config import BertConfig, read_config, write_config
@@ -132,7 +133,7 @@ class BertEmbed(nn.Module):
         hidden += look_up("position", config.max_position_embeddings, positions)
         hidden = layer_norm(config.layer_norm_eps, self.dtype, "norm")(hidden)
         mask = batch.get("attention_mask", jnp.ones_like(ids)) != 0
-        return Dropout(config.hidden_dropout_prob)(hidden), {"mask": mask}
+        return Dropout(config.hidden_dropout_prob)(hidden), Context(mask=mask)
 
 
 def bert(

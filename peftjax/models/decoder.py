@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from peftjax.backbone.backbone import Backbone, Batch, Params
 from peftjax.backbone.block import Block
 from peftjax.backbone.block_config import BlockConfig, make_norm
+from peftjax.backbone.context import Context, Rotation
 from peftjax.backbone.heads import OutputKernel, mean_pool
-from peftjax.backbone.layers import Context, Dropout, dense
+from peftjax.backbone.layers import Dropout, dense
 from peftjax.backbone.logits import Logits
 from peftjax.backbone.rope import rotation
 from peftjax.core.errors import PeftError
@@ -166,18 +167,20 @@ class DecoderEmbed(nn.Module):
             rows = position_ids(config, batch) + offset
             hidden += look_up("position", config.max_positions + offset, block.width, rows)
         hidden = Dropout(config.embedding_dropout)(hidden)
-        context: Context = {"last": last_token(batch, config.pad_token_id)}
-        if "attention_mask" in batch:
-            context["mask"] = batch["attention_mask"] != 0
-        if "segment_ids" in batch:
-            context["segments"] = batch["segment_ids"]
-        if config.rope is not None:
+
+        def turn(rope: Mapping[str, Any] | None) -> Rotation | None:
+            if rope is None:
+                return None
             positions = batch.get("position_ids", jnp.arange(ids.shape[1])[None])
-            ropes = {"rotation": config.rope, "local_rotation": config.local_rope}
-            for name, rope in ropes.items():
-                if rope is not None:
-                    context[name] = rotation(positions, block.head_width, rope, config.max_positions)
-        return hidden, context
+            return rotation(positions, block.head_width, rope, config.max_positions)
+
+        return hidden, Context(
+            mask=batch["attention_mask"] != 0 if "attention_mask" in batch else None,
+            segments=batch.get("segment_ids"),
+            rotation=turn(config.rope),
+            local_rotation=turn(config.local_rope),
+            last=last_token(batch, config.pad_token_id),
+        )
 
 
 def position_ids(config: DecoderConfig, batch: Batch) -> Int[Array, "#B S"]:
@@ -227,11 +230,10 @@ class DecoderHead(nn.Module):
                 kernel = OutputKernel(width, config.vocab_size, block.init_std, name="output")()
                 return Logits(hidden, kernel, softcap=config.logit_softcap)
             case "classifier":
-                last = jnp.take_along_axis(hidden, context["last"][:, None, None], axis=1)[:, 0]
+                last = jnp.take_along_axis(hidden, context.last[:, None, None], axis=1)[:, 0]
                 return dense(len(config.labels), block.init_std, self.dtype, "classifier", bias=False)(last)
             case "mean":
-                mask = context.get("mask", jnp.ones(hidden.shape[:2], bool))
-                return mean_pool(hidden, mask)
+                return mean_pool(hidden, context.mask)
         return hidden
 
 

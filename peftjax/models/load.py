@@ -64,6 +64,7 @@ def load(
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
     sharding: Shardings | None = None,
+    described: tuple[Family, dict[str, Any]] | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
@@ -85,15 +86,19 @@ def load(
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
         sharding: where each parameter goes: a function of its path and shape, or a tree like the
             parameters'. Each process reads only what its devices hold, one parameter at a time.
+        described: what `read_family` gave for the folder, where the caller has read it already.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
             for a head that has none; a head without an output layer to untie; a sharding that is absent from
             its tree or does not divide a parameter.
+
+    Examples:
+        >>> model, params = pj.load("path/to/llama", head="causal_lm")  # doctest: +SKIP
     """
     folder = Path(path)
-    family, values = read_family(folder)
+    family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
     files = find_tensors(folder)
@@ -206,6 +211,16 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
 
     Raises:
         PeftError: when a parameter is missing, unknown or has another shape than the model's.
+
+    Examples:
+        >>> import tempfile
+        >>> from peftjax.models.bert import bert
+        >>> from peftjax.models.bert_config import BertConfig
+        >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = bert(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=12), head="none")
+        >>> folder = tempfile.mkdtemp()
+        >>> pj.save(folder, model, model.init(jax.random.key(0)))
+        >>> model, params = pj.load(folder)
     """
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 from peftjax.backbone.backbone import TOKENS, Backbone, Batch, Params
 from peftjax.backbone.block import Block
 from peftjax.backbone.block_config import make_norm
+from peftjax.backbone.context import Context
 from peftjax.backbone.heads import OutputKernel, mean_pool
-from peftjax.backbone.layers import Context, Dropout, dense
+from peftjax.backbone.layers import Dropout, dense
 from peftjax.backbone.logits import Logits
 from peftjax.core.errors import PeftError
 from peftjax.models.family import FEATURES, Family, Head, require_known, with_prefix
@@ -108,14 +109,13 @@ class T5Embed(nn.Module):
             dtype=self.dtype,
             name=f"{self.side}_positions",
         )
-        context: Context = {"bias": bias(ids.shape[1])}
+        scores = bias(ids.shape[1])
         masks = {"mask": "attention_mask"}
         if decoder:
             masks = {"mask": "decoder_attention_mask", "encoded_mask": "attention_mask"}
-        context |= {ours: batch[name] != 0 for ours, name in masks.items() if name in batch}
-        if self.head == "classifier":
-            context["last"] = last_eos(config, batch, ids.shape[1])
-        return hidden, context
+        seen = {ours: batch[name] != 0 for ours, name in masks.items() if name in batch}
+        last = last_eos(config, batch, ids.shape[1]) if self.head == "classifier" else None
+        return hidden, Context(bias=scores, last=last, **seen)
 
 
 class T5Classifier(nn.Module):
@@ -156,10 +156,10 @@ class T5Head(nn.Module):
                 output = OutputKernel(width, config.vocab_size, config.initializer_factor, name="output")
                 return Logits(hidden, output())
             case "classifier":
-                last = jnp.take_along_axis(hidden, context["last"][:, None, None], axis=1)[:, 0]
+                last = jnp.take_along_axis(hidden, context.last[:, None, None], axis=1)[:, 0]
                 return T5Classifier(config, self.dtype, name="classifier")(last)
             case "mean":
-                return mean_pool(hidden, context.get("mask", jnp.ones(hidden.shape[:2], bool)))
+                return mean_pool(hidden, context.mask)
         return hidden
 
 

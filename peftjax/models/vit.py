@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from peftjax.backbone.backbone import Backbone, Batch, Params
 from peftjax.backbone.block import Block
 from peftjax.backbone.block_config import BlockConfig
-from peftjax.backbone.layers import ACTIVATIONS, Context, Dropout, dense, layer_norm
+from peftjax.backbone.context import Context
+from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, layer_norm
 from peftjax.core.errors import PeftError
 from peftjax.models.family import (
     FEATURES,
@@ -181,7 +182,7 @@ class ViTEmbed(nn.Module):
         rows = hidden.shape[1]
         table = nn.Embed(rows, config.hidden_size, embedding_init=init, name="position")
         hidden += table(jnp.arange(rows)).astype(self.dtype)
-        return Dropout(config.hidden_dropout_prob)(hidden), {}
+        return Dropout(config.hidden_dropout_prob)(hidden), Context()
 
 
 class ViTHead(nn.Module):

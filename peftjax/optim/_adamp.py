@@ -53,6 +53,13 @@ def adamp(
 
     Raises:
         PeftError: a layout does not fit or is not used, or an update without the parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.adamp(1e-2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     direction = _adam(b1, b2, eps, nesterov, state_dtype)
     projected = remove_radial(

@@ -53,6 +53,13 @@ def adamw(
 
     Raises:
         PeftError: the order is neither, or has no `state_dtype`.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.adamw(1e-2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     if order == "optax":
         if state_dtype is not None:

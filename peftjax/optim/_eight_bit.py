@@ -24,11 +24,11 @@ from peftjax.core.checks import at_least, one_of
 from peftjax.core.errors import PeftError
 from peftjax.optim.coded_sharding import shardings_like
 from peftjax.optim.elementwise import is_elementwise
-from peftjax.optim.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 from peftjax.optim.rounding_noise import uniform
 from peftjax.optim.slicewise import Cut, Leaves, cut_of, run_slicewise
 from peftjax.optim.updates import is_placeholder
 from peftjax.quantize.blockwise import Codes, decode, encode
+from peftjax.transform.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 
 
 class EightBitState(NamedTuple):
@@ -78,6 +78,13 @@ def eight_bit(
     Raises:
         PeftError: block_size is less than 2; in `init`, when no large array of the state is a known moment,
             or `moments` gives something else.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.eight_bit(optax.adamw(1e-2))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     at_least("eight_bit", "block_size", block_size, 2)
     tx = optax.with_extra_args_support(tx)

@@ -85,6 +85,13 @@ def galore(
 
     Raises:
         PeftError: as `project`, or the order is neither.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.galore(1e-2, rank=2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     tx = project(
         scale_by_adam(b1, b2, eps, order),

@@ -56,6 +56,13 @@ def sgdp(
 
     Raises:
         PeftError: a layout does not fit or is not used, or an update without the parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.sgdp(1e-2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     projected = remove_radial(
         _momentum(momentum, dampening, nesterov, state_dtype),

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftjax.optim.moment_fields import parameter_of
 from peftjax.quantize.blockwise import Codes
+from peftjax.transform.moment_fields import parameter_of
 
 
 def shardings_like(state: Any, params: Any) -> Any:

@@ -10,8 +10,7 @@ from typing import Any
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 
 def is_matrix(path: str, leaf: Any) -> bool:

@@ -78,6 +78,13 @@ def normalize_and_project(
 
     Raises:
         PeftError: names or layouts match nothing, or an update without the parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.normalize_and_project(optax.adamw(1e-2))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     inner = optax.with_extra_args_support(tx)
 

@@ -37,9 +37,9 @@ from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.optim import refresh as of
-from peftjax.optim.moments import Path
 from peftjax.optim.rotation import Moments, follow_bases, gradient_sums, require_rotatable
 from peftjax.optim.updates import is_placeholder
+from peftjax.transform.moments import Path
 from peftjax.weights.canonical import to_canonical, to_logical
 
 
@@ -97,6 +97,13 @@ def project(
     Raises:
         PeftError: here for an option out of range; in `init` for targets that match nothing or states that
             cannot rotate; in `update` for a traced `refresh` or an `inner` that reads projected parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.project(optax.adam(1e-2), rank=2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
     """
     of.require_options(rank, every, side, basis, signs)
     one_of("project", "moments", moments, get_args(Moments))

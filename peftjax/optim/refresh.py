@@ -41,8 +41,7 @@ from peftjax.optim.bases import (
 )
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.updates import require_known
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 Compressed = Literal["smaller", "larger", "input", "output", "both"]
 Method = Literal["auto", "svd", "gram", "subspace"]

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.optim.bases import Side
-from peftjax.optim.moment_fields import is_gradient_sum
-from peftjax.optim.moments import Change, Path, change_moments, rotated, zeroed
 from peftjax.optim.refresh import Projected
+from peftjax.transform.moment_fields import is_gradient_sum
+from peftjax.transform.moments import Change, Path, change_moments, rotated, zeroed
 
 Moments = Literal["keep", "reset", "rotate"]
 BasesOf = Mapping[str, Mapping[Side, Array]]

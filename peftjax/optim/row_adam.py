@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from peftjax.core.errors import PeftError
-from peftjax.optim.moments import Change
+from peftjax.transform.moments import Change
 
 
 class RowAdamState(NamedTuple):
@@ -65,7 +65,15 @@ def row_adamw(
     weight_decay: float = 1e-4,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a step count for each row; arguments as those of `optax.adamw`."""
+    """AdamW with a step count for each row; arguments as those of `optax.adamw`.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
+        >>> tx = pj.optim.row_adamw(1e-2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["up"]["kernel"].shape
+        (8, 16)
+    """
     return optax.chain(
         scale_by_row_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask),

@@ -20,7 +20,8 @@ The numbers are those of `compiled.memory_analysis()`:
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,7 +37,9 @@ from peftjax.planner.compiling import compile_for
 from peftjax.planner.flops import Flops, count_flops
 from peftjax.planner.machine import Machine, find_machine
 from peftjax.planner.residuals import kept_arrays, nbytes
-from peftjax.transform.transform import Forward, Params, Transform
+from peftjax.train.step import Training, divided, training
+from peftjax.transform.frozen import Params
+from peftjax.transform.transform import Forward, Transform
 
 Loss = Callable[[Any, Any], jax.Array]
 """`(outputs, batch) -> scalar`."""
@@ -48,7 +51,7 @@ class Bytes:
 
     Attributes:
         weights: the frozen parameters.
-        method_state: what else the method keeps fixed, such as indices or a frozen factor.
+        method_state: what else the method holds: indices, a frozen factor, weights that it moves by itself.
         trainable: what is trained.
         optimizer: the optimizer's state.
         batch: the batch.
@@ -94,7 +97,7 @@ class Plan:
         uncounted: operations that `flops` leaves out.
         trainable_parameters: how many numbers are trained.
         compile_seconds: what the compiler took for the step.
-        between: the peaks of the programs that the method runs between steps (its renewals), each counted as
+        between: the peaks of the programs that the method runs before a step (its advances), each counted as
             that of the step.
     """
 
@@ -136,29 +139,10 @@ class Plan:
         )
 
 
-def training_loss(method: Transform, model: Forward, loss: Loss) -> Callable[..., jax.Array]:
-    """`(trainable, frozen, batch) -> loss`."""
+def method_loss(method: Transform, model: Forward, loss: Loss) -> Callable[[Params, Any], jax.Array]:
+    """`(params, batch) -> loss` of the rewritten model."""
     forward = adapt(method.model(model))
-
-    def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        return loss(forward(method.apply(frozen, trainable), batch), batch)
-
-    return loss_fn
-
-
-def training_step(
-    method: Transform, model: Forward, optimizer: optax.GradientTransformation, loss: Loss
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """`(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss)`, not jitted."""
-    loss_fn, tx = training_loss(method, model, loss), method.optimizer(optimizer)
-
-    def step(trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        trainable = method.open(frozen, trainable)
-        value, gradients = jax.value_and_grad(loss_fn)(trainable, frozen, batch)
-        updates, opt_state = tx.update(gradients, opt_state, trainable)
-        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, value
-
-    return step
+    return lambda params, batch: loss(forward(params, batch), batch)
 
 
 def plan(
@@ -173,11 +157,8 @@ def plan(
 ) -> Plan:
     """Compile one training step of `method` for `target` and read what it needs.
 
-    The step is the loop of the README: `value_and_grad` over the trainable, `tx.update`, `apply_updates`,
-    between the method's `open` and `close`, with the trainable and the optimizer's state donated. Nothing
-    random happens in it (no dropout). The weights of a method in place hold the trained values, as after its
-    first `write`; the writes themselves are programs of their own and not in the plan. What a method does
-    between steps is compiled too.
+    The step is that of `pj.training`, with nothing random in it (no dropout). What a method does to itself
+    before a step is compiled too.
 
     Args:
         method: the method.
@@ -185,7 +166,7 @@ def plan(
         params: the parameters, or their shapes (`jax.eval_shape(model.init, key)`); their dtypes are those
             the device will hold.
         batch: a batch, or its shapes.
-        optimizer: what the method's own optimizer hook is given.
+        optimizer: any of optax.
         loss: `(outputs, batch) -> scalar`.
         target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
             `peftjax.planner.machine` for the compilers they need.
@@ -195,28 +176,31 @@ def plan(
             says so when the step does not fit.
     """
     machine = find_machine(target)
-    inputs = _input_shapes(method, params, batch, optimizer, machine)
-    step = jax.jit(training_step(method, model, optimizer, loss), donate_argnums=(0, 1), keep_unused=True)
-    traced = step.trace(*inputs)
+    run = training(method, method_loss(method, model, loss), optimizer)
+    trainable, state, frozen, batch = _input_shapes(run, params, batch, machine)
+    inputs = trainable, state, *divided(frozen, run.moves), batch
+    step = partial(run.run_step, key=None)
+    traced = jax.jit(step, donate_argnums=(0, 1, 2), keep_unused=True).trace(*inputs)
     flops = count_flops(traced.jaxpr, machine.platform)
-    trainable, _, *others = inputs
-    opened = jax.eval_shape(method.open, others[0], trainable)
-    kept = nbytes(kept_arrays(training_loss(method, model, loss), opened, *others))
+    begun, opened = jax.eval_shape(method.begin, frozen, trainable)
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return run.loss(method.apply(frozen, trainable), batch)
+
+    kept = nbytes(kept_arrays(loss_fn, opened, begun, batch))
     start = time.perf_counter()
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
-    between = peaks_between(method, model, loss, inputs, machine)
-    return _read(method, machine, inputs, compiled, kept, flops, seconds, between)
+    between = peaks_between(run, (trainable, state, frozen, batch), machine)
+    return _read(method, machine, opened, inputs, compiled, kept, flops, seconds, between)
 
 
-def _input_shapes(
-    method: Transform, params: Params, batch: Any, optimizer: optax.GradientTransformation, machine: Machine
-) -> tuple[Any, Any, Any, Any]:
+def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -> tuple[Any, Any, Any, Any]:
     """Shapes of trainable, optimizer state, frozen and batch, on the target's device."""
     key = jax.eval_shape(jax.random.key, 0)
-    frozen, trainable = jax.eval_shape(method.init, key, params)
-    frozen = jax.eval_shape(method.write, frozen, trainable)
-    state = jax.eval_shape(method.optimizer(optimizer).init, trainable)
+    frozen, trainable = jax.eval_shape(lambda *given: run.method.close(*run.method.init(*given)), key, params)
+    frozen = replace(frozen, advanced=True)
+    state = jax.eval_shape(lambda *given: run.tx.init(run.method.begin(*given)[1]), frozen, trainable)
     place = SingleDeviceSharding(machine.device)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -227,6 +211,7 @@ def _input_shapes(
 def _read(
     method: Transform,
     machine: Machine,
+    trained: Any,
     inputs: tuple,
     compiled: Any,
     kept: int,
@@ -235,7 +220,8 @@ def _read(
     between: tuple[int, ...],
 ) -> Plan:
     found = compiled.memory_analysis()
-    trainable, state, frozen, batch = zip(inputs, compiled.input_formats[0])
+    trainable, state, moved, fixed, batch = zip(inputs, compiled.input_formats[0])
+    frozen = [replace(part, **own) for part, own in zip(fixed, moved)]
     sizes = Bytes(
         weights=_device_bytes(*(part.params for part in frozen)),
         method_state=_device_bytes(*(part.state for part in frozen)),
@@ -257,7 +243,7 @@ def _read(
         kept=kept,
         flops=flops.total,
         uncounted=flops.uncounted,
-        trainable_parameters=tree.count(inputs[0]),
+        trainable_parameters=tree.count(trained),
         compile_seconds=seconds,
         between=between,
     )

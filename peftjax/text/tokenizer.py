@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftjax.core.errors import PeftError
 from peftjax.text.tokenizer_class import class_of, default_tokens, frame, rebuild
@@ -111,12 +111,15 @@ class Tokenizer:
         return self.chat_templates[name]
 
 
-def load_tokenizer(path: str | os.PathLike[str], *, decoder: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], *, decoder: bool = False, config: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """Load `tokenizer.json` and what the files beside it say about it, as transformers' `AutoTokenizer` does.
 
     Args:
         path: the checkpoint folder, or the file.
         decoder: for a language model: pad with eos where no padding token is named.
+        config: the content of the folder's `config.json`, where the caller has read it already.
 
     Raises:
         PeftError: when a file is absent or malformed, a token it names is not in the vocabulary, or
@@ -127,7 +130,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, decoder: bool = False) -> To
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise PeftError(f"no tokenizer at {file}; the checkpoint folder needs its {TOKENIZER_FILE}")
-    declared = read_declared(file.parent)
+    declared = read_declared(file.parent, config)
     with _named_failures(f"{file} is not a tokenizer"):
         backend = tokenizers.Tokenizer.from_file(str(file))
         padding = backend.padding

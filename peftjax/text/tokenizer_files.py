@@ -116,8 +116,8 @@ class Declared:
     stop_ids: tuple[int, ...]
 
 
-def read_declared(folder: Path) -> Declared:
-    """Read the files of a folder, those that exist.
+def read_declared(folder: Path, config: Mapping[str, Any] | None = None) -> Declared:
+    """Read the files of a folder, those that exist; `config` is the content of its `config.json`, if known.
 
     Raises:
         PeftError: when one is not what its schema says.
@@ -147,16 +147,17 @@ def read_declared(folder: Path) -> Declared:
             dict[str, Id], _optional(folder / ADDED_FILE), folder / ADDED_FILE
         ).items():
             added[id] = Added(content, normalized=content not in special, special=content in special)
-    config = read_as(_Config, folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else _Config()
+    content = _optional(folder / CONFIG_FILE) if config is None else config
+    model = checked(_Config, content, folder / CONFIG_FILE)
     return Declared(
         settings,
         named,
         extras,
         added,
         _chat_templates(settings.chat_template, folder),
-        config.model_type or "",
-        (settings.tokenizer_class or config.tokenizer_class or "").removesuffix("Fast"),
-        _stop_ids(config, folder / GENERATION_FILE),
+        model.model_type or "",
+        (settings.tokenizer_class or model.tokenizer_class or "").removesuffix("Fast"),
+        _stop_ids(model, folder / GENERATION_FILE),
     )
 
 

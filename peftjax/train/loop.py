@@ -1,4 +1,4 @@
-"""The training loop: `make_step` with data, evaluation, early stopping, metrics, checkpoints."""
+"""The training loop: the step with data, evaluation, early stopping, metrics, checkpoints."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from peftjax.core.errors import PeftError
@@ -21,23 +20,23 @@ from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
-from peftjax.train.identity import claim_folder
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
+from peftjax.train.output_folder import claim_folder
 from peftjax.train.progress import show_progress
 from peftjax.train.step import (
     Evaluate,
     Forward,
     Metrics,
-    Renew,
-    Step,
+    Training,
+    TrainingState,
     make_evaluate,
-    make_renewals,
-    make_step,
-    make_write,
+    model_loss,
+    training,
 )
-from peftjax.train.usage import Throughput, peak_memory
-from peftjax.transform.transform import Transform
+from peftjax.train.throughput import Throughput, peak_memory
+from peftjax.transform.frozen import Frozen
+from peftjax.transform.transform import Transform, changing_state, with_changing_state
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class FitResult:
 
     trainable: PyTree[Array]
     """The best parameters where the run has evaluations and best checkpoints, else the last."""
+    frozen: Frozen
+    """What belongs to them: the method's own state, and the base of a method in place, have moved."""
     step: int
     """The last step done."""
     best: Best
@@ -73,8 +74,8 @@ def fit(
     Args:
         forward: the model as the method rewrites it: `method.model(model)`.
         method: gives `apply` and `optimizer`.
-        frozen: what `method.init` returned and is not trained; of a method in place, a copy is written.
-        trainable: what `method.init` returned to be trained; it is copied, not donated.
+        frozen: what `method.init` returned and is not trained; it stays as it is.
+        trainable: what `method.init` returned to be trained; it stays as it is.
         batches: endless training batches whose iterator has `get_state` and `set_state`.
         held_out: makes the evaluation batches, anew for each evaluation; None never evaluates.
         config: the options; `validate` and `with_defaults` have passed.
@@ -89,22 +90,13 @@ def fit(
         PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
             gradient is not finite.
     """
-    tx = method.optimizer(make_optimizer(config, steps.total))
+    loss = model_loss(forward, objective, model_dropout=config.model_dropout)
+    tx = make_optimizer(config, steps.total)
+    run = training(method, loss, tx, accumulation=config.grad_accumulation)
     rate = learning_rate(config, steps.total)
-    step_fn = make_step(
-        forward,
-        method,
-        tx,
-        objective,
-        accumulation=config.grad_accumulation,
-        model_dropout=config.model_dropout,
-    )
-    renewals = make_renewals(forward, method, objective, accumulation=config.grad_accumulation)
     evaluate = evaluate or make_evaluate(forward, method, objective)
-    # A leaf may be shared with `params`, or by the optimizer's state: donate copies only.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    opt_state = jax.tree.map(jnp.copy, tx.init(trainable))
-    state = RunState(trainable, opt_state, key, 0, {}, dataclasses.asdict(Best()))
+    state = run.begin(frozen, trainable, key)
+    best = Best()
 
     with contextlib.ExitStack() as stack:
         checkpoints = None
@@ -119,28 +111,20 @@ def fit(
                     keep_best=config.keep_best,
                 )
             )
-            found = checkpoint.restore_latest(checkpoints, state)
+            found = checkpoint.restore_latest(checkpoints, _run_state(method, state, {}, best))
             if found is not None:
-                state = found
-                batches.set_state(state.data)
-        written = make_write(method) if method.in_place else lambda frozen, _: frozen
-        if method.in_place:
-            # Made again from what is trained: a checkpoint holds none of the base.
-            frozen = written(jax.tree.map(lambda leaf: leaf.copy(), frozen), state.trainable)
+                state = _restored(run, state, found)
+                batches.set_state(found.data)
+                best = checked(Best, found.progress, f"the checkpoint of step {found.step}")
         write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
         report = stack.enter_context(show_progress(steps.total, state.step))
-        best = checked(Best, state.progress, f"the checkpoint of step {state.step}")
         throughput = Throughput()
         pending: list[tuple[int, Metrics]] = []
 
         while state.step < steps.total and not is_over(best, config.early_stopping_patience):
             batch = next(batches)
             throughput.before(batch)
-            for renewal in renewals:
-                if renewal.due(state.step):
-                    state = _renewed(renewal, state, frozen, batch)
-            state, metrics = _advance(step_fn, state, frozen, batch)
-            frozen = written(frozen, state.trainable)
+            state, metrics = run.step(state, batch)
             throughput.after(batch, metrics)
             pending.append((state.step, metrics))
 
@@ -157,56 +141,63 @@ def fit(
                 write(state.step, values)
                 report(state.step, values)
             if evaluates:
-                results = evaluate(state.trainable, frozen, held_out())
+                results = evaluate(state.trainable, state.frozen, held_out())
                 values = {f"eval_{name}": value for name, value in results.items()}
                 write(state.step, values)
                 report(state.step, values)
                 score = _score(results, config.best_by, state.step)
                 best = update(best, state.step, score)
             if saves and checkpoints is not None:
-                progress = dataclasses.asdict(best)
-                state = dataclasses.replace(state, data=batches.get_state(), progress=progress)
-                checkpoint.save(checkpoints, state, score)
+                checkpoint.save(checkpoints, _run_state(method, state, batches.get_state(), best), score)
             throughput.start()
 
-        trainable = state.trainable
         if checkpoints is not None and config.keep_best and best.step is not None:
-            trainable = _best_trainable(checkpoints, best.step, trainable)
-    return FitResult(trainable, state.step, best)
+            state = _best(checkpoints, best.step, run, state)
+    return FitResult(state.trainable, state.frozen, state.step, best)
 
 
-def _best_trainable(checkpoints: checkpoint.Checkpoints, step: int, like: PyTree[Array]) -> PyTree[Array]:
-    """The trainable arrays of the best checkpoint.
+def _moved(method: Transform, state: TrainingState) -> PyTree[Array]:
+    """What a run moves: the trainable, and with it what a method changes of its own state."""
+    changing = changing_state(method, state.frozen.state)
+    return {"trainable": state.trainable, "state": changing} if changing else state.trainable
+
+
+def _with_moved(run: Training, state: TrainingState, moved: PyTree[Array]) -> TrainingState:
+    """The state with what `_moved` took out of another one; the base of a method in place has its values."""
+    frozen, trainable = state.frozen, moved
+    if changing_state(run.method, frozen.state):
+        trainable = moved["trainable"]
+        frozen = dataclasses.replace(frozen, state=with_changing_state(frozen.state, moved["state"]))
+    frozen, trainable = run.close(frozen, trainable)
+    return dataclasses.replace(state, frozen=frozen, trainable=trainable)
+
+
+def _run_state(method: Transform, state: TrainingState, data: dict[str, Any], best: Best) -> RunState:
+    """What a checkpoint holds of a run: none of the base."""
+    progress = dataclasses.asdict(best)
+    return RunState(_moved(method, state), state.opt_state, state.key, state.step, data, progress)
+
+
+def _restored(run: Training, state: TrainingState, found: RunState) -> TrainingState:
+    state = dataclasses.replace(state, opt_state=found.opt_state, key=found.key, step=found.step)
+    return _with_moved(run, state, found.trainable)
+
+
+def _best(
+    checkpoints: checkpoint.Checkpoints, step: int, run: Training, state: TrainingState
+) -> TrainingState:
+    """The state with what the best checkpoint has of the parameters.
 
     Raises:
         PeftError: it is lost.
     """
+    like = _moved(run.method, state)
     try:
-        return checkpoint.restore_trainable(checkpoints, step, like)
+        return _with_moved(run, state, checkpoint.restore_trainable(checkpoints, step, like))
     except PeftError as error:
         raise PeftError(
             f"{error}; it was the best one: with keep_best 0 the run ends with its last parameters"
         ) from error
-
-
-def _advance(step_fn: Step, state: RunState, frozen: PyTree[Array], batch: Batch) -> tuple[RunState, Metrics]:
-    """One step; the arrays of `state` are donated."""
-    step = state.step + 1
-    key = jax.random.fold_in(state.key, step)
-    trainable, opt_state, metrics = step_fn(state.trainable, state.opt_state, frozen, batch, key)
-    return (
-        dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=step),
-        metrics,
-    )
-
-
-def _renewed(renewal: Renew, state: RunState, frozen: PyTree[Array], batch: Batch) -> RunState:
-    """What the method does before the next step; the arrays of `state` are donated."""
-    # Not the key of the step itself.
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), 1)
-    count = jnp.asarray(state.step, jnp.int32)
-    trainable, opt_state = renewal.run(state.trainable, state.opt_state, frozen, batch, count, key)
-    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
 
 
 def _check_finite(pending: list[tuple[int, Metrics]]) -> dict[str, float | int | None]:

@@ -1,213 +1,337 @@
-"""One training step and one evaluation, as jitted functions of `trainable` and `frozen`."""
+"""The one training step: gradient, update, and what a method does to itself when it is due.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+Everything here that trains (`fit`, `pj.plan`, the experiments, the conformance checks) runs this step.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.losses import Batch, Objective, mean
-from peftjax.transform.transform import Renewal, Transform
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
+from peftjax.transform.transform import Advance, Transform
 
 Forward = Callable[..., Any]
 """`(params, batch, *, key=None) -> outputs`."""
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[[PyTree, PyTree, PyTree, Batch, Key[Array, ""]], tuple[PyTree[Array], PyTree[Array], Metrics]]
-"""`(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)`."""
-Write = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
-"""`(frozen, trainable) -> frozen`, the base with what has been trained."""
+Sums = tuple[Mapping[str, Float[Array, ""]], Float[Array, ""]]
+"""Sums over a batch, "loss" among them, and the weight that they are divided by."""
+Loss = Callable[..., Float[Array, ""] | Sums]
+"""`(params, batch) -> mean loss of the batch`, or `Sums`. One that takes `key` too is given one in a step."""
+Evaluate = Callable[[Trainable, Frozen, Iterable[Batch]], dict[str, float]]
+"""`(trainable, frozen, batches) -> means over all examples`."""
+Moved = dict[str, Any]
+"""The fields of `Frozen` that a program returns anew, and may write over."""
+ADVANCED = ("state",)
+"""Those that an advance does."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a training has between two steps: a pytree.
+
+    Attributes:
+        step: steps done.
+        frozen: of the method.
+        trainable: what is trained.
+        opt_state: of the optimizer.
+        key: of the training; the step with the number t, from 1, uses `fold_in(key, t)`.
+    """
+
+    step: int
+    frozen: Frozen
+    trainable: Trainable
+    opt_state: Any
+    key: Key[Array, ""]
 
 
 @dataclass(frozen=True)
-class Renew:
-    """What is done between two steps.
+class Training:
+    """The training of a method by a loss and an optimizer; `training` makes it.
 
     Attributes:
-        due: `step -> bool`, for the step that follows, counted from 0.
-        run: `(trainable, opt_state, frozen, batch, step, key) -> (trainable, opt_state)`, all its parts.
-        program: the jitted part, `part` its last argument.
+        method: the method.
+        loss: of rewritten parameters and a batch.
+        tx: `method.optimizer` of the given one.
+        accumulation: the parts in which a batch is computed, one after the other.
     """
 
-    due: Callable[[int], bool]
-    run: Callable[..., tuple[PyTree[Array], PyTree[Array]]]
-    program: Callable[..., tuple[PyTree[Array], PyTree[Array]]]
+    method: Transform
+    loss: Loss
+    tx: optax.GradientTransformationExtraArgs
+    accumulation: int = 1
 
+    def start(self, key: Key[Array, ""], params: Params) -> TrainingState:
+        """The state before the first step; `params` stay as they are.
 
-Evaluate = Callable[[PyTree[Array], PyTree[Array], Iterable[Batch]], dict[str, float]]
-"""`(trainable, frozen, batches) -> means over all examples`."""
+        Args:
+            key: for the method's `init` and the training.
+            params: the model's parameters.
 
+        Raises:
+            PeftError: the method's options do not fit the parameters.
+        """
+        init_key, key = jax.random.split(key)
+        frozen, trainable = self.method.init(init_key, params)
+        if self.method.in_place:
+            frozen = replace(frozen, params=_copied(frozen.params))
+        return self._begun(frozen, trainable, key)
 
-def make_step(
-    forward: Forward,
-    method: Transform,
-    tx: optax.GradientTransformation,
-    objective: Objective,
-    *,
-    accumulation: int = 1,
-    model_dropout: bool = False,
-) -> Step:
-    """The jitted training step.
+    def begin(self, frozen: Frozen, trainable: Trainable, key: Key[Array, ""]) -> TrainingState:
+        """The state before the first step of a method that is initialized; what is given stays as it is."""
+        moved, fixed = divided(frozen, {"state", *self.moves})
+        return self._begun(_joined(_copied(moved), fixed), _copied(trainable), key)
 
-    With `accumulation` A > 1 the batch is computed as A equal parts one after the other; the
-    gradient is that of the whole batch's weighted mean, also where parts weigh differently. A batch
-    of which nothing counts (every weight 0) is a step with gradients of zero, and metrics of zero.
+    def _begun(self, frozen: Frozen, trainable: Trainable, key: Key[Array, ""]) -> TrainingState:
+        frozen, trainable = self.close(frozen, trainable)
+        # Copied, for an optimizer's state may share arrays with what it is the state of.
+        opt_state = _copied(self.tx.init(self.method.begin(frozen, trainable)[1]))
+        return TrainingState(0, frozen, trainable, opt_state, key)
 
-    The key drives the method's randomness (adapter dropout) and, with `model_dropout`, the model's.
+    def close(self, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        """`method.close`, compiled; the base of a method in place, and a method's state, are donated."""
+        if self.method.placement is None:
+            return frozen, trainable
+        plan = jax.eval_shape(self.method.close, frozen, trainable)[0].plan
+        moved, fixed = divided(frozen, self.moves)
+        moved, trainable = self._closed(moved, fixed, trainable)
+        return replace(_joined(moved, fixed), plan=plan), trainable
 
-    Only `trainable` is differentiated. `trainable` and `opt_state` are donated: use what is
-    returned. `metrics` has the objective's means, with `loss`, and `grad_norm`.
-    """
+    def step(self, state: TrainingState, batch: Batch) -> tuple[TrainingState, Metrics]:
+        """One step on a batch, after what the method does before it.
 
-    def mean_loss(
-        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Array, tuple[Metrics, Array]]:
-        method_key, model_key = jax.random.split(key)
-        params = method.apply(frozen, trainable, key=method_key)
-        outputs = adapt(forward)(params, batch, key=model_key if model_dropout else None)
-        sums, weight = objective(outputs, batch)
-        # The mean, not the sum: what a method adds to the gradient itself (a penalty) is not of the batch.
-        return mean(sums["loss"], weight), (sums, weight)
+        Args:
+            state: its trainable, optimizer state and, where they change, the method's state and base are
+                donated: use what is returned.
+            batch: of any trees of arrays; with accumulation, their first axes divide into the parts.
 
-    def gradient(
-        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[list[Array], Metrics, Array]:
+        Returns:
+            The new state; the loss, whatever else the loss sums up, and `grad_norm`.
+        """
+        state = self.advance(state, batch)
+        moved, fixed = divided(state.frozen, self.moves)
+        key = jax.random.fold_in(state.key, state.step + 1)
+        trainable, opt_state, moved, metrics = self._stepped(
+            state.trainable, state.opt_state, moved, fixed, batch, key
+        )
+        frozen = _joined(moved, fixed)
+        return TrainingState(state.step + 1, frozen, trainable, opt_state, state.key), metrics
+
+    def advance(self, state: TrainingState, batch: Batch) -> TrainingState:
+        """What the method does to itself before the next step, on that step's batch; part of `step`."""
+        frozen = replace(state.frozen, advanced=True)
+        for number, advance in enumerate(self.method.advances):
+            for part in range(advance.parts(frozen)) if advance.due(state.step) else ():
+                moved, fixed = divided(frozen, ADVANCED)
+                # Not the key of the step itself.
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), 1)
+                count = jnp.asarray(state.step, jnp.int32)
+                trainable, opt_state, moved = self._advanced[number](
+                    state.trainable, state.opt_state, moved, fixed, batch, count, key, part=part
+                )
+                frozen = _joined(moved, fixed)
+                state = replace(state, trainable=trainable, opt_state=opt_state)
+        return replace(state, frozen=frozen)
+
+    def run_step(
+        self,
+        trainable: Trainable,
+        opt_state: Any,
+        moved: Moved,
+        fixed: Frozen,
+        batch: Batch,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Trainable, Any, Moved, Metrics]:
+        """What `step` compiles, with the first three donated; without a key nothing in it is random.
+
+        Args:
+            trainable: of the state.
+            opt_state: of the state.
+            moved: those fields of the state's `frozen` that the step writes over.
+            fixed: `frozen` without them.
+            batch: of the step.
+            key: of the step.
+        """
+        frozen = _joined(moved, fixed)
+        gradients, metrics = self._gradients(trainable, frozen, batch, key)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        frozen, trainable = self.method.begin(frozen, trainable)
+        updates, opt_state = self.tx.update(gradients, opt_state, trainable, frozen=frozen)
+        frozen, trainable = self.method.close(frozen, optax.apply_updates(trainable, updates))
+        return trainable, opt_state, {name: getattr(frozen, name) for name in moved}, metrics
+
+    def run_advance(
+        self,
+        advance: Advance,
+        trainable: Trainable,
+        opt_state: Any,
+        moved: Moved,
+        fixed: Frozen,
+        batch: Batch,
+        step: Int[Array, ""],
+        key: Key[Array, ""],
+        *,
+        part: int,
+    ) -> tuple[Trainable, Any, Moved]:
+        """What `advance` compiles for a part of one of the method's advances; arguments as of `run_step`."""
+        frozen = _joined(moved, fixed)
+        optimizer = OptimizerState(opt_state, self.tx, self.method.begin(frozen, trainable)[1])
+        frozen, trainable, optimizer = advance.run(
+            self._loss_of(batch), frozen, trainable, optimizer, step=step, key=key, part=part
+        )
+        return trainable, optimizer.state, {name: getattr(frozen, name) for name in moved}
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The fields of `frozen` that a step changes."""
+        if self.method.placement is None:
+            return ()
+        return ("state", "params") if self.method.in_place else ("state",)
+
+    @cached_property
+    def _stepped(self) -> Callable[..., tuple[Trainable, Any, Moved, Metrics]]:
+        return jax.jit(self.run_step, donate_argnums=(0, 1, 2))
+
+    @cached_property
+    def _advanced(self) -> tuple[Callable[..., tuple[Trainable, Any, Moved]], ...]:
+        return tuple(
+            jax.jit(partial(self.run_advance, one), static_argnames="part", donate_argnums=(0, 1, 2))
+            for one in self.method.advances
+        )
+
+    @cached_property
+    def _closed(self) -> Callable[..., tuple[Moved, Trainable]]:
+        def close(moved: Moved, fixed: Frozen, trainable: Trainable) -> tuple[Moved, Trainable]:
+            frozen, trainable = self.method.close(_joined(moved, fixed), trainable)
+            return {name: getattr(frozen, name) for name in moved}, trainable
+
+        return jax.jit(close, donate_argnums=0)
+
+    def _sums(self, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        """The loss of a batch as sums and their weight."""
+        given = {} if key is None or not _takes_key(self.loss) else {"key": key}
+        found = self.loss(params, batch, **given)
+        return found if isinstance(found, tuple) else ({"loss": found}, jnp.ones(()))
+
+    def _gradients(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, key: Key[Array, ""] | None
+    ) -> tuple[Trainable, Metrics]:
+        """The gradient of a batch's weighted mean loss, also where its parts weigh differently, and means."""
+        if self.accumulation == 1:
+            gradients, sums, weight = self._of_part(trainable, frozen, batch, key)
+            return gradients, {name: mean(total, weight) for name, total in sums.items()}
+        parts, of_part = _parts(batch, self.accumulation), partial(self._of_part, trainable, frozen)
+        keys = None if key is None else jax.random.split(key, self.accumulation)
+        first = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], (parts, keys)))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+        def add(total: Any, part: tuple[Batch, Key[Array, ""] | None]) -> tuple[Any, None]:
+            gradients, sums, weight = of_part(*part)
+            return jax.tree.map(jnp.add, total, (_times(gradients, weight), sums, weight)), None
+
+        total, sums, weight = jax.lax.scan(add, zeros, (parts, keys))[0]
+        gradients = _times(total, mean(jnp.ones_like(weight), weight))
+        return gradients, {name: mean(total, weight) for name, total in sums.items()}
+
+    def _of_part(
+        self, trainable: Trainable, frozen: Frozen, batch: Batch, key: Key[Array, ""] | None
+    ) -> tuple[Trainable, Mapping[str, Array], Array]:
+        """The gradient of a part of a batch, its sums and its weight."""
+        method_key, model_key = (None, None) if key is None else jax.random.split(key)
         # Here and not before the parts of a batch: zeros that are carried through their loop take memory.
-        moving, whole = _moving(method, method.open(frozen, trainable))
+        frozen, opened = self.method.begin(frozen, trainable)
 
-        def of_moving(moving: list[Array]) -> tuple[Array, tuple[Metrics, Array]]:
-            return mean_loss(whole(moving, lambda leaf: leaf), frozen, batch, key)
+        def loss(trainable: Trainable) -> tuple[Array, Sums]:
+            params = self.method.apply(frozen, trainable, key=method_key)
+            sums, weight = self._sums(params, batch, model_key)
+            # The mean, not the sum: a penalty that a method adds to the gradient is not of the batch.
+            return mean(sums["loss"], weight), (sums, weight)
 
-        gradients, (sums, weight) = jax.grad(of_moving, has_aux=True)(moving)
+        gradients, (sums, weight) = jax.grad(loss, has_aux=True)(opened)
         # Where nothing counts, neither does a penalty, as in a sum over parts of a batch.
         gradients = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf, jnp.zeros_like(leaf)), gradients)
         return gradients, sums, weight
 
-    def accumulated(
-        trainable: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[list[Array], Metrics, Array]:
-        parts = _parts(batch, accumulation)
-        first = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    def _loss_of(self, batch: Batch) -> Callable[[Params], Float[Array, ""]]:
+        """`params -> mean loss`, in a step's parts, each recomputed in the backward pass; no dropout."""
 
-        def add(total: PyTree, part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, None]:
-            gradients, sums, weight = gradient(trainable, frozen, *part)
-            weighted = _times(gradients, weight)
-            return jax.tree.map(jnp.add, total, (weighted, sums, weight)), None
+        def loss(params: Params) -> Array:
+            if self.accumulation == 1:
+                sums, weight = self._sums(params, batch, None)
+                return mean(sums["loss"], weight)
 
-        total, sums, weight = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))[0]
-        return _times(total, mean(jnp.ones_like(weight), weight)), sums, weight
+            @jax.checkpoint
+            def of_part(part: Batch) -> tuple[Array, Array]:
+                sums, weight = self._sums(params, part, None)
+                return sums["loss"], weight
 
-    def step(
-        trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[PyTree, PyTree, Metrics]:
-        compute = gradient if accumulation == 1 else accumulated
-        gradients, sums, weight = compute(trainable, frozen, batch, key)
-        metrics = {name: mean(total, weight) for name, total in sums.items()}
-        metrics["grad_norm"] = optax.tree.norm(gradients)
-        trainable = method.open(frozen, trainable)
-        gradients = _moving(method, trainable)[1](gradients, jnp.zeros_like)
-        updates, opt_state = tx.update(gradients, opt_state, trainable)
-        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, metrics
+            losses, weights = jax.lax.map(of_part, _parts(batch, self.accumulation))
+            return mean(jnp.sum(losses), jnp.sum(weights))
 
-    return jax.jit(step, donate_argnums=(0, 1))
+        return loss
 
 
-def _moving(
-    method: Transform, trainable: PyTree
-) -> tuple[list[Array], Callable[[list[Array], Callable[[Array], Array]], PyTree]]:
-    """The leaves that have a gradient; and what puts such leaves beside `other(leaf)` of all others.
+def training(
+    method: Transform, loss: Loss, tx: optax.GradientTransformation, *, accumulation: int = 1
+) -> Training:
+    """The training step of a method: compiled, its state donated, the method advanced when it is due.
 
-    So what the method's own hooks set (a whole base, pools) is neither differentiated nor accumulated.
+        training = pj.training(method, loss, optax.adamw(2e-4))
+        state = training.start(key, params)
+        for batch in batches:
+            state, metrics = training.step(state, batch)
+
+    Only the trainable is differentiated. With `accumulation` A > 1 a batch is computed as A equal parts one
+    after the other; the gradient is that of the whole batch's weighted mean. A batch of which nothing counts
+    (every weight 0) is a step with gradients of zero, and metrics of zero.
+
+    Args:
+        method: the method.
+        loss: `(params, batch) -> loss`, of the rewritten parameters, `pj.adapt(method.model(model))(params,
+            ...)` inside: the mean over the batch, or sums by name with their weight. One that takes `key` too
+            is given a key in each step, for the model's own dropout.
+        tx: any optax optimizer.
+        accumulation: A.
+
+    Raises:
+        PeftError: when `accumulation` is not positive.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> loss = lambda params, x: jnp.mean(pj.adapt(jnp.dot)(x, params["up"]["kernel"]) ** 2)
+        >>> training = pj.training(pj.lora(rank=2, targets=["up"]), loss, optax.adamw(1e-2))
+        >>> state = training.start(jax.random.key(0), params)
+        >>> state, metrics = training.step(state, jnp.ones((3, 4)))
+        >>> int(state.step), float(metrics["loss"])
+        (1, 16.0)
     """
-    leaves, structure = jax.tree.flatten(trainable)
-    moves = structure.flatten_up_to(method.moving(trainable))
-
-    def whole(moving: list[Array], other: Callable[[Array], Array]) -> PyTree:
-        given = iter(moving)
-        return structure.unflatten(next(given) if m else other(leaf) for m, leaf in zip(moves, leaves))
-
-    return [leaf for m, leaf in zip(moves, leaves) if m], whole
+    if accumulation < 1:
+        raise PeftError(f"training: accumulation must be positive, got {accumulation}")
+    return Training(method, loss, method.optimizer(tx), accumulation)
 
 
-def make_renewals(
-    forward: Forward, method: Transform, objective: Objective, *, accumulation: int = 1
-) -> tuple[Renew, ...]:
-    """What the method does between steps, jitted.
+def model_loss(forward: Forward, objective: Objective, *, model_dropout: bool = False) -> Loss:
+    """The loss of a model, as the method rewrites it, by an objective; with its own dropout or without."""
+    forward = adapt(forward)
 
-    It is given the batch of the step that follows, whose mean loss it may differentiate; with
-    `accumulation` its parts are computed one after the other, and again in the backward pass. Neither the
-    model's nor an adapter's dropout acts in it. `trainable` and `opt_state` are donated.
-    """
+    def loss(params: Params, batch: Batch) -> Sums:
+        return objective(forward(params, batch), batch)
 
-    def jitted(renewal: Renewal) -> Renew:
-        @partial(jax.jit, static_argnames="part", donate_argnums=(0, 1))
-        def run(
-            trainable: PyTree,
-            opt_state: PyTree,
-            frozen: PyTree,
-            batch: Batch,
-            step: Int[Array, ""],
-            key: Key[Array, ""],
-            part: int,
-        ) -> tuple[PyTree, PyTree]:
-            loss = _loss_of(forward, objective, batch, accumulation)
-            return renewal.run(loss, frozen, trainable, opt_state, step=step, key=key, part=part)
+    def with_dropout(params: Params, batch: Batch, key: Key[Array, ""] | None = None) -> Sums:
+        return objective(forward(params, batch, key=key), batch)
 
-        def renew(
-            trainable: PyTree,
-            opt_state: PyTree,
-            frozen: PyTree,
-            batch: Batch,
-            step: Int[Array, ""],
-            key: Key[Array, ""],
-        ) -> tuple[PyTree, PyTree]:
-            for part in range(renewal.parts(frozen)):
-                trainable, opt_state = run(trainable, opt_state, frozen, batch, step, key, part)
-            return trainable, opt_state
-
-        return Renew(renewal.due, renew, run)
-
-    return tuple(jitted(renewal) for renewal in method.renewals)
-
-
-def _loss_of(
-    forward: Forward, objective: Objective, batch: Batch, accumulation: int
-) -> Callable[[PyTree], Float[Array, ""]]:
-    """`params -> mean loss of the batch`, computed in as many parts as a step's."""
-
-    def sums(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        sums, weight = objective(adapt(forward)(params, batch), batch)
-        return sums["loss"], weight
-
-    def loss(params: PyTree) -> Array:
-        if accumulation == 1:
-            total, weight = sums(params, batch)
-        else:
-            of_part = jax.checkpoint(lambda part: sums(params, part))
-            losses, weights = jax.lax.map(of_part, _parts(batch, accumulation))
-            total, weight = jnp.sum(losses), jnp.sum(weights)
-        return mean(total, weight)
-
-    return loss
-
-
-def make_write(method: Transform) -> Write:
-    """The line that follows a step of an in-place method, jitted; `frozen` is donated."""
-    return jax.jit(method.write, donate_argnums=0)
-
-
-def _parts(batch: Batch, accumulation: int) -> dict[str, Array]:
-    return jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), dict(batch))
-
-
-def _times(gradients: PyTree[Array], factor: Array) -> PyTree[Array]:
-    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)
+    return with_dropout if model_dropout else loss
 
 
 def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:
@@ -217,10 +341,11 @@ def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> 
     """
 
     @jax.jit
-    def sums_of(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[Metrics, Array]:
+    def sums_of(trainable: Trainable, frozen: Frozen, batch: Batch) -> Sums:
         return objective(adapt(forward)(method.apply(frozen, trainable), batch), batch)
 
-    def evaluate(trainable: PyTree, frozen: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(trainable: Trainable, frozen: Frozen, batches: Iterable[Batch]) -> dict[str, float]:
+        frozen = replace(frozen, advanced=True)  # a method that has not begun may be evaluated
         totals, weights = {}, 0.0
         for batch in batches:
             sums, weight = jax.device_get(sums_of(trainable, frozen, batch))
@@ -234,3 +359,28 @@ def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> 
         return {name: total / weights for name, total in totals.items()}
 
     return evaluate
+
+
+def divided(frozen: Frozen, names: Collection[str]) -> tuple[Moved, Frozen]:
+    """Some fields of `frozen`, and `frozen` without them: `moved` and `fixed` of a program."""
+    return {name: getattr(frozen, name) for name in names}, replace(frozen, **dict.fromkeys(names))
+
+
+def _joined(moved: Moved, fixed: Frozen) -> Frozen:
+    return replace(fixed, **moved)
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _takes_key(loss: Loss) -> bool:
+    return "key" in inspect.signature(loss).parameters
+
+
+def _parts(batch: Batch, accumulation: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+
+def _times(gradients: Any, factor: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)

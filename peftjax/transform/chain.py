@@ -1,14 +1,18 @@
 """Several methods as one: each hook of the whole is that of its parts, the first method innermost."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
-import optax
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import Forward, Frozen, Params, Renewal, Trainable, Transform
+from peftjax.transform.around import Around, by_name
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
+from peftjax.transform.transform import Advance, Forward, Placement, Transform, part_of, through_parts
 from peftjax.weights.base import Weight
 
 
@@ -23,111 +27,126 @@ def chain(*methods: Transform) -> Transform:
         PeftError: when made, without a method; in `init`, if a method adapts or takes a parameter
             that an earlier one trains, replaces the base of a weight that an earlier one made, or lets no
             gradient reach what another one trains.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}, "down": {"kernel": jnp.ones((8, 4))}}
+        >>> method = pj.chain(pj.lora(rank=2, targets=["up"]), pj.unfreeze(["down"]))
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> {name: list(own) for name, own in trainable.items()}
+        {'lora': ['up/kernel'], 'unfreeze': ['down/kernel']}
     """
     if not methods:
         raise PeftError("chain: give at least one method")
     names = _distinct([method.name for method in methods])
-    named = dict(zip(names, methods))
+    parts = dict(zip(names, methods))
 
     def init(key: jax.Array, params: Params) -> tuple[Frozen, dict[str, Trainable]]:
         base, states, plans, trainables = params, {}, {}, {}
         current, trained, adapted = params, {}, {}
         for name, method, subkey in zip(names, methods, jax.random.split(key, len(methods))):
             frozen, trainable = method.init(subkey, current)
-            base = _fold_base(name, base, current, frozen.params, trained, trainable)
+            base = _fold_base(name, base, current, frozen.params, trained, frozen.state, trainable)
             states[name], plans[name], trainables[name] = frozen.state, frozen.plan, trainable
             # What a method of blocks adds is its own: no later method is shown it.
-            applied = tree.named_leaves(method.apply(frozen, trainable))
+            applied = tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable))
             current = tree.map_named(lambda path, _, applied=applied: applied[path], base)
             for path, leaf in tree.named_leaves(base).items():
                 if isinstance(leaf, tree.Hole):
                     trained.setdefault(path, name)
-            adapted |= dict.fromkeys(_adapted(trainable, tree.named_leaves(base)), name)
-        review({**adapted, **trained})
+            leaves = tree.named_leaves(base)
+            adapted |= dict.fromkeys(_adapted(trainable, leaves), name)
+        _require_gradients(parts, {**adapted, **trained})
         return Frozen(base, states, tuple(plans.items())), trainables
-
-    def own_frozen(frozen: Frozen, name: str, params: Params) -> Frozen:
-        return Frozen(params, frozen.state[name], dict(frozen.plan)[name])
 
     def apply(frozen: Frozen, trainable: Mapping[str, Trainable], *, key: jax.Array | None = None) -> Params:
         params = frozen.params
-        for number, (name, method) in enumerate(named.items()):
+        for number, (name, method) in enumerate(parts.items()):
             subkey = None if key is None else jax.random.fold_in(key, number)
-            params = method.apply(own_frozen(frozen, name, params), trainable[name], key=subkey)
+            params = method.apply(part_of(frozen, name, params), trainable[name], key=subkey)
         return params
-
-    def renewal_of(name: str, renewal: Renewal) -> Renewal:
-        at = names.index(name)
-
-        def run(
-            loss: Callable[[Params], jax.Array],
-            frozen: Frozen,
-            trainable: Mapping[str, Trainable],
-            opt_state: Any,
-            *,
-            prefix: tuple[str, ...] = (),
-            **options: Any,
-        ) -> tuple[Trainable, Any]:
-            def through(params: Params, some: list[str]) -> Params:
-                for other in some:
-                    params = named[other].apply(own_frozen(frozen, other, params), trainable[other])
-                return params
-
-            own, opt_state = renewal.run(
-                lambda params: loss(through(params, names[at + 1 :])),
-                own_frozen(frozen, name, through(frozen.params, names[:at])),
-                trainable[name],
-                opt_state,
-                prefix=(*prefix, name),
-                **options,
-            )
-            return {**trainable, name: own}, opt_state
-
-        return Renewal(
-            renewal.due, run, lambda frozen: renewal.parts(own_frozen(frozen, name, frozen.params))
-        )
 
     def model(forward: Forward) -> Forward:
         for method in methods:
             forward = method.model(forward)
         return forward
 
-    def optimizer(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        for name, method in named.items():
-            tx = method.optimizer(tx, (*prefix, name))
-        return tx
+    return Transform(
+        "chain",
+        {"methods": [{"name": m.name, **m.config} for m in methods]},
+        init,
+        apply,
+        model,
+        around=_around(parts),
+        advances=tuple(_advance_of(parts, name, a) for name, m in parts.items() for a in m.advances),
+        placement=_placement(parts),
+        checks=tuple(check for method in methods for check in method.checks),
+        parts=parts,
+    )
 
-    def write(frozen: Frozen, trainable: Mapping[str, Trainable] | None) -> Frozen:
-        params, states, plans = frozen.params, dict(frozen.state), dict(frozen.plan)
-        for name, method in named.items():
-            own = None if trainable is None else trainable[name]
-            written = method.write(Frozen(params, states[name], plans[name]), own)
-            params, states[name], plans[name] = written.params, written.state, written.plan
-        return Frozen(params, states, tuple(plans.items()))
 
-    def review(trained: Mapping[str, str]) -> None:
-        for method in methods:
-            method.review(trained)
+def _around(parts: Mapping[str, Transform]) -> Around | None:
+    given = {name: part.around for name, part in parts.items() if part.around is not None}
+    if not given:
+        return None
 
-    def moving(trainable: Mapping[str, Trainable]) -> dict[str, Any]:
-        return {name: method.moving(trainable[name]) for name, method in named.items()}
+    def own(frozen: Frozen, name: str) -> Frozen:
+        return part_of(frozen, name, frozen.params)
 
-    def each(hook: str) -> Callable[[Frozen, Mapping[str, Trainable]], dict[str, Trainable]]:
-        def run(frozen: Frozen, trainable: Mapping[str, Trainable]) -> dict[str, Trainable]:
-            own = {name: own_frozen(frozen, name, frozen.params) for name in names}
-            return {name: getattr(m, hook)(own[name], trainable[name]) for name, m in named.items()}
+    # Each has a part of its own, so that their order does not matter.
+    return Around(
+        by_name({name: around.gradients for name, around in given.items()}, own),
+        by_name({name: around.updates for name, around in given.items()}, own),
+    )
 
-        return run
 
-    config = {"methods": [{"name": m.name, **m.config} for m in methods]}
-    in_place = {"write": write} if any(method.in_place for method in methods) else {}
-    checks = tuple(check for method in methods for check in method.checks)
-    renewals = tuple(renewal_of(name, r) for name, method in named.items() for r in method.renewals)
-    hooks = {"review": review, "checks": checks, "renewals": renewals, "moving": moving, **in_place}
-    hooks |= {hook: each(hook) for hook in ("open", "close")}
-    return Transform("chain", config, init, apply, model, optimizer, **hooks)
+def _placement(parts: Mapping[str, Transform]) -> Placement | None:
+    placed = [part.placement for part in parts.values() if part.placement is not None]
+    if not placed:
+        return None
+    hooks = {hook: partial(through_parts, parts, hook) for hook in ("open", "close")}
+    return Placement(**hooks, stays_closed=all(placement.stays_closed for placement in placed))
+
+
+def _advance_of(parts: Mapping[str, Transform], name: str, advance: Advance) -> Advance:
+    """A method's advance as one of the chain: its loss goes through the methods before and after it."""
+    at = list(parts).index(name)
+    earlier, later = list(parts)[:at], list(parts)[at + 1 :]
+
+    def run(
+        loss: Callable[[Params], jax.Array] | None,
+        frozen: Frozen,
+        trainable: Mapping[str, Trainable],
+        optimizer: OptimizerState,
+        **options: Any,
+    ) -> tuple[Frozen, Trainable, OptimizerState]:
+        def through(params: Params, some: list[str]) -> Params:
+            for other in some:
+                params = parts[other].apply(part_of(frozen, other, params), trainable[other])
+            return params
+
+        own, values, state = advance.run(
+            None if loss is None else lambda params: loss(through(params, later)),
+            part_of(frozen, name, through(frozen.params, earlier)),
+            trainable[name],
+            optimizer.of_part(name),
+            **options,
+        )
+        frozen = replace(frozen, state={**frozen.state, name: own.state})
+        return frozen, {**trainable, name: values}, replace(optimizer, state=state.state)
+
+    return replace(advance, run=run, parts=lambda frozen: advance.parts(part_of(frozen, name, frozen.params)))
+
+
+def _require_gradients(parts: Mapping[str, Transform], trained: Mapping[str, str]) -> None:
+    """Raise a PeftError where a method lets no gradient reach what another one trains."""
+    for method in parts.values():
+        _require_gradients(method.parts, trained)
+        for path, other in trained.items() if method.cut is not None else ():
+            if not path.startswith(method.cut.spared):
+                raise PeftError(
+                    f"{method.name}: {path!r} is trained by {other!r}, but no gradient reaches the backbone "
+                    f"beside {method.name}; exclude it, merge that method first, or {method.cut.remedy}"
+                )
 
 
 def _fold_base(
@@ -136,12 +155,13 @@ def _fold_base(
     seen: Params,
     wanted: Params,
     trained: Mapping[str, str],
+    state: Any,
     trainable: Trainable,
 ) -> Params:
     """The chain's base after a method that saw `seen` wants `wanted` as its own base."""
     bases, seen_leaves = tree.named_leaves(base), tree.named_leaves(seen)
     changed: dict[str, Any] = {}
-    touched = set(trainable) if isinstance(trainable, Mapping) else set()
+    touched = {path for own in (state, trainable) if isinstance(own, Mapping) for path in own}
     for path, leaf in tree.named_leaves(wanted).items():
         if path in trained and (leaf is not seen_leaves[path] or path in touched):
             raise PeftError(

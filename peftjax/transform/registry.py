@@ -259,6 +259,10 @@ def build(config: Mapping[str, Any]) -> Transform:
     Raises:
         PeftError: the name or an option is unknown, an option is missing, of another type or out of range, or
             methods nest too deeply.
+
+    Examples:
+        >>> pj.build({"name": "unfreeze", "targets": ["head"]}).name
+        'unfreeze'
     """
     require_shallow(config)
     options = dict(config)
@@ -273,5 +277,10 @@ def build(config: Mapping[str, Any]) -> Transform:
 
 
 def describe(method: Transform) -> dict[str, Any]:
-    """What `build` makes the same method from again; plain JSON values."""
+    """What `build` makes the same method from again; plain JSON values.
+
+    Examples:
+        >>> pj.describe(pj.bitfit())
+        {'name': 'bitfit'}
+    """
     return {"name": method.name, **method.config}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,92 +12,67 @@ import optax
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.transform.around import Around, put_around
+from peftjax.transform.frozen import Frozen, Params, State, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.weights.base import Weight, dense
 
-Params = Any
-Trainable = Any
 Forward = Callable[..., Any]
+Loss = Callable[[Params], jax.Array]
+"""`params -> scalar`, of the batch at hand."""
 Check = Callable[..., str | None]
 """`(method, model, frozen, trainable, batch, loss) -> a warning or None`, with `loss(outputs, batch)`."""
+Both = tuple[Frozen, Trainable]
 
 
 @dataclass(frozen=True)
-class Renewal:
-    """What a method does between two steps of a run, as a compiled program of its own.
+class Advance:
+    """One thing that a method does to itself before a step: a new projection, a restart, an exchange.
 
     Attributes:
         due: `step -> bool`, asked before the step with that number, counted from 0.
-        run: `(loss, frozen, trainable, opt_state, *, step, key, part=0, prefix=()) -> (trainable,
-            opt_state)`, to be jitted with the last two donated; `loss: params -> scalar` is that of the
-            step's batch, `step` an integer array, `part` static, `prefix` the path of this method's
-            trainable inside a chain's.
+        run: `(loss, frozen, trainable, optimizer, *, step, key, part) -> (frozen, trainable, optimizer)`,
+            pure; `loss: params -> scalar` is that of the step's batch, `optimizer` an `OptimizerState`,
+            `step` an integer array, `part` static. Of `frozen` it changes those arrays alone that `changes`
+            names.
+        changes: the names of the arrays in `frozen.state[path]` that it changes; a checkpoint has them.
         parts: `frozen -> how many parts` it has, each a program of its own to be run in turn, so that the
             memory of one is free for the next.
     """
 
     due: Callable[[int], bool]
-    run: Callable[..., tuple[Trainable, Any]]
-    parts: Callable[[Any], int] = lambda frozen: 1
+    run: Callable[..., tuple[Frozen, Trainable, OptimizerState]]
+    changes: Collection[str] = ()
+    parts: Callable[[Frozen], int] = lambda frozen: 1
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Frozen:
-    """What a method keeps fixed: a pytree to pass through `jit` beside the trainable.
+class Placement:
+    """Where the trained values lie between steps, for a method that does not keep them beside the base.
 
     Attributes:
-        params: the parameters, with a `Hole` where a plain leaf is trained.
-        state: arrays of the method's own, by parameter path.
-        plan: the method's static decisions (which leaf, which axes, which rank), hashable.
+        close: `(frozen, trainable) -> (frozen, trainable)`, the trained values put into the base. What
+            `trainable` need not hold then, it does not.
+        open: likewise, the values beside the base again, which is as it was, bit by bit.
+        stays_closed: whether a step trains the values in the base. Else a step begins with `open`.
     """
 
-    params: Params
-    state: Any = field(default_factory=dict)
-    plan: Any = field(default=(), metadata={"static": True})
+    open: Callable[[Frozen, Trainable], Both]
+    close: Callable[[Frozen, Trainable], Both]
+    stays_closed: bool
 
 
-def _keep_model(model: Forward) -> Forward:
-    return model
+@dataclass(frozen=True)
+class GradientCut:
+    """The base's parameters get no gradient beside this method, but for those whose names begin so.
 
+    Attributes:
+        spared: how their names begin.
+        remedy: what else to do than to leave a parameter out.
+    """
 
-def _keep_optimizer(
-    tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-) -> optax.GradientTransformation:
-    return tx
-
-
-def _keep_frozen(frozen: Frozen, trainable: Trainable | None) -> Frozen:
-    return frozen
-
-
-def _take_all(trained: Mapping[str, str]) -> None:
-    pass
-
-
-def _keep_trainable(frozen: Frozen, trainable: Trainable) -> Trainable:
-    return trainable
-
-
-def _all_move(trainable: Trainable) -> Any:
-    return jax.tree.map(lambda _: True, trainable)
-
-
-def _unshared(init: Callable[..., tuple[Frozen, Trainable]]) -> Callable[..., tuple[Frozen, Trainable]]:
-    """`init` with a copy of each trained array that is one of the parameters, or there twice."""
-
-    @functools.wraps(init)
-    def copying(key: jax.Array, params: Params) -> tuple[Frozen, Trainable]:
-        frozen, trainable = init(key, params)
-        taken = {id(leaf) for leaf in jax.tree.leaves((params, frozen))}
-
-        def own(leaf: Any) -> Any:
-            shared = id(leaf) in taken
-            taken.add(id(leaf))
-            return jnp.copy(leaf) if shared and isinstance(leaf, jax.Array | np.ndarray) else leaf
-
-        return frozen, jax.tree.map(own, trainable)
-
-    return copying
+    remedy: str
+    spared: str = "head/"
 
 
 @dataclass(frozen=True)
@@ -107,55 +82,113 @@ class Transform:
     Attributes:
         name: the method's name in the registry.
         config: the options it was made with; with the name, enough to make it again.
-        init: `(key, params) -> (frozen, trainable)`; the trainable shares no array with `params` or
-            `frozen`, so that a step may donate it.
+        init: `(key, params) -> (frozen, trainable)`; neither the trainable nor the method's state shares an
+            array with `params`, so that a step may donate them.
         apply: `(frozen, trainable, key=None) -> params`, a tree that may hold structured weights; the
-            key drives the randomness of training (adapter dropout), without it there is none.
+            key drives the randomness of training (adapter dropout), without it there is none. It raises for a
+            method that advances and has not.
         model: `forward -> forward`, a rewrite of the stack of blocks.
-        optimizer: `optax transformation -> optax transformation` over the trainable; `prefix` is the
-            path at which this method's trainable lies inside a chain's.
-        write: `(frozen, trainable) -> frozen`, the trained values put into the weights they belong to;
-            `write(frozen, None)` puts the original ones back, bit by bit. The identity for all but the
-            methods made with `in_place=True` (see `in_place`).
-        review: `({path: method}) -> None`, called by `chain` when all methods have begun with the parameters
-            that are trained or adapted. It raises where another method's would get no gradient.
+        around: what it does to the gradients and updates of its own part of the trainable.
+        advances: what it does to itself before steps, each when it is due.
+        placement: where its trained values lie between steps, if not beside the base.
+        cut: where the gradient of others ends.
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
-        renewals: what is done between steps (a new projection, a restart), each when it is due.
-        moving: `trainable -> truth values`, False at what has no gradient, because only the method's own
-            hooks change it; a loop need not differentiate it.
-        open: `(frozen, trainable) -> trainable`, what a step's program begins with: it adds the slots that a
-            step needs and that no memory holds between steps.
-        close: `(frozen, trainable) -> trainable`, what it ends with: they are put into the others, and gone.
-            Both are the identity for all but the projected methods made with `write="step"`.
+        parts: the methods of a chain by their names in it.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> method = pj.lora(rank=2, targets=["up"])
+        >>> frozen, trainable = method.init(jax.random.key(0), params)
+        >>> jax.tree.map(jnp.shape, trainable)
+        {'up/kernel': {'a': (2, 4), 'b': (2, 8)}}
+        >>> method.merge(frozen, trainable)["up"]["kernel"].shape
+        (4, 8)
     """
 
     name: str
     config: Mapping[str, Any]
-    init: Callable[[jax.Array, Params], tuple[Frozen, Trainable]]
+    init: Callable[[jax.Array, Params], Both]
     apply: Callable[..., Params]
-    model: Callable[[Forward], Forward] = _keep_model
-    optimizer: Callable[..., optax.GradientTransformation] = _keep_optimizer
-    write: Callable[[Frozen, Trainable | None], Frozen] = _keep_frozen
-    review: Callable[[Mapping[str, str]], None] = _take_all
+    model: Callable[[Forward], Forward] = lambda forward: forward
+    around: Around | None = None
+    advances: tuple[Advance, ...] = ()
+    placement: Placement | None = None
+    cut: GradientCut | None = None
     checks: tuple[Check, ...] = ()
-    renewals: tuple[Renewal, ...] = ()
-    moving: Callable[[Trainable], Any] = _all_move
-    open: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
-    close: Callable[[Frozen, Trainable], Trainable] = _keep_trainable
+    parts: Mapping[str, "Transform"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init", _unshared(self.init))
+        object.__setattr__(self, "init", _unshared(self.init, advanced=not self.advances))
+        if self.advances:
+            object.__setattr__(self, "apply", _once_advanced(self.name, self.apply))
+
+    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """The transformation of the whole trainable, with what the method does around it.
+
+        Give `update` the frozen part too, `tx.update(gradients, state, trainable, frozen=frozen)`: some
+        methods read there what they hold fixed.
+        """
+        return put_around(tx, self.around)
+
+    def advance(
+        self,
+        loss: Loss | None,
+        frozen: Frozen,
+        trainable: Trainable,
+        opt_state: Any,
+        *,
+        step: int,
+        key: jax.Array,
+        tx: optax.GradientTransformation,
+    ) -> tuple[Frozen, Trainable, Any]:
+        """What the method does before a step; nothing, for most methods, so that any loop may call it.
+
+        `pj.training` does it, compiled and with memory given back; this is for a loop of one's own. What is
+        returned may share arrays with what was given.
+
+        Args:
+            loss: `params -> scalar` of the step's batch, differentiable; None where the method needs none.
+            frozen: of the method.
+            trainable: what is trained.
+            opt_state: the state of `tx`.
+            step: the number of the step that follows, from 0.
+            key: for its randomness.
+            tx: what `optimizer` gave.
+        """
+        frozen = replace(frozen, advanced=True)
+        state = OptimizerState(opt_state, tx, self.begin(frozen, trainable)[1])
+        for one in self.advances:
+            if one.due(step):
+                for part in range(one.parts(frozen)):
+                    number = jnp.asarray(step, jnp.int32)
+                    frozen, trainable, state = one.run(
+                        loss, frozen, trainable, state, step=number, key=key, part=part
+                    )
+        return frozen, trainable, state.state
+
+    def open(self, frozen: Frozen, trainable: Trainable) -> Both:
+        """The trained values beside the base, which is as it was; see `Placement`."""
+        return (frozen, trainable) if self.placement is None else self.placement.open(frozen, trainable)
+
+    def close(self, frozen: Frozen, trainable: Trainable) -> Both:
+        """The trained values in the base where the method keeps them there; see `Placement`."""
+        return (frozen, trainable) if self.placement is None else self.placement.close(frozen, trainable)
+
+    def begin(self, frozen: Frozen, trainable: Trainable) -> Both:
+        """What a step starts from: opened, where a step does not train in the base itself."""
+        if self.placement is None or self.placement.stays_closed:
+            return frozen, trainable
+        if not self.parts:
+            return self.placement.open(frozen, trainable)
+        return through_parts(self.parts, "begin", frozen, trainable)
 
     @property
     def in_place(self) -> bool:
-        """Whether the base may hold the adapted weights, so that a step needs no copy of any.
-
-        From the first `write` on, `apply` takes the weights as they lie in `frozen`, and the loop has one
-        line more: after each optimizer step, `frozen = write(frozen, trainable)`, jitted by itself with
-        `frozen` donated. Without any `write`, `apply` is that of the same method not in place.
-        """
-        return self.write is not _keep_frozen
+        """Whether the base's own arrays may come to hold trained values, so that a step needs no copy."""
+        if self.parts:
+            return any(part.in_place for part in self.parts.values())
+        return self.placement is not None and self.placement.stays_closed
 
     def merge(self, frozen: Frozen, trainable: Trainable, *, safe: bool = False) -> Params:
         """Plain arrays of the structure and dtypes of the original parameters; `frozen` stays as it is.
@@ -163,7 +196,7 @@ class Transform:
         Weights of 16 bits are merged in float32 and rounded once.
 
         Args:
-            frozen: from `init`, or from `write` with any trainable.
+            frozen: of the method, with any trainable's values in its base.
             trainable: the adapter.
             safe: check the result, outside `jit`.
 
@@ -171,7 +204,7 @@ class Transform:
             PeftError: the method adds parameters that no weight can hold; with `safe`, a merged parameter
                 has a NaN or an infinity.
         """
-        frozen = self.write(frozen, trainable)
+        frozen, trainable = self.close(replace(frozen, advanced=True), trainable)
         applied = self.apply(frozen, trainable)
         added = tree.named_leaves(applied).keys() - tree.named_leaves(frozen.params).keys()
         if added:
@@ -189,49 +222,80 @@ class Transform:
         return merged
 
 
+def part_of(frozen: Frozen, name: str, params: Params) -> Frozen:
+    """What one method of a chain has of the chain's `frozen`."""
+    return Frozen(params, frozen.state[name], dict(frozen.plan)[name])
+
+
+def through_parts(parts: Mapping[str, Transform], hook: str, frozen: Frozen, trainable: Trainable) -> Both:
+    """A method of `Transform`, `open`, `close` or `begin`, on all parts of a chain, the first innermost."""
+    params, states, plans, values = frozen.params, {}, {}, {}
+    for name, part in parts.items():
+        own, values[name] = getattr(part, hook)(part_of(frozen, name, params), trainable[name])
+        params, states[name], plans[name] = own.params, own.state, own.plan
+    return replace(frozen, params=params, state=states, plan=tuple(plans.items())), values
+
+
+def changing_state(method: Transform, state: State) -> State:
+    """What of `frozen.state` the method's advances change, and a checkpoint has to have; else nothing."""
+    if method.parts:
+        found = {name: changing_state(part, state[name]) for name, part in method.parts.items()}
+        return {name: own for name, own in found.items() if own}
+    names = {name for advance in method.advances for name in advance.changes}
+    found = {path: {n: slot for n, slot in slots.items() if n in names} for path, slots in state.items()}
+    return {path: own for path, own in found.items() if own} if names else {}
+
+
+def with_changing_state(state: State, changed: State) -> State:
+    """The state with the arrays that `changing_state` took out of another one."""
+    if not isinstance(changed, Mapping):
+        return changed
+    return {
+        name: with_changing_state(old, changed[name]) if name in changed else old
+        for name, old in state.items()
+    }
+
+
+def _unshared(init: Callable[..., Both], *, advanced: bool) -> Callable[..., Both]:
+    """`init` with a copy of each trained array, and of each of the state, that is one of the parameters.
+
+    Args:
+        init: of a method.
+        advanced: whether the method may be applied as it is then.
+    """
+
+    @functools.wraps(init)
+    def copying(key: jax.Array, params: Params) -> Both:
+        frozen, trainable = init(key, params)
+        taken = {id(leaf) for leaf in jax.tree.leaves((params, frozen.params))}
+
+        def own(leaf: Any) -> Any:
+            shared = id(leaf) in taken
+            taken.add(id(leaf))
+            return jnp.copy(leaf) if shared and isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+        state, trainable = jax.tree.map(own, (frozen.state, trainable))
+        return replace(frozen, state=state, advanced=advanced), trainable
+
+    return copying
+
+
+def _once_advanced(name: str, apply: Callable[..., Params]) -> Callable[..., Params]:
+    @functools.wraps(apply)
+    def checked(frozen: Frozen, trainable: Trainable, *, key: jax.Array | None = None) -> Params:
+        if not frozen.advanced:
+            raise PeftError(
+                f"{name} changes itself between steps, and has not yet: train with pj.training(method, loss, "
+                "tx), or call method.advance(loss, frozen, trainable, opt_state, step=..., key=..., tx=...) "
+                "before each step of your own loop"
+            )
+        return apply(frozen, trainable, key=key)
+
+    return checked
+
+
 def _merged(leaf: Any) -> jax.Array:
     """The array that a leaf stands for, in its dtype: a weight of 16 bits made in float32, rounded once."""
     if not isinstance(leaf, Weight) or jnp.dtype(leaf.dtype).itemsize >= 4:
         return dense(leaf)
     return dense(leaf.cast(jnp.float32)).astype(leaf.dtype)
-
-
-def all_slots_but(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
-    """True at every slot `{path: {slot: ...}}` but those."""
-    return {path: {slot: slot not in names for slot in slots} for path, slots in trainable.items()}
-
-
-def at_prefix(updates: Any, prefix: tuple[str, ...], fn: Callable[[Any], Any]) -> Any:
-    """`updates` with the weights `{path: {slot: ...}}` at `prefix` passed through `fn`.
-
-    What optax has masked out of it (`optax.multi_transform`) stays, and is not shown to `fn`.
-    """
-    if isinstance(updates, optax.MaskedNode):
-        return updates
-    if not prefix:
-        return {**updates, **fn(_unmasked(updates))}
-    head, *rest = prefix
-    return {**updates, head: at_prefix(updates[head], tuple(rest), fn)}
-
-
-def own_at(tree: Any, prefix: tuple[str, ...]) -> dict[str, Any]:
-    """The weights `{path: {slot: ...}}` at `prefix`, without those that optax has masked out."""
-    for name in prefix:
-        tree = {} if isinstance(tree, optax.MaskedNode) else tree[name]
-    return {} if isinstance(tree, optax.MaskedNode) else _unmasked(tree)
-
-
-def require_together(who: str, own: Mapping[str, Any]) -> None:
-    """Raise a PeftError when an optimizer is given some slots of a weight and not the others."""
-    for path, slots in own.items():
-        here = [name for name, slot in slots.items() if not isinstance(slot, optax.MaskedNode)]
-        if len(here) < len(slots):
-            raise PeftError(
-                f"{who}: of {path!r} this optimizer is given {', '.join(here)} and not "
-                f"{', '.join(sorted(slots.keys() - set(here)))}; in optax.multi_transform or optax.masked, "
-                "give all arrays of a weight the same label"
-            )
-
-
-def _unmasked(own: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: slots for path, slots in own.items() if jax.tree.leaves(slots)}

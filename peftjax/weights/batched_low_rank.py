@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from peftjax.core.errors import PeftError
-from peftjax.weights.base import Weight, canonical, contract, logical, static, structured
+from peftjax.weights.base import Weight, contract
 from peftjax.weights.canonical import side_of
+from peftjax.weights.contraction import Contraction, Dot, Gather
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Dot, Gather, Rule
 
 
 @structured
@@ -40,7 +41,7 @@ class BatchedLowRank(Weight):
             f"{self.layout.name}: adapters mixed per row have no single dense weight; merge one of them"
         )
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Products and lookups with the batch in front, on one matrix."""
         if isinstance(rule, Dot):
             plain = not rule.weight_first and not rule.x_batch and 0 not in rule.x_contract
@@ -91,7 +92,7 @@ class BatchedLowRank(Weight):
         stack = () if specs is None else tuple(specs.rows)[: len(self.layout.stack)]
         return None if specs is None else replace(specs, rows=PartitionSpec(*stack, self.over))
 
-    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> "BatchedLowRank":
+    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> Self:
         """The weight with its rows divided as `shard_map` divides the batch of these shapes.
 
         Raises:
@@ -126,7 +127,7 @@ class BatchedLowRank(Weight):
                 f"axes of that size in several ways, {sorted(map(str, over))}; call peftjax.mix and "
                 "peftjax.adapt inside of it, with its own rows"
             )
-        return replace(self, over=next(iter(over), None))
+        return replace(super().divided_with(activations), over=next(iter(over), None))
 
     def _grouped(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
         """`[*free, n]` as `[B, tokens, n]`, and how such a result gets the free axes back, flattened."""

@@ -2,8 +2,8 @@
 
 from jax import Array, lax
 
+from peftjax.weights.contraction import Dot
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.rules import Dot
 
 
 def side_of(layout: Layout, positions: tuple[int, ...]) -> Side | None:

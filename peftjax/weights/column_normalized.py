@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
+from peftjax.weights.base import Weight, dense
 from peftjax.weights.canonical import side_of, side_to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.diagonal import Diagonal
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.lengths import array_squares, rows_through
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.norms import rows_through, squared_norms_of_array
 
 
 @structured
@@ -52,7 +53,7 @@ class ColumnNormalized(Weight):
         squares = jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
         return self.magnitude / jnp.sqrt(lax.stop_gradient(squares))
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """What the low-rank weight inside supports; of experts, matrices that meet rows of x."""
         if isinstance(rule, RaggedDot) and not (rule.of_rows and self.layout.letters.count("o") == 1):
             return False
@@ -114,4 +115,4 @@ class ColumnNormalized(Weight):
 
 def column_squares(w: Any, layout: Layout) -> Array:
     """The squared length of every column (over all inputs) of a weight, float32 `[*stack, out]`."""
-    return array_squares(dense(w), layout, "i")
+    return squared_norms_of_array(dense(w), layout, "i")

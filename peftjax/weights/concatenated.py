@@ -3,32 +3,25 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.base import (
-    Weight,
-    contract,
-    dense,
-    reshape,
-    reverse,
-    slice_features,
-    static,
-    structured,
-)
+from peftjax.core.shapes import match_sizes
+from peftjax.weights.base import Weight, contract, dense
 from peftjax.weights.composed import Composed
-from peftjax.weights.layout import Layout, match_sizes
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import static, structured
+from peftjax.weights.layout import Layout
+from peftjax.weights.views import reshape, reverse, slice_features
 
 
 @structured
 class Concatenated(Composed):
     """Arrays and weights, at least one, concatenated along the axis `position`; each acts for itself."""
 
-    base: ClassVar[None] = None
     parts: tuple[Any, ...] = field(metadata={"role": "parts"})
     position: int = static()
     layout: Layout = static()
@@ -42,7 +35,7 @@ class Concatenated(Composed):
         """The parts, dense, one behind another."""
         return lax.concatenate([dense(part) for part in self.parts], self.position)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """What all parts support, where the axis of the parts is no window and no axis of experts."""
         p = self.position
         if isinstance(rule, Conv) and (
@@ -194,11 +187,11 @@ class Concatenated(Composed):
         sizes = [part.shape[self.position] for part in self.parts]
         return lax.split(x, sizes, axis)
 
-    def _summed(self, x: Array, axis: int, rule: Rule) -> Array:
+    def _summed(self, x: Array, axis: int, rule: Contraction) -> Array:
         first, *others = map(lambda x, w: contract(x, w, rule), self._pieces(x, axis), self.parts)
         return sum(others, first)
 
-    def _along_result(self, x: Array, rule: Rule, left: list[int], first: int | None) -> Array:
+    def _along_result(self, x: Array, rule: Contraction, left: list[int], first: int | None) -> Array:
         """What all parts give, along their axis in the result, where those `left` come from `first` on."""
         pieces = [contract(x, part, rule) for part in self.parts]
         start = pieces[0].ndim - len(left) if first is None else first

@@ -7,20 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    cast,
-    contract,
-    dense,
-    lazily_merged,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import along, along_result, side_of, side_to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -47,7 +38,7 @@ class Diagonal(Weight):
         """The numbers of one side."""
         return self.by_input if side == "i" else self.by_output
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """What the base supports, but for sums over a stack, whose matrices have numbers of their own."""
         if isinstance(rule, RaggedDot) and not rule.of_rows:
             return False

@@ -1,4 +1,4 @@
-"""Dropout on the input of an adapter: its mask is made again from a key in the backward pass."""
+"""Dropout on the input of an adapter: its mask is recomputed from a key in the backward pass."""
 
 from collections.abc import Callable
 from typing import Any

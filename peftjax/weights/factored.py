@@ -1,13 +1,15 @@
 """`scale · aᵀb` and nothing beside it: a weight that has no dense base at all."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.weights.base import Weight, canonical, static, structured
+from peftjax.weights.base import Weight
 from peftjax.weights.canonical import side_of, to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import canonical, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.low_rank import (
     low_rank_conv,
@@ -17,7 +19,6 @@ from peftjax.weights.low_rank import (
     low_rank_supports,
     met_side,
 )
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -27,7 +28,6 @@ class Factored(Weight):
     The backward pass keeps x, where an input of a layer is kept anyway, and the thin `x·aᵀ`.
     """
 
-    base: ClassVar[None] = None
     a: Array = canonical("i")
     b: Array = canonical("o")
     layout: Layout = static()
@@ -48,7 +48,7 @@ class Factored(Weight):
         """The same factors, which take the dtype of the activation they meet."""
         return replace(self, of_dtype=jnp.dtype(dtype))
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Contractions over all inputs or all outputs."""
         return low_rank_supports(self.layout, rule)
 

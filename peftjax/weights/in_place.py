@@ -1,4 +1,4 @@
-"""An array that holds trained values already: forward it is as it is, backward they get their gradient."""
+"""An array that holds trained values already: forward returns it, backward gives them their gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from peftjax.core.derivatives import with_backward
 Take = Callable[..., Array]
 
 
-def resident(take: Take, scale: float, w: Array, values: Array, places: tuple[Array, ...]) -> Array:
+def with_gradient_at(take: Take, scale: float, w: Array, values: Array, places: tuple[Array, ...]) -> Array:
     """`w`, which holds `scale · values` at `places`; their gradient is what `take` finds in that of w.
 
     Args:
@@ -23,7 +23,7 @@ def resident(take: Take, scale: float, w: Array, values: Array, places: tuple[Ar
     """
 
     def forward(w: Array, values: Array, places: tuple[Array, ...]) -> tuple[Array, Any]:
-        return resident(take, scale, w, values, places), (values, places)
+        return with_gradient_at(take, scale, w, values, places), (values, places)
 
     def backward(kept: Any, g: Array) -> tuple[Array, Array, None]:
         values, places = kept
@@ -32,11 +32,11 @@ def resident(take: Take, scale: float, w: Array, values: Array, places: tuple[Ar
     return with_backward(lambda w, values, places: w, forward, backward)(w, values, places)
 
 
-def followed(product: Any, y: Array, z: Array, values: Array) -> Array:
+def with_gradient_through(product: Any, y: Array, z: Array, values: Array) -> Array:
     """`y`, which holds `product(z, values)` already; backward keeps z and gives the values their gradient."""
 
     def forward(y: Array, z: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
-        return followed(product, y, z, values), (z, values)
+        return with_gradient_through(product, y, z, values), (z, values)
 
     def backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
         z, values = kept

@@ -14,6 +14,7 @@ from peftjax.weights.layout import Layout, Side
 from peftjax.weights.sharding import keeping
 
 NOWHERE = 2**31 - 1
+"""The number of a row that is in no matrix."""
 
 
 def numbered_in(numbers: Array, cut: range) -> Array:
@@ -30,9 +31,6 @@ def numbered_backwards(numbers: Array, layout: Layout, position: int) -> Array:
     step, size = math.prod(sizes[place + 1 :]), sizes[place]
     along = numbers // step % size
     return jnp.where(numbers < math.prod(sizes), numbers + (size - 1 - 2 * along) * step, numbers)
-
-
-"""The number of a row that is in no matrix."""
 
 
 def take_rows(w: Array, rows: Array, layout: Layout) -> Array:

@@ -10,22 +10,12 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from peftjax.kernels.kernelized_merge import KernelFunction, sparse_update
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    cast,
-    contract,
-    dense,
-    lazily_merged,
-    logical,
-    random_key,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
+from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.sharding import like
 
 
@@ -33,21 +23,21 @@ from peftjax.weights.sharding import like
 class Kernelized(Weight):
     """`w = base + dW^s(a, b)` with `a [*stack, P, q, in]` and `b [*stack, P, q, out]`, float32.
 
-    scalars: `[*stack, k]`, the map's in its order; threshold: `[*stack]`, of |dW|, a constant. None where
-    the map has none.
+    scalars: `[*stack, k]`, those of the kernel function in its order; threshold: `[*stack]`, of |dW|, a
+    constant. None where it has none.
 
     dW^s has no form in activation space. Where the base is a plain float32 array and no dropout acts, the
-    layer merges: one product with `base + dW^s`, made again in the backward pass. Otherwise there are two
+    layer merges: one product with `base + dW^s`, recomputed in the backward pass. Otherwise there are two
     products, `x·base + drop(x)·dW^s`: a sum in bfloat16 would round updates below 1/512 of the base's
     entries away, and a quantized base keeps its own rule. Either way backward keeps x, the factors, the
-    scalars and the threshold, and nothing of the weight's size. The mask is made again from the key.
+    scalars and the threshold, and nothing of the weight's size. The mask is recomputed from the key.
     """
 
     base: Any = logical()
     a: Array = canonical("i")
     b: Array = canonical("o")
     layout: Layout = static()
-    map: KernelFunction = static()
+    kernel_function: KernelFunction = static()
     scalars: Array | None = canonical(default=None)
     threshold: Array | None = canonical(default=None)
     dropout: float = static(0.0)
@@ -58,15 +48,15 @@ class Kernelized(Weight):
         stack = self.a.shape[:-3]
         t = jnp.zeros(stack, jnp.float32) if self.threshold is None else self.threshold
         values = () if self.scalars is None else jnp.moveaxis(self.scalars, -1, 0)
-        scalars = dict(zip(self.map.scalars, values))
-        return to_logical(sparse_update(self.a, self.b, scalars, t, self.map), self.layout)
+        scalars = dict(zip(self.kernel_function.scalars, values))
+        return to_logical(sparse_update(self.a, self.b, scalars, t, self.kernel_function), self.layout)
 
     def dense(self) -> Array:
         """`base + dW^s`, summed in float32, in the base's dtype."""
         base = dense(self.base)
         return (base.astype(jnp.float32) + like(self.delta(), base)).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Whatever the base supports."""
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
@@ -92,19 +82,21 @@ class Kernelized(Weight):
 
     def slice_features(self, position: int, cut: range) -> "Kernelized | None":
         """A slice, with the whole matrix's threshold; a softmax over the outputs needs all of them."""
-        if self.map.mixed and self.layout.axes[position].kind == "o":
+        if self.kernel_function.mixed and self.layout.axes[position].kind == "o":
             return None
         return super().slice_features(position, cut)
 
     def as_stack(self, position: int) -> "Kernelized | None":
         """As other weights'; a softmax over the outputs needs all of them."""
         return (
-            None if self.map.mixed and self.layout.axes[position].kind == "o" else super().as_stack(position)
+            None
+            if self.kernel_function.mixed and self.layout.axes[position].kind == "o"
+            else super().as_stack(position)
         )
 
     def part_specs(self, spec: PartitionSpec) -> "Kernelized | None":
         """As other weights'; None where a softmax over the outputs would see some of them only."""
-        if self.map.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):
+        if self.kernel_function.mixed and any(spec[p] for p in self.layout.positions("o") if p < len(spec)):
             return None
         return super().part_specs(spec)
 
@@ -112,7 +104,7 @@ class Kernelized(Weight):
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
     ) -> "Kernelized | None":
         """As other weights'; None where a softmax over the outputs would see repeated ones."""
-        if self.map.mixed and self.layout.axes[position].kind == "o":
+        if self.kernel_function.mixed and self.layout.axes[position].kind == "o":
             return None
         return super().gather_features(position, mesh_axes, fn, size)
 
@@ -120,7 +112,7 @@ class Kernelized(Weight):
     def _drops(self) -> bool:
         return self.key is not None and self.dropout > 0.0
 
-    def _contract(self, x: Array, rule: Rule) -> Array:
+    def _contract(self, x: Array, rule: Contraction) -> Array:
         exact = not isinstance(self.base, Weight) and jnp.finfo(self.dtype).bits >= 32
         if exact and not self._drops:
             return lazily_merged(rule, x, self)

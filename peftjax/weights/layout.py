@@ -1,4 +1,4 @@
-"""Which axes of a weight are stacked layers or experts, which are inputs, which are outputs.
+"""Which axes of a weight are stacked layers or experts, inputs, outputs: as given, or as its name tells.
 
 A weight of any rank is read as a stack of matrices `[*stack, in, out]`: the canonical form, in which
 adapters are stored. A `Layout` keeps, for every logical axis, its kind and its place in the canonical
@@ -6,14 +6,13 @@ form, and follows the views (transpose, reshape, slices of the stack) that a mod
 """
 
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import STACKS, is_convolution
+from peftjax.core.shapes import match_sizes
+from peftjax.core.tree import STACKS, Opaque, is_convolution, module_of, pattern_value
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis, "m"
 # axes of several kinds in one.
@@ -165,86 +164,12 @@ def _renumber_after(axes: tuple[Axis, ...], kind: Kind, place: int, by: int) -> 
     )
 
 
-def match_sizes(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """Group positions of `old` with sizes of `new` so that the products of each group are equal.
-
-    Unit axes of `new` that no unit axis of `old` answers to form groups of their own.
-    """
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        if i < len(old) and j < len(new) and old[i] == new[j]:
-            groups.append(([i], [new[j]]))
-            i, j = i + 1, j + 1
-            continue
-        if j < len(new) and new[j] == 1:
-            groups.append(([], [1]))
-            j += 1
-            continue
-        if i < len(old) and old[i] == 1:
-            groups.append(([i], []))
-            i += 1
-            continue
-        if i == len(old) or j == len(new):
-            return None
-        left, right, have, want = [i], [new[j]], old[i], new[j]
-        i, j = i + 1, j + 1
-        while have != want:
-            if have < want and i < len(old):
-                left.append(i)
-                have *= old[i]
-                i += 1
-            elif want < have and j < len(new):
-                right.append(new[j])
-                want *= new[j]
-                j += 1
-            else:
-                return None
-        groups.append((left, right))
-    return groups
-
-
-def refined(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The coarsest shape that both shapes merge, and how many of its axes each of `new` is made of.
-
-    None where they have none, or an axis is empty. Unit axes of `old` are kept.
-    """
-    groups = match_sizes(old, new) if math.prod(old) else None
-    if groups is None:
-        return None
-    fine: list[int] = []
-    counts: list[int] = []
-    loose = 0  # unit axes of the old shape that go with the next axis of the new one
-    for positions, sizes in groups:
-        if not sizes:
-            fine += [1] * len(positions)
-            loose += len(positions)
-            continue
-        ends = list(accumulate(sizes, operator.mul))
-        found = [0] * len(sizes)
-        done = 1
-        for position in positions:
-            end = done * old[position]
-            cuts = sorted({e for e in ends if done < e < end} | {end})
-            for cut in cuts:
-                if cut % done:
-                    return None
-                fine.append(cut // done)
-                found[next(n for n, e in enumerate(ends) if e >= cut)] += 1
-                done = cut
-        found[0] += loose
-        counts, loose = [*counts, *found], 0
-    if loose and counts:
-        counts[-1] += loose
-    return (tuple(fine), tuple(counts)) if counts else None
-
-
 # How parameters are named by the modules of Flax; the last component is the parameter's own name.
 _ATTENTION_INPUTS = ("query", "key", "value", "qkv")
 _ATTENTION_OUTPUTS = ("out",)
 
 
-def tells_its_layout(path: str) -> bool:
+def _tells_its_layout(path: str) -> bool:
     """Whether a parameter's name is one whose axes are known by the conventions of Flax and Equinox."""
     return path.rsplit("/", 1)[-1] in ("kernel", "weight", "embedding", "embeddings")
 
@@ -280,3 +205,27 @@ def guess_layout(path: str, shape: Sequence[int], bias: Sequence[int] | None = N
             if tuple(bias or ()) == tuple(shape[-outputs:]) or (bias is None and not stacked):
                 return letters
     return "s" * (ndim - 2) + "io"
+
+
+def layout_of(
+    path: str, leaves: Mapping[str, Any], layouts: Mapping[str, str] | None, *, one_way: bool = False
+) -> Layout:
+    """The layout of a weight: its own, the one given, or the one its name tells.
+
+    Args:
+        path: of the weight.
+        leaves: all parameters by path.
+        layouts: letters by pattern.
+        one_way: whether the method depends on which side is the input: a guess that the name does not
+            support is then held to.
+    """
+    leaf = leaves[path]
+    if isinstance(leaf, Opaque) and isinstance(own := getattr(leaf, "layout", None), Layout):
+        return own
+    bias = leaves.get(f"{module_of(path)}/bias")
+    guess = guess_layout(path, leaf.shape, getattr(bias, "shape", None))
+    given = pattern_value(path, layouts, None)
+    layout = Layout.parse(given or guess, leaf.shape, path)
+    # The kernels of transposed convolutions have the same names, and outputs before inputs.
+    told = _tells_its_layout(path) and not is_convolution(path, leaf.ndim)
+    return replace(layout, one_way=one_way and given is None and not told)

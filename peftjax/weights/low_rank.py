@@ -8,20 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    contract,
-    dense,
-    logical,
-    random_key,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, contract, dense
 from peftjax.weights.canonical import result_of_dot, side_of, to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
+from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.sharding import is_explicit, keeping, like
 
 Product = Callable[[Array, Array], Array]
@@ -36,7 +28,7 @@ class LowRank(Weight):
     A product with x is `x·base + scale · (x·aᵀ)·b`: the factors are stored rank first so that both
     gradients contract the thin side. The backward pass keeps x, which the base's layer shares with its
     neighbors, and the thin `x·aᵀ`. With `dropout` and a `key`, x is masked on the adapter's path only
-    and the mask is made again from the key in the backward pass.
+    and the mask is recomputed from the key in the backward pass.
     """
 
     base: Any = logical()
@@ -52,7 +44,7 @@ class LowRank(Weight):
         delta = self.scale * jnp.einsum("...ri,...ro->...io", self.a, self.b)
         return dense(self.base) + to_logical(delta, self.layout).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Contractions over all inputs or all outputs, and whatever else the base supports."""
         if isinstance(self.base, Weight) and not self.base.supports(rule):
             return False
@@ -106,7 +98,7 @@ class LowRank(Weight):
         return y + like(delta(x, *self._sides(side)).astype(y.dtype), y)
 
     def _enter(self, product: Product, x: Array, first: Array) -> Array:
-        """`x·first` with x dropped out; backward makes the mask again, and keeps x only to train `first`."""
+        """`x·first` with x dropped out; backward recomputes the mask, and keeps x only to train `first`."""
         if self.key is None or self.dropout == 0.0:
             return product(x, first)
 
@@ -117,7 +109,7 @@ class LowRank(Weight):
         return of_dropped(x, first, key_for_input(self.key, x))
 
 
-def low_rank_supports(layout: Layout, rule: Rule) -> bool:
+def low_rank_supports(layout: Layout, rule: Contraction) -> bool:
     """Whether factors in this layout can take the rule without forming their product."""
     if isinstance(rule, Dot):
         stack = set(layout.positions("s"))

@@ -9,11 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.weights.base import Weight, contract, dense, logical, reshape, static, structured
+from peftjax.core.shapes import refined
+from peftjax.weights.base import Weight, contract, dense
 from peftjax.weights.composed import Composed
-from peftjax.weights.layout import Axis, Layout, refined
-from peftjax.weights.members import over_members, true_of_member
-from peftjax.weights.rules import Conv, Dot, Rule
+from peftjax.weights.contraction import Contraction, Conv, Dot
+from peftjax.weights.fields import logical, static, structured
+from peftjax.weights.layout import Axis, Layout
+from peftjax.weights.stack_members import over_members, true_of_member
+from peftjax.weights.views import reshape
 
 
 @structured
@@ -32,7 +35,7 @@ class Merged(Composed):
         """The base's array, reshaped."""
         return dense(self.base).reshape(self.shape)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Products as the base, and convolutions of which each is one that its member supports."""
         if isinstance(rule, Dot):
             return self.base.supports(self._apart(rule))

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.core.errors import PeftError
-from peftjax.weights.base import Weight, dense, logical, static, structured
+from peftjax.core.shapes import match_sizes
+from peftjax.weights.base import Weight, dense
 from peftjax.weights.composed import Composed
-from peftjax.weights.layout import Layout, match_sizes
-from peftjax.weights.members import contract_summed, over_members, supports_summed, true_of_member
-from peftjax.weights.rules import Conv, Dot, Gather, Rule
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather
+from peftjax.weights.fields import logical, static, structured
+from peftjax.weights.layout import Layout
+from peftjax.weights.stack_members import contract_summed, over_members, supports_summed, true_of_member
 
 
 @structured
@@ -51,7 +53,7 @@ class Mixture(Composed):
         own = iter(range(sum(self.new), self.ndim))
         return lax.transpose(mixed, [next(added if new else own) for new in self.new]).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Products in which x meets axes of the experts; of one mixture, what each expert supports."""
         if isinstance(rule, Dot):
             if any(self.new[p] for p in rule.w_contract) or rule.out_sharding is not None:

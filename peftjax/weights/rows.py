@@ -8,26 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    cast,
-    contract,
-    dense,
-    logical,
-    reshape,
-    static,
-    structured,
-    transpose,
-)
+from peftjax.core.derivatives import with_backward
+from peftjax.weights.base import Weight, cast, contract, dense
 from peftjax.weights.canonical import outputs_in_result, side_of
-from peftjax.weights.in_place import followed, resident
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import canonical, logical, static, structured
+from peftjax.weights.in_place import with_gradient_at, with_gradient_through
 from peftjax.weights.indexing import numbered_backwards, numbered_in, put_rows, take_rows
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, widened
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 from peftjax.weights.sharding import keeping, like
-from peftjax.weights.thin import thin_dot
+from peftjax.weights.views import reshape, transpose
 
 
 @structured
@@ -54,10 +45,10 @@ class TrainedRows(Weight):
         """The base with the rows in place."""
         if self.in_place:
             taken = partial(take_rows, layout=self.layout)
-            return resident(taken, self.scale, self.base, self.values, (self.rows,))
+            return with_gradient_at(taken, self.scale, self.base, self.values, (self.rows,))
         return put_rows(dense(self.base), self.rows, self.scale * self.values, self.layout)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """What the equal low-rank weight supports."""
         return self._low_rank(None, None).supports(rule)
 
@@ -66,9 +57,9 @@ class TrainedRows(Weight):
         side = side_of(self.layout, rule.w_contract)
         if side == "i":
             y, z = contract(x, self.base, rule), self._chosen(x, rule)
-            into = partial(widened, rule=rule, layout=self.layout, side="i", dot=thin_dot)
+            into = partial(widened, rule=rule, layout=self.layout, side="i", dot=_thin_dot)
             if self.in_place:
-                return followed(partial(_scaled, into, self.scale), y, z, self.values)
+                return with_gradient_through(partial(_scaled, into, self.scale), y, z, self.values)
             return y + like(self._correction(into, z).astype(y.dtype), y)
         if self._exchanges:
             y = contract(x, self.base, rule)
@@ -156,7 +147,7 @@ class TrainedRows(Weight):
         return take(flat, rows)
 
     def _correction(self, into: Any, z: Array) -> Array:
-        """`z·(scale · values - base[rows])`; the difference is made again in the backward pass."""
+        """`z·(scale · values - base[rows])`; the difference is recomputed in the backward pass."""
 
         @jax.checkpoint
         def correction(z: Array, values: Array, base: Any, rows: Array) -> Array:
@@ -201,3 +192,43 @@ def _rounded(values: Array, dtype: Any) -> Array:
 
 def _scaled(into: Any, scale: float, z: Array, values: Array) -> Array:
     return into(z, scale * values)
+
+
+def _thin_dot(
+    z: Array, second: Array, dimension_numbers: Any, precision: Any, preferred_element_type: Any
+) -> Array:
+    """`lax.dot_general(z, second, ...)` in z's dtype, contracting z's last axis.
+
+    Backward keeps both; the gradient of `second` is summed in float32 and has its dtype.
+    """
+    options = (dimension_numbers, precision, preferred_element_type)
+
+    def forward(z: Array, second: Array) -> tuple[Array, tuple[Array, Array]]:
+        return _thin_dot(z, second, *options), (z, second)
+
+    return with_backward(partial(_thin_product, *options), forward, partial(_thin_backward, *options))(
+        z, second
+    )
+
+
+def _thin_product(dims: Any, precision: Any, preferred: Any, z: Array, second: Array) -> Array:
+    return lax.dot_general(
+        z, second.astype(z.dtype), dims, precision=precision, preferred_element_type=preferred
+    )
+
+
+def _thin_backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) -> tuple[Array, Array]:
+    z, second = kept
+    _, pull = jax.vjp(lambda z: _thin_product(dims, precision, preferred, z, second), z)
+    (_, (rank,)), (of_z, of_second) = dims
+    free = tuple(n for n in range(z.ndim - 1) if n not in of_z)
+    n_batch = len(of_z)
+    summed = lax.dot_general(
+        z,
+        g.astype(z.dtype),
+        ((free, tuple(n_batch + n for n in range(len(free)))), (of_z, tuple(range(n_batch)))),
+        precision=precision,
+        preferred_element_type=jnp.promote_types(second.dtype, jnp.float32),
+        out_sharding=keeping(second, (*of_second, *range(rank, second.ndim))),
+    )
+    return pull(g)[0], jnp.moveaxis(summed, range(n_batch), of_second).astype(second.dtype)

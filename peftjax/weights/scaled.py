@@ -5,18 +5,10 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from peftjax.weights.base import (
-    Weight,
-    canonical,
-    contract,
-    dense,
-    lazily_merged,
-    logical,
-    static,
-    structured,
-)
+from peftjax.weights.base import Weight, contract, dense, lazily_merged
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
@@ -34,7 +26,7 @@ class Scaled(Weight):
         factor = lax.transpose(self.factor, places).reshape(sizes)
         return (dense(self.base) * factor).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Whatever the base supports."""
         if isinstance(rule, RaggedDot) and not rule.of_rows:
             return False

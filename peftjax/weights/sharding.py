@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def type_of(w: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype, with the sharding of `w` where that is part of its type."""
-    sharding = _explicit(w)
+    """Shape and dtype, with the sharding of `w`, if any, where that is part of its type."""
+    sharding = None if w is None else _explicit(w)
     if sharding is None or len(sharding.spec) > len(shape):
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -5,10 +5,11 @@ from typing import Any
 from jax import Array
 
 from peftjax.core.errors import PeftError
-from peftjax.weights.base import Weight, canonical, contract, logical, static, structured
+from peftjax.weights.base import Weight, contract
 from peftjax.weights.canonical import along_result, side_of, side_to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot
+from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Rule
 
 
 @structured
@@ -30,7 +31,7 @@ class Shifted(Weight):
             "cannot hold it: the adapter cannot be merged, and runs as it is"
         )
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Products over all inputs and convolutions, where the base takes them."""
         if isinstance(self.base, Weight) and not self.base.supports(rule):
             return False

@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.weights.base import Weight, canonical, dense, logical, static, structured
-from peftjax.weights.in_place import resident
+from peftjax.weights.base import Weight, dense
+from peftjax.weights.fields import canonical, logical, static, structured
+from peftjax.weights.in_place import with_gradient_at
 from peftjax.weights.indexing import NOWHERE, numbered_backwards, numbered_in, put_entries, take_entries
 from peftjax.weights.layout import Layout
 
@@ -20,10 +21,10 @@ class SparseEntries(Weight):
     With `added`, the values are what is added to the base's entries: in float32, before the result gets
     the base's (or the compute) dtype. Pairs are distinct; a row past the end is no entry.
 
-    The dense weight is made for a layer's product and again in the backward pass, which keeps the layer's
-    input; the gradient of the values is read off the layer's dense one. In a scan over layers, one layer
-    at a time; a compiler may make those of an unrolled program sooner. With `in_place` the base holds the
-    trained entries already, and no dense copy is made.
+    The dense weight is made for a layer's product and recomputed in the backward pass, which keeps the
+    layer's input; the gradient of the values is read off the layer's dense one. In a scan over layers, one
+    layer at a time; a compiler may make those of an unrolled program sooner. With `in_place` the base holds
+    the trained entries already, and no dense copy is made.
     """
 
     base: Any = logical()
@@ -45,7 +46,9 @@ class SparseEntries(Weight):
         base = dense(self.base)
         if self.in_place:
             taken = partial(take_entries, layout=self.layout)
-            return resident(taken, 1.0, base.astype(self.dtype), self.values, (self.rows, self.columns))
+            return with_gradient_at(
+                taken, 1.0, base.astype(self.dtype), self.values, (self.rows, self.columns)
+            )
         return put_entries(base.astype(self.dtype), self.rows, self.columns, self.entries(base), self.layout)
 
     def entries(self, base: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from peftjax.cli import main as cli_main
 from peftjax.cli.main import COMMANDS, main
 from peftjax.core.errors import PeftError
 from peftjax.models.load import load
-from peftjax.train.saved import open_tuned
+from peftjax.train.saved_adapter import open_tuned
 
 STEPS = ["--steps", "30", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
 
@@ -191,9 +192,14 @@ def test_train_tells_a_method_how_many_steps_there_are(model_folder, data_folder
     assert (made["name"], made["total_steps"]) == ("snella", 3)
 
 
-def test_the_readme_has_the_methods_table(capsys):
-    readme = Path(__file__).parents[2] / "README.md"
-    assert run(capsys, "methods", "--markdown").strip() in readme.read_text(encoding="utf-8")
+def test_the_documentation_has_every_row_of_the_methods_table(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    import generate
+
+    rows = run(capsys, "methods", "--markdown").strip().splitlines()
+    assert len(rows) > 30
+    pages = re.sub(r"\[(`\w+`)\]\(\w+\.md\)", r"\1", generate.methods_index()).splitlines()
+    assert set(rows) <= set(pages)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -18,7 +18,7 @@ from peftjax.cli.main import main
 from peftjax.io import checkpoint
 from peftjax.models.load import FAMILIES, load, save
 from peftjax.text.tokenizer import load_tokenizer
-from peftjax.train.saved import open_tuned
+from peftjax.train.saved_adapter import open_tuned
 
 STEPS = ["--steps", "24", "--batch-size", "16", "--learning-rate", "2e-2", "--max-length", "16"]
 STEPS += ["--eval-every", "12", "--save-every", "6", "--eval-batch-size", "8"]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import KEY
+from support import KEY, assert_close
 
 import peftjax as pj
 from peftjax.core import compat, tree
 from peftjax.planner import machine as machines
-from peftjax.planner.step import training_step
+from peftjax.planner.step import method_loss
 
 L, D, F, B = 3, 64, 256, 32
 F32 = jnp.float32
@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit_is_an_error_with_its_size():
 
 
 @pytest.mark.slow
-def test_it_is_the_loop_of_the_readme():
+def test_the_step_is_the_loop_of_the_readme():
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes_of())
     batch = {"x": jnp.ones((B, D)), "labels": jnp.zeros(B, jnp.int32)}
     frozen, trainable = LORA.init(KEY, params)
@@ -126,12 +126,11 @@ def test_it_is_the_loop_of_the_readme():
     def loss_fn(trainable):
         return pj.losses.cross_entropy(pj.adapt(model)(LORA.apply(frozen, trainable), batch), batch)
 
-    updates, _ = tx.update(jax.grad(loss_fn)(trainable), tx.init(trainable), trainable)
-    step = training_step(LORA, model, optax.sgd(0.1), pj.losses.cross_entropy)
-    new, _, value = step(trainable, tx.init(trainable), frozen, batch)
-    wanted = optax.apply_updates(trainable, updates)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, new, wanted))
-    assert value == loss_fn(trainable)
+    updates, _ = tx.update(jax.grad(loss_fn)(trainable), tx.init(trainable), trainable, frozen=frozen)
+    training = pj.training(LORA, method_loss(LORA, model, pj.losses.cross_entropy), optax.sgd(0.1))
+    state, metrics = training.step(training.begin(frozen, trainable, KEY), batch)
+    assert_close(state.trainable, optax.apply_updates(trainable, updates), 1e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(loss_fn(trainable)), rel=1e-6)
 
 
 def test_arrays_and_a_key_in_the_frozen_state_are_counted():

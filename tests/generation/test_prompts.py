@@ -8,13 +8,19 @@ import tiny_language as tiny
 from peftjax.cli.generate import GenerateOptions, _prompts
 from peftjax.core.errors import PeftError
 from peftjax.text.chat import compile_template
-from peftjax.train import info as noted
+from peftjax.train import adapter_info
 from peftjax.train.data.language.completions import read_completions, tokenize_completions
 from peftjax.train.data.language.conversations import read_conversations, tokenize_conversations
 
 pytest.importorskip("jinja2", reason="jinja2 is in peftjax[train]")
 TEMPLATE = "{% if tools %}TOOLS {{ tools[0].name }}\n{% endif %}" + tiny.CHATML
 TOOLS = [{"name": "weather"}]
+
+
+def prompts_of(tokenizer, **options):
+    adapter = options.get("adapter")
+    noted = adapter_info.Noted() if adapter is None else adapter_info.read_noted(adapter)
+    return _prompts(GenerateOptions(**options), noted, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_prompts_of_a_file(tmp_path, tokenizer, row, known, separator):
     rows = read_completions(full, **({} if separator is None else {"separator": separator}))
     (example,) = tokenize_completions(rows, tokenizer)
     file = full if known else write(tmp_path / "asked.jsonl", row)
-    (prompt,) = _prompts(GenerateOptions(prompts=file, separator=separator), tokenizer)
+    (prompt,) = prompts_of(tokenizer, prompts=file, separator=separator)
     assert prompt.ids == before_the_answer(example)
 
 
@@ -63,17 +69,15 @@ def test_chats_with_system_and_tools(tmp_path, tokenizer, asked, answered):
     chats = read_conversations(write(tmp_path / "full.jsonl", answered | beside))
     template = compile_template(TEMPLATE, tokenizer.special_tokens)
     (example,) = tokenize_conversations(chats, template, tokenizer)
-    (prompt,) = _prompts(
-        GenerateOptions(prompts=write(tmp_path / "a.jsonl", asked | beside), chat=True), tokenizer
-    )
+    (prompt,) = prompts_of(tokenizer, prompts=write(tmp_path / "a.jsonl", asked | beside), chat=True)
     assert prompt.ids == before_the_answer(example)
     assert "TOOLS weather" in tokenizer.decode(prompt.ids)
 
 
 def test_a_prompt_of_the_command_line_is_any_text(tokenizer):
-    (prompt,) = _prompts(GenerateOptions(prompt="the cat"), tokenizer)
+    (prompt,) = prompts_of(tokenizer, prompt="the cat")
     assert tokenizer.decode(prompt.ids) == "the cat"
-    (prompt,) = _prompts(GenerateOptions(prompt="the cat", separator="?"), tokenizer)
+    (prompt,) = prompts_of(tokenizer, prompt="the cat", separator="?")
     assert tokenizer.decode(prompt.ids) == "the cat?"
 
 
@@ -86,14 +90,14 @@ def test_a_prompt_of_the_command_line_is_any_text(tokenizer):
     ],
 )
 def test_the_separator_is_the_adapters(tmp_path, tokenizer, monkeypatch, info, prompt, file):
-    monkeypatch.setattr(noted, "read_config", lambda folder: {"info": info})
-    (made,) = _prompts(GenerateOptions(prompt="the cat", adapter=tmp_path), tokenizer)
+    monkeypatch.setattr(adapter_info, "read_config", lambda folder: {"info": info})
+    (made,) = prompts_of(tokenizer, prompt="the cat", adapter=tmp_path)
     assert tokenizer.decode(made.ids) == prompt
     prompts = write(tmp_path / "p.jsonl", {"prompt": "the cat"})
-    (made,) = _prompts(GenerateOptions(prompts=prompts, adapter=tmp_path), tokenizer)
+    (made,) = prompts_of(tokenizer, prompts=prompts, adapter=tmp_path)
     assert tokenizer.decode(made.ids) == file
 
 
 def test_a_prompt_that_is_no_text_is_named_with_its_line(tmp_path, tokenizer):
     with pytest.raises(PeftError, match="line 1: the prompt is 3, not a string"):
-        _prompts(GenerateOptions(prompts=write(tmp_path / "p.jsonl", {"prompt": 3})), tokenizer)
+        prompts_of(tokenizer, prompts=write(tmp_path / "p.jsonl", {"prompt": 3}))

@@ -1,5 +1,7 @@
 """Decoding with a side network: two caches are what the whole sequence gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,18 +57,18 @@ def test_an_encoder_decoder_decodes_as_it_is_forced():
     batch = tiny_t5.token_batch()
     hidden, context = jax.jit(model.run_embed)(params, batch)
     wanted = jax.jit(model)(params, batch).dense()
-    context["mask"] = jnp.ones(hidden.shape[:2], bool)
+    context = dataclasses.replace(context, mask=jnp.ones(hidden.shape[:2], bool))
 
     @jax.jit
     def step(token, cache):
         rows = lambda bias: jax.lax.dynamic_slice_in_dim(bias, token, 1, 2)
-        own = {**context, "bias": rows(context["bias"]), "lst": jax.tree.map(rows, context["lst"])}
-        own["cache_index"] = token
+        biases = {"bias": rows(context.bias), "side_bias": rows(context.side_bias)}
+        own = dataclasses.replace(context, **biases, cache_index=token)
         new = jax.lax.dynamic_slice_in_dim(hidden, token, 1, 1)
         out, cache = model.run_blocks_cached(params, new, own, cache)
         return model.run_head(params, out, own).dense(), cache
 
-    made, cache = [], model.empty_cache(params, hidden[:, :1], {**context, "cache_index": 0})
+    made, cache = [], model.empty_cache(params, hidden[:, :1], dataclasses.replace(context, cache_index=0))
     for token in range(hidden.shape[1]):
         logits, cache = step(jnp.int32(token), cache)
         made.append(logits)

@@ -23,12 +23,12 @@ from peftjax.hf.config import read_config
 from peftjax.io.safetensors import describe_tensors, find_tensors, read_tensors, write_tensors
 from peftjax.models.llama import LLAMA
 from peftjax.models.weight_map import linear
+from peftjax.train.adapter_info import read_info
 from peftjax.train.data.files import file_dataset, read_rows
 from peftjax.train.data.language.conversations import read_conversations
 from peftjax.train.data.language.corpus import read_corpus
-from peftjax.train.identity import claim_folder
-from peftjax.train.info import read_info
 from peftjax.train.metrics import cut, read_metrics
+from peftjax.train.output_folder import claim_folder
 
 CASES = 300
 PARAMS = {

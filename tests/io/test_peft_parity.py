@@ -16,7 +16,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors
 from peftjax.models.weight_map import Weight, convolution, embedding, linear
-from peftjax.train.saved import merge_saved
+from peftjax.train.saved_adapter import merge_saved
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")

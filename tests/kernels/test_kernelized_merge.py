@@ -18,11 +18,17 @@ COEFFICIENTS = (0.3, -0.1)  # a sum that is not zero, so that shifts have a grad
 
 
 def case(kernel, mode, stack=(), dtype=jnp.float32):
-    map = naive.map_of(kernel, mode, COEFFICIENTS)
+    kernel_function = naive.kernel_function_of(kernel, mode, COEFFICIENTS)
     a, b = naive.factors(N, M, stack=stack, dtype=dtype)
-    scalars = naive.scalars_of(map, stack)
-    size = np.abs(naive.dense(a, b, scalars, map, np)).reshape(*stack, N * M)
-    return map, a, b, scalars, jnp.float32(np.quantile(size, 0.6003, axis=-1))  # between two values
+    scalars = naive.scalars_of(kernel_function, stack)
+    size = np.abs(naive.dense(a, b, scalars, kernel_function, np)).reshape(*stack, N * M)
+    return (
+        kernel_function,
+        a,
+        b,
+        scalars,
+        jnp.float32(np.quantile(size, 0.6003, axis=-1)),
+    )  # between two values
 
 
 def gradients(f, g, *primals):
@@ -31,20 +37,22 @@ def gradients(f, g, *primals):
 
 @pytest.mark.parametrize(("kernel", "mode"), CASES)
 def test_values(kernel, mode):
-    map, a, b, scalars, t = case(kernel, mode)
-    got = jax.jit(sparse_update, static_argnums=4)(a, b, scalars, t, map)
-    want = naive.sparse(a, b, scalars, t, map, np)
+    kernel_function, a, b, scalars, t = case(kernel, mode)
+    got = jax.jit(sparse_update, static_argnums=4)(a, b, scalars, t, kernel_function)
+    want = naive.sparse(a, b, scalars, t, kernel_function, np)
     assert got.dtype == jnp.float32
     assert np.abs(got - want).max() < 2e-6 * np.abs(want).max()
-    assert_close(update(a, b, scalars, map), naive.dense(a, b, scalars, map, np), 2e-6)
+    assert_close(
+        update(a, b, scalars, kernel_function), naive.dense(a, b, scalars, kernel_function, np), 2e-6
+    )
 
 
 @pytest.mark.parametrize(("kernel", "mode"), CASES)
 def test_gradients_are_those_of_autodiff(kernel, mode):
-    map, a, b, scalars, t = case(kernel, mode)
+    kernel_function, a, b, scalars, t = case(kernel, mode)
     g = 1 + jax.random.normal(jax.random.key(5), (N, M))  # so that no scalar's gradient cancels
-    got = gradients(lambda *p: sparse_update(*p, t, map), g, a, b, scalars)
-    want = gradients(lambda *p: naive.sparse(*p, t, map), g, a, b, scalars)
+    got = gradients(lambda *p: sparse_update(*p, t, kernel_function), g, a, b, scalars)
+    want = gradients(lambda *p: naive.sparse(*p, t, kernel_function), g, a, b, scalars)
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         largest = float(jnp.abs(right).max())
         assert largest > 0
@@ -54,31 +62,31 @@ def test_gradients_are_those_of_autodiff(kernel, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["distance", "mixed"])
 def test_stacks_vmap_scan_and_checkpoint(kernel):
-    map, a, b, scalars, t = case(kernel, "released", stack=(2, 2))
+    kernel_function, a, b, scalars, t = case(kernel, "released", stack=(2, 2))
     g = jax.random.normal(jax.random.key(5), (2, 2, N, M))
 
     def scanned(a, b, scalars):
-        step = jax.checkpoint(jax.vmap(lambda *p: sparse_update(*p, map)))
+        step = jax.checkpoint(jax.vmap(lambda *p: sparse_update(*p, kernel_function)))
         return jax.lax.scan(lambda _, p: (None, step(*p)), None, (a, b, scalars, t))[1]
 
-    want = gradients(lambda *p: naive.sparse(*p, t, map), g, a, b, scalars)
-    assert_close(gradients(lambda *p: sparse_update(*p, t, map), g, a, b, scalars), want)
+    want = gradients(lambda *p: naive.sparse(*p, t, kernel_function), g, a, b, scalars)
+    assert_close(gradients(lambda *p: sparse_update(*p, t, kernel_function), g, a, b, scalars), want)
     assert_close(gradients(scanned, g, a, b, scalars), want)
 
 
 def test_bfloat16_factors_are_computed_in_float32():
-    map, a, b, scalars, t = case("distance", "released", dtype=jnp.bfloat16)
-    got = sparse_update(a, b, scalars, t, map)
-    want = sparse_update(a.astype(jnp.float32), b.astype(jnp.float32), scalars, t, map)
+    kernel_function, a, b, scalars, t = case("distance", "released", dtype=jnp.bfloat16)
+    got = sparse_update(a, b, scalars, t, kernel_function)
+    want = sparse_update(a.astype(jnp.float32), b.astype(jnp.float32), scalars, t, kernel_function)
     np.testing.assert_array_equal(got, want)
-    of_a, of_b = gradients(lambda a, b: sparse_update(a, b, scalars, t, map), 1.0, a, b)
+    of_a, of_b = gradients(lambda a, b: sparse_update(a, b, scalars, t, kernel_function), 1.0, a, b)
     assert of_a.dtype == of_b.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("kernel", naive.KERNELS)
 def test_nothing_of_the_matrix_is_kept(kernel):
-    map, a, b, scalars, t = case(kernel, "released")
-    _, pullback = jax.vjp(lambda *p: sparse_update(*p, t, map), a, b, scalars)
+    kernel_function, a, b, scalars, t = case(kernel, "released")
+    _, pullback = jax.vjp(lambda *p: sparse_update(*p, t, kernel_function), a, b, scalars)
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
     assert kept
     assert all(np.prod(shape) < N * M for shape in kept)
@@ -86,43 +94,43 @@ def test_nothing_of_the_matrix_is_kept(kernel):
 
 @pytest.mark.parametrize("kernel", ["distance", "rbf", "mixed"])
 def test_equal_vectors(kernel):
-    map, a, b, scalars, _ = case(kernel, "none")
+    kernel_function, a, b, scalars, _ = case(kernel, "none")
     b = b.at[..., :9].set(a[..., 4:13])
     t = jnp.float32(0)
-    dw = update(a, b, scalars, map)
-    assert_close(dw, naive.dense(a, b, scalars, map, np), 1e-5)
+    dw = update(a, b, scalars, kernel_function)
+    assert_close(dw, naive.dense(a, b, scalars, kernel_function, np), 1e-5)
     if kernel == "distance":
         assert float(jnp.abs(dw[4, 0])) == 0.0
     g = jax.random.normal(jax.random.key(5), (N, M))
-    got = gradients(lambda *p: sparse_update(*p, t, map), g, a, b, scalars)
-    assert_close(got, gradients(lambda *p: naive.sparse(*p, t, map), g, a, b, scalars))
+    got = gradients(lambda *p: sparse_update(*p, t, kernel_function), g, a, b, scalars)
+    assert_close(got, gradients(lambda *p: naive.sparse(*p, t, kernel_function), g, a, b, scalars))
 
 
 def test_linear_kernel_is_lora():
-    map = KernelFunction("linear", (1.0,), "none")
+    kernel_function = KernelFunction("linear", (1.0,), "none")
     a, b = naive.factors(N, M, heads=1)
     g = jax.random.normal(jax.random.key(5), (N, M))
-    np.testing.assert_allclose(update(a, b, {}, map), a[0].T @ b[0], rtol=1e-6, atol=1e-6)
-    got = gradients(lambda a, b: update(a, b, {}, map), g, a, b)
+    np.testing.assert_allclose(update(a, b, {}, kernel_function), a[0].T @ b[0], rtol=1e-6, atol=1e-6)
+    got = gradients(lambda a, b: update(a, b, {}, kernel_function), g, a, b)
     assert_close(got, gradients(lambda a, b: a[0].T @ b[0], g, a, b))
 
 
 def test_pruned_entries_give_no_gradient_and_scale_is_squared():
-    map, a, b, scalars, t = case("distance", "released")
-    dw = sparse_update(a, b, scalars, t, map)
+    kernel_function, a, b, scalars, t = case("distance", "released")
+    dw = sparse_update(a, b, scalars, t, kernel_function)
     pruned = (dw == 0).astype(jnp.float32)
     assert 0 < float(pruned.mean()) < 1
-    for gradient in gradients(lambda a, b: sparse_update(a, b, scalars, t, map), pruned, a, b):
+    for gradient in gradients(lambda a, b: sparse_update(a, b, scalars, t, kernel_function), pruned, a, b):
         assert float(jnp.abs(gradient).max()) == 0.0
-    assert_close(sparse_update(3 * a, 3 * b, scalars, 3 * t, map), 9 * dw)
+    assert_close(sparse_update(3 * a, 3 * b, scalars, 3 * t, kernel_function), 9 * dw)
 
 
 def test_roles_swap_and_common_offsets_do_nothing():
-    map, a, b, scalars, _ = case("distance", "none")
-    dw = update(a, b, scalars, map)
-    assert_close(update(b, a, scalars, map), dw.T)
+    kernel_function, a, b, scalars, _ = case("distance", "none")
+    dw = update(a, b, scalars, kernel_function)
+    assert_close(update(b, a, scalars, kernel_function), dw.T)
     offset = jax.random.normal(jax.random.key(3), (2, 3, 1))
-    assert_close(update(a + offset, b + offset, scalars, map), dw)
+    assert_close(update(a + offset, b + offset, scalars, kernel_function), dw)
 
 
 def at_released_init(n=768, m=768, rank=32):

@@ -14,44 +14,48 @@ pytestmark = pytest.mark.slow
 CALL = {"tpu": "tpu_custom_call", "cuda": "triton"}
 
 
-def step(map, implementation="auto"):
+def step(kernel_function, implementation="auto"):
     """The threshold, the update and the gradients of a matrix or a stack."""
 
     def run(a, b, scalars, level, g):
-        t = threshold(a, b, scalars, level, map, implementation=implementation)
-        dw, pull = jax.vjp(lambda *p: sparse_update(*p, t, map, implementation=implementation), a, b, scalars)
+        t = threshold(a, b, scalars, level, kernel_function, implementation=implementation)
+        dw, pull = jax.vjp(
+            lambda *p: sparse_update(*p, t, kernel_function, implementation=implementation), a, b, scalars
+        )
         return t, dw, pull(g)
 
     return run
 
 
-def operands(map, n, m, q=16, stack=()):
+def operands(kernel_function, n, m, q=16, stack=()):
     of_stack = shape(*stack)
-    scalars = dict.fromkeys(map.scalars, of_stack)
+    scalars = dict.fromkeys(kernel_function.scalars, of_stack)
     return shape(*stack, 2, q, n), shape(*stack, 2, q, m), scalars, of_stack, shape(*stack, n, m)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("kernel", naive.KERNELS)
 def test_kernels_compile(platform, kernel):
-    map = naive.map_of(kernel)
-    program = compiled(step(map), operands(map, 768, 3072), platform)
+    kernel_function = naive.kernel_function_of(kernel)
+    program = compiled(step(kernel_function), operands(kernel_function, 768, 3072), platform)
     assert program.as_text().count(CALL[platform]) >= 3
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_odd_shapes_and_stacks_compile(platform):
-    map = naive.map_of("mixed", "paper")
-    program = compiled(step(map), operands(map, 337, 1153, q=3, stack=(2,)), platform)
+    kernel_function = naive.kernel_function_of("mixed", "paper")
+    program = compiled(step(kernel_function), operands(kernel_function, 337, 1153, q=3, stack=(2,)), platform)
     assert CALL[platform] in program.as_text()
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_no_matrix_is_made_but_the_update(platform):
-    map, n, m = naive.map_of("distance"), 4096, 11008
-    a, b, scalars, level, _ = operands(map, n, m)
-    t = lambda *p: threshold(*p, map)
-    gradient = lambda a, b, t, g: jax.vjp(lambda a, b: sparse_update(a, b, {}, t, map), a, b)[1](g)
+    kernel_function, n, m = naive.kernel_function_of("distance"), 4096, 11008
+    a, b, scalars, level, _ = operands(kernel_function, n, m)
+    t = lambda *p: threshold(*p, kernel_function)
+    gradient = lambda a, b, t, g: jax.vjp(lambda a, b: sparse_update(a, b, {}, t, kernel_function), a, b)[1](
+        g
+    )
     for program in (
         compiled(t, (a, b, scalars, level), platform),
         compiled(gradient, (a, b, level, shape(n, m)), platform),
@@ -60,24 +64,27 @@ def test_no_matrix_is_made_but_the_update(platform):
 
 
 def test_a_partitioned_program_takes_the_reference():
-    map = naive.map_of("distance")
-    a, b, scalars, level, g = operands(map, 768, 1024)
+    kernel_function = naive.kernel_function_of("distance")
+    a, b, scalars, level, g = operands(kernel_function, 768, 1024)
     over = mesh("tpu", (2, 2), ("x", "y"))
     at = lambda *spec: NamedSharding(over, P(*spec))
     spread = (at(None, None, "x"), at(None, None, "y"), {}, at(), at("x", "y"))
-    program = compiled(step(map), (a, b, scalars, level, g), "tpu", spread)
+    program = compiled(step(kernel_function), (a, b, scalars, level, g), "tpu", spread)
     assert CALL["tpu"] not in program.as_text()
     with pytest.raises(Exception, match="automatically partitioned"):
-        compiled(step(map, "pallas"), (a, b, scalars, level, g), "tpu", spread)
+        compiled(step(kernel_function, "pallas"), (a, b, scalars, level, g), "tpu", spread)
 
 
 def test_device_code_takes_the_kernels():
-    map = naive.map_of("distance")
-    a, b, _, level, _ = operands(map, 768, 1024)
+    kernel_function = naive.kernel_function_of("distance")
+    a, b, _, level, _ = operands(kernel_function, 768, 1024)
     over = mesh("tpu", (4,), ("x",))
     specs = (P(None, None, "x"), P(), P())
     local = jax.shard_map(
-        lambda a, b, t: sparse_update(a, b, {}, t, map), mesh=over, in_specs=specs, out_specs=P("x")
+        lambda a, b, t: sparse_update(a, b, {}, t, kernel_function),
+        mesh=over,
+        in_specs=specs,
+        out_specs=P("x"),
     )
     f = jax.grad(lambda a, b, t: jnp.sum(jnp.sin(local(a, b, t))), (0, 1))
     program = compiled(f, (a, b, level), "tpu", tuple(NamedSharding(over, spec) for spec in specs))

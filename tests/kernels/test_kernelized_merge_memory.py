@@ -10,7 +10,7 @@ from peftjax.kernels.kernelized_merge import sparse_update, threshold
 
 pytestmark = pytest.mark.slow
 LAYERS, D, TOKENS, Q = 12, 768, 1576, 16
-MAP = naive.map_of("distance")
+MAP = naive.kernel_function_of("distance")
 
 
 def merged(a, b, level):

@@ -14,9 +14,9 @@ LEVELS = [0.0, 0.1, 0.35, 0.5, 0.9, 0.995, 1.0]
 N, M = 37, 53
 
 
-def of_array(values, level, map, bits_per_pass=1):
+def of_array(values, level, kernel_function, bits_per_pass=1):
     count = selection.counter(jnp.asarray(values, jnp.float32)[None])
-    return selection.quantile(count, level, np.size(values), map, bits_per_pass)
+    return selection.quantile(count, level, np.size(values), kernel_function, bits_per_pass)
 
 
 of_array = jax.jit(of_array, static_argnums=(2, 3))
@@ -48,11 +48,11 @@ def test_equals_torch_quantile():
 
 @pytest.mark.parametrize("mode", ["released", "hard"])
 def test_kept_count(mode):
-    map, (a, b) = KernelFunction(mode=mode), naive.factors(N, M)
-    size = np.abs(np.asarray(update(a, b, {}, map)))
+    kernel_function, (a, b) = KernelFunction(mode=mode), naive.factors(N, M)
+    size = np.abs(np.asarray(update(a, b, {}, kernel_function)))
     for level in LEVELS:
-        t = threshold(a, b, {}, jnp.float32(level), map)
-        kept = np.asarray(sparse_update(a, b, {}, t, map)) != 0
+        t = threshold(a, b, {}, jnp.float32(level), kernel_function)
+        kept = np.asarray(sparse_update(a, b, {}, t, kernel_function)) != 0
         # A value that t equals may be rounded otherwise when it is computed again.
         assert abs(kept.sum() - (N * M - np.floor(np.float32(level) * (N * M - 1)) - 1)) <= 1
         assert (size[~kept] <= t * (1 + 1e-5)).all()
@@ -60,11 +60,11 @@ def test_kept_count(mode):
 
 
 def test_a_stack_has_a_threshold_each():
-    map, (a, b) = naive.map_of("mixed"), naive.factors(N, M, stack=(3,))
-    scalars, levels = naive.scalars_of(map, (3,)), jnp.array([0.1, 0.5, 0.9])
-    size = np.abs(naive.dense(a, b, scalars, map, np)).reshape(3, N * M)
+    kernel_function, (a, b) = naive.kernel_function_of("mixed"), naive.factors(N, M, stack=(3,))
+    scalars, levels = naive.scalars_of(kernel_function, (3,)), jnp.array([0.1, 0.5, 0.9])
+    size = np.abs(naive.dense(a, b, scalars, kernel_function, np)).reshape(3, N * M)
     want = [np.quantile(values, level) for values, level in zip(size, levels)]
-    find = lambda *p: threshold(*p, map)
+    find = lambda *p: threshold(*p, kernel_function)
     np.testing.assert_allclose(jax.jit(find)(a, b, scalars, levels), want, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(jax.vmap(find))(a, b, scalars, levels), want, rtol=1e-5)
 
@@ -89,12 +89,12 @@ def test_is_a_constant_to_the_gradient():
 @pytest.mark.parametrize("kernel", ["distance", "mixed"])
 def test_sharded_over_inputs_and_outputs(kernel, kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
-    map, (a, b) = naive.map_of(kernel), naive.factors(24, 32)
-    scalars, g = naive.scalars_of(map), jax.random.normal(jax.random.key(2), (24, 32))
+    kernel_function, (a, b) = naive.kernel_function_of(kernel), naive.factors(24, 32)
+    scalars, g = naive.scalars_of(kernel_function), jax.random.normal(jax.random.key(2), (24, 32))
 
     def run(a, b, scalars, g):
-        t = threshold(a, b, scalars, jnp.float32(0.7), map)
-        dw, pullback = jax.vjp(lambda *p: sparse_update(*p, t, map), a, b, scalars)
+        t = threshold(a, b, scalars, jnp.float32(0.7), kernel_function)
+        dw, pullback = jax.vjp(lambda *p: sparse_update(*p, t, kernel_function), a, b, scalars)
         return t, dw, pullback(g)
 
     want = jax.jit(run)(a, b, scalars, g)

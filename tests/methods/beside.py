@@ -12,7 +12,7 @@ from tiny_decoder import PROMPTS, make_decoder, padded, without_cache
 
 import peftjax as pj
 from peftjax.models.vit import ViTConfig, vit
-from peftjax.train.step import make_step
+from peftjax.train.step import model_loss
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 40, "labels": ("a", "b", "c")}
 TOKENS = 17
@@ -76,17 +76,17 @@ def assert_trains_sharded(method):
     model, params, batch = images()
     batch = {"pixel_values": jnp.concatenate([batch["pixel_values"]] * 4), "labels": jnp.arange(8) % 3}
     batch["weights"] = jnp.ones(8)
-    frozen, trainable = made(method, params)
-    tx = optax.sgd(0.1)
-    step = make_step(method.model(model), method, tx, pj.losses.classification)
+    given = made(method, params)
+    loss = model_loss(method.model(model), pj.losses.classification)
+    training = pj.training(method, loss, optax.sgd(0.1))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, P())
-    here, there = jax.tree.map(jnp.copy, trainable), jax.device_put(trainable, whole)
-    one = step(here, tx.init(here), frozen, batch, KEY)
-    spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    many = step(there, tx.init(there), jax.device_put(frozen, whole), spread, KEY)
-    assert_close(many[0], one[0])
-    assert float(one[2]["grad_norm"]) > 0
+    one, metrics = training.step(training.begin(*given, KEY), batch)
+    there = jax.device_put(given, NamedSharding(mesh, P()))
+    many, _ = training.step(
+        training.begin(*there, KEY), jax.device_put(batch, NamedSharding(mesh, P("data")))
+    )
+    assert_close(many.trainable, one.trainable)
+    assert float(metrics["grad_norm"]) > 0
 
 
 def assert_generates_as_without_a_cache(method):

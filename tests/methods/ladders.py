@@ -86,13 +86,17 @@ def climbed(model, params, side, hidden, context, own, used, gate=True):
     for layer in range(model.num_layers):
         differs = {name: np.asarray(values)[layer] for name, values in model.per_layer.items()}
         at = lambda tree, row: {"params": jax.tree.map(lambda leaf: leaf[row], tree)}
-        hidden = model.block.apply(at(params["blocks"], layer), hidden, {**context, **differs})
+        hidden = model.block.apply(
+            at(params["blocks"], layer), hidden, dataclasses.replace(context, **differs)
+        )
         if layer in used:
             row = used.index(layer)
             below = linear(at(side["down"], row)["params"], hidden)
             share = jax.nn.sigmoid(side["gate"][row] / 0.1) if gate else None
             stream = share * stream + (1 - share) * below if gate else stream + below
-            stream = block.apply(at(side["layers"], row), stream, {**context, **own, **differs})
+            stream = block.apply(
+                at(side["layers"], row), stream, dataclasses.replace(context, **own, **differs)
+            )
     if "norm" in side:
         norm = {"params": {"feed_forward_norm": side["norm"]}}
         stream = block.apply(norm, stream, method="normalize_feed_forward")
@@ -105,7 +109,7 @@ def up(side, stream):
 
 def halved(context):
     """The rotation of heads half as wide."""
-    if "rotation" not in context:
+    if context.rotation is None:
         return {}
-    angles = jnp.arctan2(context["rotation"][1], context["rotation"][0])[..., ::2]
+    angles = jnp.arctan2(context.rotation[1], context.rotation[0])[..., ::2]
     return {"rotation": (jnp.cos(angles), jnp.sin(angles))}

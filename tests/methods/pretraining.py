@@ -74,7 +74,7 @@ def sharded(trainable: Any) -> Any:
 
 def resumed(method: pj.Transform, directory: Any, steps: int = 10) -> tuple[Any, Any]:
     """A run of `fit` interrupted in the middle and continued, and the same in one piece."""
-    params = {**tiny.parameters()[0], "head": {"kernel": jnp.ones((16, 3)), "bias": jnp.zeros(3)}}
+    params = {**tiny.base(), "head": {"kernel": jnp.ones((16, 3)), "bias": jnp.zeros(3)}}
     params["layer"] = {"kernel": jax.random.normal(KEY, (16, 16)) / 4}
 
     def model(params, batch, *, key=None):

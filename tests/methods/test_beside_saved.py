@@ -10,7 +10,7 @@ import tiny
 import peftjax as pj
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
-from peftjax.train.identity import run_identity
+from peftjax.train.output_folder import run_identity
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
 METHODS = (pj.vqt(num_queries=2, passes=2), pj.unipt(), pj.sherl())

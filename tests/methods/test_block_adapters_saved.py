@@ -13,7 +13,7 @@ from tiny_models import moved, tiny
 import peftjax as pj
 from peftjax.adapters.files import load_adapter, save_adapter
 from peftjax.models.bert import bert
-from peftjax.train.identity import run_identity
+from peftjax.train.output_folder import run_identity
 
 
 @pytest.mark.slow

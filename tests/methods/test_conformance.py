@@ -8,11 +8,12 @@ One program is compiled for each method and model. What needs another program ru
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, Tiny, move
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.train.step import divided
 
 RATE = 1e-3
 # A parameter of the smallest models that a method may leave as it is.
@@ -47,21 +49,31 @@ def models_of(name: str) -> tuple[str, ...]:
     return BACKBONES if pj.METHODS[name].of_blocks else MODELS
 
 
-def step_of(method, forward):
-    """`(trainable, frozen, batch)` to all that one step of training says, as one function."""
-    run = pj.adapt(method.model(forward))
-    tx = method.optimizer(optax.sgd(RATE))
+class Recorded(NamedTuple):
+    """The state of an optimizer that remembers the gradients it was given."""
 
-    def loss(trainable, frozen, batch):
-        out = run(method.apply(frozen, trainable), batch)
+    gradients: Any
+
+
+RECORDING = optax.GradientTransformation(Recorded, lambda grads, state, params=None: (grads, Recorded(grads)))
+
+
+def step_of(method, forward):
+    """`(trainable, frozen, batch)` to all that one step of `pj.training` says, as one function."""
+    run = pj.adapt(method.model(forward))
+
+    def loss(params, batch):
+        out = run(params, batch).astype(jnp.float32)
         weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-        return jnp.sum(weight * jnp.sin(out.astype(jnp.float32))), out
+        return {"loss": jnp.sum(weight * jnp.sin(out)), "out": out}, jnp.ones(())
+
+    training = pj.training(method, loss, optax.chain(RECORDING, optax.sgd(RATE)))
 
     def step(trainable, frozen, batch):
-        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
-        updates, _ = tx.update(grads, tx.init(trainable), trainable)
-        stepped = optax.apply_updates(trainable, updates)
-        return {"loss": value, "out": out, "grads": grads, "stepped": stepped}
+        state = training.tx.init(method.begin(frozen, trainable)[1])
+        parts = divided(frozen, training.moves)
+        stepped, state, _, said = training.run_step(trainable, state, *parts, batch, None)
+        return {**said, "grads": optax.tree.get(state, "gradients"), "stepped": stepped}
 
     return step
 
@@ -93,10 +105,9 @@ class Case:
         return (self.frozen, self.fresh, self.trained, self.model.params)
 
 
-def steered(method, trainable):
-    """The key paths of what only the method's own hooks change, so that it has no gradient."""
-    moves = jax.tree_util.tree_leaves_with_path(method.moving(trainable))
-    return {jax.tree_util.keystr(path) for path, moves in moves if not moves}
+def only_decays(path):
+    """Whether the leaf is a projected weight's factor, which an optimizer's weight decay alone moves."""
+    return path.endswith("['shrink']")
 
 
 def shifts_scores(path):
@@ -104,18 +115,11 @@ def shifts_scores(path):
     return path.endswith("['key']['bias']")
 
 
-def as_trained(method, trainable):
-    """What training moves, moved; what the method steers, as it started."""
-    return jax.tree.map(
-        lambda moves, new, old: new if moves else old, method.moving(trainable), moved(trainable), trainable
-    )
-
-
 @functools.cache
 def made(method_name: str, model_name: str) -> Case | str:
     model, method = tiny(model_name), method_of(method_name)
     try:
-        frozen, trainable = method.init(KEY, model.params)
+        frozen, trainable = begun(method, model.params)
     except PeftError as error:
         if (
             "words" in tree.named_leaves(model.params)
@@ -128,8 +132,13 @@ def made(method_name: str, model_name: str) -> Case | str:
     step = (
         jax.jit(step) if model_name in (*MODELS, *BACKBONES, *CLASSIFIERS) else step
     )  # op by op, the methods share what is compiled
-    trained = as_trained(method, trainable)
-    return Case(model_name, pj.METHODS[method_name], model, method, frozen, trainable, trained, step)
+    return Case(model_name, pj.METHODS[method_name], model, method, frozen, trainable, moved(trainable), step)
+
+
+def begun(method, params):
+    """As trained by a loop that has advanced the method."""
+    frozen, trainable = method.init(KEY, params)
+    return dataclasses.replace(frozen, advanced=True), trainable
 
 
 @functools.cache
@@ -220,13 +229,13 @@ def test_an_unknown_option_is_an_error_that_names_it(name):
 
 
 def test_the_same_key_gives_the_same_start(smallest):
-    frozen, trainable = smallest.method.init(KEY, smallest.model.params)
+    frozen, trainable = begun(smallest.method, smallest.model.params)
     assert same(frozen, smallest.frozen)
     assert same(trainable, smallest.fresh)
 
 
 def test_the_start_can_be_asked_for_its_shapes_alone(smallest):
-    shapes = jax.eval_shape(smallest.method.init, KEY, smallest.model.params)
+    shapes = jax.eval_shape(functools.partial(begun, smallest.method), smallest.model.params)
     for wanted, found in zip(shapes, (smallest.frozen, smallest.fresh)):
         for path, want, leaf in pairs(wanted, found):
             assert (want.shape, want.dtype) == (leaf.shape, leaf.dtype), path
@@ -268,20 +277,19 @@ def test_one_row_of_another_length(anew):
 
 
 def test_every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case):
-    fixed = steered(case.method, case.trained)
     for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), path
         assert bool(jnp.isfinite(grad).all()), path
         if not shifts_scores(path):
-            assert (float(jnp.abs(grad).max()) > 0) != (path in fixed), path
+            assert (float(jnp.abs(grad).max()) > 0) != only_decays(path), path
 
 
 def test_a_step_changes_all_that_is_trained_and_nothing_else_and_lowers_the_loss(case):
     before = numbers(case.given)
-    stepped, fixed = case.at_trained["stepped"], steered(case.method, case.trained)
+    stepped = case.at_trained["stepped"]
     for path, new, old in pairs(stepped, case.trained):
         assert new.dtype == old.dtype, path
-        as_it_was = path in fixed or shifts_scores(path)
+        as_it_was = only_decays(path) or shifts_scores(path)
         assert as_it_was or not np.array_equal(new, old), path
     after = case.step(stepped, case.frozen, case.model.batch)
     assert float(after["loss"]) < float(case.at_trained["loss"])
@@ -307,12 +315,14 @@ def test_bfloat16_computation(anew):
         step(anew.trained, anew.frozen, anew.model.batch),
         anew.at_trained,
     )
-    assert got["out"].dtype == jnp.bfloat16
+    run = pj.adapt(anew.method.model(tiny(f"{anew.name} bf16").forward))
+    params = anew.method.apply(anew.frozen, anew.trained)
+    assert jax.eval_shape(run, params, anew.model.batch).dtype == jnp.bfloat16
     assert_close(got["out"], want["out"], 5e-2)
-    found, fixed = [], steered(anew.method, anew.trained)
+    found = []
     for path, grad, wanted in pairs(got["grads"], want["grads"]):
         assert grad.dtype == wanted.dtype, path
-        if path in fixed:
+        if only_decays(path):
             continue
         found.append((np.ravel(grad), np.ravel(wanted)))
         assert cosine(*found[-1]) > 0.9, path
@@ -322,7 +332,7 @@ def test_bfloat16_computation(anew):
 def test_bfloat16_parameters(mergeable):
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mergeable.model.params)
     frozen, trainable = mergeable.method.init(KEY, params)
-    merged = mergeable.method.merge(frozen, as_trained(mergeable.method, trainable))
+    merged = mergeable.method.merge(frozen, moved(trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
     if mergeable.info.conformance.starts_as_base:
         assert_close(mergeable.method.merge(frozen, trainable), params, 1e-2)
@@ -389,9 +399,9 @@ def test_training_a_plain_parameter_beside_it(smallest):
         with pytest.raises(PeftError, match=rf"'{norm}'"):
             method.init(KEY, smallest.model.params)
         return
-    frozen, trainable = method.init(KEY, smallest.model.params)
+    frozen, trainable = begun(method, smallest.model.params)
     assert set(trainable) == {smallest.method.name, "unfreeze"}
-    trained = {**trainable, "train": {norm: jnp.full(8, 2.0)}}
+    trained = {**trainable, "unfreeze": {norm: jnp.full(8, 2.0)}}
     out = pj.adapt(method.model(smallest.model.forward))(method.apply(frozen, trained), smallest.model.batch)
     assert float(jnp.abs(out - smallest.at_fresh["out"]).max()) > 1e-3
     if smallest.info.mergeable:
@@ -407,16 +417,16 @@ def test_on_a_base_that_is_not_a_plain_array(anew):
     base, adapter = lora.init(KEY, anew.model.params)
     adapter = moved(adapter)
     try:
-        frozen, trainable = own.init(KEY, lora.apply(base, adapter))
+        frozen, trainable = begun(own, lora.apply(base, adapter))
     except PeftError as error:
         if anew.info.quantized_base or not re.search(r"LowRank|earlier method", str(error)):
             raise
         return
-    trained = as_trained(anew.method, trainable)
+    trained = moved(trainable)
     out = pj.adapt(own.model(anew.model.forward))(own.apply(frozen, trained), batch)
     if anew.info.mergeable:
         wanted = plain(anew.name)(own.merge(frozen, trained), batch)
     else:
-        dense = own.apply(own.init(KEY, lora.merge(base, adapter))[0], trained)
+        dense = own.apply(begun(own, lora.merge(base, adapter))[0], trained)
         wanted = own.model(anew.model.forward)(dense, batch)
     assert_close(out, wanted)

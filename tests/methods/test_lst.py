@@ -21,7 +21,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.t5 import t5
 from peftjax.models.t5_config import read_config
-from peftjax.train.step import make_step
+from peftjax.train.step import model_loss
 
 CASES = {
     "bert": {},
@@ -62,7 +62,7 @@ def test_the_ladders_of_an_encoder_decoder_are_the_loops_over_their_layers():
     stacks = {"encoder_positions": "encoder", "decoder_positions": "blocks"}
     tables = {name: trainable[stack]["positions"] for name, stack in stacks.items()}
     own = {**tiny.params, "embed": {**embed, **tables}}
-    bias = lambda inputs: {"bias": inputs[1]["bias"]}
+    bias = lambda inputs: {"bias": inputs[1].bias}
 
     @jax.jit
     def wanted(batch):
@@ -153,7 +153,7 @@ def test_a_method_of_the_side_network_trains_that_alone():
     inner = pj.chain(pj.lora(rank=2, targets=".*layers.*kernel"), pj.unfreeze(["blocks/gate"]))
     method = pj.lst(reduction=2, side=inner)
     frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
-    assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "train"}
+    assert {path.split("/")[0] for path in tree.named_leaves(trainable)} == {"lora", "unfreeze"}
     run = pj.adapt(method.model(tiny.forward))
     plain = pj.lst(reduction=2)
     _, whole = jax.jit(plain.init)(KEY, tiny.params)
@@ -196,10 +196,10 @@ def test_it_trains_and_the_backbone_stays():
         loss = jnp.mean(jnp.square(outputs - 1.0))
         return {"loss": loss}, jnp.ones(())
 
-    step = make_step(method.model(tiny.forward), method, tx, objective, model_dropout=True)
-    state, losses = tx.init(trainable), []
-    for number in range(20):
-        trainable, state, metrics = step(trainable, state, frozen, tiny.batch, jax.random.key(number))
+    training = pj.training(method, model_loss(method.model(tiny.forward), objective, model_dropout=True), tx)
+    state, losses = training.begin(frozen, trainable, KEY), []
+    for _ in range(20):
+        state, metrics = training.step(state, tiny.batch)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     jax.tree.map(np.testing.assert_array_equal, frozen, before)

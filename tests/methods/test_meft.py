@@ -23,7 +23,7 @@ from peftjax.losses import classification
 from peftjax.methods.reversible.check import largest_error, with_stack
 from peftjax.models.bert import BertConfig, bert
 from peftjax.planner.residuals import kept_arrays
-from peftjax.train.step import make_step
+from peftjax.train.step import model_loss
 
 WIDTH, TOKENS = 32, 12
 BATCH = {"input_ids": jax.random.randint(KEY, (2, TOKENS), 0, 50)}
@@ -308,15 +308,15 @@ def test_sharded_over_batch_and_columns():
 def test_it_trains_in_the_one_loop_with_all_dropout_and_parts_of_batches():
     model, params = encoder(2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     method, tx = pj.meft(dropout=0.1), optax.adam(1e-2)
-    frozen, trainable = method.init(KEY, params)
     forward = method.model(dataclasses.replace(model, dtype="bfloat16"))
-    options = {"accumulation": 2, "model_dropout": True}
-    step = make_step(forward, method, tx, classification, **options)
+    training = pj.training(
+        method, model_loss(forward, classification, model_dropout=True), tx, accumulation=2
+    )
     ids = BATCH["input_ids"]
     batch = {"input_ids": ids, "labels": ids % 5, "weights": jnp.ones(ids.shape)}
-    state, losses = (trainable, tx.init(trainable)), []
-    for number in range(20):
-        *state, metrics = step(*state, frozen, batch, jax.random.fold_in(KEY, number))
+    state, losses = training.start(KEY, params), []
+    for _ in range(20):
+        state, metrics = training.step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
 

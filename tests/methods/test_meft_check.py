@@ -13,7 +13,7 @@ from test_meft import BATCH, encoder
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.methods.reversible.check import accepted, candidates, largest_error
-from peftjax.train.run import warn
+from peftjax.train.fine_tune import warn
 
 
 def loss(outputs, batch):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import peftjax as pj
-from peftjax.cli.report import adapted_line, inspection
+from peftjax.transform.inspection import adapted_line, inspection
 
 
 def methods():

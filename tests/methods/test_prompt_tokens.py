@@ -1,5 +1,7 @@
 """Prompt tokens of S2A: rows that the blocks read and the head does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -25,7 +27,9 @@ def test_they_are_tokens_after_those_of_the_row():
     model, batch = ENCODER.forward, {**ENCODER.batch, "attention_mask": jnp.array([[1] * 5, [1, 1, 1, 0, 0]])}
     hidden, context = model.run_embed(ENCODER.params, batch)
     hidden = jnp.concatenate([hidden, jnp.broadcast_to(trained["prompts"], (2, 2, WIDTH))], axis=1)
-    context = {**context, "mask": jnp.concatenate([context["mask"], jnp.ones((2, 2), bool)], axis=1)}
+    context = dataclasses.replace(
+        context, mask=jnp.concatenate([context.mask, jnp.ones((2, 2), bool)], axis=1)
+    )
     for number in range(BLOCKS):
         layer = jax.tree.map(lambda leaf, n=number: leaf[n], model.layers(ENCODER.params))
         hidden = model.run_layer(layer, hidden, context)

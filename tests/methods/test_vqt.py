@@ -1,5 +1,7 @@
 """Visual query tuning against the released form, which joins queries and tokens, and what backward keeps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,13 +36,14 @@ def joined(model, params, batch, queries):
     """H_L and F as the released code computes them: one stream, where the queries are masked."""
     hidden, context = model.run_embed(params, batch)
     rows, length = hidden.shape[:2]
-    mask = context.get("mask", jnp.ones((rows, length), bool))
+    mask = jnp.ones((rows, length), bool) if context.mask is None else context.mask
     last = jnp.max(jnp.where(mask, jnp.arange(length), 0), axis=1)
-    context = {**context, "mask": jnp.pad(mask, ((0, 0), (0, QUERIES)))}
-    if "rotation" in context:
+    context = dataclasses.replace(context, mask=jnp.pad(mask, ((0, 0), (0, QUERIES))))
+    if context.rotation is not None:
         at = jnp.concatenate([jnp.arange(length) + jnp.zeros((rows, 1), int), last[:, None]], axis=1)
         at = jnp.pad(at, ((0, 0), (0, QUERIES - 1)), mode="edge")
-        context["rotation"] = tuple(part[0][at] for part in context["rotation"])
+        turned = tuple(part[0][at] for part in context.rotation)
+        context = dataclasses.replace(context, rotation=turned)
     features = []
     for number, own in enumerate(queries):
         layer = jax.tree.map(lambda leaf: leaf[number], model.layers(params))  # noqa: B023

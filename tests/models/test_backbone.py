@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from peftjax.backbone.backbone import REMAT_POLICIES
+from peftjax.backbone.context import Context
 from peftjax.backbone.layers import Dropout
 from peftjax.core.errors import PeftError
 from peftjax.models.bert import bert
@@ -152,7 +153,7 @@ class DropOnly(nn.Module):
 def test_layers_draw_different_dropout(classifier):
     """Each of the three layers adds 0 or 2: equal masks would add up to 0 or 6 alone."""
     model = dataclasses.replace(classifier[0], block=DropOnly())
-    hidden = model.run_blocks({"blocks": {}}, jnp.zeros((1, 8, 8)), {}, key=jax.random.key(0))
+    hidden = model.run_blocks({"blocks": {}}, jnp.zeros((1, 8, 8)), Context(), key=jax.random.key(0))
     assert set(np.unique(hidden)) == {0, 2, 4, 6}
 
 

@@ -67,6 +67,6 @@ def test_the_last_token_as_a_query_reads_what_it_reads_as_a_token(name):
     wanted = model.run_layer(layer, hidden, context)[rows]
     # Another query beside it changes nothing.
     queries = jnp.stack([hidden[rows], jnp.cos(hidden[rows])], axis=1)
-    got = model.run_layer(layer, queries, {**context, "attended": hidden})
+    got = model.run_layer(layer, queries, dataclasses.replace(context, attended=hidden))
     assert_close(got[:, 0], wanted)
     assert float(jnp.abs(got[:, 1] - wanted).max()) > 1e-2

@@ -72,7 +72,7 @@ def test_scan_equals_a_loop_over_the_block_parts(flan):
     model, params = flan
     batch = token_batch(left=True)
     hidden, context = model.run_embed(params, batch)
-    assert context["encoded"].shape == (2, 9, 16)
+    assert context.encoded.shape == (2, 9, 16)
     for layer in range(model.num_layers):
         weights = {"params": jax.tree.map(lambda x: x[layer], params["blocks"])}  # noqa: B023
         call = lambda method, *args: model.block.apply(weights, *args, method=method)  # noqa: B023

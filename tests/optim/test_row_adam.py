@@ -8,8 +8,8 @@ import pytest
 
 from peftjax import optim
 from peftjax.core.errors import PeftError
-from peftjax.optim.moments import change_moments
 from peftjax.optim.row_adam import zero_rows
+from peftjax.transform.moments import change_moments
 
 PARAMS = {"x": {"a": jnp.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)}, "bias": jnp.ones(5), "t": jnp.ones(())}
 ROWS = jnp.array([[True, False, False], [False, False, True]])

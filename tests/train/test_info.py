@@ -5,7 +5,7 @@ import json
 import pytest
 
 from peftjax.core.errors import PeftError
-from peftjax.train.info import Info, Noted, read_info, read_noted
+from peftjax.train.adapter_info import Info, Noted, read_info, read_noted
 
 GOOD = {"model": "m", "head": "classifier", "labels": ["a", "b"], "max_length": 64}
 

@@ -17,7 +17,7 @@ import peftjax
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.selection.plain import unfreeze
-from peftjax.train.identity import run_identity
+from peftjax.train.output_folder import run_identity
 from peftjax.transform.chain import chain
 
 TIMED = ("tokens_per_second", "labels_per_second", "peak_host_bytes", "peak_device_bytes")
@@ -123,8 +123,7 @@ def test_trains_with_accumulation_and_without_evaluation():
 @pytest.mark.slow
 def test_real_method_resumes(tmp_path):
     """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece."""
-    frozen, trainable = tiny.parameters()
-    params = {**frozen, **trainable, "layer": {"kernel": jnp.eye(16)}}
+    params = {**tiny.base(), **tiny.parameters()[1], "layer": {"kernel": jnp.eye(16)}}
 
     def forward(params, batch, *, key=None):
         return tiny.forward({**params, "embed": params["embed"] @ params["layer"]["kernel"]}, batch)
@@ -148,7 +147,7 @@ def test_in_place_resumes_and_equals_the_form_that_is_not(tmp_path, name):
     """The written base is made again from the checkpoint; the caller's arrays stay as they were."""
     given = {"paca": {"rank": 4}, "shira": {"rank": 2}, "sara": {"density": 0.5, "reselect_at": 3}}[name]
     head = {"kernel": jax.random.normal(jax.random.key(3), (16, 3)), "bias": jnp.zeros(3)}
-    params = {**tiny.parameters()[0], "head": head}
+    params = {**tiny.base(), "head": head}
     config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=8, keep_best=0, save_every=3)
 
     def run(directory=None, steps=8, **options):

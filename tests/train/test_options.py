@@ -12,14 +12,10 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
-from peftjax.train.options import (
-    DataOptions,
-    MethodOptions,
-    make_method,
-    open_data,
-    start_at_probe,
-    with_new_head,
-)
+from peftjax.train.method import make_method
+from peftjax.train.new_head import start_at_probe, with_new_head
+from peftjax.train.open import open_data
+from peftjax.train.options import DataOptions, MethodOptions
 from peftjax.transform.registry import METHODS, build, describe
 
 CONFIG = BertConfig(

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from peftjax.core.errors import PeftError
-from peftjax.train import early_stopping, usage
+from peftjax.train import early_stopping, throughput
 from peftjax.train.early_stopping import Best
-from peftjax.train.identity import claim_folder, run_identity
 from peftjax.train.metrics import cut, open_metrics, read_metrics
+from peftjax.train.output_folder import claim_folder, run_identity
 from peftjax.train.progress import show_progress
 
 
@@ -92,22 +92,22 @@ def batch(tokens, length):
 
 def test_throughput_skips_compilation_pauses_and_padding(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr(usage.time, "perf_counter", lambda: float(next(now)))
-    throughput = usage.Throughput()
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(now)))
+    timed = throughput.Throughput()
     for item in (batch(7, 8), batch(5, 8), batch(6, 8)):  # the first compiles
-        throughput.before(item)
-        throughput.after(item, jnp.zeros(1))
-    throughput.before(batch(9, 16))  # compiles: time stands still, 1 s after it began
-    throughput.after(batch(9, 16), jnp.zeros(1))
-    assert throughput.seconds == 1.0
-    assert throughput.take() == {"tokens_per_second": 11.0, "labels_per_second": 2.0}
-    assert throughput.take() == {"tokens_per_second": None, "labels_per_second": None}
+        timed.before(item)
+        timed.after(item, jnp.zeros(1))
+    timed.before(batch(9, 16))  # compiles: time stands still, 1 s after it began
+    timed.after(batch(9, 16), jnp.zeros(1))
+    assert timed.seconds == 1.0
+    assert timed.take() == {"tokens_per_second": 11.0, "labels_per_second": 2.0}
+    assert timed.take() == {"tokens_per_second": None, "labels_per_second": None}
 
 
 def test_peak_memory():
-    before = usage.peak_memory()["peak_host_bytes"]
+    before = throughput.peak_memory()["peak_host_bytes"]
     block = np.ones(2**27, np.uint8)
-    after = usage.peak_memory()["peak_host_bytes"]
+    after = throughput.peak_memory()["peak_host_bytes"]
     assert 2**20 < before <= after < 2**40
     assert block.nbytes < after
 

@@ -6,15 +6,20 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from support import KEY
 
 import peftjax as pj
 from peftjax.losses import accuracy, classification, cross_entropy
 from peftjax.train.data.batches import make_batch
-from peftjax.train.step import make_evaluate, make_step
+from peftjax.train.step import divided, make_evaluate, model_loss
 
 
 def deterministic(params, batch, *, key=None):
     return tiny.forward(params, batch)
+
+
+def training_of(forward, method=tiny.METHOD, **options):
+    return pj.training(method, model_loss(forward, classification), optax.sgd(1.0), **options)
 
 
 def batch_of_unequal_weights():
@@ -38,16 +43,13 @@ def test_losses_against_numpy():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_the_whole_batch(parts):
-    frozen, _ = tiny.parameters()
-    batch, key = batch_of_unequal_weights(), jax.random.key(0)
-    results = []
+    batch, results = batch_of_unequal_weights(), []
     for accumulation in (1, parts):
-        tx = optax.sgd(1.0)
-        _, trainable = tiny.parameters()
-        step = make_step(deterministic, tiny.METHOD, tx, classification, accumulation=accumulation)
-        results.append(step(trainable, tx.init(trainable), frozen, batch, key))
+        training = training_of(deterministic, accumulation=accumulation)
+        state, metrics = training.step(training.begin(*tiny.parameters(), KEY), batch)
+        results.append((state.trainable, metrics))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
-    assert results[0][2]["grad_norm"] > 0.1
+    assert results[0][1]["grad_norm"] > 0.1
 
 
 @pytest.mark.slow
@@ -56,18 +58,18 @@ def test_step_is_the_weighted_mean_gradient():
     batch = batch_of_unequal_weights()
 
     def loss(trainable):
-        logits = tiny.forward({**frozen, **trainable}, batch)
+        logits = tiny.forward({**frozen.params, **trainable}, batch)
         return cross_entropy(logits, batch)
 
     value, gradient = jax.value_and_grad(loss)(trainable)
     expected = jax.tree.map(lambda p, g: p - g, trainable, gradient)
-    tx = optax.sgd(1.0)
-    step = make_step(deterministic, tiny.METHOD, tx, classification)
-    found, _, metrics = step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    training = training_of(deterministic)
+    before = training.begin(frozen, trainable, KEY)
+    state, metrics = training.step(before, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.trainable, expected)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
-    assert trainable["head"]["kernel"].is_deleted()
-    assert not frozen["embed"].is_deleted()
+    assert before.trainable["head"]["kernel"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, trainable)))
 
 
 def test_evaluation_counts_each_example_once():
@@ -87,7 +89,7 @@ def test_evaluation_counts_each_example_once():
 def test_a_penalty_in_the_gradient_is_not_divided_by_the_batch(parts):
     """A method may add to its gradient what is not of the batch: it is added once, however many parts."""
     frozen, trainable = tiny.parameters()
-    batch, key = batch_of_unequal_weights(), jax.random.key(0)
+    batch = batch_of_unequal_weights()
 
     @jax.custom_vjp
     def penalized(leaf):
@@ -98,25 +100,24 @@ def test_a_penalty_in_the_gradient_is_not_divided_by_the_batch(parts):
     ends = []
     for apply in (plain, added):
         method = replace(tiny.METHOD, apply=apply)
-        step = make_step(deterministic, method, optax.sgd(1.0), classification, accumulation=parts)
-        copy = jax.tree.map(jnp.copy, trainable)
-        ends.append(step(copy, optax.sgd(1.0).init(copy), frozen, batch, key)[0])
+        training = training_of(deterministic, method, accumulation=parts)
+        ends.append(training.step(training.begin(frozen, trainable, KEY), batch)[0].trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a - 1.0, b, rtol=1e-5, atol=1e-6), *ends)
 
 
-def test_what_has_no_gradient_is_not_accumulated():
+def test_what_a_method_holds_is_not_accumulated():
     params = {"up": {"kernel": jnp.ones((6, 10))}}
     method = pj.galore(rank=2)
-    frozen, trainable = method.init(jax.random.key(0), params)
 
     def forward(params, batch, *, key=None):
         return batch["x"] @ params["up"]["kernel"]
 
-    step = make_step(forward, method, method.optimizer(optax.sgd(0.1)), classification, accumulation=2)
+    training = training_of(forward, method, accumulation=2)
     batch = {"x": jnp.ones((4, 6)), "labels": jnp.zeros(4, jnp.int32), "weights": jnp.ones(4)}
-    state = method.optimizer(optax.sgd(0.1)).init(trainable)
-    jaxpr = jax.make_jaxpr(step)(trainable, state, frozen, batch, jax.random.key(0)).jaxpr
-    scan = next(e for e in jaxpr.eqns[0].params["jaxpr"].jaxpr.eqns if e.primitive.name == "scan")
+    state = training.advance(training.start(KEY, params), batch)
+    given = state.trainable, state.opt_state, *divided(state.frozen, training.moves), batch, KEY
+    jaxpr = jax.make_jaxpr(training.run_step)(*given).jaxpr
+    scan = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
     carried = [v.aval.shape for v in scan.outvars]
     assert (2, 10) in carried
     assert (6, 10) not in carried
@@ -126,11 +127,9 @@ def test_what_has_no_gradient_is_not_accumulated():
 def test_a_batch_of_which_nothing_counts_is_a_step_of_zero_gradients(accumulation):
     batch = batch_of_unequal_weights() | {"weights": np.zeros(8, np.float32)}
     frozen, trainable = tiny.parameters()
-    before = jax.tree.map(np.asarray, trainable)
-    tx = optax.sgd(1.0)
-    step = make_step(deterministic, tiny.METHOD, tx, classification, accumulation=accumulation)
-    after, _, metrics = step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    training = training_of(deterministic, accumulation=accumulation)
+    state, metrics = training.step(training.begin(frozen, trainable, KEY), batch)
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, trainable)
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 0.0,
         "accuracy": 0.0,
@@ -147,13 +146,12 @@ def test_masked_rows_with_infinite_or_undefined_logits_change_nothing(accumulati
 
     results = []
     for poisoned in (np.zeros(8, np.float32), np.ones(8, np.float32)):
-        frozen, trainable = tiny.parameters()
-        tx = optax.sgd(1.0)
-        step = make_step(forward, tiny.METHOD, tx, classification, accumulation=accumulation)
+        training = training_of(forward, accumulation=accumulation)
         batch = batch_of_unequal_weights() | {"poisoned": poisoned}
-        results.append(step(trainable, tx.init(trainable), frozen, batch, jax.random.key(0)))
+        state, metrics = training.step(training.begin(*tiny.parameters(), KEY), batch)
+        results.append((state.trainable, metrics))
     jax.tree.map(np.testing.assert_array_equal, *results)
-    assert np.isfinite(results[1][2]["loss"])
+    assert np.isfinite(results[1][1]["loss"])
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ import tiny_language
 
 from peftjax.core.errors import PeftError
 from peftjax.train.config import TrainConfig, with_defaults
+from peftjax.train.data.files import data_file
 from peftjax.train.data.language.dataset import RowOptions
-from peftjax.train.options import DataOptions, ModelOptions, RunOptions, longest_text
+from peftjax.train.open import find_base, longest_text
+from peftjax.train.options import DataOptions, ModelOptions, RunOptions
 from peftjax.train.tasks.find import find_task
 
 ROWS = {
@@ -66,6 +68,10 @@ def options_of(folders, model, data, *, rows=None, head=None, task=None, **texts
     )
 
 
+def task_of(options):
+    return find_task(options, find_base(options.base.model), data_file(options.texts.data))
+
+
 @pytest.mark.parametrize(
     ("model", "data", "given", "task"),
     [
@@ -87,7 +93,7 @@ def options_of(folders, model, data, *, rows=None, head=None, task=None, **texts
     ],
 )
 def test_model_and_data_decide(folders, model, data, given, task):
-    assert find_task(options_of(folders, model, data, **given)) == task
+    assert task_of(options_of(folders, model, data, **given)) == task
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_model_and_data_decide(folders, model, data, given, task):
 )
 def test_what_cannot_be_is_refused(folders, model, data, given, says):
     with pytest.raises(PeftError, match=says):
-        find_task(options_of(folders, model, data, **given))
+        task_of(options_of(folders, model, data, **given))
 
 
 def test_the_task_decides_on_defaults():
@@ -129,7 +135,7 @@ def test_the_task_decides_on_defaults():
 
 
 def test_no_text_is_longer_than_the_model_was_made_for(folders):
-    longest = longest_text(folders["decoder"])
+    longest = longest_text(find_base(folders["decoder"]))
     assert longest == 64
     assert with_defaults(TrainConfig(), "language", longest).max_length == 64
     with pytest.raises(PeftError, match="max_length is 65, but the model was made for at most 64"):

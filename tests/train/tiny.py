@@ -11,6 +11,7 @@ from peftjax.train.config import TrainConfig, plan_steps
 from peftjax.train.data import batches
 from peftjax.train.data.dataset import Split
 from peftjax.train.loop import fit
+from peftjax.transform.frozen import Frozen
 from peftjax.transform.transform import Transform
 
 CONFIG = TrainConfig(
@@ -40,13 +41,16 @@ METHOD = Transform(
     "tiny",
     config={},
     init=lambda key, params: parameters(),
-    apply=lambda frozen, trainable, key=None: {**frozen, **trainable},
+    apply=lambda frozen, trainable, key=None: {**frozen.params, **trainable},
 )
 
 
+def base():
+    return {"embed": jax.random.normal(jax.random.key(1), (30, 16))}
+
+
 def parameters():
-    frozen = {"embed": jax.random.normal(jax.random.key(1), (30, 16))}
-    return frozen, {"head": {"kernel": jnp.zeros((16, 3)), "bias": jnp.zeros(3)}}
+    return Frozen(base()), {"head": {"kernel": jnp.zeros((16, 3)), "bias": jnp.zeros(3)}}
 
 
 def data():

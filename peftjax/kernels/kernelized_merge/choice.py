@@ -39,7 +39,7 @@ def check(implementation: str) -> None:
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """`reference.<name>` or `fused.<name>` as the choice has it: `(*operands, map, implementation)`."""
+    """`reference.<name>` or `fused.<name>` as chosen: `(*operands, kernel_function, implementation)`."""
     plain = getattr(reference, name)
     with_kernels = {
         platform: partial(_flat, partial(getattr(fused, name), run))
@@ -52,18 +52,20 @@ def _operation(name: str) -> Callable[..., Any]:
         "pallas": primitives.by_platform(f"{title}_pallas", interpreted, with_kernels, always=True),
     }
 
-    def operation(*operands: Any, map: Any, implementation: Implementation) -> Any:
+    def operation(*operands: Any, kernel_function: Any, implementation: Implementation) -> Any:
         if implementation == "reference" or (implementation == "auto" and _has_explicit_axes(operands)):
-            return plain(*operands, map)
+            return plain(*operands, kernel_function)
         leaves, structure = jax.tree.flatten(operands)
-        out = jax.tree.structure(jax.eval_shape(partial(plain, map=map), *operands))
-        return jax.tree.unflatten(out, bind[implementation](*leaves, structure=structure, map=map))
+        out = jax.tree.structure(jax.eval_shape(partial(plain, kernel_function=kernel_function), *operands))
+        return jax.tree.unflatten(
+            out, bind[implementation](*leaves, structure=structure, kernel_function=kernel_function)
+        )
 
     return operation
 
 
-def _flat(f: Callable[..., Any], *leaves: Any, structure: Any, map: Any) -> list[Any]:
-    return jax.tree.leaves(f(*jax.tree.unflatten(structure, leaves), map))
+def _flat(f: Callable[..., Any], *leaves: Any, structure: Any, kernel_function: Any) -> list[Any]:
+    return jax.tree.leaves(f(*jax.tree.unflatten(structure, leaves), kernel_function))
 
 
 def _has_explicit_axes(operands: Any) -> bool:

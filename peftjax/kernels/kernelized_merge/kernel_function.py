@@ -53,17 +53,22 @@ class KernelFunction:
         return self.kernel in ("distance", "rbf")
 
 
-def check(a: Array, b: Array, scalars: Mapping[str, Array], per_matrix: Array, map: KernelFunction) -> None:
-    """Raise `PeftError` unless shapes, heads and scalars fit each other and the map."""
+def check(
+    a: Array, b: Array, scalars: Mapping[str, Array], per_matrix: Array, kernel_function: KernelFunction
+) -> None:
+    """Raise `PeftError` unless shapes, heads and scalars fit each other and the kernel function."""
     stack = a.shape[:-3]
     if a.ndim < 3 or b.shape[:-1] != a.shape[:-1]:
         raise PeftError(
             f"a is {a.shape} and b {b.shape}; they must be [*stack, heads, rank, inputs] and [.., outputs]."
         )
-    if a.shape[-3] != len(map.coefficients):
-        raise PeftError(f"a has {a.shape[-3]} heads and the map {len(map.coefficients)} coefficients.")
-    if set(scalars) != set(map.scalars):
-        raise PeftError(f"the map needs the scalars {sorted(map.scalars)} and was given {sorted(scalars)}.")
+    heads, names = len(kernel_function.coefficients), kernel_function.scalars
+    if a.shape[-3] != heads:
+        raise PeftError(f"a has {a.shape[-3]} heads and the kernel function {heads} coefficients.")
+    if set(scalars) != set(names):
+        raise PeftError(
+            f"the kernel function needs the scalars {sorted(names)} and was given {sorted(scalars)}."
+        )
     for name, value in {**scalars, "threshold or level": per_matrix}.items():
         if value.shape != stack:
             raise PeftError(f"{name} has the shape {value.shape}; one number per matrix is {stack}.")

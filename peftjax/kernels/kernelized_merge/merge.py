@@ -20,7 +20,7 @@ def update(
     a: Array,
     b: Array,
     scalars: Mapping[str, Array],
-    map: KernelFunction,
+    kernel_function: KernelFunction,
     *,
     implementation: Implementation = "auto",
 ) -> Array:
@@ -29,7 +29,7 @@ def update(
     a: `[*stack, P, q, n]`; b: `[*stack, P, q, m]`; scalars: as for `sparse_update`.
     """
     no_threshold = jnp.zeros(a.shape[:-3], jnp.float32)
-    unsparsified = replace(map, mode="none")
+    unsparsified = replace(kernel_function, mode="none")
     return sparse_update(a, b, scalars, no_threshold, unsparsified, implementation=implementation)
 
 
@@ -38,7 +38,7 @@ def threshold(
     b: Array,
     scalars: Mapping[str, Array],
     level: Array,
-    map: KernelFunction,
+    kernel_function: KernelFunction,
     *,
     implementation: Implementation = "auto",
 ) -> Array:
@@ -51,12 +51,14 @@ def threshold(
     a, b, scalars: as for `sparse_update`. level: `[*stack]` in [0, 1], traced: another level compiles
     nothing. Found by selection (`selection.quantile`), so a matrix may have up to 2^31 - 1 entries.
     """
-    check(a, b, scalars, level, map)
+    check(a, b, scalars, level, kernel_function)
     choice.check(implementation)
-    if map.mode == "none":
+    if kernel_function.mode == "none":
         return jnp.zeros(level.shape, jnp.float32)
     operands = jax.tree.map(lax.stop_gradient, (a, b, dict(scalars), level))
-    return choice.threshold(*compat.varying_alike(operands), map=map, implementation=implementation)
+    return choice.threshold(
+        *compat.varying_alike(operands), kernel_function=kernel_function, implementation=implementation
+    )
 
 
 def sparse_update(
@@ -64,14 +66,14 @@ def sparse_update(
     b: Array,
     scalars: Mapping[str, Array],
     t: Array,
-    map: KernelFunction,
+    kernel_function: KernelFunction,
     *,
     implementation: Implementation = "auto",
 ) -> Array:
     """The sparsified update dW^s, float32 `[*stack, n, m]`.
 
     a: `[*stack, P, q, n]`, b: `[*stack, P, q, m]`, of P heads and rank q, in any float dtype; computed in
-    float32. scalars: `[*stack]` under each name of `map.scalars`. t: `[*stack]`, from `threshold`.
+    float32. scalars: `[*stack]` under each name that it has. t: `[*stack]`, from `threshold`.
 
     The gradient is that of a, b and the scalars; t and the sparsifier's factor are constants. The backward
     pass keeps a, b, the scalars and t, and nothing with n·m elements. Forward mode and higher derivatives
@@ -79,23 +81,27 @@ def sparse_update(
 
     implementation: see `choice`; `auto` takes a kernel where the program runs on one TPU or GPU.
 
-    Raises `PeftError` where shapes, heads or scalars do not fit the map.
+    Raises `PeftError` where shapes, heads or scalars do not fit the kernel function.
     """
-    check(a, b, scalars, t, map)
+    check(a, b, scalars, t, kernel_function)
     choice.check(implementation)
     # Inside a shard_map, what all devices share is cast first: its gradient is then summed over them.
-    return _sparse_update(map, implementation, *compat.varying_alike((a, b, dict(scalars), t)))
+    return _sparse_update(kernel_function, implementation, *compat.varying_alike((a, b, dict(scalars), t)))
 
 
-def _sparse_update(map: KernelFunction, implementation: Implementation, *operands: Any) -> Array:
+def _sparse_update(kernel_function: KernelFunction, implementation: Implementation, *operands: Any) -> Array:
     def keep(*operands: Any) -> tuple[Array, tuple]:
-        return _sparse_update(map, implementation, *operands), operands
+        return _sparse_update(kernel_function, implementation, *operands), operands
 
-    value = partial(choice.forward, map=map, implementation=implementation)
-    return with_backward(value, keep, partial(_gradients, map, implementation))(*operands)
+    value = partial(choice.forward, kernel_function=kernel_function, implementation=implementation)
+    return with_backward(value, keep, partial(_gradients, kernel_function, implementation))(*operands)
 
 
-def _gradients(map: KernelFunction, implementation: Implementation, kept: tuple, g: Array) -> tuple:
-    of_a, of_b, of_scalars = choice.backward(*kept, g, map=map, implementation=implementation)
+def _gradients(
+    kernel_function: KernelFunction, implementation: Implementation, kept: tuple, g: Array
+) -> tuple:
+    of_a, of_b, of_scalars = choice.backward(
+        *kept, g, kernel_function=kernel_function, implementation=implementation
+    )
     gradients = (of_a, of_b, of_scalars, jnp.zeros_like(kept[3]))
     return jax.tree.map(lambda gradient, primal: gradient.astype(primal.dtype), gradients, kept)

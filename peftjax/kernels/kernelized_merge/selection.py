@@ -30,7 +30,9 @@ class Counted(NamedTuple):
 Count = Callable[[Array], Counted]  # of candidates, int32 bits [*stack, C], ascending
 
 
-def quantile(count: Count, level: Array, size: int, map: KernelFunction, bits_per_pass: int = 1) -> Array:
+def quantile(
+    count: Count, level: Array, size: int, kernel_function: KernelFunction, bits_per_pass: int = 1
+) -> Array:
     """The threshold t, float32 `[*stack]`, of matrices of `size` values seen only through `count`.
 
     `released` and `hard`: between the two values around position `level·(size - 1)`, linearly. `paper`:
@@ -41,7 +43,7 @@ def quantile(count: Count, level: Array, size: int, map: KernelFunction, bits_pe
     to within size/2^25 places of the exact one, and t is then a value of the matrix.
     """
     level = level.astype(jnp.float32)
-    if map.mode == "paper":
+    if kernel_function.mode == "paper":
         return _value(_select(count, _place(jnp.ceil(level * size) - 1.0, size), bits_per_pass))
     position = jnp.clip(level * (size - 1), 0.0, size - 1)
     place = _place(jnp.floor(position), size)

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import BlockStack
-from peftjax.backbone.rewritten_block import Context, RewrittenBlock
+from peftjax.backbone.rewritten_block import RewrittenBlock
 from peftjax.core.checks import fraction, one_of, positive
 from peftjax.methods._targets import key_for
 

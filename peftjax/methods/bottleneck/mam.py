@@ -18,8 +18,9 @@ from peftjax.core.errors import PeftError
 from peftjax.methods._parts import Layers, Part, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init
 from peftjax.methods.prompt.prefix import Prefix, keys_and_values
+from peftjax.transform.frozen import Trainable
 from peftjax.transform.registry import Conformance, build, describe, register
-from peftjax.transform.transform import Trainable, Transform
+from peftjax.transform.transform import Transform
 
 
 @register(

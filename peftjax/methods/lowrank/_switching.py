@@ -5,8 +5,7 @@
 rounded up or down at random, for each matrix of every stack. Counting the exchanges so far by c, the rows
 c, c+1, ... (mod r) of `a` and the rows c + r//2, ... of `b` are next; each is exchanged with the place
 c, c+1, ... (mod the pool's size) of its pool. That is the released order: there every pool has the live
-vectors too, in a window that moves along, and what leaves the window is the last to come back. The count c is
-a float32, as all that is trained must be: exact for 16 million exchanges in a matrix.
+vectors too, in a window that moves along, and what leaves the window is the last to come back.
 """
 
 import math
@@ -21,11 +20,14 @@ from jax import Array
 
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
-from peftjax.transform.transform import at_prefix, own_at, require_together
+from peftjax.transform.around import Own, require_given, require_together
+from peftjax.transform.frozen import Frozen
 
 Slots = Mapping[str, Array]
-STEERED = ("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched")
-"""The slots of a weight that have no gradient: only a switch changes them."""
+FACTORS = ("a", "b")
+"""What is trained of a weight."""
+HELD = ("weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched")
+"""What is held of it, and changed by a switch."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
     """
     a, b, rank, places = slots["a"], slots["b"], slots["a"].shape[0], slots["pool_a"].shape[0]
     most = min(schedule.most(rank), places)
-    done, each = slots["switched"].astype(jnp.int32), jnp.arange(most)
+    done, each = slots["switched"], jnp.arange(most)
     on = each < count
     in_a, in_b, place = (done + each) % rank, (done + rank // 2 + each) % rank, (done + each) % places
 
@@ -122,8 +124,8 @@ def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
         "b": new_b,
         "pool_a": pool_a,
         "pool_b": pool_b,
-        "frozen_a": jnp.where(reset_a, float(schedule.freeze_steps), slots["frozen_a"]),
-        "frozen_b": jnp.where(reset_b, float(schedule.freeze_steps), slots["frozen_b"]),
+        "frozen_a": jnp.where(reset_a, schedule.freeze_steps, slots["frozen_a"]),
+        "frozen_b": jnp.where(reset_b, schedule.freeze_steps, slots["frozen_b"]),
         "switched": slots["switched"] + count,
     }
     # The rows of the two halves are distinct, so that `b` at the one is as before and `a` at the other too.
@@ -134,59 +136,26 @@ def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
 
 def thawed(slots: Slots) -> dict[str, Array]:
     """The slots with one step less to go for each frozen row."""
-    left = {name: jnp.maximum(slots[name] - 1.0, 0.0) for name in ("frozen_a", "frozen_b")}
+    left = {name: jnp.maximum(slots[name] - 1, 0) for name in ("frozen_a", "frozen_b")}
     return {**slots, **left}
 
 
-def steered(
-    tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
-    """`tx` that never sees the steered slots, and neither sees a gradient of a frozen row nor moves it.
+def hold_frozen_rows() -> optax.GradientTransformationExtraArgs:
+    """Zero at the rows of `a` and `b` that are not trained for now."""
 
-    Raises:
-        PeftError: in `update`, when it is not given the parameters.
-    """
+    def init(params: Own) -> optax.EmptyState:
+        require_together("switchlora", params)
+        return optax.EmptyState()
 
-    def trained(params: Any) -> Any:
-        whole = jax.tree.map(lambda _: True, params)
+    def update(
+        values: Own, state: Any, params: Own | None = None, *, frozen: Frozen | None = None, **extra: Any
+    ) -> tuple[Own, Any]:
+        held = require_given("switchlora", params, frozen).state
+        return {path: _held(slots, held.get(path, {})) for path, slots in values.items()}, state
 
-        def of_path(own: Mapping[str, Slots]) -> dict[str, dict[str, bool]]:
-            return {p: {name: not _is_steered(name, slots) for name in slots} for p, slots in own.items()}
-
-        return at_prefix(whole, prefix, of_path)
-
-    inner = optax.masked(tx, trained)
-
-    def held(values: Any, params: Any) -> Any:
-        own = own_at(params, prefix)
-        require_together("switchlora", own)
-
-        def of_path(mine: Mapping[str, Slots]) -> dict[str, dict[str, Array]]:
-            return {path: _held(slots, own[path]) for path, slots in mine.items()}
-
-        return at_prefix(values, prefix, of_path)
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        if params is None:
-            raise PeftError(
-                "switchlora: the update needs the parameters; call tx.update(grads, state, params)"
-            )
-        updates, state = inner.update(held(grads, params), state, params, **extra)
-        return held(updates, params), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_steered(name: str, slots: Slots) -> bool:
-    return "switched" in slots and name in STEERED
-
-
-def _held(values: Slots, now: Slots) -> dict[str, Array]:
-    """Gradients or updates of a weight's slots without those of frozen rows and steered slots."""
-    if "switched" not in now:
-        return dict(values)
-    live = {name: now[f"frozen_{name}"][..., None] == 0 for name in "ab"}
-    return {
-        name: jnp.where(live[name], value, 0.0) if name in live else jnp.zeros_like(value)
-        for name, value in values.items()
-    }
+def _held(values: Slots, held: Slots) -> dict[str, Array]:
+    live = {name: held[f"frozen_{name}"][..., None] == 0 for name in FACTORS if f"frozen_{name}" in held}
+    return {name: jnp.where(live[name], v, 0.0) if name in live else v for name, v in values.items()}

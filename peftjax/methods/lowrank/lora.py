@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from peftjax.core import tree
@@ -27,9 +26,11 @@ from peftjax.core.errors import PeftError
 from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
 from peftjax.methods.lowrank._factors import Bias, Start, find_targets, is_embedding
 from peftjax.methods.lowrank._options import LoraOptions, LowRankOptions
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.shifted import Shifted
@@ -78,7 +79,7 @@ def low_rank(
     wrap: Wrap | None = None,
     train_a: bool = True,
     one_way: bool = False,
-    optimizer: Callable[..., optax.GradientTransformation] | None = None,
+    around: Around | None = None,
 ) -> Transform:
     """A method whose weights are `base + scale · aᵀb`, as a `Transform`.
 
@@ -90,7 +91,7 @@ def low_rank(
         wrap: what is put around each low-rank weight, with its own slots.
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
         one_way: whether the method depends on which side of a weight is the input.
-        optimizer: the method's hook on the optimizer.
+        around: what the method does around the optimizer.
     """
     dropout, bias = options.dropout, options.bias
 
@@ -142,8 +143,7 @@ def low_rank(
             rewritten[target.path] = weight
         return tree.replace(params, rewritten)
 
-    hook = {} if optimizer is None else {"optimizer": optimizer}
-    return Transform(name, {}, init, apply, **hook)
+    return Transform(name, {}, init, apply, around=around)
 
 
 def _lacks_bias(target: Target, leaves: Mapping[str, Any]) -> bool:

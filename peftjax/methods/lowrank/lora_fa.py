@@ -28,9 +28,10 @@ from peftjax.methods._targets import Target, all_layers
 from peftjax.methods.lowrank._factors import is_embedding
 from peftjax.methods.lowrank._options import LoraOptions
 from peftjax.methods.lowrank.lora import Wrap, low_rank
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.low_rank import LowRank
 
 _RIDGE = 1e-8  # on the diagonal of a·aᵀ

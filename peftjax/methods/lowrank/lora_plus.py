@@ -10,17 +10,16 @@ ratio 16 is the one the authors recommend.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import optax
 
 from peftjax.core.checks import positive
 from peftjax.methods.lowrank._options import LoraOptions
 from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.around import Around, on_slots
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Transform, at_prefix
+from peftjax.transform.transform import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +52,8 @@ def lora_plus(options: LoraPlusOptions) -> Transform:
     Raises:
         PeftError: as `lora`, or when the ratio is not positive.
     """
-
-    def faster_b(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        def scale(own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-            return {
-                path: {
-                    name: jax.tree.map(lambda u: options.ratio * u, part) if name == "b" else part
-                    for name, part in slots.items()
-                }
-                for path, slots in own.items()
-            }
-
-        return optax.chain(tx, optax.stateless(lambda updates, _: at_prefix(updates, prefix, scale)))
-
-    return low_rank("lora_plus", options, options.start, rslora=options.rslora, optimizer=faster_b)
+    faster_b = on_slots(
+        lambda slot, update: jax.tree.map(lambda u: options.ratio * u, update) if slot == "b" else update
+    )
+    around = Around(updates=faster_b)
+    return low_rank("lora_plus", options, options.start, rslora=options.rslora, around=around)

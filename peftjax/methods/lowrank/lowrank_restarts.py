@@ -44,7 +44,7 @@ where a user casts them to bfloat16.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +52,18 @@ from jax import Array, lax
 
 from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
-from peftjax.core.linalg import rebalance
+from peftjax.core.linalg import balanced, rebalance, svd_of
 from peftjax.core.tree import Targets, named_leaves, pattern_value
 from peftjax.methods._entries import entry_count, random_entries
 from peftjax.methods._rest import with_targets, without_targets
 from peftjax.methods._targets import Target, find_targets, key_for
 from peftjax.methods.lowrank._factors import plain_matrices
-from peftjax.optim.moment_fields import is_gradient_sum, kind_of
-from peftjax.optim.moments import Change, change_moments
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.moment_fields import is_gradient_sum, kind_of
+from peftjax.transform.moments import Change
+from peftjax.transform.optimizer_state import OptimizerState, Slot
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Params, Renewal, Trainable, Transform
+from peftjax.transform.transform import Advance, Loss, Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.factored import Factored
@@ -141,7 +143,7 @@ def lowrank_restarts(
         for target in plan_of(params):
             path, layout, own = target.path, target.layout, key_for(key, target.path)
             w = plain_matrices("lowrank_restarts", target, leaves[path])
-            a, b = _random(own, w, target.rank) if start == "random" else _spectral(w, target.rank)
+            a, b = _random(own, w, target.rank) if start == "random" else balanced(svd_of(w), target.rank)
             trainable[path] = {"a": a, "b": b}
             if density > 0.0:
                 count = entry_count("lowrank_restarts", path, layout, target.rank, density)
@@ -164,16 +166,15 @@ def lowrank_restarts(
         return with_targets(frozen, trainable, weights)
 
     def restart(
-        loss: Callable[[Params], Array],
+        loss: Loss | None,
         frozen: Frozen,
         trainable: Trainable,
-        opt_state: Any,
+        optimizer: OptimizerState,
         *,
         step: Array,
         key: Array,
-        part: int = 0,
-        prefix: tuple[str, ...] = (),
-    ) -> tuple[Trainable, Any]:
+        part: int,
+    ) -> tuple[Frozen, Trainable, OptimizerState]:
         factored = {path for path, _, _ in frozen.plan}
         new = {
             path: {**slots, **dict(zip("ab", rebalance(slots["a"], slots["b"])))}
@@ -182,23 +183,16 @@ def lowrank_restarts(
             for path, slots in trainable.items()
         }
         turns = {
-            (*prefix, path, name): _gradients_turned(
+            (path, name): _gradients_turned(
                 *((trainable[path][factor], new[path][factor]) for factor in (name, other))
             )
             for path in sorted(factored)
             for name, other in ("ab", "ba")
         }
-        return new, _reset(opt_state, turns, reset)
+        return frozen, new, _reset(optimizer, turns, reset)
 
-    renewal = Renewal(lambda step: step > 0 and step % every == 0, restart)
-    return Transform("lowrank_restarts", {}, init, apply, renewals=(renewal,))
-
-
-def _spectral(w: Array, rank: int) -> tuple[Array, Array]:
-    """Balanced factors of the best approximation of that rank."""
-    u, sizes, vt = jnp.linalg.svd(w, full_matrices=False)
-    root = jnp.sqrt(sizes[..., :rank])[..., None]
-    return root * u[..., :rank].swapaxes(-1, -2), root * vt[..., :rank, :]
+    advance = Advance(lambda step: step > 0 and step % every == 0, restart)
+    return Transform("lowrank_restarts", {}, init, apply, advances=(advance,))
 
 
 def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
@@ -232,7 +226,7 @@ def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> C
     return turned
 
 
-def _reset(opt_state: Any, turns: Mapping[tuple[str, ...], Change], reset: str) -> Any:
+def _reset(optimizer: OptimizerState, turns: Mapping[Slot, Change], reset: str) -> OptimizerState:
     """The optimizer state with what `reset` says of those arrays zero, and sums of gradients turned."""
     fields = set()
 
@@ -245,10 +239,10 @@ def _reset(opt_state: Any, turns: Mapping[tuple[str, ...], Change], reset: str) 
 
         return changed
 
-    changed = change_moments(opt_state, {name: change(turned) for name, turned in turns.items()})
+    found = optimizer.changed({slot: change(turned) for slot, turned in turns.items()})
     if reset == "m,v,count" and not any(field.endswith(COUNT) for field in fields):
         raise PeftError(
             "lowrank_restarts: reset='m,v,count' needs an optimizer whose step counts belong to the arrays; "
             "use pj.optim.row_adamw, or reset='m' or 'm,v'"
         )
-    return changed
+    return found

@@ -12,11 +12,10 @@ array in the frozen parameters. The start needs a plain floating-point base.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core.checks import positive
+from peftjax.core.linalg import balanced, randomized_svd, svd_of
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import low_rank
@@ -61,26 +60,8 @@ def pissa(options: PissaOptions) -> Transform:
 
     def start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
         w = plain_matrices("pissa", target, leaf)
-        u, sizes, vt = (
-            jnp.linalg.svd(w, full_matrices=False)
-            if iterations is None
-            else _randomized_svd(key, w, target.rank, iterations)
-        )
-        r = target.rank
-        root = jnp.sqrt(sizes[..., :r] / target.scale)[..., None]
-        a = root * u[..., :r].swapaxes(-1, -2)
-        b = root * vt[..., :r, :]
+        svd = svd_of(w) if iterations is None else randomized_svd(key, w, target.rank, iterations)
+        a, b = balanced(svd._replace(sizes=svd.sizes / target.scale), target.rank)
         return a, b, residual(leaf, a, b, target)
 
     return low_rank("pissa", options, start, rslora=options.rslora)
-
-
-def _randomized_svd(key: Array, w: Array, rank: int, iterations: int) -> tuple[Array, Array, Array]:
-    """The leading part of an SVD by subspace iteration, with a few columns more than the rank."""
-    width = min(rank + 8, *w.shape[-2:])
-    y = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width))
-    for _ in range(iterations):
-        y = w @ (w.swapaxes(-1, -2) @ jnp.linalg.qr(y)[0])
-    q = jnp.linalg.qr(y)[0]
-    u, sizes, vt = jnp.linalg.svd(q.swapaxes(-1, -2) @ w, full_matrices=False)
-    return q @ u, sizes, vt

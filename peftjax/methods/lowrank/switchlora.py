@@ -9,14 +9,14 @@ arXiv 2406.06564.
 and the same for `b`: the function does not change, and over time W takes up changes of any rank. The
 counterpart of a new vector (b_i for a_i) is not trained for `freeze_steps` steps, its moments are set to zero
 and, where the optimizer counts steps for each row (`pj.optim.row_adamw`, the released optimizer), its count
-too. The new vector keeps the moments of the row. How many are exchanged, and which: `switching.py`.
+too. The new vector keeps the moments of the row. How many are exchanged, and which: `_switching.py`.
 
 Trained: a and b, and all that is not targeted (embeddings, norms, biases, head) unless `train_rest=False`.
-W, the pools (min(in, out) - r vectors each), for how many steps each row is frozen and the number of
-exchanges are part of the trainable too, for a checkpoint must have them: they have no gradient, and the
-optimizer does not see them. Backward keeps, per weight, the layer's input x (shared) and the thin x·aᵀ.
+Held beside the parameters: W, the pools (min(in, out) - r vectors each), for how many steps each row is
+frozen and the number of exchanges. Backward keeps, per weight, the layer's input x (shared) and the thin
+x·aᵀ.
 
-An exchange is a renewal before a step's gradient. In the released code it lies between the gradient and the
+An exchange lies before a step's gradient. In the released code it lies between the gradient and the
 optimizer's step; the function being the same, so is the gradient of every row that is trained in that step:
 that of a_i is s G b_i, of the same b_i, and that of its counterpart, which would differ, is not used.
 
@@ -37,8 +37,8 @@ W keeps its dtype. In bfloat16 each exchange rounds it anew: after 533 exchanges
 model's weight had moved by 5% of its norm, in float32 by 1e-6. Give float32 parameters.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -52,18 +52,22 @@ from peftjax.core.tree import Targets
 from peftjax.methods._rest import with_targets, without_targets
 from peftjax.methods._targets import key_for, keys_of_matrices
 from peftjax.methods.lowrank._factors import ScaledTarget, find_targets, plain_matrices, residual
-from peftjax.methods.lowrank._switching import STEERED, Schedule, Slots, number, steered, switch, thawed
-from peftjax.optim.moments import change_moments
-from peftjax.optim.row_adam import zero_rows
-from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import (
-    Frozen,
-    Params,
-    Renewal,
-    Trainable,
-    Transform,
-    all_slots_but,
+from peftjax.methods.lowrank._switching import (
+    FACTORS,
+    HELD,
+    Schedule,
+    Slots,
+    hold_frozen_rows,
+    number,
+    switch,
+    thawed,
 )
+from peftjax.optim.row_adam import zero_rows
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Advance, Loss, Transform
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.low_rank import LowRank
 
@@ -125,43 +129,47 @@ def switchlora(
             layouts=layouts,
         )  # fmt: skip
         leaves = tree.named_leaves(params)
-        trainable = {
-            target.path: _slots(key_for(key, target.path), target, leaves[target.path], init)
-            for target in plan
-        }
+        slots = {t.path: _slots(key_for(key, t.path), t, leaves[t.path], init) for t in plan}
+        trainable = {path: {name: own[name] for name in FACTORS} for path, own in slots.items()}
+        held = {path: {name: own[name] for name in HELD} for path, own in slots.items()}
         rest, left = without_targets(params, trainable, train_rest=train_rest)
-        return Frozen(left, {}, tuple(plan)), trainable | rest
+        return Frozen(left, held, tuple(plan)), trainable | rest
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         weights = {}
         for target in frozen.plan:
-            slots = trainable[target.path]
-            base = lax.stop_gradient(slots["weight"])
+            base, slots = frozen.state[target.path]["weight"], trainable[target.path]
             weights[target.path] = LowRank(base, slots["a"], slots["b"], target.layout, target.scale)
         return with_targets(frozen, trainable, weights)
 
-    def renew(
-        loss: Callable[[Params], Array],
+    def exchange(
+        loss: Loss | None,
         frozen: Frozen,
         trainable: Trainable,
-        opt_state: Any,
+        optimizer: OptimizerState,
         *,
         step: Array,
         key: Array,
-        part: int = 0,
-        prefix: tuple[str, ...] = (),
-    ) -> tuple[Trainable, Any]:
-        new, resets = dict(trainable), {}
+        part: int,
+    ) -> tuple[Frozen, Trainable, OptimizerState]:
+        held, trained, resets = dict(frozen.state), dict(trainable), {}
         for target in frozen.plan:
-            slots = thawed(trainable[target.path])
-            new[target.path], rows = _switched(schedule, target, slots, step, key)
-            for name in "ab":
-                resets[*prefix, target.path, name] = zero_rows(rows[name], who="switchlora")
-        return new, change_moments(opt_state, resets)
+            path = target.path
+            slots = thawed({**held[path], **trained[path]})
+            slots, rows = _switched(schedule, target, slots, step, key_for(key, path))
+            held[path], trained[path] = ({name: slots[name] for name in names} for names in (HELD, FACTORS))
+            for name in FACTORS:
+                resets[path, name] = zero_rows(rows[name], who="switchlora")
+        return replace(frozen, state=held), trained, optimizer.changed(resets)
 
-    renewal = Renewal(lambda step: True, renew)
-    moving = partial(all_slots_but, STEERED)
-    return Transform("switchlora", {}, start, apply, optimizer=steered, renewals=(renewal,), moving=moving)
+    return Transform(
+        "switchlora",
+        {},
+        start,
+        apply,
+        around=Around(hold_frozen_rows(), hold_frozen_rows()),
+        advances=(Advance(lambda step: True, exchange, HELD),),
+    )
 
 
 def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:
@@ -189,7 +197,7 @@ def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, 
     key_a, key_b = jax.random.split(key)
     (pool_a, a), (pool_b, b) = drawn(key_a, std_a, n), drawn(key_b, std_b, m)
     zeros = {"frozen_a": (*stack, r), "frozen_b": (*stack, r), "switched": stack}
-    counters = {name: jnp.zeros(shape, jnp.float32) for name, shape in zeros.items()}
+    counters = {name: jnp.zeros(shape, jnp.int32) for name, shape in zeros.items()}
     weight = residual(leaf, a, b, target)
     return {"a": a, "b": b, "weight": weight, "pool_a": pool_a, "pool_b": pool_b, **counters}
 
@@ -214,7 +222,7 @@ def _switched(
         return {**done.slots, "weight": moved.astype(weight.dtype)}, {"a": done.reset_a, "b": done.reset_b}
 
     def none() -> tuple[dict[str, Array], dict[str, Array]]:
-        nothing = jnp.zeros_like(slots["frozen_a"], bool)
+        nothing = jnp.zeros(slots["frozen_a"].shape, bool)
         return dict(slots), {"a": nothing, "b": nothing}
 
     return lax.cond(jnp.any(counts > 0), some, none)

@@ -1,6 +1,5 @@
 """The weights whose gradients are projected: which sides, with which slots, as which structured weight."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +20,8 @@ Slots = Mapping[str, Array]
 WEIGHT, SHRINK, Z = "weight", "shrink", "z"
 BASIS: dict[Side, str] = {"input": "p", "output": "q"}
 """The slots of the bases."""
-STEERED = (WEIGHT, SHRINK, *BASIS.values())
-"""The slots of a projected weight that have no gradient."""
+HELD = (WEIGHT, *BASIS.values())
+"""What the method holds of a projected weight, and changes at a refresh."""
 
 
 def find_matrices(params: Any, *, who: str, side: Compressed, **where: Any) -> list[Projected]:
@@ -31,16 +30,16 @@ def find_matrices(params: Any, *, who: str, side: Compressed, **where: Any) -> l
     return [Projected(t.path, t.layout, t.rank, sides_of(side, *t.layout.matrix)) for t in found]
 
 
-def start_slots(who: str, key: Array, target: Projected, leaf: Any, dtype: Any) -> dict[str, Array]:
-    """The weight of a target, and projectors before its first gradient is known: random orthonormal ones.
+def start_slots(name: str, key: Array, target: Projected, leaf: Any, dtype: Any) -> dict[str, Array]:
+    """What is held of a target: its weight, and projectors before its first gradient is known, random ones.
 
     Raises:
         PeftError: the leaf is a structured weight.
     """
     if isinstance(leaf, Weight):
         raise PeftError(
-            f"{who}: {target.path!r} is a {type(leaf).__name__}, and {who} trains the weight itself; exclude "
-            "it here or from the method before"
+            f"{name}: {target.path!r} is a {type(leaf).__name__}, and {name} trains the weight itself; "
+            "exclude it here or from the method before"
         )
     slots = {WEIGHT: leaf}
     own = key_for(key, target.path)
@@ -50,40 +49,33 @@ def start_slots(who: str, key: Array, target: Projected, leaf: Any, dtype: Any) 
     return slots
 
 
-def opened(slots: Slots) -> dict[str, Array]:
-    """The slots with a z of zero and a shrink of one, if they are those of a projected weight without."""
-    bases = [slots[name] for name in BASIS.values() if name in slots]
-    if Z in slots or not bases:
-        return dict(slots)
-    *stack, rank, width = bases[0].shape
-    other = rank if len(bases) == 2 else slots[WEIGHT].size // (math.prod(stack) * width)
-    z = jnp.zeros((*stack, rank, other), bases[0].dtype)
-    return {**slots, SHRINK: jnp.ones(stack, jnp.float32), Z: z}
+def nothing_learned(target: Projected, held: Slots) -> dict[str, Array]:
+    """What is trained of a target when the weight has all that was learned: z of zero, a shrink of one."""
+    basis = held[BASIS[target.first]]
+    return {
+        SHRINK: jnp.ones(target.layout.stack, jnp.float32),
+        Z: jnp.zeros(target.shape, basis.dtype),
+    }
 
 
-def closed(target: Projected, slots: Slots, scale: float) -> dict[str, Array]:
-    """The slots without z and shrink, which are put into the weight."""
-    return {name: slot for name, slot in settled(target, slots, scale).items() if name not in (Z, SHRINK)}
-
-
-def weight_of(target: Projected, slots: Slots, scale: float) -> LowRank | Array:
-    """`shrink · W + scale · pᵀz` (`zᵀq`; `pᵀ z q`), of which z alone has a gradient; W where it is closed."""
-    if Z not in slots:
-        return lax.stop_gradient(slots[WEIGHT])
-    fixed = {name: lax.stop_gradient(slots[name]) for name in STEERED if name in slots}
-    a, b = factors_of(target, {**fixed, Z: slots[Z]})
-    base = Scaled(fixed[WEIGHT], fixed[SHRINK], target.layout)
+def weight_of(target: Projected, held: Slots, trained: Slots, scale: float) -> LowRank | Array:
+    """`shrink · W + scale · pᵀz` (`zᵀq`; `pᵀ z q`); W where nothing is trained beside it."""
+    if Z not in trained:
+        return held[WEIGHT]
+    a, b = factors_of(target, held, trained[Z])
+    # An optimizer's decay shrinks W: that is no gradient's.
+    base = Scaled(held[WEIGHT], lax.stop_gradient(trained[SHRINK]), target.layout)
     return LowRank(base, a, b, target.layout, scale)
 
 
-def factors_of(target: Projected, slots: Slots) -> tuple[Array, Array]:
+def factors_of(target: Projected, held: Slots, z: Array) -> tuple[Array, Array]:
     """`a [*stack, r, in]` and `b [*stack, r, out]` with `aᵀb` what z stands for."""
-    p, q = (slots.get(name) for name in BASIS.values())
+    p, q = (held.get(name) for name in BASIS.values())
     if q is None:
-        return p, slots[Z]
+        return p, z
     if p is None:
-        return slots[Z], q
-    return p, jnp.einsum("...rs,...so->...ro", slots[Z], q)
+        return z, q
+    return p, jnp.einsum("...rs,...so->...ro", z, q)
 
 
 def bases_in(slots: Mapping[str, Slots]) -> dict[str, dict[Side, Array]]:
@@ -93,13 +85,13 @@ def bases_in(slots: Mapping[str, Slots]) -> dict[str, dict[Side, Array]]:
     }
 
 
-def settled(target: Projected, slots: Slots, scale: float) -> dict[str, Array]:
-    """The slots with what z has gathered put into the weight, matrix after matrix, in place if donated."""
-    a, b = factors_of(target, slots)
+def settled(target: Projected, held: Slots, trained: Slots, scale: float) -> dict[str, Array]:
+    """What is held with all that z has gathered in the weight, matrix after matrix, in place if donated."""
+    a, b = factors_of(target, held, trained[Z])
     stack = target.layout.stack
-    parts = (slots[SHRINK], a, b)
+    parts = (trained[SHRINK], a, b)
     flat = [part.reshape(-1, *part.shape[len(stack) :]) for part in parts]
-    weight = to_canonical(slots[WEIGHT], target.layout).reshape(-1, *target.layout.matrix)
+    weight = to_canonical(held[WEIGHT], target.layout).reshape(-1, *target.layout.matrix)
 
     def put(number: Array, weight: Array) -> Array:
         shrink, a, b = (lax.dynamic_index_in_dim(part, number, keepdims=False) for part in flat)
@@ -109,10 +101,4 @@ def settled(target: Projected, slots: Slots, scale: float) -> dict[str, Array]:
         return lax.dynamic_update_index_in_dim(weight, new, number, 0)
 
     weight = lax.fori_loop(0, weight.shape[0], put, weight)
-    weight = to_logical(weight.reshape(*stack, *target.layout.matrix), target.layout)
-    return {
-        **slots,
-        WEIGHT: weight,
-        SHRINK: jnp.ones_like(slots[SHRINK]),
-        Z: jnp.zeros_like(slots[Z]),
-    }
+    return {**held, WEIGHT: to_logical(weight.reshape(*stack, *target.layout.matrix), target.layout)}

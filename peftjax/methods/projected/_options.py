@@ -29,7 +29,7 @@ class ProjectedOptions:
         layouts: axes by pattern.
         train_rest: train all other floating-point parameters as they are; else they are frozen.
         write: when what is learned is put into the weights: at each 'refresh', or at each 'step', which holds
-            no Z between steps and needs `Transform.open` and `close` in the loop.
+            no Z between steps.
         dtype: of projectors and Z, and so of the optimizer's state: 'float32' or 'bfloat16'.
     """
 

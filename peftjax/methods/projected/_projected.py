@@ -1,17 +1,16 @@
-"""What the projected methods share: training in a subspace of each gradient that is renewed every T steps.
+"""What the projected methods share: training in a subspace of each gradient that is refreshed every T steps.
 
-    W_t = c·W + scale · PᵀZ        W, P fixed between two renewals, Z trained from 0, c from 1
+    W_t = c·W + scale · PᵀZ        W, P fixed between two refreshes, Z trained from 0, c from 1
 
 The gradient of Z is scale · P G, and the optimizer is given P G. No array of the size of W is made or changed
 by a step. Weight decay acts on Z and on c alike, so that an optimizer's decoupled decay is that of W
-itself. A renewal, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and takes the P of the next batch's
-gradient (`peftjax.methods.projected._refresh`). With `write="step"` Z and c are no part of what lies between
-steps: `Transform.open` begins a step with Z = 0 and c = 1, `Transform.close` ends it with both in W, matrix
-after matrix, in place.
+itself. A refresh, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and takes the P of the next batch's
+gradient (`_refresh.py`). With `write="step"` Z and c are no part of what lies between steps: opened, a step
+begins with Z = 0 and c = 1, closed, it ends with both in W, matrix after matrix, in place.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -20,34 +19,25 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods._rest import REST, with_targets, without_targets
+from peftjax.methods._rest import with_targets, without_targets
 from peftjax.methods.projected._matrices import (
-    BASIS,
-    SHRINK,
-    STEERED,
+    HELD,
     WEIGHT,
     Z,
     bases_in,
-    closed,
     find_matrices,
-    opened,
+    nothing_learned,
     settled,
     start_slots,
     weight_of,
 )
 from peftjax.methods.projected._refresh import Loss, new_bases, with_gradients
-from peftjax.optim.refresh import Compressed
+from peftjax.optim.refresh import Compressed, Projected
 from peftjax.optim.rotation import follow_bases, gradient_sums
-from peftjax.transform.transform import (
-    Frozen,
-    Params,
-    Renewal,
-    Trainable,
-    Transform,
-    all_slots_but,
-    at_prefix,
-    require_together,
-)
+from peftjax.transform.around import Around, Own, on_slots, require_together
+from peftjax.transform.frozen import Frozen, Params, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
+from peftjax.transform.transform import Advance, Placement, Transform
 
 Write = Literal["refresh", "step"]
 """When what is learned is put into the weights."""
@@ -74,82 +64,53 @@ def projected(
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_matrices(params, who=name, side=side, **where)
         leaves = tree.named_leaves(params)
-        trainable = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
-        if not at_steps:
-            trainable = {path: opened(slots) for path, slots in trainable.items()}
-        rest, left = without_targets(params, trainable, train_rest=options["train_rest"])
-        return Frozen(left, {}, tuple(plan)), trainable | rest
+        held = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
+        trainable = {t.path: {} if at_steps else nothing_learned(t, held[t.path]) for t in plan}
+        rest, left = without_targets(params, held, train_rest=options["train_rest"])
+        return Frozen(left, held, tuple(plan)), trainable | rest
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
-        weights = {target.path: weight_of(target, trainable[target.path], scale) for target in frozen.plan}
+        weights = {t.path: weight_of(t, frozen.state[t.path], trainable[t.path], scale) for t in frozen.plan}
         return with_targets(frozen, trainable, weights)
 
-    def optimizer(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        def unscaled(own: Mapping[str, Any]) -> dict[str, Any]:
-            if any(Z not in g_of and not g_of.keys().isdisjoint(BASIS.values()) for g_of in own.values()):
-                raise PeftError(
-                    f'{name}: with write="step" begin a step with trainable = method.open(frozen, trainable) '
-                    "and end it with trainable = method.close(frozen, trainable)"
-                )
-            return {
-                path: {s: jax.tree.map(lambda g: g / scale, g) if s == Z else g for s, g in g_of.items()}
-                for path, g_of in own.items()
-            }
+    def open_all(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        opened = {t.path: nothing_learned(t, frozen.state[t.path]) for t in frozen.plan}
+        return frozen, {**opened, **{path: slots for path, slots in trainable.items() if slots}}
 
-        def only(*names: str) -> Callable[[Any], Any]:
-            def mask(params: Any) -> Any:
-                nothing = jax.tree.map(lambda _: REST in names, params)
-                return at_prefix(nothing, prefix, lambda own: _are_in(names, own))
+    def close_some(
+        frozen: Frozen, trainable: Trainable, targets: tuple[Projected, ...]
+    ) -> tuple[Frozen, Trainable]:
+        """With z in the weights of the targets, where there is one."""
+        targets = [target for target in targets if Z in trainable[target.path]]
+        held = {t.path: settled(t, frozen.state[t.path], trainable[t.path], scale) for t in targets}
+        left = {t.path: {} if at_steps else nothing_learned(t, held[t.path]) for t in targets}
+        return replace(frozen, state={**frozen.state, **held}), {**trainable, **left}
 
-            return mask
+    def close_all(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        return close_some(frozen, trainable, frozen.plan)
 
-        gradient = optax.stateless(lambda updates, _: at_prefix(updates, prefix, unscaled))
-        before = () if precondition is None else (optax.masked(precondition, only(Z)),)
-        whole = optax.chain(gradient, *before, optax.masked(tx, only(Z, SHRINK, REST)))
-
-        def init(params: Any) -> Any:
-            return whole.init(at_prefix(params, prefix, all_opened))
-
-        return optax.GradientTransformationExtraArgs(init, whole.update)
-
-    def all_opened(trainable: Trainable) -> Trainable:
-        if at_steps:
-            require_together(name, trainable)
-        return {path: opened(slots) for path, slots in trainable.items()}
-
-    def open_all(frozen: Frozen, trainable: Trainable) -> Trainable:
-        return all_opened(trainable)
-
-    def close_all(frozen: Frozen, trainable: Trainable) -> Trainable:
-        return {**trainable, **{t.path: closed(t, trainable[t.path], scale) for t in frozen.plan}}
-
-    def run(
+    def refresh(
         loss: Loss,
         frozen: Frozen,
         trainable: Trainable,
-        opt_state: Any,
+        optimizer: OptimizerState,
         *,
         step: Array,
         key: Array,
-        part: int = 0,
-        prefix: tuple[str, ...] = (),
-    ) -> tuple[Trainable, Any]:
+        part: int,
+    ) -> tuple[Frozen, Trainable, OptimizerState]:
         size = in_one(frozen)
         some = frozen.plan[part * size : (part + 1) * size]
-        slots = {target.path: trainable[target.path] for target in some}
-        if not at_steps:
-            slots = {target.path: settled(target, slots[target.path], scale) for target in some}
-        trainable = {**trainable, **slots}
-        arrays = {path: own[WEIGHT] for path, own in slots.items()}
-        params = tree.replace(apply(frozen, trainable), arrays)
+        frozen, trainable = close_some(frozen, trainable, some)
+        held = {target.path: frozen.state[target.path] for target in some}
+        params = tree.replace(apply(frozen, trainable), {path: own[WEIGHT] for path, own in held.items()})
+        places = {path: optimizer.place((path, Z)) for path in held}
+        sums = {path: (held[path], total) for path, total in gradient_sums(optimizer.state, places).items()}
         how = {name: options[name] for name in ("basis", "iterations")}
-        places = {path: (*prefix, path, Z) for path in slots}
-        sums = {path: {**slots[path], Z: total} for path, total in gradient_sums(opt_state, places).items()}
-        found = new_bases(with_gradients(loss, some, sums), params, some, slots, **how, key=key)
-        opt_state = follow_bases(opt_state, options["moments"], places, bases_in(slots), bases_in(found))
-        return {**trainable, **{path: {**own, **found[path]} for path, own in slots.items()}}, opt_state
+        found = new_bases(with_gradients(loss, some, sums), params, some, held, **how, key=key)
+        state = follow_bases(optimizer.state, options["moments"], places, bases_in(held), bases_in(found))
+        new = {path: {**own, **found[path]} for path, own in held.items()}
+        return replace(frozen, state={**frozen.state, **new}), trainable, replace(optimizer, state=state)
 
     def in_one(frozen: Frozen) -> int:
         return options["together"] or len(frozen.plan)
@@ -157,12 +118,45 @@ def projected(
     def parts(frozen: Frozen) -> int:
         return -(-len(frozen.plan) // in_one(frozen))
 
-    renewal = Renewal(lambda step: step % options["every"] == 0, run, parts)
-    hooks = {"optimizer": optimizer, "renewals": (renewal,), "moving": partial(all_slots_but, STEERED)}
-    if at_steps:
-        hooks |= {"open": open_all, "close": close_all}
-    return Transform(name, options, init, apply, **hooks)
+    return Transform(
+        name,
+        options,
+        init,
+        apply,
+        around=Around(gradients=_of_projected(name, scale, precondition, whole=at_steps)),
+        advances=(Advance(lambda step: step % options["every"] == 0, refresh, HELD, parts),),
+        placement=Placement(open_all, close_all, stays_closed=False) if at_steps else None,
+    )
 
 
-def _are_in(names: Collection[str], trainable: Trainable) -> dict[str, dict[str, bool]]:
-    return {path: {slot: slot in names for slot in slots} for path, slots in trainable.items()}
+def _of_projected(
+    name: str, scale: float, precondition: optax.GradientTransformation | None, *, whole: bool
+) -> optax.GradientTransformationExtraArgs:
+    """From the gradients of all z those with respect to P G, preconditioned.
+
+    Args:
+        name: the method's.
+        scale: of the steps.
+        precondition: after that, or nothing.
+        whole: whether an optimizer must be given all slots of a weight, opened.
+    """
+    unscaled = on_slots(lambda slot, g: jax.tree.map(lambda g: g / scale, g) if slot == Z else g)
+    tx = unscaled
+    if precondition is not None:
+        tx = optax.chain(unscaled, optax.masked(precondition, _are_z))
+
+    def init(params: Any) -> Any:
+        if whole:
+            require_together(name, params)
+        if not all(params.values()):
+            raise PeftError(
+                f'{name}: with write="step" begin each step, and the optimizer, with frozen, trainable = '
+                "method.open(frozen, trainable), and end a step with method.close(frozen, trainable)"
+            )
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _are_z(values: Own) -> dict[str, dict[str, bool]]:
+    return {path: {slot: slot == Z for slot in slots} for path, slots in values.items()}

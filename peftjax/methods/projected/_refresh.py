@@ -23,8 +23,8 @@ from peftjax.optim import bases
 from peftjax.optim.bases import Side
 from peftjax.optim.refresh import Method, Projected, method_for
 from peftjax.weights.canonical import to_canonical
-from peftjax.weights.lengths import rows_through
 from peftjax.weights.low_rank import LowRank
+from peftjax.weights.norms import rows_through
 
 Loss = Callable[[Any], Array]
 Slots = Mapping[str, Mapping[str, Array]]
@@ -77,13 +77,15 @@ def new_bases(
     }
 
 
-def with_gradients(loss: Loss, targets: Sequence[Projected], gathered: Slots) -> Loss:
+def with_gradients(
+    loss: Loss, targets: Sequence[Projected], gathered: Mapping[str, tuple[Mapping[str, Array], Array]]
+) -> Loss:
     """The loss with gradients that are known already added to its own, by a term linear in the weights.
 
     Args:
         loss: `params -> scalar`.
         targets: the projected weights.
-        gathered: slots of some of them, with the known gradient, projected, in the place of z.
+        gathered: of some of them their slots, and the known gradient, projected.
     """
     if not gathered:
         return loss
@@ -92,7 +94,7 @@ def with_gradients(loss: Loss, targets: Sequence[Projected], gathered: Slots) ->
         leaves, total = tree.named_leaves(params), loss(params)
         for target in targets:
             if target.path in gathered:
-                a, b = factors_of(target, gathered[target.path])
+                a, b = factors_of(target, *gathered[target.path])
                 rows = rows_through(a.astype(jnp.float32), leaves[target.path], target.layout)
                 total = total + jnp.sum(b * rows)
         return total

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import require_one_stack
 from peftjax.core.errors import PeftError
 
@@ -51,17 +52,17 @@ class PromptStack:
     inner: Any
 
     def run(
-        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: dict[str, Any], key: Any
+        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, key: Any
     ) -> Float[Array, "B S D"]:
         """What `inner` gives for the tokens."""
-        if "segments" in context:
+        if context.segments is not None:
             raise PeftError(f"{self.name}: prompts are of a whole row, and this one has several texts in it")
         batch, length, width = hidden.shape
         prompts = params[self.name]["prompts"].astype(hidden.dtype)
         rows = jnp.broadcast_to(prompts, (batch, len(prompts), width))
-        if "mask" in context:
+        if context.mask is not None:
             seen = jnp.ones((batch, len(prompts)), bool)
-            context = {**context, "mask": jnp.concatenate([context["mask"], seen], axis=1)}
+            context = dataclasses.replace(context, mask=jnp.concatenate([context.mask, seen], axis=1))
         out = self.inner.run(model, params, jnp.concatenate([hidden, rows], axis=1), context, key)
         return out[:, :length]
 

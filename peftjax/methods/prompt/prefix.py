@@ -31,15 +31,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import BlockStack, require_backbone
-from peftjax.backbone.rewritten_block import Context, RewrittenBlock
+from peftjax.backbone.rewritten_block import RewrittenBlock
 from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.methods._parts import Layers, of_parts
 from peftjax.methods._targets import key_for
+from peftjax.transform.frozen import Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, Transform
 
 
 @register(
@@ -164,10 +166,10 @@ class PrefixBlock(RewrittenBlock):
 
     def _with_prefix(self, branch: str, context: Context) -> Context:
         own = self.added["prefix"][branch]
-        if "prefix" in context:  # of a method around this one
-            both = [{"seen": jnp.ones(len(one["keys"]), bool), **one} for one in (context["prefix"], own)]
+        if context.prefix is not None:  # of a method around this one
+            both = [{"seen": jnp.ones(len(one["keys"]), bool), **one} for one in (context.prefix, own)]
             own = {name: jnp.concatenate([one[name] for one in both]) for name in both[0]}
-        return {**context, "prefix": own}
+        return dataclasses.replace(context, prefix=own)
 
 
 def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Trainable:
@@ -194,7 +196,7 @@ def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Train
     def read(params: Params, tokens: Array) -> Any:
         places = jnp.arange(-length, 0)[None]
         hidden, context = model.run_embed(params, {"input_ids": tokens, "position_ids": places})
-        context = {**context, "mask": jnp.ones((1, length), bool), "cache_index": 0}
+        context = dataclasses.replace(context, mask=jnp.ones((1, length), bool), cache_index=0)
         cache = model.empty_cache(params, hidden, context)
         return model.run_blocks_cached(params, hidden, context, cache)[1]["attention"]
 

@@ -40,8 +40,9 @@ from jax import Array
 from peftjax.backbone.rewriting import rewrite_stacks
 from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, Transform
 
 
 @register(

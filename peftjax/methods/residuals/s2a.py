@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import add_to_blocks, require_one_stack, rewrite_stacks, stacks_of
-from peftjax.backbone.rewritten_block import Context, RewrittenBlock
+from peftjax.backbone.rewritten_block import RewrittenBlock
 from peftjax.core import tree
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
@@ -38,8 +39,9 @@ from peftjax.methods.bottleneck._bottleneck import Bottleneck
 from peftjax.methods.prompt._prompt_tokens import init_prompts, with_prompts
 from peftjax.methods.residuals.coded_residuals import with_codes
 from peftjax.ops.coded.bits import Bits
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, Transform
 from peftjax.weights.base import Weight
 
 
@@ -58,7 +60,7 @@ class SideBlock(RewrittenBlock):
     def attention_sublayer(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """The stream after attention and the side module, both of which read the block's input."""
         assert self.side is not None
-        pooled = pool_tokens(jax.lax.stop_gradient(hidden), context.get("mask"), self.pool)
+        pooled = pool_tokens(jax.lax.stop_gradient(hidden), context.mask, self.pool)
         beside = jnp.repeat(self.side.run(self.added, pooled), self.pool, axis=1)[:, : hidden.shape[1]]
         return super().attention_sublayer(hidden, context) + beside
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from peftjax.backbone.rewritten_block import Context
+from peftjax.backbone.context import Context
 from peftjax.core.errors import PeftError
 from peftjax.methods.bottleneck._bottleneck import BRANCHES, Bottleneck
 from peftjax.ops.reversible import Coupling, Pair, inverse_errors, reversible

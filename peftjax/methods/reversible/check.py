@@ -18,7 +18,8 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.methods.reversible._reversible_stack import ReversibleStack
-from peftjax.transform.transform import Forward, Frozen, Trainable, Transform
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Forward, Transform
 
 THRESHOLD = 1e-3
 # A gradient below this part of the largest one is compared with that part of it.

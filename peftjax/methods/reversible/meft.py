@@ -65,8 +65,9 @@ from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Ad
 from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
 from peftjax.methods.reversible.check import warn_of_inexact
 from peftjax.ops.reversible import Coupling
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, Transform
 
 NAME = "meft"
 

@@ -17,8 +17,9 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 
 

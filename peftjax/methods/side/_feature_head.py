@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from peftjax.methods.side._features import Context, linear, unit
+from peftjax.backbone.context import Context
+from peftjax.methods.side._features import linear, unit
 
 Params = Any
 Features = Float[Array, "L B T D"]

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from peftjax.backbone.context import Context
+
 Part = Mapping[str, Array]
-Context = dict[str, Any]
 # In a scan only, whose forward and backward loops share no subexpression; elsewhere the compiler would keep
 # what `jax.checkpoint` without its barriers means to make again.
 recompute = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -70,13 +71,13 @@ def visible_tokens(model: Any, context: Context, queries: int, keys: int) -> Boo
 
     One row stands for all queries where they read the same. Windows of single layers do not count.
     """
-    visible = context["mask"][:, None] if "mask" in context else jnp.ones((1, 1, keys), bool)
+    visible = jnp.ones((1, 1, keys), bool) if context.mask is None else context.mask[:, None]
     if model.block.config.causal:
-        places = context.get("cache_index", 0) + jnp.arange(queries)
+        start = 0 if context.cache_index is None else context.cache_index
+        places = start + jnp.arange(queries)
         visible = visible & (jnp.arange(keys) <= places[:, None])
-    if "segments" in context:
-        segments = context["segments"]
-        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    if context.segments is not None:
+        visible = visible & (context.segments[:, :, None] == context.segments[:, None, :])
     return visible
 
 

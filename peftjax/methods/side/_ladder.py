@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.context import Context
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._side_pruning import kept_count
 from peftjax.methods.side._side_start import used_layers
 
 Params = dict[str, Any]
-Context = dict[str, Any]
 DropoutKey = Key[Array, ""] | None
 # Recomputed, so that no copy of a kernel in another dtype is kept.
 recompute = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -155,16 +155,16 @@ class Ladder:
 
     def _contexts(self, context: Context) -> tuple[Context, Context]:
         """What the backbone's blocks share, and what the side's do."""
-        own = context.get(self.name, {})
-        context = {name: value for name, value in context.items() if name != self.name}
-        side = {**context, **own}
-        for name in ("rotation", "local_rotation"):
-            if name in context:
-                # Every r-th angle of a head is the angles of a head r times smaller.
-                side[name] = jax.tree.map(lambda angles: angles[..., :: self.reduction], context[name])
-        encoded = context.get("encoded")
-        if isinstance(encoded, Mapping):
-            context, side["encoded"] = {**context, "encoded": encoded["backbone"]}, encoded["side"]
+        context, bias = dataclasses.replace(context, side_bias=None), context.side_bias
+        # Every r-th angle of a head is the angles of a head r times smaller.
+        turns = context.rotation, context.local_rotation
+        turns = jax.tree.map(lambda angles: angles[..., :: self.reduction], turns)
+        side = dataclasses.replace(context, rotation=turns[0], local_rotation=turns[1])
+        if bias is not None:
+            side = dataclasses.replace(side, bias=bias)
+        if isinstance(context.encoded, Mapping):
+            side = dataclasses.replace(side, encoded=context.encoded["side"])
+            context = dataclasses.replace(context, encoded=context.encoded["backbone"])
         return context, side
 
     def _read(

@@ -62,7 +62,7 @@ class SideEmbed:
         if self.name in variables["params"]:
             own = {**params, **variables["params"][self.name]}
             again = self.inner.apply({"params": own}, batch)[1]
-            context = {**context, self.name: {"bias": again["bias"]}}
+            context = dataclasses.replace(context, side_bias=again.bias)
         return hidden, context
 
     def clone(self, **changes: Any) -> SideEmbed:

@@ -37,7 +37,6 @@ it is the product, as elsewhere in their code.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,15 +44,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.backbone.rewriting import require_backbone, require_nothing_trained, require_scan, stacks_of
+from peftjax.backbone.rewriting import require_backbone, require_scan, stacks_of
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._ladder import Ladder
 from peftjax.methods.side._ladder_ends import BothStates, SideEmbed
 from peftjax.methods.side._side_start import require_plain, start
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "lst"
 INITS = ("fisher", "magnitude", "random", "loaded")
@@ -152,10 +152,8 @@ def lst(
             encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
         return dataclasses.replace(_laddered(forward, **ladder, merge_last=merge_last), encoder=encoder)
 
-    review = functools.partial(
-        require_nothing_trained, NAME, f"let it change the side network: {NAME}(side=...)"
-    )
-    return Transform(NAME, config, init_side, apply, model, review=review)
+    cut = GradientCut(f"let it change the side network: {NAME}(side=...)")
+    return Transform(NAME, config, init_side, apply, model, cut=cut)
 
 
 def _laddered(backbone: Any, *, reduction: int, **settings: Any) -> Any:

@@ -32,11 +32,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan, stacks_of
 from peftjax.core.checks import fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._features import (
-    Context,
     Part,
     drop,
     linear_init,
@@ -47,8 +47,9 @@ from peftjax.methods.side._features import (
     states_of_cached,
     unit,
 )
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, Transform
 
 NAME = "sherl"
 DOWN_EPSILON, OUT_EPSILON = 1e-5, 1e-12

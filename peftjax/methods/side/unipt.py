@@ -30,16 +30,15 @@ two stacks, for which nothing was released.
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import (
     require_backbone,
-    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -47,7 +46,6 @@ from peftjax.backbone.rewriting import (
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._features import (
-    Context,
     linear_init,
     norm_init,
     states_of,
@@ -62,8 +60,9 @@ from peftjax.methods.side._parallel_network import (
     narrow_states,
     output,
 )
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "unipt"
 
@@ -118,8 +117,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         _require_one_stack(forward)
         return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
 
-    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, {}, init, apply, model, review=review)
+    cut = GradientCut("use pj.sherl, which trains the last layer too")
+    return Transform(NAME, {}, init, apply, model, cut=cut)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:
@@ -163,7 +162,7 @@ class ParallelStack:
         self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> dict[str, Any]:
         """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
-        inner, slots = params[NAME]["confidence"].shape[0], context["mask"].shape[1]
+        inner, slots = params[NAME]["confidence"].shape[0], context.mask.shape[1]
         count = model.num_layers + self.kind.of_clip
         cache = {
             "blocks": self.inner.empty_cache(model, params, hidden, context),
@@ -182,7 +181,7 @@ class ParallelStack:
         anchor, tokens = narrow_states(self.kind, own, last, states)
 
         def written(slots: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, context["cache_index"], slots.ndim - 2)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, context.cache_index, slots.ndim - 2)
 
         further, keys = {"blocks": blocks}, written(cache["tokens"], tokens)
         visible = visible_tokens(model, context, length, keys.shape[2])

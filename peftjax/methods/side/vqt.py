@@ -28,7 +28,6 @@ Nothing else in the blocks or below can be trained beside it: no gradient reache
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -37,10 +36,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import (
     add_to_blocks,
     require_backbone,
-    require_nothing_trained,
     require_one_stack,
     require_scan,
     stacks_of,
@@ -49,9 +48,10 @@ from peftjax.core import tree
 from peftjax.core.checks import fraction, one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._feature_head import Features, QueryHead
-from peftjax.methods.side._features import Context, detached, drop
+from peftjax.methods.side._features import detached, drop
+from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Forward, Frozen, Params, Trainable, Transform
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
@@ -114,8 +114,8 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         stack = QueryStack(passes, dropout)
         return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head, NAME))
 
-    review = functools.partial(require_nothing_trained, NAME, "use pj.sherl, which trains the last layer too")
-    return Transform(NAME, {}, init, apply, model, review=review)
+    cut = GradientCut("use pj.sherl, which trains the last layer too")
+    return Transform(NAME, {}, init, apply, model, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,9 @@ class QueryStack:
     ) -> Float[Array, "B T D"]:
         """F of one layer, whose tokens are `hidden`."""
         rows = jnp.broadcast_to(queries.astype(hidden.dtype), (len(hidden), *queries.shape))
-        return model.run_layer(layer, drop(rows, key, self.dropout), {**context, "attended": hidden})
+        return model.run_layer(
+            layer, drop(rows, key, self.dropout), dataclasses.replace(context, attended=hidden)
+        )
 
     def empty_cache(self, *_: Any) -> Any:
         """Raise: a classifier does not generate."""

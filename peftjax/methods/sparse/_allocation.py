@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_GRID = 2.0**24
 # A share this small of all scores is below float32's rounding wherever scores matter.
 _LEAST_SCORE = 1e-12
 
@@ -27,8 +26,7 @@ def scores(importance: Any, deviation: Any) -> dict[str, Array]:
 def allocate(kept: Array, scores: Mapping[str, Array], capacities: Mapping[str, int]) -> dict[str, Array]:
     """The levels under which the share `kept` of all weights is kept, `[*stack]` by path.
 
-    Each matrix keeps in proportion to its score and no more than it has. Levels are multiples of 2⁻²⁴,
-    so that the difference of two is exact and a step to the new one lands on it.
+    Each matrix keeps in proportion to its score and no more than it has.
 
     Args:
         kept: the share of all weights, a scalar.
@@ -38,7 +36,7 @@ def allocate(kept: Array, scores: Mapping[str, Array], capacities: Mapping[str, 
     flat = jnp.concatenate([scores[path].reshape(-1) for path in scores])
     sizes = np.concatenate([np.full(scores[path].size, capacities[path], np.float64) for path in scores])
     shares = jnp.asarray(sizes / sizes.sum(), jnp.float32)
-    levels = on_grid(1.0 - water_fill(kept, flat, shares) / shares)
+    levels = jnp.clip(1.0 - water_fill(kept, flat, shares) / shares, 0.0, 1.0)
     ends = np.cumsum([value.size for value in scores.values()])[:-1]
     return {
         path: part.reshape(value.shape)
@@ -67,11 +65,6 @@ def water_fill(total: Array, scores: Array, caps: Array) -> Array:
 def capacities(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, int]:
     """n·m by path."""
     return {path: slots["a"].shape[-1] * slots["b"].shape[-1] for path, slots in factors.items()}
-
-
-def on_grid(level: Array | float) -> Array:
-    """The nearest multiple of 2⁻²⁴ in [0, 1], float32."""
-    return jnp.round(jnp.clip(jnp.asarray(level, jnp.float32), 0.0, 1.0) * _GRID) / _GRID
 
 
 def _inverse_of_greatest(values: Any) -> Array:

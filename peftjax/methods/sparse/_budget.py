@@ -1,4 +1,4 @@
-"""SNELLA's budget: a number of kept weights, shared between matrices by importance, as an optax hook.
+"""SNELLA's budget: a number of kept weights, shared between matrices by importance.
 
 Shen et al., "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025,
 arXiv 2510.24037. After every step, with the parameters θ it made and the gradient g it was made from,
@@ -22,22 +22,24 @@ rest) has faults that are not repeated here:
 - without a final warm-up its last epoch ends short of the target; here the final warm-up is 1 by
   default, with which the last allocation is exactly the target's (0 is the released schedule).
 
-The state (Ī, Ū and the step count) is part of the optimizer's, so that a checkpoint has it.
+Ī and Ū are part of the optimizer's state, the levels of the method's.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
 from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.sparse._allocation import allocate, capacities, scores
-from peftjax.transform.transform import at_prefix, own_at, require_together
+from peftjax.transform.around import Own, require_together
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.optimizer_state import OptimizerState
+from peftjax.transform.transform import Advance, Loss
 
 LEVEL = "sparsity"
 """The slot of a matrix's level, beside its factors `a` and `b`."""
@@ -96,67 +98,64 @@ class Budget:
         return jnp.asarray(end + (start - end) * (1.0 - part) ** 3, jnp.float32)
 
 
-class BudgetState(NamedTuple):
-    """The state of `share_budget`; importance and deviation by path and factor, shaped as the factors."""
+class Importance(NamedTuple):
+    """The averages, by path and factor, shaped as the factors."""
 
-    step: Array
-    importance: Any
+    mean: Any
     deviation: Any
-    inner: optax.OptState
 
 
-def share_budget(
-    tx: optax.GradientTransformation, budget: Budget, prefix: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
-    """Set the level of every matrix by the budget; all else is left to `tx`, which never sees the levels.
+def track_importance(budget: Budget) -> optax.GradientTransformationExtraArgs:
+    """Average the importance of the factors over the steps; the updates stay as they are.
 
-    Args:
-        tx: the optimizer.
-        budget: how much may be kept, and when.
-        prefix: where `{path: {"a", "b", "sparsity", ...}}` lies in the trainable; `a` is `[*stack, P, q, n]`,
-            `b` is `[*stack, P, q, m]` and the level `[*stack]`. Of weights that
-            `optax.multi_transform` shares out, those of one group share a budget.
-
-    Raises:
-        PeftError: in `update`, when it is not given the parameters.
+    Of weights that `optax.multi_transform` shares out, those of one group share a budget.
     """
-    tx = optax.masked(tx, lambda params: _without_levels(params, prefix))
 
-    def init(params: Any) -> BudgetState:
-        require_together("budget", own_at(params, prefix))
-        zeros = jax.tree.map(jnp.zeros_like, _factors(own_at(params, prefix)))
-        again = jax.tree.map(jnp.zeros_like, zeros)
-        return BudgetState(jnp.zeros((), jnp.int32), zeros, again, tx.init(params))
+    def init(params: Own) -> Importance:
+        require_together("budget", params)
+        return Importance(*(jax.tree.map(jnp.zeros_like, _factors(params)) for _ in range(2)))
 
-    def update(grads: Any, state: BudgetState, params: Any = None, **extra: Any) -> tuple[Any, BudgetState]:
+    def update(
+        updates: Own, state: Importance, params: Own | None = None, *, gradients: Own, **extra: Any
+    ) -> tuple[Own, Importance]:
         if params is None:
             raise PeftError("budget: the update needs the parameters; call tx.update(grads, state, params)")
-        updates, inner = tx.update(grads, state.inner, params, **extra)
-        own = own_at(params, prefix)
-        if not own:  # every weight is masked out: another optimizer's
-            return updates, state._replace(step=state.step + 1, inner=inner)
-        moved = optax.apply_updates(_factors(own), _factors(own_at(updates, prefix)))
-        averages = _averages(budget, state, moved, _factors(own_at(grads, prefix)))
-        step = state.step + 1
-        epoch, rest = step // budget.allocate_every, step % budget.allocate_every
-        due = (rest == 0) & (epoch > budget.init_warmup) & (epoch < budget.epochs)
-        levels = {path: slots[LEVEL] for path, slots in own.items()}
-        new = lax.cond(
-            due,
-            lambda: allocate(budget.kept(epoch), scores(*averages), capacities(moved)),
-            lambda: levels,
-        )
-
-        def steer(mine: Mapping[str, Any]) -> dict[str, Any]:
-            return {path: {**slots, LEVEL: new[path] - levels[path]} for path, slots in mine.items()}
-
-        return at_prefix(updates, prefix, steer), BudgetState(step, *averages, inner)
+        moved = optax.apply_updates(_factors(params), _factors(updates))
+        return updates, _averages(budget, state, moved, _factors(gradients))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averages(budget: Budget, state: BudgetState, moved: Any, grads: Any) -> tuple[Any, Any]:
-    """Importance and deviation after a step to `moved` by `grads`; NaN counts as unimportant."""
+def share_out(budget: Budget) -> Advance:
+    """Set the level of every matrix before each epoch of the budget that has an allocation."""
+
+    def due(step: int) -> bool:
+        epoch, rest = divmod(step, budget.allocate_every)
+        return rest == 0 and budget.init_warmup < epoch < budget.epochs
+
+    def run(
+        loss: Loss | None,
+        frozen: Frozen,
+        trainable: Trainable,
+        optimizer: OptimizerState,
+        *,
+        step: Array,
+        key: Array,
+        part: int,
+    ) -> tuple[Frozen, Trainable, OptimizerState]:
+        kept, held = budget.kept(step // budget.allocate_every), dict(frozen.state)
+        for averages in optimizer.after():
+            if averages.mean:  # not where all weights are another optimizer's
+                sizes = capacities(averages.mean)
+                for path, level in allocate(kept, scores(*averages), sizes).items():
+                    held[path] = {**held[path], LEVEL: level}
+        return replace(frozen, state=held), trainable, optimizer
+
+    return Advance(due, run, changes=(LEVEL,))
+
+
+def _averages(budget: Budget, state: Importance, moved: Any, grads: Any) -> Importance:
+    """The averages after a step to `moved` by `grads`; NaN counts as unimportant."""
 
     def now(theta: Array, grad: Array) -> Array:
         product = jnp.abs(theta * grad)
@@ -164,21 +163,12 @@ def _averages(budget: Budget, state: BudgetState, moved: Any, grads: Any) -> tup
 
     found = jax.tree.map(now, moved, grads)
     b1, b2 = budget.beta1, budget.beta2
-    importance = jax.tree.map(lambda old, i: b1 * old + (1.0 - b1) * i, state.importance, found)
+    mean = jax.tree.map(lambda old, i: b1 * old + (1.0 - b1) * i, state.mean, found)
     deviation = jax.tree.map(
-        lambda old, i, mean: b2 * old + (1.0 - b2) * jnp.abs(i - mean), state.deviation, found, importance
+        lambda old, i, mean: b2 * old + (1.0 - b2) * jnp.abs(i - mean), state.deviation, found, mean
     )
-    return importance, deviation
+    return Importance(mean, deviation)
 
 
-def _factors(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _factors(own: Own) -> dict[str, dict[str, Any]]:
     return {path: {name: slots[name] for name in ("a", "b")} for path, slots in own.items()}
-
-
-def _without_levels(params: Any, prefix: tuple[str, ...]) -> Any:
-    """A tree of truth values: whether the optimizer inside moves the leaf."""
-    return at_prefix(
-        jax.tree.map(lambda _: True, params),
-        prefix,
-        lambda own: {path: {name: name != LEVEL for name in slots} for path, slots in own.items()},
-    )

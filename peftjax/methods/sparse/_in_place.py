@@ -1,7 +1,7 @@
 """What the methods that exchange a part of each weight share: their plan and the in-place form.
 
-In place, the base holds the adapted weights: its memory is that of the base plus the trained values.
-`original` (frozen) keeps what lay at the trained places, so that going back is exact.
+In place, the base holds the adapted weights when it is closed: its memory is that of the base plus the
+trained values. `original` (frozen) keeps what lay at the trained places, so that opening it is exact.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
-from peftjax.transform.transform import Frozen, Trainable
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Placement
 from peftjax.weights.base import Weight
-from peftjax.weights.known_layout import layout_of
-from peftjax.weights.layout import Layout
+from peftjax.weights.layout import Layout, layout_of
 
 Slots = Mapping[str, Array]
 
@@ -72,18 +72,22 @@ def find_weights(
     return {path: layout_of(path, leaves, layouts, one_way=one_way) for path in paths}
 
 
-def writer(put: Put) -> Callable[[Frozen, Trainable | None], Frozen]:
-    """The `write` hook of a method, from what puts its values into one array."""
+def in_the_base(put: Put) -> Placement:
+    """The placement of a method in place, from what puts its values into one array."""
 
-    def write(frozen: Frozen, trainable: Trainable | None) -> Frozen:
-        if trainable is None and not frozen.plan.written:
-            return frozen
+    def written(frozen: Frozen, trainable: Trainable | None) -> Frozen:
         leaves = tree.named_leaves(frozen.params)
-        written = {}
+        new = {}
         for place in frozen.plan.places:
             slots = None if trainable is None else trainable[place.path]
-            written[place.path] = put(leaves[place.path], place, frozen.state[place.path], slots)
+            new[place.path] = put(leaves[place.path], place, frozen.state[place.path], slots)
         plan = replace(frozen.plan, written=trainable is not None)
-        return Frozen(tree.replace(frozen.params, written), frozen.state, plan)
+        return replace(frozen, params=tree.replace(frozen.params, new), plan=plan)
 
-    return write
+    def close(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        return written(frozen, trainable), trainable
+
+    def open_base(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
+        return written(frozen, None) if frozen.plan.written else frozen, trainable
+
+    return Placement(open_base, close, stays_closed=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 
 from peftjax.core import tree
@@ -16,7 +15,9 @@ from peftjax.core.errors import PeftError
 from peftjax.kernels.kernelized_merge import KernelFunction, threshold
 from peftjax.methods._targets import Target, all_layers, find_targets, key_for, keys_of_matrices
 from peftjax.methods.sparse._budget import LEVEL
-from peftjax.transform.transform import Frozen, Trainable, Transform, all_slots_but
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.kernelized import Kernelized
 
 _WHERE = ("rank", "targets", "exclude", "layers", "layers_pattern", "rank_pattern", "layouts")
@@ -24,33 +25,32 @@ _WHERE = ("rank", "targets", "exclude", "layers", "layers_pattern", "rank_patter
 
 @dataclass(frozen=True, kw_only=True)
 class KernelizedTarget(Target):
-    """A target with the map from its factors to its update, and the share that is pruned at the start."""
+    """A target with the function from its factors to its update, and the share pruned at the start."""
 
-    map: KernelFunction
+    kernel_function: KernelFunction
     sparsity: float
 
 
 def kernelized(
     name: str,
     options: Mapping[str, Any],
-    map_of: Callable[[Target], tuple[KernelFunction, float]],
+    kernel_function_of: Callable[[Target], tuple[KernelFunction, float]],
     *,
     check: Callable[[list[str]], None] | None = None,
     start_of_scalars: Mapping[str, float],
-    steered: bool = False,
-    optimizer: Callable[..., optax.GradientTransformation] | None = None,
+    around: Around | None = None,
+    advances: tuple[Advance, ...] = (),
 ) -> Transform:
     """A method whose weights are `base + dW^s(a, b)`, as a `Transform`.
 
     Args:
         name: the method's name.
         options: all of them, checked: what the transform can be made from again.
-        map_of: the map of a target and the share that is pruned at the start.
+        kernel_function_of: the kernel function of a target and the share that is pruned at the start.
         check: what to ask of the paths of the targets, before anything is made.
-        start_of_scalars: the start of the map's trained scalars.
-        steered: the share that is pruned is a slot of the trainable, set by the optimizer; else it is
-            part of the frozen state.
-        optimizer: the method's hook on the optimizer.
+        start_of_scalars: the start of the kernel function's trained scalars.
+        around: what it does around the optimizer.
+        advances: what it does to itself.
     """
     where = {option: options[option] for option in _WHERE}
     heads, dropout = options["heads"], options["dropout"]
@@ -66,13 +66,19 @@ def kernelized(
                     f"{name}: rank {found.rank} of {found.path!r} does not split into {heads} heads; "
                     "choose a multiple"
                 )
-            map, sparsity = map_of(found)
-            target = KernelizedTarget(**vars(found), map=map, sparsity=sparsity)
-            level = {} if map.mode == "none" else {LEVEL: jnp.full(target.stack, sparsity, jnp.float32)}
-            scalars = {s: jnp.full(target.stack, start_of_scalars[s], jnp.float32) for s in map.scalars}
+            kernel_function, sparsity = kernel_function_of(found)
+            target = KernelizedTarget(**vars(found), kernel_function=kernel_function, sparsity=sparsity)
+            level = (
+                {}
+                if kernel_function.mode == "none"
+                else {LEVEL: jnp.full(target.stack, sparsity, jnp.float32)}
+            )
+            scalars = {
+                s: jnp.full(target.stack, start_of_scalars[s], jnp.float32) for s in kernel_function.scalars
+            }
             factors = start_uniform(key_for(key, target.path), target, heads)
-            trainable[target.path] = {**factors, **scalars, **(level if steered else {})}
-            state[target.path] = {} if steered else level
+            trainable[target.path] = {**factors, **scalars}
+            state[target.path] = level
             plan.append(target)
         return Frozen(params, state, tuple(plan)), trainable
 
@@ -85,9 +91,7 @@ def kernelized(
             rewritten[target.path] = _weight(leaves[target.path], target, slots, dropout, keys)
         return tree.replace(frozen.params, rewritten)
 
-    hook = {} if optimizer is None else {"optimizer": optimizer}
-    moving = partial(all_slots_but, (LEVEL,))
-    return Transform(name, options, init, apply, moving=moving, **hook)
+    return Transform(name, options, init, apply, around=around, advances=advances)
 
 
 def start_uniform(key: Array, target: Target, heads: int) -> dict[str, Array]:
@@ -108,19 +112,19 @@ def _weight(
     leaf: Any, target: KernelizedTarget, slots: Mapping[str, Array], dropout: float, key: Array | None
 ) -> Kernelized:
     """The weight of a target; layers of its stack that are not trained have an update of zero."""
-    scalars = {name: slots[name] for name in target.map.scalars}
+    scalars = {name: slots[name] for name in target.kernel_function.scalars}
     t = None
-    if target.map.mode != "none":
+    if target.kernel_function.mode != "none":
         level = jnp.clip(slots[LEVEL], 0.0, 1.0)
-        t = all_layers(thresholds(slots["a"], slots["b"], scalars, level, target.map), target)
-    # Factors of zero are at distance zero; with these scalars every map makes zeros of them.
+        t = all_layers(thresholds(slots["a"], slots["b"], scalars, level, target.kernel_function), target)
+    # Factors of zero are at distance zero; with these scalars every one makes zeros of them.
     spread = [all_layers(v, target, 1.0 if name == "gamma" else 0.0) for name, v in scalars.items()]
     return Kernelized(
         leaf,
         all_layers(slots["a"], target),
         all_layers(slots["b"], target),
         target.layout,
-        target.map,
+        target.kernel_function,
         jnp.stack(spread, axis=-1) if spread else None,
         t,
         dropout if key is not None else 0.0,
@@ -129,11 +133,13 @@ def _weight(
 
 
 @partial(jax.jit, static_argnums=4)
-def thresholds(a: Array, b: Array, scalars: Mapping[str, Array], level: Array, map: KernelFunction) -> Array:
+def thresholds(
+    a: Array, b: Array, scalars: Mapping[str, Array], level: Array, kernel_function: KernelFunction
+) -> Array:
     """A threshold for each matrix of the stack, one after the other: one update exists at a time."""
     operands = lax.stop_gradient((a, b, dict(scalars), level))
     stack = level.shape
     if not stack:
-        return threshold(*operands, map)
+        return threshold(*operands, kernel_function)
     flat = jax.tree.map(lambda value: value.reshape(-1, *value.shape[len(stack) :]), operands)
-    return lax.map(lambda one: threshold(*one, map), flat).reshape(stack)
+    return lax.map(lambda one: threshold(*one, kernel_function), flat).reshape(stack)

@@ -31,9 +31,10 @@ from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._targets import key_for
-from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.indexing import put_rows
 from peftjax.weights.layout import Layout
 from peftjax.weights.rows import TrainedRows, rows_of
@@ -70,7 +71,7 @@ def paca(
         layouts: axes by pattern.
         selection: 'random', drawn for every matrix from the key and the weight's name; or row numbers by
             pattern, for a stack `[*stack, r]` nested lists. A weight that no pattern matches draws.
-        in_place: the base may hold the adapted weights; see `Transform.write`.
+        in_place: the base may hold the adapted weights; see `Transform.close`.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks or rows that do not fit.
@@ -125,8 +126,7 @@ def paca(
             },
         )
 
-    write = {"write": writer(_put)} if in_place else {}
-    return Transform("paca", config, init, apply, **write)
+    return Transform("paca", config, init, apply, placement=in_the_base(_put) if in_place else None)
 
 
 def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:

@@ -6,7 +6,7 @@ Adaptation", ICLR 2025, arXiv 2409.06633.
     M = 1[|W| < θ]      W'[M] = p, W' = W elsewhere, first p = W[M]      dp = (dL/dW')[M] + λ (U Vᵀ)[M]
     with U Σ Vᵀ = W' ∘ M;  at step T:  M ← M ∘ 1[|W'| < θ], the others keep what they learned
 
-Trained: p, K numbers a weight; a 0/1 slot `keep` beside it, set by the optimizer hook, is the current M.
+Trained: p, K numbers a weight; the current M is held beside the entries' places.
 Backward keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are
 scanned; with `in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added
 where p enters the model, so that it reaches p in any loop; it is that of the loss you differentiate, which
@@ -24,12 +24,10 @@ at (re-)selection, and the step lost at re-selection.
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from peftjax.core import tree
@@ -37,11 +35,13 @@ from peftjax.core.checks import at_least, one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries
-from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
 from peftjax.methods.sparse._nuclear import Polar, penalized
-from peftjax.methods.sparse._reselect import reselecting
+from peftjax.methods.sparse._reselect import KEEP, LIMIT, hold_dropped, limit_of, reselect
+from peftjax.transform.around import Around
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform, all_slots_but
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import NOWHERE, put_entries, take_entries
@@ -83,7 +83,7 @@ def sara(
         targets: as in `lora`.
         exclude: the same forms; wins.
         layouts: axes by pattern.
-        in_place: the base may hold the adapted weights; see `Transform.write`.
+        in_place: the base may hold the adapted weights; see `Transform.close`.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets that do not fit the parameters, or
@@ -105,9 +105,11 @@ def sara(
                 continue
             original = take_entries(w, rows, columns, layout)
             places.append(Place(path, layout, rows.shape[-1]))
-            state[path] = {"rows": rows, "columns": columns} | ({"original": original} if in_place else {})
-            keep = (rows != NOWHERE).astype(jnp.float32)
-            trainable[path] = {"values": original.astype(jnp.float32) + 0.0, "keep": keep}
+            keep, values = rows != NOWHERE, original.astype(jnp.float32) + 0.0
+            state[path] = {"rows": rows, "columns": columns, KEEP: keep}
+            state[path][LIMIT] = limit_of(values, keep, threshold)
+            state[path] |= {"original": original} if in_place else {}
+            trainable[path] = {"values": values}
         if not places:
             raise PeftError(f"sara: no entry of the targets is smaller than {threshold}; raise threshold")
         return Frozen(params, state, Plan(tuple(places))), trainable
@@ -115,23 +117,26 @@ def sara(
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
         leaves, weights = tree.named_leaves(frozen.params), {}
         for place in frozen.plan.places:
-            slots, kept = trainable[place.path], frozen.state[place.path]
-            values, at = slots["values"], (kept["rows"], kept["columns"])
+            values, held = trainable[place.path]["values"], frozen.state[place.path]
+            at = held["rows"], held["columns"]
             if penalty > 0.0:
-                values = penalized(penalty, polar, place.layout, values, slots["keep"], *at)
+                kept = held[KEEP].astype(jnp.float32)
+                values = penalized(penalty, polar, place.layout, values, kept, *at)
             weights[place.path] = SparseEntries(
                 leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
             )
         return tree.replace(frozen.params, weights)
 
-    def optimizer(
-        tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()
-    ) -> optax.GradientTransformation:
-        return reselecting(tx, prefix, reselect_at, threshold)
-
-    write = {"write": writer(_put)} if in_place else {}
-    moving = partial(all_slots_but, ("keep",))
-    return Transform("sara", config, init, apply, optimizer=optimizer, moving=moving, **write)
+    once = Advance(lambda step: step == reselect_at, reselect, changes=(KEEP,))
+    return Transform(
+        "sara",
+        config,
+        init,
+        apply,
+        around=Around(hold_dropped(), hold_dropped()),
+        advances=() if reselect_at is None else (once,),
+        placement=in_the_base(_put) if in_place else None,
+    )
 
 
 def learning_rate(threshold: float) -> float:

@@ -30,9 +30,10 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
 from peftjax.methods._targets import key_for
-from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, writer
+from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
+from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Trainable, Transform
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import put_entries, take_entries
@@ -75,7 +76,7 @@ def shira(
         exclude: the same forms; wins.
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
-        in_place: the base may hold the adapted weights; see `Transform.write`.
+        in_place: the base may hold the adapted weights; see `Transform.close`.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets, counts or gradients that do not
@@ -117,8 +118,7 @@ def shira(
             )
         return tree.replace(frozen.params, weights)
 
-    write = {"write": writer(_put)} if in_place else {}
-    return Transform("shira", config, init, apply, **write)
+    return Transform("shira", config, init, apply, placement=in_the_base(_put) if in_place else None)
 
 
 def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:

@@ -41,9 +41,10 @@ from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
 from peftjax.methods.sparse._kernelized import kernelized
 from peftjax.methods.sparse._options import KernelizedOptions
+from peftjax.transform.frozen import Frozen
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
-from peftjax.transform.transform import Frozen, Transform
+from peftjax.transform.transform import Transform
 
 Sparsity = float | Mapping[str, float]
 
@@ -99,20 +100,20 @@ def snell(options: SnellOptions) -> Transform:
             not fit the parameters.
     """
     patterns = options.shares
-    map = KernelFunction(options.kernel, options.coefficients, options.mode)
+    kernel_function = KernelFunction(options.kernel, options.coefficients, options.mode)
 
-    def map_of(target: Target) -> tuple[KernelFunction, float]:
+    def kernel_function_of(target: Target) -> tuple[KernelFunction, float]:
         share = tree.pattern_value(target.path, patterns, None)
         if share is None:
             raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
         unsparsified = share == 0 and options.mode == "released"
-        return (replace(map, mode="none") if unsparsified else map), float(share)
+        return (replace(kernel_function, mode="none") if unsparsified else kernel_function), float(share)
 
     def check(paths: list[str]) -> None:
         tree.require_patterns_used("snell", patterns, paths)
 
     scalars = _SCALARS.get(options.kernel, {})
-    return kernelized("snell", vars(options), map_of, check=check, start_of_scalars=scalars)
+    return kernelized("snell", vars(options), kernel_function_of, check=check, start_of_scalars=scalars)
 
 
 def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:

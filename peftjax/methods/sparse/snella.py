@@ -8,10 +8,9 @@ Paper: Shen et al., "Kernelized Sparse Fine-Tuning with Bi-level Parameter Compe
     dW^s = dW · |dW| · 1[|dW| > t],  t = quantile(|dW|, sparsity_l)      (other modes: see `snell`)
     y = x·(W + dW^s)
 
-Trained: a, b and the scalars alpha, gamma, beta, r·(n + m) + 3 numbers a weight. `sparsity` `[*stack]` is
-part of the trainable too, one level a matrix: it has no gradient and the optimizer hook sets it from
-importance averages of twice the factors' size (`_budget.py` has the schedule, and the faults of the released
-allocator). Backward keeps what SNELL keeps.
+Trained: a, b and the scalars alpha, gamma, beta, r·(n + m) + 3 numbers a weight. The levels `sparsity`
+`[*stack]`, one a matrix, are set before an epoch from importance averages of twice the factors' size
+(`_budget.py` has the schedule, and the faults of the released allocator). Backward keeps what SNELL keeps.
 
 alpha = gamma = 1 and beta = 0 at the start: the update is then a nearly constant, small positive matrix.
 gamma may cross 0 in training; the division is plain, as released. The authors do not decay the three
@@ -20,21 +19,19 @@ False at them.
 
 Defaults: heads, coefficient and betas are the released code's; initial_sparsity 0.01 is that of its VTAB
 scripts and 100 epochs are theirs; the target is chosen per task there, and 0.55 is the median of the 11
-released values. `mode="none"` is the released `mixk`: the map without sparsifier, slot and budget.
+released values. `mode="none"` is the released `mixk`: no sparsifier or budget.
 Differences: as in `snell`, and those of the budget.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-import optax
-
 from peftjax.core.checks import one_of
 from peftjax.kernels.kernelized_merge import KernelFunction
-from peftjax.methods.sparse._allocation import on_grid
-from peftjax.methods.sparse._budget import Budget, share_budget
+from peftjax.methods.sparse._budget import Budget, share_out, track_importance
 from peftjax.methods.sparse._kernelized import kernelized
 from peftjax.methods.sparse._options import KernelizedOptions
+from peftjax.transform.around import Around
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
@@ -104,19 +101,14 @@ def snella(options: SnellaOptions) -> Transform:
         PeftError: here for an option out of range; in `init` for targets, ranks or layers that do not fit the
             parameters.
     """
-    budget, mode = options.budget, options.mode
-    map = KernelFunction("distance", options.coefficients, mode, mixed=True)
-    start = float(on_grid(options.initial_sparsity))
-
-    def hook(tx: optax.GradientTransformation, prefix: tuple[str, ...] = ()) -> optax.GradientTransformation:
-        return tx if mode == "none" else share_budget(tx, budget, prefix)
-
-    scalars = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
+    budget = options.budget
+    kernel_function = KernelFunction("distance", options.coefficients, options.mode, mixed=True)
+    sparsified = options.mode != "none"
     return kernelized(
         "snella",
         vars(options),
-        lambda target: (map, start),
-        start_of_scalars=scalars,
-        steered=True,
-        optimizer=hook,
+        lambda target: (kernel_function, options.initial_sparsity),
+        start_of_scalars={"alpha": 1.0, "gamma": 1.0, "beta": 0.0},
+        around=Around(updates=track_importance(budget)) if sparsified else None,
+        advances=(share_out(budget),) if sparsified else (),
     )

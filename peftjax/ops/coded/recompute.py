@@ -1,4 +1,4 @@
-"""Any function whose backward pass makes it again from codes of its inputs: attention, a gated activation.
+"""Any function that its backward pass recomputes from codes of its inputs: attention, a gated activation.
 
 The derivative is taken at the decoded codes of `x`, and at `rest` as it is.
 """

@@ -1,4 +1,4 @@
-"""A stack of layers that keeps its outputs only: backward makes every layer's inputs again by inverting it.
+"""A stack of layers that keeps its outputs only: backward recomputes every layer's inputs by inverting it.
 
 Two streams `(x1, x2)` of one shape pass through L layers of two functions each,
 
@@ -8,7 +8,7 @@ Two streams `(x1, x2)` of one shape pass through L layers of two functions each,
 
 `reversible` is one equation in a jaxpr, which holds F and G of a layer as jaxprs. Differentiated, it has a
 backward pass of its own: the forward scan keeps the last pair of streams (with `every`, the pair after
-every `every` layers, counted from the last), the backward scan makes F and G of each layer again, inverts
+every `every` layers, counted from the last), the backward scan recomputes F and G of each layer, inverts
 them and pulls the cotangents back. Beside those pairs backward reads its own operands and nothing else.
 Operands that nothing is differentiated by have no tangent and get no cotangent: none is computed.
 

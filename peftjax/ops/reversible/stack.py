@@ -11,6 +11,9 @@ from jax import Array, lax
 
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
+from peftjax.interpreter.evaluate import Evaluator
+from peftjax.interpreter.loops import in_step, layers_first, of_one_layer
+from peftjax.interpreter.uses import draws
 from peftjax.ops.reversible.coupling import Coupling, Pair, Plan
 
 Branch = Callable[[Any, Any, Array], Array]
@@ -198,4 +201,26 @@ def _mapped(operands: Sequence[Any], axes: Sequence[int | None], *, f: Any, g: A
     return bind(f, g, pair, shared, layers, plan)
 
 
-_stack = primitives.one_equation("reversible", _run, _differentiable, _mapped)
+def _on_weights(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Array] | None:
+    """The stack of F and G on the parts of structured weights."""
+    plan = eqn.params["plan"]
+    pair, shared, layers = plan.split(operands)
+    layers = layers_first(layers)
+    if layers is None:
+        return None
+    steps = jnp.arange(plan.length) if any(map(draws, shared)) else None
+
+    def branch(jaxpr: Any) -> Branch:
+        body = evaluator.call(jaxpr)
+
+        def of_layer(shared: list[Any], now: tuple[list[Any], Any], x: Array) -> Array:
+            layer, number = now
+            return body(*in_step(shared, number), *of_one_layer(layer), x)[0]
+
+        return of_layer
+
+    f, g = (branch(eqn.params[name]) for name in ("f", "g"))
+    return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
+
+
+_stack = primitives.one_equation("reversible", _run, _differentiable, _mapped, _on_weights)

@@ -1,4 +1,4 @@
-"""Labelled texts in two parts, the form every data source returns."""
+"""Labeled texts in two parts, the form every data source returns."""
 
 from dataclasses import dataclass
 

@@ -6,6 +6,8 @@ CSV is read with its quotes, TSV without any (a quote is a character of the text
 import csv
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from peftjax.core.errors import PeftError
@@ -19,8 +21,37 @@ Rows = Iterator[tuple[int, dict[str, object]]]
 """Line number (Parquet: row number), counted from 1, and the row's values by column name."""
 
 
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows, read when its rows are first asked for, and once.
+
+    Raises:
+        PeftError: then, as `read_rows`, or when there is no row.
+    """
+
+    path: Path
+
+    @cached_property
+    def rows(self) -> list[tuple[int, dict[str, object]]]:
+        """The rows, each with its line."""
+        rows = list(read_rows(self.path))
+        if not rows:
+            raise PeftError(f"the data file {self.path} has no rows")
+        return rows
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that have a value in some row."""
+        return cols.filled_columns(row for _, row in self.rows)
+
+
+def data_file(file: str | Path | DataFile) -> DataFile:
+    """The file of that name, or the one that is open already."""
+    return file if isinstance(file, DataFile) else DataFile(Path(file))
+
+
 def file_dataset(
-    train: str | Path,
+    train: str | Path | DataFile,
     evaluation: str | Path | None = None,
     *,
     text_column: str | None = None,
@@ -37,18 +68,18 @@ def file_dataset(
             does not exist or stands twice, a row without its column or its label (-1), fewer than two
             classes, or an evaluation label never trained on.
     """
-    train = Path(train)
+    train = data_file(train)
     trained = _read(train, text_column, label_column)
     labels = {row.label for row in trained}
     if evaluation is not None:
-        held = _read(Path(evaluation), text_column, label_column)
+        held = _read(data_file(evaluation), text_column, label_column)
     else:
         held = [row for row in trained if is_held_out(row.text)]
         trained = [row for row in trained if not is_held_out(row.text)]
         if not held or not trained:
-            raise PeftError(f"{train} has too few rows to hold some out: give an evaluation file")
-    names = cols.class_names(labels, train)
-    return TextDataset(train.stem, _split(trained, names), _split(held, names), names)
+            raise PeftError(f"{train.path} has too few rows to hold some out: give an evaluation file")
+    names = cols.class_names(labels, train.path)
+    return TextDataset(train.path.stem, _split(trained, names), _split(held, names), names)
 
 
 def file_split(
@@ -63,7 +94,7 @@ def file_split(
     Raises:
         PeftError: as `file_dataset`; a label that is not among `names` is named with its line.
     """
-    return _split(_read(Path(path), text_column, label_column), names)
+    return _split(_read(data_file(path), text_column, label_column), names)
 
 
 def _split(rows: list[cols.LabelledText], names: tuple[str, ...]) -> Split:
@@ -96,26 +127,14 @@ def read_rows(path: Path) -> Rows:
         raise PeftError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def all_rows(path: Path) -> tuple[list[tuple[int, dict[str, object]]], tuple[str, ...]]:
-    """All rows of a file, and the columns that have a value in some row.
-
-    Raises:
-        PeftError: as `read_rows`, or when there is no row.
-    """
-    rows = list(read_rows(path))
-    if not rows:
-        raise PeftError(f"the data file {path} has no rows")
-    return rows, cols.filled_columns(row for _, row in rows)
-
-
-def _read(path: Path, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
+def _read(file: DataFile, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
     """The labeled texts of one file; a column counts where any row has a value for it."""
-    rows, names = all_rows(path)
+    path, names = file.path, file.columns
     text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
     label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
     cols.warn_of_unused(path, names, (text, label))
     found: list[cols.LabelledText] = []
-    for line, row in rows:
+    for line, row in file.rows:
         place = f"{path}, line {line}"
         for column in (text, label):
             if row.get(column) is None:

@@ -1,8 +1,7 @@
 """Classification of labeled texts, beside a linear probe and the majority class."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,74 +10,43 @@ import numpy as np
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
-from peftjax.models.load import FAMILIES, read_family
-from peftjax.models.vocabulary import require_ids
+from peftjax.models.load import FAMILIES
+from peftjax.train.adapter_info import Info
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.batches import TokenizedSplit, evaluation_batches, sample, tokenize, training_batches
 from peftjax.train.data.dataset import Split, TextDataset
-from peftjax.train.data.files import file_split
+from peftjax.train.data.files import DataFile, file_split
 from peftjax.train.data.tfds import PREFIX
-from peftjax.train.info import Info
-from peftjax.train.options import (
-    DOCSTRINGS,
-    DataOptions,
-    RunOptions,
-    is_decoder,
-    model_folder,
-    open_data,
-    open_model,
-    open_tokenizer,
-    start_at_probe,
-    with_new_head,
-)
+from peftjax.train.new_head import start_at_probe
+from peftjax.train.open import BaseModel, open_data, open_tokenizer
+from peftjax.train.options import DOCSTRINGS, DataOptions, RunOptions
 from peftjax.train.probe import ProbeResult, linear_probe, majority_accuracy
-from peftjax.train.tasks.prepared import Prepared
+from peftjax.train.tasks.task import Run, Say, TaskData, TaskSteps
 from peftjax.transform.transform import Transform
 
 PROBE_TEXTS = 10_000
 """Training texts that the linear probe is fitted on at most, so that it stays short."""
 
 
-def prepare(
-    options: RunOptions,
-    config: TrainConfig,
-    method_for: Callable[[int], Transform],
-    say: Callable[[str], None],
-) -> Prepared:
-    """Data, model and probe of a run.
+def read(options: RunOptions, base: BaseModel, config: TrainConfig, file: DataFile, say: Say) -> TaskData:
+    """The labeled texts of a run as tokens.
 
     Raises:
-        PeftError: the data, the model or an option cannot be used.
+        PeftError: the data cannot be read, or the tokenizer does not fit them.
     """
-    data = open_data(options.texts)
+    data = open_data(options.texts, file)
     say(f"{data.name}: {len(data.train)} texts to train on, {len(data.evaluation)} to evaluate on, "
         f"{len(data.label_names)} labels")  # fmt: skip
-    folder = model_folder(options.base.model)
-    train, held_out = (
-        _tokenized(split, folder, config.max_length) for split in (data.train, data.evaluation)
-    )
-    model, params = open_model(
-        options.base, len(data.label_names), dtype=config.dtype, remat=config.remat, seed=config.seed
-    )
-    for split in (train, held_out):
-        name = f"the text by the tokenizer of {options.base.model}"
-        require_ids(split.ids, model.config.vocab_size, name=name)
-    method = with_new_head(method_for(len(train)), model, params)
-    probe = _probe(model, params, train, held_out, config, say) if options.probe else None
-    if probe is not None:
-        params = start_at_probe(method, model, params, probe.weights)
-    return Prepared(
-        model,
-        params,
-        method,
-        examples=len(train),
+    train, held_out = _tokenized((data.train, data.evaluation), base, config.max_length)
+    return TaskData(
+        train,
+        held_out,
         training=training_batches(train, config.batch_size, config.seed),
         held_out=lambda: evaluation_batches(held_out, config.eval_batch_size),
-        data={"name": data.name, "sha256": _digest(data)},
+        num_labels=len(data.label_names),
+        identity={"name": data.name, "sha256": _digest(data)},
         info={"labels": list(data.label_names)},
-        evaluates_before=False,
         summary={
-            "probe_accuracy": None if probe is None else probe.accuracy,
             "majority_accuracy": majority_accuracy(train.labels, held_out.labels),
             "train_texts": len(data.train),
             "eval_texts": len(data.evaluation),
@@ -87,8 +55,18 @@ def prepare(
     )
 
 
+def start(
+    run: Run, model: Backbone, params: Params, method: Transform, say: Say
+) -> tuple[Params, Mapping[str, Any]]:
+    """A new head starts from the linear probe, where one is asked for."""
+    if not run.options.probe:
+        return params, {"probe_accuracy": None}
+    probe = _probe(model, params, run.data.train, run.data.evaluation, run.config, say)
+    return start_at_probe(method, model, params, probe.weights), {"probe_accuracy": probe.accuracy}
+
+
 def saved_batches(
-    info: Info, texts: DataOptions, folder: Path, batch_size: int
+    info: Info, texts: DataOptions, base: BaseModel, batch_size: int
 ) -> tuple[Iterable[Batch], dict[str, Any]]:
     """The batches to evaluate a saved adapter on, and what to report of them.
 
@@ -96,7 +74,7 @@ def saved_batches(
         PeftError: the data cannot be read, or has a label the classifier does not know.
     """
     split = _evaluation_part(texts, tuple(info.labels))
-    tokenized = _tokenized(split, folder, info.max_length)
+    (tokenized,) = _tokenized((split,), base, info.max_length)
     return evaluation_batches(tokenized, batch_size), {"texts": len(split)}
 
 
@@ -105,17 +83,20 @@ def named_scores(scores: Mapping[str, float]) -> dict[str, float]:
     return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
 
 
-def _tokenized(split: Split, folder: Path, max_length: int) -> TokenizedSplit:
-    tokenizer = open_tokenizer(folder)
-    return tokenize(split, tokenizer.encode, max_length=max_length, pad_id=_pad_id(folder, tokenizer.pad_id))
+CLASSIFICATION = TaskSteps(read, start, saved_batches, named_scores, evaluates_before=False)
 
 
-def _pad_id(folder: Path, of_tokenizer: int) -> int:
+def _tokenized(splits: Sequence[Split], base: BaseModel, max_length: int) -> list[TokenizedSplit]:
+    tokenizer = open_tokenizer(base)
+    pad_id = _pad_id(base, tokenizer.pad_id)
+    return [tokenize(split, tokenizer.encode, max_length=max_length, pad_id=pad_id) for split in splits]
+
+
+def _pad_id(base: BaseModel, of_tokenizer: int) -> int:
     """What fills a batch up: a decoder's classifier finds the last token by its model's padding token."""
-    if not is_decoder(folder):
+    if not base.is_decoder:
         return of_tokenizer
-    family, values = read_family(folder)
-    of_model = family.read_config(values).pad_token_id
+    of_model = base.family.read_config(base.config).pad_token_id
     return of_tokenizer if of_model is None else of_model
 
 
@@ -136,7 +117,7 @@ def _probe(
     train: TokenizedSplit,
     held_out: TokenizedSplit,
     config: TrainConfig,
-    say: Callable[[str], None],
+    say: Say,
 ) -> ProbeResult:
     """A linear classifier on the frozen model's mean-pooled features, of `PROBE_TEXTS` at most."""
     train = sample(train, PROBE_TEXTS, config.seed)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 from peftjax.core.errors import PeftError
@@ -10,16 +9,17 @@ from peftjax.core.tree import nearest
 from peftjax.models.load import FAMILIES
 from peftjax.train.config import Task
 from peftjax.train.data.columns import LABEL_GUESSES
-from peftjax.train.data.files import all_rows
+from peftjax.train.data.files import DataFile
 from peftjax.train.data.language.corpus import PLAIN_TEXT
 from peftjax.train.data.language.dataset import LanguageOptions, RowOptions, SourceOptions
 from peftjax.train.data.language.open import find_source
 from peftjax.train.data.tfds import PREFIX
-from peftjax.train.options import DOCSTRINGS, LANGUAGE_HEAD, DataOptions, RunOptions, is_decoder, model_folder
+from peftjax.train.open import LANGUAGE_HEAD, BaseModel
+from peftjax.train.options import DOCSTRINGS, DataOptions, RunOptions
 
 
-def find_task(options: RunOptions) -> Task:
-    """The task asked for, or else the one that model and data are for.
+def find_task(options: RunOptions, base: BaseModel, file: DataFile) -> Task:
+    """The task asked for, or else the one that model and data are for; `file` is that of the data.
 
     An encoder classifies. A decoder classifies where the data has labels and neither chats nor prompts
     with completions; else it learns to write.
@@ -27,16 +27,15 @@ def find_task(options: RunOptions) -> Task:
     Raises:
         PeftError: the task does not exist, or not for this model or data; or an option has no use in it.
     """
-    folder = model_folder(options.base.model)
     task = options.task
     if task is not None and task not in get_args(Task):
         raise PeftError(f"no task is called {task!r}; closest: {nearest(task, get_args(Task))}")
     if task is None:
-        task = _of_decoder(options.texts) if is_decoder(folder) else _of_encoder(options.texts)
+        task = (_of_decoder if base.is_decoder else _of_encoder)(options.texts, file)
     if task == "classification":
         _refuse(task, _given(options.rows, RowOptions))
     else:
-        _require_decoder(folder)
+        _require_decoder(base)
         if options.base.head not in (None, LANGUAGE_HEAD):
             raise PeftError(
                 f"the task language trains the head '{LANGUAGE_HEAD}', not {options.base.head!r}: leave head "
@@ -69,16 +68,16 @@ def language_options(texts: DataOptions, rows: RowOptions) -> LanguageOptions:
     return LanguageOptions(**{f.name: getattr(part, f.name) for part, of in parts for f in fields(of)})
 
 
-def _of_decoder(texts: DataOptions) -> Task:
+def _of_decoder(texts: DataOptions, file: DataFile) -> Task:
     if texts.label_column is not None or _is_labeled_set(texts.data):
         return "classification"
-    source = find_source(Path(texts.data), language_options(texts, RowOptions()))
+    source = find_source(file, language_options(texts, RowOptions()))
     written = texts.source is not None or source != "corpus"
-    return "language" if written or not _guesses_labels(texts) else "classification"
+    return "language" if written or not _guesses_labels(file) else "classification"
 
 
-def _of_encoder(texts: DataOptions) -> Task:
-    labeled = texts.label_column is not None or _is_labeled_set(texts.data) or _guesses_labels(texts)
+def _of_encoder(texts: DataOptions, file: DataFile) -> Task:
+    labeled = texts.label_column is not None or _is_labeled_set(texts.data) or _guesses_labels(file)
     if not labeled:
         raise PeftError(
             f"{texts.data} has no label column ({', '.join(map(repr, LABEL_GUESSES))}), which an encoder "
@@ -87,24 +86,20 @@ def _of_encoder(texts: DataOptions) -> Task:
     return "classification"
 
 
-def _guesses_labels(texts: DataOptions) -> bool:
-    path = Path(texts.data)
-    if path.suffix.lower() in PLAIN_TEXT:
-        return False
-    _, columns = all_rows(path)
-    return bool(set(columns) & set(LABEL_GUESSES))
+def _guesses_labels(file: DataFile) -> bool:
+    return file.path.suffix.lower() not in PLAIN_TEXT and bool(set(file.columns) & set(LABEL_GUESSES))
 
 
 def _is_labeled_set(data: str) -> bool:
     return data == DOCSTRINGS or data.startswith(PREFIX)
 
 
-def _require_decoder(folder: Path) -> None:
-    if not is_decoder(folder):
+def _require_decoder(base: BaseModel) -> None:
+    if not base.is_decoder:
         decoders = ", ".join(name for name, family in FAMILIES.items() if LANGUAGE_HEAD in family.heads)
         raise PeftError(
-            f"{folder} is an encoder and writes no text: give a decoder ({decoders}) as the model, or choose "
-            "the task classification"
+            f"{base.folder} is an encoder and writes no text: give a decoder ({decoders}) as the model, or "
+            "choose the task classification"
         )
 
 

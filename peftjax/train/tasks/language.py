@@ -3,41 +3,37 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch
-from peftjax.models.vocabulary import require_ids
+from peftjax.train.adapter_info import Info
 from peftjax.train.config import TrainConfig
+from peftjax.train.data.files import DataFile
 from peftjax.train.data.language.batches import evaluation_batches, training_batches
 from peftjax.train.data.language.dataset import LanguageDataset
 from peftjax.train.data.language.open import open_language_data, open_language_rows
 from peftjax.train.data.language.rows import TokenRows
 from peftjax.train.data.language.truncation import Cut
-from peftjax.train.info import Info
-from peftjax.train.options import DataOptions, RunOptions, model_folder, open_model, open_tokenizer
+from peftjax.train.open import BaseModel, open_tokenizer
+from peftjax.train.options import DataOptions, RunOptions
 from peftjax.train.tasks.find import language_options
-from peftjax.train.tasks.prepared import Prepared
+from peftjax.train.tasks.task import Run, Say, TaskData, TaskSteps
 from peftjax.transform.transform import Transform
 
 
-def prepare(
-    options: RunOptions,
-    config: TrainConfig,
-    method_for: Callable[[int], Transform],
-    say: Callable[[str], None],
-) -> Prepared:
-    """Data and model of a run.
+def read(options: RunOptions, base: BaseModel, config: TrainConfig, file: DataFile, say: Say) -> TaskData:
+    """The texts of a run as rows of tokens.
 
     Raises:
-        PeftError: the data, the model or an option cannot be used.
+        PeftError: the data or an option cannot be used.
     """
     data = open_language_data(
-        options.texts.data,
-        open_tokenizer(model_folder(options.base.model)),
+        file,
+        open_tokenizer(base),
         max_length=config.max_length,
         eval_data=options.texts.eval_data,
         options=language_options(options.texts, options.rows),
@@ -45,21 +41,14 @@ def prepare(
     parts = ((data.train, data.train_cut, "train on"), (data.evaluation, data.evaluation_cut, "evaluate on"))
     for rows, cut, purpose in parts:
         say(f"{data.name} ({data.source}): {_described(rows, cut)} to {purpose}")
-    model, params = open_model(options.base, None, dtype=config.dtype, remat=config.remat, seed=config.seed)
-    for rows in (data.train, data.evaluation):
-        require_ids(
-            rows.ids, model.config.vocab_size, name=f"the text by the tokenizer of {options.base.model}"
-        )
-    return Prepared(
-        model,
-        params,
-        method_for(len(data.train)),
-        examples=len(data.train),
+    return TaskData(
+        data.train,
+        data.evaluation,
         training=training_batches(data.train, config.batch_size, config.seed),
         held_out=lambda: evaluation_batches(data.evaluation, config.eval_batch_size),
-        data={"name": data.name, "sha256": _digest(data)},
+        num_labels=None,
+        identity={"name": data.name, "sha256": _digest(data)},
         info={"labels": [], "source": data.source, "rows": dataclasses.asdict(options.rows)},
-        evaluates_before=True,
         summary={
             "source": data.source,
             **_counts(data.train, data.train_cut, "train_"),
@@ -68,8 +57,15 @@ def prepare(
     )
 
 
+def start(
+    run: Run, model: Backbone, params: Params, method: Transform, say: Say
+) -> tuple[Params, Mapping[str, Any]]:
+    """The parameters as they were loaded."""
+    return params, {}
+
+
 def saved_batches(
-    info: Info, texts: DataOptions, folder: Path, batch_size: int
+    info: Info, texts: DataOptions, base: BaseModel, batch_size: int
 ) -> tuple[Iterable[Batch], dict[str, Any]]:
     """The batches to evaluate a saved adapter on, made as in training, and what to report of them.
 
@@ -78,7 +74,7 @@ def saved_batches(
     """
     rows, cut = open_language_rows(
         texts.data,
-        open_tokenizer(folder),
+        open_tokenizer(base),
         max_length=info.max_length,
         options=language_options(texts, info.rows),
     )
@@ -90,6 +86,9 @@ def named_scores(scores: Mapping[str, float]) -> dict[str, float]:
     loss = scores["loss"]
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": loss, "perplexity": perplexity, "token_accuracy": scores["accuracy"]}
+
+
+LANGUAGE = TaskSteps(read, start, saved_batches, named_scores, evaluates_before=True)
 
 
 def _counts(rows: TokenRows, cut: Cut, part: str = "") -> dict[str, Any]:

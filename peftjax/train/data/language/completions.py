@@ -8,7 +8,7 @@ from pathlib import Path
 from peftjax.core.errors import PeftError
 from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import pick_column, warn_of_unused
-from peftjax.train.data.files import all_rows
+from peftjax.train.data.files import DataFile, data_file
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
 from peftjax.train.data.language.prompts import COMPLETION_GUESSES, prompt_columns, prompt_of, text_of
 
@@ -29,7 +29,7 @@ class Completion:
 
 
 def read_completions(
-    path: Path,
+    file: Path | DataFile,
     *,
     prompt_column: str | None = None,
     completion_column: str | None = None,
@@ -45,7 +45,8 @@ def read_completions(
     Raises:
         PeftError: for a file that cannot be read, a column that does not exist, or a row without it.
     """
-    rows, names = all_rows(path)
+    file = data_file(file)
+    path, rows, names = file.path, file.rows, file.columns
     columns = prompt_columns(names, prompt_column, str(path))
     completion = pick_column(names, completion_column, COMPLETION_GUESSES, "completion", str(path))
     logger.info("%s: %s make the prompt, %r the completion", path, columns.all, completion)

@@ -15,7 +15,7 @@ from peftjax.io.files import parse_json
 from peftjax.text.chat import ChatTemplate, render, render_marked
 from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import pick_column, shown, warn_of_unused
-from peftjax.train.data.files import all_rows
+from peftjax.train.data.files import DataFile, data_file
 from peftjax.train.data.language.example import Example, encode_pieces, make_example
 from peftjax.train.data.language.prompts import COMPLETION_GUESSES, PROMPT_GUESSES, optional_text
 
@@ -76,7 +76,7 @@ def holds_messages(value: object) -> bool:
 
 
 def read_conversations(
-    path: Path,
+    file: Path | DataFile,
     *,
     messages_column: str | None = None,
     completion_column: str | None = None,
@@ -91,7 +91,7 @@ def read_conversations(
     say that it is not to be learnt. Columns of no use are named in the log.
 
     Args:
-        path: the file.
+        file: its name, or the open file.
         messages_column: with the messages, or with those of the prompt; guessed from the usual names.
         completion_column: with the messages of the completion, where they stand apart.
         answered: whether to read those.
@@ -99,7 +99,8 @@ def read_conversations(
     Raises:
         PeftError: for a file that cannot be read, an unknown role, or a message of another form.
     """
-    rows, names = all_rows(path)
+    file = data_file(file)
+    path, rows, names = file.path, file.rows, file.columns
     guesses = (*MESSAGE_COLUMNS, *PROMPT_GUESSES)
     column = pick_column(names, messages_column, guesses, "messages", str(path))
     columns = [column]

@@ -10,7 +10,7 @@ from peftjax.core.errors import PeftError
 from peftjax.io.files import require_file
 from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES, pick_column, shown, warn_of_unused
-from peftjax.train.data.files import HELD_OUT_SHARE, all_rows, refuse_zero
+from peftjax.train.data.files import HELD_OUT_SHARE, DataFile, data_file, refuse_zero
 from peftjax.train.data.language.completions import end_of_text
 from peftjax.train.data.language.example import Example
 
@@ -19,16 +19,18 @@ PLAIN_TEXT = (".txt", ".text", ".md")
 logger = logging.getLogger(__name__)
 
 
-def read_corpus(path: Path, *, text_column: str | None = None) -> list[str]:
+def read_corpus(file: Path | DataFile, *, text_column: str | None = None) -> list[str]:
     """The documents of a file; empty ones are left out and counted in the log.
 
     Raises:
         PeftError: for a file that cannot be read or has no text, or a row without its column.
     """
+    file = data_file(file)
+    path = file.path
     if path.suffix.lower() in PLAIN_TEXT:
         documents = [_plain_text(path)]
     else:
-        documents = _column(path, text_column)
+        documents = _column(file, text_column)
     found = [text for text in documents if text.strip()]
     if not found:
         raise PeftError(f"the data file {path} has no text")
@@ -72,8 +74,8 @@ def _plain_text(path: Path) -> str:
     return text
 
 
-def _column(path: Path, text_column: str | None) -> list[str]:
-    rows, names = all_rows(path)
+def _column(file: DataFile, text_column: str | None) -> list[str]:
+    path, rows, names = file.path, file.rows, file.columns
     column = pick_column(names, text_column, TEXT_GUESSES, "text", str(path))
     warn_of_unused(path, names, (column,))
     for line, row in rows:

@@ -10,7 +10,7 @@ from peftjax.core.errors import PeftError
 from peftjax.text.chat import ChatTemplate, compile_template
 from peftjax.text.tokenizer import Tokenizer
 from peftjax.train.data.columns import TEXT_GUESSES
-from peftjax.train.data.files import all_rows, is_held_out
+from peftjax.train.data.files import DataFile, data_file, is_held_out
 from peftjax.train.data.language import completions, conversations, corpus
 from peftjax.train.data.language.dataset import LanguageDataset, LanguageOptions, Source
 from peftjax.train.data.language.example import Example
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_language_data(
-    data: str | Path,
+    data: str | Path | DataFile,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -38,7 +38,7 @@ def open_language_data(
     a tenth of the training file; of a corpus of a single document it is the last tenth.
 
     Args:
-        data: .jsonl, .parquet, .csv, .tsv, or plain text (.txt).
+        data: .jsonl, .parquet, .csv, .tsv, or plain text (.txt): its name, or the open file.
         tokenizer: of the model.
         max_length: tokens of the longest row.
         eval_data: a file of the same kind to evaluate on.
@@ -51,15 +51,18 @@ def open_language_data(
     options = options or LanguageOptions()
     if max_length < 2:
         raise PeftError(f"max_length is {max_length}, but a row needs a token and the next one: at least 2")
-    data = Path(data)
-    source = find_source(data, options)
-    items = _read(data, source, options)
-    parts = _hold_out(items, data) if eval_data is None else (items, _read(Path(eval_data), source, options))
+    file = data_file(data)
+    source = find_source(file, options)
+    items = _read(file, source, options)
+    held = None if eval_data is None else _read(data_file(eval_data), source, options)
+    parts = _hold_out(items, file.path) if held is None else (items, held)
     (train, train_cut), (evaluation, evaluation_cut) = (
-        _rows(part, source, tokenizer, max_length, options, template, f"{data.name}, examples to {purpose}")
+        _rows(
+            part, source, tokenizer, max_length, options, template, f"{file.path.name}, examples to {purpose}"
+        )
         for part, purpose in zip(parts, ("train on", "evaluate on"))
     )
-    return LanguageDataset(data.stem, source, train, evaluation, train_cut, evaluation_cut)
+    return LanguageDataset(file.path.stem, source, train, evaluation, train_cut, evaluation_cut)
 
 
 def open_language_rows(
@@ -67,12 +70,12 @@ def open_language_rows(
 ) -> tuple[TokenRows, Cut]:
     """The rows of a whole file, nothing held out, and what did not fit; otherwise `open_language_data`."""
     options = options or LanguageOptions()
-    data = Path(data)
-    source = find_source(data, options)
-    return _rows(_read(data, source, options), source, tokenizer, max_length, options, None, data.name)
+    file = data_file(data)
+    source = find_source(file, options)
+    return _rows(_read(file, source, options), source, tokenizer, max_length, options, None, file.path.name)
 
 
-def find_source(path: Path, options: LanguageOptions) -> Source:
+def find_source(file: Path | DataFile, options: LanguageOptions) -> Source:
     """What the options say, or name columns for, or what the columns look like.
 
     Raises:
@@ -83,49 +86,47 @@ def find_source(path: Path, options: LanguageOptions) -> Source:
             known = tree.nearest(options.source, get_args(Source))
             raise PeftError(f"no source of texts is called {options.source!r}; closest: {known}")
         return options.source
-    if path.suffix.lower() in corpus.PLAIN_TEXT:
+    file = data_file(file)
+    if file.path.suffix.lower() in corpus.PLAIN_TEXT:
         return "corpus"
     if options.messages_column:
         return "conversations"
     if options.prompt_column or options.completion_column:
-        return _source_of_prompts(path, options.prompt_column)
+        return _source_of_prompts(file, options.prompt_column)
     if options.text_column:
         return "corpus"
-    _, columns = all_rows(path)
-    names = set(columns)
+    names = set(file.columns)
     if names & set(conversations.MESSAGE_COLUMNS):
         return "conversations"
     if names & set(PROMPT_GUESSES) and names & set(COMPLETION_GUESSES):
-        return _source_of_prompts(path, next(name for name in PROMPT_GUESSES if name in names))
+        return _source_of_prompts(file, next(name for name in PROMPT_GUESSES if name in names))
     if names & set(TEXT_GUESSES):
         return "corpus"
     raise PeftError(
-        f"the columns of {path} ({', '.join(map(repr, columns))}) are neither a chat's (messages), nor a "
-        "prompt's and a completion's, nor a text's: name one with messages_column, prompt_column and "
+        f"the columns of {file.path} ({', '.join(map(repr, file.columns))}) are neither a chat's (messages), "
+        "nor a prompt's and a completion's, nor a text's: name one with messages_column, prompt_column and "
         "completion_column, or text_column"
     )
 
 
-def _source_of_prompts(path: Path, prompt: str | None) -> Source:
+def _source_of_prompts(file: DataFile, prompt: str | None) -> Source:
     """Prompts are texts, or messages of chats that the completion goes on with."""
-    if prompt is not None and any(
-        conversations.holds_messages(row.get(prompt)) for _, row in all_rows(path)[0]
-    ):
+    if prompt is not None and any(conversations.holds_messages(row.get(prompt)) for _, row in file.rows):
         return "conversations"
     return "completions"
 
 
-def _read(path: Path, source: Source, options: LanguageOptions) -> Sequence[Any]:
+def _read(file: DataFile, source: Source, options: LanguageOptions) -> Sequence[Any]:
     if source == "conversations":
         return conversations.read_conversations(
-            path,
+            file,
             messages_column=options.messages_column or options.prompt_column,
             completion_column=options.completion_column,
         )
     if source == "corpus":
-        return corpus.read_corpus(path, text_column=options.text_column)
+        return corpus.read_corpus(file, text_column=options.text_column)
     return completions.read_completions(
-        path,
+        file,
         prompt_column=options.prompt_column,
         completion_column=options.completion_column,
         separator=options.separator,

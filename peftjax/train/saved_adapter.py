@@ -15,9 +15,10 @@ from peftjax.core.errors import PeftError
 from peftjax.io.files import replacing
 from peftjax.losses import classification
 from peftjax.models.load import load, save, stored_dtypes
+from peftjax.train.adapter_info import Info, read_info
 from peftjax.train.config import Task, require_numbers
-from peftjax.train.info import Info, read_info
-from peftjax.train.options import LANGUAGE_HEAD, DataOptions, model_folder
+from peftjax.train.open import LANGUAGE_HEAD, BaseModel, find_base
+from peftjax.train.options import DataOptions
 from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import check_data
@@ -58,23 +59,27 @@ def open_tuned(adapter: Path, model: str | None = None, *, untie: bool = False) 
     Raises:
         PeftError: the adapter was not made by `run`, or does not fit the model.
     """
-    config = read_config(adapter)
     info = read_info(adapter)
-    folder, untie = model_folder(model or info.model), untie or info.untied
+    return _opened(adapter, info, find_base(model or info.model), untie)
+
+
+def _opened(adapter: Path, info: Info, base: BaseModel, untie: bool) -> Tuned:
+    untie = untie or info.untied
     backbone, params = load(
-        folder,
+        base.folder,
         head=info.head,
         num_labels=len(info.labels) or None,
         vocab_size=info.vocab_size,
         redraw_head=True,  # as the training did, else there would be no adapter
         untie=untie,
-        key=jax.random.key(config["seed"]),
+        key=jax.random.key(read_config(adapter)["seed"]),
         replaced=trained_parameters(adapter),
+        described=(base.family, base.config),
     )
     if info.labels:
         named = dataclasses.replace(backbone.config, labels=tuple(info.labels))
         backbone = dataclasses.replace(backbone, config=named)
-    return Tuned(backbone, params, load_adapter(adapter, params), folder, untie)
+    return Tuned(backbone, params, load_adapter(adapter, params), base.folder, untie)
 
 
 def evaluate_saved(
@@ -105,9 +110,9 @@ def evaluate_saved(
     info = read_info(adapter)
     task = _task(info)
     check_data(data, task)
-    folder = model_folder(model or info.model)
-    batches, counts = TASKS[task].saved_batches(info, data, folder, batch_size)
-    tuned = open_tuned(adapter, model, untie=untie)
+    base = find_base(model or info.model)
+    batches, counts = TASKS[task].saved_batches(info, data, base, batch_size)
+    tuned = _opened(adapter, info, base, untie)
     method = tuned.adapter.method
     evaluate = make_evaluate(method.model(tuned.model), method, classification)
     scores = evaluate(tuned.adapter.trainable, tuned.adapter.frozen, batches)

@@ -16,6 +16,8 @@ _UNSIGNED = frozenset(
 # Here `v` averages differences of gradients, and `n` the squares.
 _EXCEPTIONS: Mapping[str, Kind] = {"ScaleByAdanState.v": "signed"}
 _SUMS = frozenset({"acc_grads", "grad_acc"})
+_AROUND = frozenset({"before", "after"})
+"""The fields of what a method keeps around an optimizer."""
 
 
 def kind_of(field: str) -> Kind:
@@ -38,9 +40,12 @@ def is_gradient_sum(field: str) -> bool:
 
 
 def parameter_of(path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]) -> tuple[Any, ...] | None:
-    """The path of the parameter that a leaf of the state mirrors: the longest that ends the leaf's path."""
-    ends = (tuple(path[start:]) for start in range(len(path) + 1))
-    return next((end for end in ends if end in params), None)
+    """The path of the parameter that a leaf of the state mirrors: the longest that ends the leaf's path.
+
+    In what a method keeps around an optimizer (`peftjax.transform.around`) the names of a chain's methods
+    come first, then the method's own state, then path and name of the array.
+    """
+    return _mirrored(path, params)[0]
 
 
 def field_of(state: Any, path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]) -> str | None:
@@ -48,11 +53,11 @@ def field_of(state: Any, path: Sequence[Any], params: Mapping[tuple[Any, ...], A
 
     None where the leaf mirrors no parameter, or no node above it has named fields.
     """
-    parameter = parameter_of(path, params)
+    parameter, start = _mirrored(path, params)
     if parameter is None:
         return None
     found, node = None, state
-    for key in path[: len(path) - len(parameter)]:
+    for key in path[:start]:
         if isinstance(key, jax.tree_util.GetAttrKey):
             found = f"{type(node).__name__}.{key.name}"
             node = getattr(node, key.name)
@@ -63,3 +68,18 @@ def field_of(state: Any, path: Sequence[Any], params: Mapping[tuple[Any, ...], A
         else:
             return found
     return found
+
+
+def _mirrored(
+    path: Sequence[Any], params: Mapping[tuple[Any, ...], Any]
+) -> tuple[tuple[Any, ...] | None, int]:
+    """The parameter, and how many keys of the leaf's path lead to the tree that mirrors the parameters."""
+    for start in range(len(path) + 1):
+        if (end := tuple(path[start:])) in params:
+            return end, start
+    around = [n for n, key in enumerate(path) if getattr(key, "name", None) in _AROUND]
+    rest = path[around[-1] + 1 :] if around else ()
+    for names in range(len(rest) - 1):
+        if (parameter := (*rest[:names], *rest[-2:])) in params:
+            return parameter, len(path) - 2
+    return None, 0

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.weights.base import Weight, contract
+from peftjax.weights.contraction import Dot
 from peftjax.weights.diagonal import Diagonal
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.rules import Dot
 from peftjax.weights.scaled import Scaled
 
 
-def squares_over(w: Any, layout: Layout, side: Side) -> Array:
+def squared_norms(w: Any, layout: Layout, side: Side) -> Array:
     """The sums of squares over all members of a side, float32 `[*stack, members of the other side]`.
 
     Differentiable by every part of the weight; a weight whose parts do not tell them is merged, and again in
@@ -29,19 +29,19 @@ def squares_over(w: Any, layout: Layout, side: Side) -> Array:
         cross = jnp.sum(second * rows_through(first, w.base, w.layout, side), axis=-2)
         gram = jnp.einsum("...ri,...qi->...rq", first, first)
         own = jnp.sum(second * jnp.einsum("...rq,...qo->...ro", gram, second), axis=-2)
-        squares = squares_over(w.base, w.layout, side) + 2.0 * w.scale * cross + w.scale**2 * own
+        squares = squared_norms(w.base, w.layout, side) + 2.0 * w.scale * cross + w.scale**2 * own
         return jnp.maximum(squares, 0.0)  # rounding may go below
     if isinstance(w, Scaled):
-        return w.factor[..., None] ** 2 * squares_over(w.base, w.layout, side)
+        return w.factor[..., None] ** 2 * squared_norms(w.base, w.layout, side)
     if isinstance(w, Diagonal) and w.factor(side) is None:
         numbers = w.factor("o" if side == "i" else "i")
-        return numbers**2 * squares_over(w.base, w.layout, side)
+        return numbers**2 * squared_norms(w.base, w.layout, side)
     if isinstance(w, Weight):
-        return jax.checkpoint(lambda w: array_squares(w.dense(), w.layout, side))(w)
-    return array_squares(w, layout, side)
+        return jax.checkpoint(lambda w: squared_norms_of_array(w.dense(), w.layout, side))(w)
+    return squared_norms_of_array(w, layout, side)
 
 
-def array_squares(w: Array, layout: Layout, side: Side) -> Array:
+def squared_norms_of_array(w: Array, layout: Layout, side: Side) -> Array:
     """The sums of squares over a side of an array, float32 `[*stack, members of the other side]`."""
     other: Side = "o" if side == "i" else "i"
     squares = jnp.square(w.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""What a run uses: tokens per second and peak memory."""
+"""How fast a run is, and the memory that it needs at its peak."""
 
 import resource
 import sys
@@ -42,11 +42,11 @@ class Throughput:
         self.start()
 
     def start(self) -> None:
-        """Time runs on."""
+        """Start the clock."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        """Time stands still."""
+        """Stop the clock."""
         if self.started is not None:
             self.seconds += time.perf_counter() - self.started
         self.started = None

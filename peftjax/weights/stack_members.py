@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from peftjax.weights.base import Weight, contract
-from peftjax.weights.rules import Dot, Rule
+from peftjax.weights.contraction import Contraction, Dot
 
 
 def over_members(
@@ -48,7 +48,7 @@ def true_of_member(question: Callable[[Weight], bool], weight: Weight, position:
     return bool(answers) and answers[0]
 
 
-def supports_summed(weight: Weight, rule: Rule) -> bool:
+def supports_summed(weight: Weight, rule: Contraction) -> bool:
     """Whether `contract_summed` can apply the rule."""
     if weight.supports(rule):
         return True
@@ -59,7 +59,7 @@ def supports_summed(weight: Weight, rule: Rule) -> bool:
     return true_of_member(lambda one: supports_summed(one, inner), weight, position)
 
 
-def contract_summed(x: Array, weight: Weight, rule: Rule) -> Array:
+def contract_summed(x: Array, weight: Weight, rule: Contraction) -> Array:
     """`contract`, also where a stack axis is summed over that the weight's own rule has no place for."""
     if weight.supports(rule):
         return contract(x, weight, rule)
@@ -72,14 +72,14 @@ def contract_summed(x: Array, weight: Weight, rule: Rule) -> Array:
     return products.sum(0)
 
 
-def _summed_stack(weight: Weight, rule: Rule) -> int | None:
+def _summed_stack(weight: Weight, rule: Contraction) -> int | None:
     if not isinstance(rule, Dot) or rule.out_sharding is not None:
         return None
     summed = [p for p in rule.w_contract if weight.layout.axes[p].kind == "s"]
     return summed[0] if summed and len(summed) < len(rule.w_contract) else None
 
 
-def _of_member(rule: Rule, position: int) -> Dot:
+def _of_member(rule: Contraction, position: int) -> Dot:
     """The product of one member of a stack axis that the whole one sums over."""
     assert isinstance(rule, Dot)
     axis = rule.x_contract[rule.w_contract.index(position)]

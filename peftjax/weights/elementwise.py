@@ -5,13 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.weights.base import Weight, contract, dense, logical, static, structured
+from peftjax.weights.base import Weight, contract, dense
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import logical, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.rules import Conv, Dot, Gather, RaggedDot, Rule
 
 
 @structured
-class Plus(Weight):
+class Sum(Weight):
     """`w = base + other`, in two products: exact, and no sum is formed."""
 
     base: Any = logical()
@@ -22,7 +23,7 @@ class Plus(Weight):
         """The sum, in the base's dtype."""
         return (dense(self.base) + dense(self.other)).astype(self.dtype)
 
-    def supports(self, rule: Rule) -> bool:
+    def supports(self, rule: Contraction) -> bool:
         """Whatever both support."""
         return all(not isinstance(w, Weight) or w.supports(rule) for w in (self.base, self.other))
 
@@ -42,7 +43,7 @@ class Plus(Weight):
         """Both products."""
         return self._both(x, rule)
 
-    def _both(self, x: Array, rule: Rule) -> Array:
+    def _both(self, x: Array, rule: Contraction) -> Array:
         y = contract(x, self.base, rule)
         return y + contract(x, self.other, rule).astype(y.dtype)
 
@@ -51,7 +52,7 @@ class Plus(Weight):
 class Masked(Weight):
     """`w = base ∘ factor`, such as a mask of pruned entries.
 
-    It has no thin form: each layer merges it, and again in its backward pass, which keeps the layer's
+    It has no thin form: each layer merges it, and its backward pass does so again and keeps the layer's
     input and the parts. The gradient of the parts is read off the layer's dense one, which ends there.
     """
 

@@ -9,8 +9,8 @@ from jax import Array, lax
 from jax.tree_util import DictKey
 
 from peftjax.core.errors import PeftError
-from peftjax.optim.moment_fields import field_of, is_gradient_sum, kind_of, parameter_of
 from peftjax.quantize.blockwise import Codes, coded_like, decode
+from peftjax.transform.moment_fields import field_of, is_gradient_sum, kind_of, parameter_of
 
 Path = tuple[Any, ...]
 """The way to an array in the trainable: names of dictionaries, or keys of jax's."""

@@ -144,10 +144,10 @@ class RaggedDot:
         )
 
 
-Rule = Dot | Gather | Conv | RaggedDot
+Contraction = Dot | Gather | Conv | RaggedDot
 
 
-def met_axes(rule: Rule) -> tuple[int, ...]:
+def met_axes(rule: Contraction) -> tuple[int, ...]:
     """The axes of the weight that an activation meets with its features."""
     if isinstance(rule, Dot | RaggedDot):
         return rule.w_contract

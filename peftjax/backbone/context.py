@@ -1,0 +1,56 @@
+"""What `embed` hands to every block of a stack and to the head: masks, positions and the like."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from peftjax.backbone.attention import Prefix
+
+Rotation = tuple[Float[Array, "#B S h"], Float[Array, "#B S h"]]
+"""Cosine and sine of every position's angles, in float32; h is half of a head's width."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the blocks of a stack share; change it with `dataclasses.replace`. None is what there is not.
+
+    Attributes:
+        mask: [B, S], True where a token is; with a cache [B, T] of its slots. None is all.
+        segments: [B, S]; a token sees only those of its own segment.
+        bias: [1, N, S, S], added to the scores of attention.
+        side_bias: as `bias`, for the blocks of a side network with a table of its own (LST).
+        rotation: of queries and keys, where positions are rotary.
+        local_rotation: another one, which the layers with `local` read.
+        last: [B], the place of each row's last token.
+        encoded: what the encoder gave, [B, S, D]; of LST both its networks' states.
+        encoded_mask: [B, S], the mask of `encoded`.
+        cache_index: the slot of the first token in the cache; None where there is no cache. A Python int
+            lets attention skip the keys that are not seen from there.
+        layer: the number of the layer.
+        window: how many places back the layer sees; None is `BlockConfig.window`.
+        local: whether the layer reads `local_rotation`.
+        attended: [B, S, D], the stream of the tokens, where a block is given queries beside them.
+        prefix: further keys and values that every query of a branch sees, as they are: not normed, not
+            rotated, in no slot of the cache.
+    """
+
+    mask: Bool[Array, "B S"] | None = None
+    segments: Int[Array, "B S"] | None = None
+    bias: Float[Array, "1 N S S"] | None = None
+    side_bias: Float[Array, "1 N S S"] | None = None
+    rotation: Rotation | None = None
+    local_rotation: Rotation | None = None
+    last: Int[Array, " B"] | None = None
+    encoded: Any = None
+    encoded_mask: Bool[Array, "B S"] | None = None
+    cache_index: int | Int[Array, ""] | None = None
+    layer: int | Int[Array, ""] | None = None
+    window: int | Int[Array, ""] | None = None
+    local: Bool[Array, ""] | None = None
+    attended: Float[Array, "B S D"] | None = None
+    prefix: Prefix | None = None

@@ -1,0 +1,71 @@
+"""The code of README.md, of the guides and of the methods' notes runs as it stands, a page at a time."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+import tiny_decoder_folder
+
+import peftjax as pj
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    if not path.is_relative_to(ROOT / "docs/reference") and BLOCK.search(path.read_text(encoding="utf-8"))
+}
+FAST = ("README.md", "docs/guides/own_loop.md")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder in which `LLAMA_FOLDER` is a tiny Llama with its tokenizer."""
+    (tmp_path / "LLAMA_FOLDER").mkdir()
+    tiny_decoder_folder.save_decoder(tmp_path / "LLAMA_FOLDER")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in FAST else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+)
+def test_the_code_of_a_page_runs(page, folder):
+    text = PAGES[page].read_text(encoding="utf-8")
+    names: dict = {"__name__": page}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        # As many empty lines before it, so that an error names the line of the page.
+        exec(compile("\n" * line + block[1], str(PAGES[page]), "exec"), names)
+
+
+def test_the_example_of_the_readme_learns_and_both_loops_agree(folder):
+    names: dict = {}
+    for block in BLOCK.findall(PAGES["README.md"].read_text(encoding="utf-8")):
+        exec(block, names)
+    assert float(names["value"]) < 1.0  # ten classes at random: 2.3
+    assert jax.tree.structure(names["dense"]) == jax.tree.structure(names["params"])
+    ours, by_hand = names["state"].trainable, names["trainable"]
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(by_hand), strict=True):
+        assert bool(jax.numpy.allclose(one, other, atol=1e-5))
+
+
+def modules_with_examples():
+    """The modules of the package whose source has a `>>>`."""
+    files = sorted(path for path in (ROOT / "peftjax").rglob("*.py") if ">>> " in path.read_text("utf-8"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_of_docstrings_say_what_comes_out(name):
+    options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    module = importlib.import_module(name)
+    names = {"jax": jax, "jnp": jax.numpy, "optax": optax, "pj": pj}
+    failed, tried = doctest.testmod(module, optionflags=options, extraglobs=names)
+    assert failed == 0
+    assert tried > 0
