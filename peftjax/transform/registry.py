@@ -174,27 +174,28 @@ def register(
 ) -> Callable[[Callable[Options, Transform]], Callable[Options, Transform]]:
     """Add a factory to the registry, under its own name; the arguments are those of `MethodInfo`.
 
-    The options of a call, defaults included, become the `config` of the method that it makes, but for arrays,
-    which no file of options has. What the factory puts into `config` itself wins.
+    The method that a call makes has the factory's name, and as its `config` the options of the call, defaults
+    included, but for arrays, which no file of options has. What the factory puts into `config` itself wins.
 
     Raises:
         PeftError: another method has the name.
     """
 
     def add(factory: Callable[Options, Transform]) -> Callable[Options, Transform]:
-        signature = inspect.signature(factory)
+        name, signature = factory.__name__, inspect.signature(factory)
 
         @functools.wraps(factory)
         def recorded(*args: Options.args, **options: Options.kwargs) -> Transform:
             method = factory(*args, **options)
             given = signature.bind(*args, **options)
             given.apply_defaults()
-            kept = {name: value for name, value in given.arguments.items() if not _is_data(value)}
-            return replace(method, config=_plain({**kept, **method.config}))
+            kept = {option: value for option, value in given.arguments.items() if not _is_data(value)}
+            own = method.config if method.name == name else {}  # not that of a method it is made of
+            return replace(method, name=name, config=_plain({**kept, **own}))
 
         METHODS.add(
             MethodInfo(
-                factory.__name__,
+                name,
                 recorded,
                 kind,
                 paper,

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def test_a_method_of_another_package_is_imported_when_it_is_asked_for(install):
     method = pj.build({"name": "scales", "ending": "norm/scale"})
     assert "scaling" in sys.modules
     assert pj.METHODS["scales"].kind == "selection"
-    assert method.config["ending"] == "norm/scale"
+    assert pj.describe(method) == {"name": "scales", "ending": "norm/scale"}
+    _, trainable = method.init(jax.random.key(0), {"norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}})
+    assert list(trainable) == ["norm/scale"]
     with pytest.raises(PeftError, match=r"scales: unknown option 'endin'; closest: 'ending'"):
         pj.build({"name": "scales", "endin": "x"})
 
