@@ -53,8 +53,11 @@ def read(what: Any) -> Docstring:
 
 def signature(factory: Callable[..., Any]) -> str:
     """`name(*, option: type = default, ...)`, an option a line."""
-    options = inspect.signature(factory).parameters.values()
+    options = list(inspect.signature(factory).parameters.values())
     lines = [f"    {_parameter(option)}," for option in options]
+    by_keyword = [option.kind is option.KEYWORD_ONLY for option in options]
+    if any(by_keyword):
+        lines.insert(by_keyword.index(True), "    *,")
     return "\n".join([f"{factory.__name__}(", *lines, ")"]) if lines else f"{factory.__name__}()"
 
 

@@ -13,6 +13,7 @@ import rooms
 import tables
 
 import peftjax as pj
+from peftjax.cli.report import method_row
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ def write_pages(docs: Path) -> None:
     out = docs / "reference"
     shutil.rmtree(out, ignore_errors=True)
     _write(out / "methods" / "index.md", methods_index())
-    for name in tables.entries():
+    for name in pj.METHODS:
         notes = docs / "methods" / f"{name}.md"
         _write(out / "methods" / f"{name}.md", method_page(name, _text(notes)))
     _write(out / "api" / "index.md", api_index())
@@ -45,22 +46,23 @@ def write_pages(docs: Path) -> None:
     _results(out / "results")
 
 
+_LABELS = {
+    "mergeable": "merges into the model",
+    "quantized_base": "works on a base that is no plain array",
+}
+"""What a page calls the facts of the registry, where not by their names."""
+
+
 def method_page(name: str, notes: str) -> str:
     """The page of one method: what the registry and the docstrings say, then the notes."""
-    info = tables.entries()[name]
+    info = pj.METHODS[name]
     factory, module = docstrings.read(info.factory), inspect.getmodule(info.factory)
     options = docstrings.signature(info.factory)
-    facts = {
-        "paper": _linked(info.paper),
-        "kind": info.kind,
-        "trains": info.trains,
-        "backward keeps": info.backward_keeps,
-        "merges into the model": _yes(info.mergeable),
-        "works on a base that is no plain array": _yes(info.quantized_base),
-        "models": "backbones of `pj.load`" if info.of_blocks else "any function of a parameter tree",
-    }
+    facts = [(_LABELS.get(key, key.replace("_", " ")), value) for key, value in method_row(info).items()]
+    rows = [f"| {label} | {_cell(_shown(value))} |" for label, value in facts if value != name]
+    takes = "backbones of `pj.load`" if info.of_blocks else "any function of a parameter tree"
     lines = [f"# {name}", "", factory.text, ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items()), ""]
+    lines += ["| | |", "|---|---|", *rows, f"| models | {takes} |", ""]
     lines += ["```text", f"pj.{options}", "```", ""]
     lines += _options(factory.entries("Args"))
     if "Raises" in factory.sections:
@@ -88,7 +90,7 @@ instead of it. Where a method merges, `merge` is exact up to rounding."""
 
 def api_index() -> str:
     """The reference of `peftjax` itself: its names but the methods and the modules."""
-    names = [name for name in sorted(pj.__all__, key=str.lower) if name not in tables.entries()]
+    names = [name for name in sorted(pj.__all__, key=str.lower) if name not in pj.METHODS]
     things = {name: getattr(pj, name) for name in names}
     lines = ["# API", "", "The factories of methods are in [Methods](../methods/index.md).", ""]
     lines += ["```{toctree}", *API, "```", "", "```{eval-rst}"]
@@ -141,7 +143,7 @@ def _question(folder: Path) -> str:
     for name in ("README.md", "run.py", "__init__.py"):
         text = _text(folder / name)
         if name.endswith(".py"):
-            found = re.match(r'"""(.*?)"""', text, re.DOTALL)
+            found = re.match(r'r?"""(.*?)"""', text, re.DOTALL)
             text = found[1] if found else ""
         if text.strip():
             return _below(text)
@@ -175,8 +177,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
+def _shown(fact: str | bool) -> str:
+    return _linked(fact) if isinstance(fact, str) else ("yes" if fact else "no")
 
 
 def _text(path: Path) -> str:

@@ -47,7 +47,7 @@ def _peaks(*rows: tuple[str, str], column: str = "peak") -> tuple[Cell, ...]:
     return tuple(Cell(name, row, column, " MiB") for name, row in rows)
 
 
-BLOCKS = "memory/results/memory.md"
+BLOCKS = "step_memory/results/blocks/results.md"
 LINES = (
     Line(
         "Llama-3-8B, 8 x 2,048 tokens, bfloat16: peak of a step",
@@ -69,13 +69,13 @@ LINES = (
     ),
     Line(
         "ViT-L/16, 8 images: peak of a step",
-        "sparse/results/memory.md",
+        "step_memory/results/sparse/results.md",
         "ViT-L/16",
         _peaks(("masked gradients", "masked"), ("LoRA", "LoRA-8"), ("SNELL", "SNELL-8")),
     ),
     Line(
         "7B Llama pre-trained in bfloat16: peak of a step",
-        "pretrain/results/memory/memory.md",
+        "step_memory/results/pretraining/results.md",
         "7B, rank 1024",
         _peaks(
             ("AdamW", "AdamW"),
@@ -86,13 +86,13 @@ LINES = (
     ),
     Line(
         "1.3 M Llama on the bytes of WikiText-2: nats per byte",
-        "pretrain/results/wikitext2/results.md",
+        "pretrain_bytes/results/wikitext2/results.md",
         "",
         tuple(Cell(name, name, "test loss") for name in ("AdamW", "LoRA", "GaLore", "SwitchLoRA")),
     ),
     Line(
         "MiniLM on SST-2, 331,776 trained: accuracy in %",
-        "sparse/results/sst2/results.md",
+        "glue_sst2/results/sparse/results.md",
         "",
         (
             Cell("full", "full", "accuracy"),
@@ -102,13 +102,13 @@ LINES = (
     ),
     Line(
         "the same, blocks rewritten",
-        "memory/results/sst2/results.md",
+        "glue_sst2/results/blocks/results.md",
         "",
         (Cell("Pfeiffer", "Pfeiffer 72", "accuracy"), Cell("MEFT 2", "MEFT2 36", "accuracy")),
     ),
     Line(
         "LoRA beside PEFT on PyTorch, two CPU cores: ratio of step times, and of peaks",
-        "bench_peft/results/results.md",
+        "versus_peft/results/race/results.md",
         "",
         (
             Cell("time", "lora", "step time, median of pairs [range]"),
@@ -118,7 +118,7 @@ LINES = (
     ),
     Line(
         "LoRA beside PEFT, SST-2: accuracy and deviation",
-        "bench_peft/results/sst2.md",
+        "versus_peft/results/sst2/results.md",
         "",
         (
             Cell("peftjax", "peftjax", "accuracy: mean, deviation"),

@@ -12,8 +12,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import measured  # noqa: E402
 
+import peftjax as pj  # noqa: E402
 from peftjax.cli.report import methods_markdown  # noqa: E402
-from peftjax.transform.registry import METHODS, MethodInfo  # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -34,25 +34,22 @@ GROUPS = {
 """The folders of `peftjax/methods`: title, and what its methods train."""
 
 
-def entries() -> dict[str, MethodInfo]:
-    """Every method of this library by name."""
-    return {name: info for name, info in METHODS.items() if info.factory.__module__.startswith("peftjax.")}
-
-
-def group(info: MethodInfo) -> str:
+def group(info: pj.MethodInfo) -> str:
     """The folder that a method lies in."""
     return info.factory.__module__.split(".")[2]
 
 
-def by_group() -> dict[str, list[MethodInfo]]:
+def by_group() -> dict[str, list[pj.MethodInfo]]:
     """The entries of each folder that has any, in the order of `GROUPS`."""
-    found: dict[str, list[MethodInfo]] = {name: [] for name in GROUPS}
-    for info in entries().values():
+    found: dict[str, list[pj.MethodInfo]] = {name: [] for name in GROUPS}
+    for info in pj.METHODS.values():
+        if not info.factory.__module__.startswith("peftjax."):
+            continue  # of another package
         found[group(info)].append(info)
     return {name: infos for name, infos in found.items() if infos}
 
 
-def linked_table(infos: Iterable[MethodInfo]) -> str:
+def linked_table(infos: Iterable[pj.MethodInfo]) -> str:
     """What `peftjax methods --markdown` prints of them, each name a link to its page."""
     table = methods_markdown({info.name: info for info in infos})
     return re.sub(r"^\| `(\w+)` \|", r"| [`\1`](\1.md) |", table, flags=re.MULTILINE)

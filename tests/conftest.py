@@ -21,8 +21,30 @@ xla_client.CompileOptions()  # reads the flags, once; libtpu, which reads them l
 os.environ["XLA_FLAGS"] = FLAGS
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Whose annotations are checked with --check-shapes: those of jaxtyping, by dtype and shape, and all others.
+CHECKED = [
+    "peftjax.core",
+    "peftjax.interpreter",
+    "peftjax.ops",
+    "peftjax.optim",
+    "peftjax.quantize",
+    "peftjax.weights",
+]
+CHECKED += ["peftjax.backbone", "peftjax.calibrate", "peftjax.losses", "peftjax.methods", "peftjax.transform"]
+
 MAPS = Path("/proc/self/maps")
 MANY = 20_000
+
+
+def pytest_addoption(parser):
+    parser.addoption("--check-shapes", action="store_true", help="check annotations at every call")
+
+
+def pytest_configure(config):
+    if config.getoption("--check-shapes"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")

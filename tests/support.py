@@ -1,6 +1,7 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ def assert_equals_merged(
 ) -> None:
     """Outputs and gradients (adapter and float inputs) of the adapted model equal the merged one's."""
     frozen, trainable = method.init(KEY, params)
+    frozen = replace(frozen, advanced=True)
     if trained:
         trainable = noisy(trainable)
     run = pj.adapt(forward)
@@ -105,7 +107,7 @@ def assert_no_dense_gradient(
 ) -> None:
     """No product or sum of a training step has the shape of an adapted weight, or of one of a stack."""
     frozen, trainable = method.init(KEY, params)
-    run = pj.adapt(forward)
+    frozen, run = replace(frozen, advanced=True), pj.adapt(forward)
 
     def loss(trainable: Any) -> jax.Array:
         return _summary(run(method.apply(frozen, trainable), *inputs))[0]

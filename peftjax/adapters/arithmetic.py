@@ -12,6 +12,7 @@ Rows that are trained (PaCA) are such a product too; trained entries (SHiRA, SaR
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ def _one_dora(
         return {}
     ((method, frozen, trainable),) = adapters
     bases = tree.named_leaves(frozen.params)
-    leaves = tree.named_leaves(method.apply(frozen, trainable))
+    leaves = tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable))
     changed = {path: leaf for path, leaf in leaves.items() if leaf is not bases[path]}
     grows = all(
         isinstance(leaf, ColumnNormalized) and leaf.base.base is bases[path] and leaf.base.a.shape[-2] <= rank
@@ -223,9 +224,10 @@ def _common_base(adapters: Sequence[Adapter]) -> Params:
     if not adapters:
         raise PeftError("give at least one adapter")
     first = adapters[0][1].params
+    leaves = tree.named_leaves(first)
     for method, frozen, _ in adapters[1:]:
         for path, leaf in tree.named_leaves(frozen.params).items():
-            if leaf is not tree.named_leaves(first).get(path):
+            if leaf is not leaves.get(path):
                 raise PeftError(
                     f"{method.name}: parameter {path!r} is not the same array in both bases; adapters "
                     "share a base when `init` got the same parameters and replaced none (as PiSSA does)"
@@ -237,7 +239,7 @@ def _added_leaves(
     method: Transform, frozen: Frozen, trainable: Trainable, kinds: tuple[type[Weight], ...]
 ) -> dict[str, Any]:
     """The adapted weights, each its base plus something of one of these kinds; rows as low-rank weights."""
-    leaves = tree.named_leaves(method.apply(frozen, trainable))
+    leaves = tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable))
     bases = tree.named_leaves(frozen.params)
     for path in leaves:
         if isinstance(bases[path], tree.Hole):

@@ -5,13 +5,13 @@
 The best approximation of that rank; exact where the change has no higher one (LoRA itself, PaCA).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import Array
 
 from peftjax.adapters.arithmetic import as_lora
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.selection.plain import unfreeze
@@ -68,7 +68,7 @@ def to_lora(
         raise PeftError(f"to_lora: rank must be positive, got {rank}")
     bases = tree.named_leaves(method.open(frozen, trainable)[0].params if params is None else params)
     merged = tree.named_leaves(method.merge(frozen, trainable))
-    adapted = tree.named_leaves(method.apply(frozen, trainable))
+    adapted = tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable))
     factors, layouts, errors, plain = {}, {}, {}, {}
     for path, new in merged.items():
         if isinstance(bases[path], tree.Hole):
@@ -76,7 +76,7 @@ def to_lora(
         old = dense(bases[path])
         if new is old or bool(jnp.array_equal(new, old)):
             continue
-        if not tree.is_weight(path, new):
+        if not naming.is_weight(path, new):
             plain[path] = new
             continue
         layouts[path] = layout_of(path, adapted, None)

@@ -142,6 +142,10 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     for name in names - held.keys():  # and they drop the slot
         if name.endswith("/value") and (short := name.removesuffix("/value")) in held.keys() - names:
             held[name] = held.pop(short)
+    for name, leaf in tree.named_leaves(frozen.state).items():
+        # SaRA's limits, which follow from the base, they have nowhere.
+        if name.endswith("/limit") and f"state/{name}" not in held:
+            held[f"state/{name}"] = np.asarray(leaf)
     if extra := sorted(held.keys() - names):
         raise PeftError(f"{folder}: tensor {extra[0]!r} has no place in this model; it is another's adapter")
 

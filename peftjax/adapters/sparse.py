@@ -79,7 +79,7 @@ def patches(method: Transform, frozen: Frozen, trainable: Trainable, *, weight: 
     """
     frozen, trainable = method.open(frozen, trainable)
     bases, found = tree.named_leaves(frozen.params), {}
-    for path, leaf in tree.named_leaves(method.apply(frozen, trainable)).items():
+    for path, leaf in tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable)).items():
         base = bases[path]
         if leaf is base:
             continue
@@ -163,7 +163,7 @@ def _changes(method: Transform, frozen: Frozen, trainable: Trainable) -> dict[st
     bases = tree.named_leaves(frozen.params)
     adapted: dict[str, Any] = {
         path: leaf
-        for path, leaf in tree.named_leaves(method.apply(frozen, trainable)).items()
+        for path, leaf in tree.named_leaves(method.apply(replace(frozen, advanced=True), trainable)).items()
         if leaf is not bases[path]
     }
     return {

@@ -1,6 +1,6 @@
 """Softmax attention in blocks of query rows: `[B, N, T, S]` never exists, forward or backward.
 
-A block of rows meets only the keys it may see, and its weights are made again in the backward pass
+A block of rows meets only the keys it may see, and its weights are recomputed in the backward pass
 from query, key and value, so those three are all that is kept. Under a causal mask that is also half
 of the arithmetic.
 """
@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from peftjax.weights.dropout import drop
 
 ROWS = 64
 """Query rows in a block: `[B, N, ROWS, S]` weights exist at a time."""
 GROUPS = 8
 """Groups of blocks that are cut to their own range of keys; the blocks of a group share one program."""
 
-Recompute = Callable[[Callable[..., Array]], Callable[..., Array]]
 Prefix = Mapping[str, Array]
 """Keys and values that lie before all others, of no row of the batch and at no place: `keys` and `values`
 [P, K H], and optionally `seen` [P] bool, False where there is none."""
@@ -104,8 +105,7 @@ class _Block:
             totals.append(jnp.sum(weights, axis=-1, keepdims=True))
             if dropout_key is not None:
                 own_key = jax.random.fold_in(dropout_key, number) if number else dropout_key
-                keep = jax.random.bernoulli(own_key, 1.0 - self.dropout, weights.shape)
-                weights = jnp.where(keep, weights / (1.0 - self.dropout), 0)
+                weights = drop(weights, self.dropout, own_key)
             weights = weights.astype(values.dtype)
             sums.append(jnp.einsum(product, weights, values, preferred_element_type=jnp.float32))
         total, mixed = (functools.reduce(operator.add, terms) for terms in (totals, sums))
@@ -158,7 +158,7 @@ def attend(
         scale: `s`, by default `H ** -0.5`.
         softcap: bound of the scores.
         dropout: rate of dropout on the attention weights, when `dropout_key` is given.
-        dropout_key: draws the masks, which the backward pass draws again.
+        dropout_key: draws the masks, which the backward pass recomputes.
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
     """

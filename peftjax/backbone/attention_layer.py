@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from peftjax.backbone.attention import Visibility, attend
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import attended, linear, norm, plain_value
-from peftjax.backbone.context import Context
+from peftjax.backbone.context import Context, Rotation
 from peftjax.backbone.layers import recompute
-from peftjax.backbone.names import ATTENTION_RESULT
-from peftjax.backbone.queries import place_of_queries, rotation_of_queries, seen_by_queries
+from peftjax.backbone.remat import ATTENTION_RESULT
 from peftjax.backbone.rope import layer_rotation, rotate
 
 
@@ -80,7 +79,7 @@ class Attention(nn.Module):
             query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
         if context.cache_index is not None:
             key, value = self._through_cache(_rotated(config, key, context), value, context)
-        place = None if context.attended is None else place_of_queries(context, *key.shape[:2])
+        place = None if context.attended is None else _place_of_queries(context, *key.shape[:2])
         drops = config.attention_dropout > 0.0 and self.has_rng("dropout")
         seen = Context(**{name: getattr(context, name) for name in SEEN})
         rest = seen, place, self.make_rng("dropout") if drops else None
@@ -152,7 +151,7 @@ def _mixed(
     visible = Visibility(config.causal, window, start)
     seen = {"mask": context.mask, "segments": context.segments, "bias": context.bias}
     if place is not None:
-        visible, seen = Visibility(), {"mask": seen_by_queries(context, visible, place, key.shape[1])}
+        visible, seen = Visibility(), {"mask": _seen_by_queries(context, visible, place, key.shape[1])}
     return attend(
         _rotated(config, query, context, place),
         _rotated(config, key, context) if cache_index is None else key,
@@ -171,4 +170,40 @@ def _rotated(config: BlockConfig, x: Array, context: Context, place: Array | Non
     if not config.rotary:
         return x
     turn = layer_rotation(context)
-    return rotate(x, turn if place is None else rotation_of_queries(turn, place))
+    return rotate(x, turn if place is None else _rotation_of_queries(turn, place))
+
+
+# Queries beside the tokens of a layer (`Context.attended`) read its keys and values, and no token reads them.
+# They stand where the last token of their row is: they see what it sees (order, window and segment), and
+# rotary positions turn them as it. In an encoder that is every token, wherever they stand.
+
+
+def _place_of_queries(context: Context, batch: int, length: int) -> Int[Array, " B"]:
+    """`last` of the context, else the last token by `mask`, else the last of all."""
+    if context.last is not None:
+        return context.last
+    if context.mask is not None:
+        return jnp.max(jnp.where(context.mask, jnp.arange(length), 0), axis=1)
+    return jnp.full(batch, length - 1)
+
+
+def _seen_by_queries(
+    context: Context, visible: Visibility, place: Int[Array, " B"], length: int
+) -> Bool[Array, "B S"] | None:
+    """Which tokens the one at `place` sees; None is all."""
+    conditions = [visible.allowed(place, jnp.arange(length)), context.mask]
+    if context.segments is not None:
+        own = jnp.take_along_axis(context.segments, place[:, None], axis=1)
+        conditions.append(context.segments == own)
+    given = [condition for condition in conditions if condition is not None]
+    return None if not given else jnp.stack(jnp.broadcast_arrays(*given)).all(axis=0)
+
+
+def _rotation_of_queries(rotation: Rotation, place: Int[Array, " B"]) -> Rotation:
+    """The rotation [B, 1, h] of every row's token at `place`."""
+
+    def at_place(part: Array) -> Array:
+        rows = jnp.broadcast_to(part, (len(place), *part.shape[1:]))
+        return jnp.take_along_axis(rows, place[:, None, None], axis=1)
+
+    return jax.tree.map(at_place, rotation)

@@ -5,66 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from peftjax.backbone.context import Context
-from peftjax.backbone.names import ATTENTION_RESULT, BLOCK_INPUT, OFFLOADED_TOKENS
-from peftjax.backbone.stack import Cache, DropoutKey, Params, Scan, Stack
+from peftjax.backbone.protocols import Batch, BlockModule, Cache, DropoutKey, Module, Params
+from peftjax.backbone.remat import BLOCK_INPUT, REMAT_POLICIES, read_remat
 from peftjax.core.errors import PeftError
 
-Batch = Mapping[str, Any]
 Part = Literal["block", "attention", "feed_forward"]
-
 TOKENS: Batch = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
-    "everything_saveable": jax.checkpoint_policies.everything_saveable,
-    "dots_saveable": jax.checkpoint_policies.dots_saveable,
-    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload_dot_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
-        "device", "pinned_host"
-    ),
-    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
-    "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_RESULT, OFFLOADED_TOKENS],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-"""`jax.checkpoint` policies by name: what a block's backward pass may read instead of recompute.
-
-`save_attention` keeps what enters a block, as every policy does, and what its attention gives, so that
-attention, the one part whose cost grows with the square of the length, is not run again; the rest is made
-again token by token. `offload_attention` keeps the two in the host's memory (MEMO, arXiv 2407.12117), and
-with a share, as in "offload_attention:0.3", also the rest for the first three tenths of each row's tokens:
-`read_remat`.
-"""
-
-
-def read_remat(remat: str | None) -> tuple[str, float]:
-    """A policy's name, or "none", and the share of the tokens it offloads whole.
-
-    Raises:
-        PeftError: for a share of another policy than "offload_attention", or outside of [0, 1].
-    """
-    name, colon, share = (remat or "none").partition(":")
-    if not colon:
-        return name, 0.0
-    try:
-        number = float(share)
-    except ValueError:
-        number = -1.0
-    if name != "offload_attention" or not 0.0 <= number <= 1.0:
-        raise PeftError(f"remat policy {remat!r}: only 'offload_attention:SHARE' has a share, in [0, 1]")
-    return name, number
 
 
 def dropout_rngs(key: DropoutKey) -> dict[str, Key[Array, ""]]:
@@ -81,6 +36,88 @@ class Layer(NamedTuple):
     """What joins the `Context`, by its fields: its number as `layer`, and the backbone's `per_layer`."""
     key: DropoutKey
     """Of its dropout."""
+
+
+class Stack(Protocol):
+    """Runs the blocks of a backbone, whose `layers` and `run_layer` it is written with.
+
+    What `run` and `run_cached` return besides the cache goes to the backbone's head as `hidden`.
+    """
+
+    def run(
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
+    ) -> Any:
+        """What the head reads; see `Backbone.run_blocks`."""
+
+    def empty_cache(
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
+    ) -> Cache:
+        """An empty cache; see `Backbone.empty_cache`."""
+
+    def run_cached(
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        cache: Cache,
+    ) -> tuple[Any, Cache]:
+        """`run` for further tokens, and the cache with them; see `Backbone.run_blocks_cached`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One block after the other, as a scan under the backbone's `remat` policy."""
+
+    def run(
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
+    ) -> Float[Array, "B S D"]:
+        """The hidden states after the last block."""
+
+        def body(hidden: Array, layer: Layer) -> tuple[Array, None]:
+            return model.run_layer(layer, hidden, context), None
+
+        layers, length = model.layers(params, key), model.num_layers
+        return jax.lax.scan(model.checkpointed(body), hidden, layers, length=length, unroll=model.unroll)[0]
+
+    def empty_cache(
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
+    ) -> Cache:
+        """Zeros for the keys and values of every layer, in the compute dtype."""
+
+        def first_layer(params: Params, hidden: Array, context: Context) -> Cache:
+            first = jax.tree.map(lambda leaf: leaf[0], model.layers(params))
+            return model.run_layer_cached(first, hidden, context, {})[1]
+
+        one = jax.eval_shape(first_layer, params, hidden, context)
+        return jax.tree.map(lambda leaf: jnp.zeros((model.num_layers, *leaf.shape[1:]), leaf.dtype), one)
+
+    def run_cached(
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        cache: Cache,
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """The scan carries the cache and each block writes its own slots: it is changed in place."""
+
+        def body(carry: tuple[Array, Cache], layer: Layer) -> tuple[Any, None]:
+            hidden, cache = carry
+            return model.run_layer_cached(layer, hidden, context, cache), None
+
+        layers, length = model.layers(params), model.num_layers
+        return jax.lax.scan(body, (hidden, cache), layers, length=length, unroll=model.unroll)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +144,7 @@ class Backbone:
             `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
         per_layer: what differs between the layers, arrays [num_layers, ...] by the field of the
             `Context` that they are in each block, such as `window`.
-        stack: how the blocks are run; a method may put its own in the place of the scan.
+        stack: how the blocks are run; a method may put its own instead of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
         encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
@@ -119,9 +156,9 @@ class Backbone:
     """
 
     config: Any
-    embed: nn.Module
-    block: nn.Module
-    head: nn.Module
+    embed: Module
+    block: BlockModule
+    head: Module
     num_layers: int
     head_name: str = "none"
     remat: str | None = None
@@ -309,5 +346,5 @@ class Backbone:
         return self.embed.apply({"params": embed}, batch, rngs=dropout_rngs(key))
 
 
-def _draw(module: nn.Module, key: Key[Array, ""], *inputs: Any) -> Params:
+def _draw(module: Module, key: Key[Array, ""], *inputs: Any) -> Params:
     return module.lazy_init(key, *inputs).get("params", {})

@@ -4,12 +4,12 @@ Of a block of width D, with q = N H and k = K H the widths of queries and of key
 the backward pass keeps, per token and in the compute dtype, 2 D + 2 q + 2 k + F values (+ F when
 gated): the inputs of both residual branches, query, key, value and the attention's result, and what
 enters the activation. Norms, rotation, attention weights, activations, casts of weights and dropout
-masks are made again from those. The inputs of the q, k and v kernels are one array, made again by the
+masks are recomputed from those. The inputs of the q, k and v kernels are one array, recomputed by the
 norm before them. A post-norm block keeps 2 D more: its norms come after the branches; a sandwich keeps
 2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
 the encoder; `Context.encoded` is kept once for all blocks, and so is `Context.bias`.
 
-With `config.residuals` a block keeps codes of a few bits instead and makes only attention again: see
+With `config.residuals` a block keeps codes of a few bits instead and recomputes only attention: see
 `peftjax.backbone.coded_layers`, and `pj.coded_residuals` for what is kept.
 """
 
@@ -30,10 +30,11 @@ from peftjax.backbone.coded_layers import kept_as_codes, norm, plain_value
 from peftjax.backbone.context import Context
 from peftjax.backbone.feed_forward import FeedForward
 from peftjax.backbone.layers import Dropout, recompute_module
-from peftjax.backbone.names import split_by_name
+from peftjax.backbone.protocols import Sublayers
+from peftjax.backbone.remat import split_by_name
 
 
-class Block(nn.Module):
+class Block(Sublayers, nn.Module):
     """A transformer block of two residual branches, or three with `cross_attention` between them.
 
     Its parts are Linen methods, so a block transform can call them apart with
@@ -65,21 +66,6 @@ class Block(nn.Module):
             self.feed_forward_post_norm = norm(config, dtype)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
-
-    def __call__(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
-        """Run the residual branches."""
-        return self.feed_forward_sublayer(self.attention_sublayer(hidden, context))
-
-    def attention_sublayer(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
-        """The stream after attention, and after cross-attention where there is one."""
-        hidden = self.attention_join(hidden, self.attention_branch(hidden, context))
-        if self.config.cross_attention:
-            hidden = self.cross_attention_join(hidden, self.cross_attention_branch(hidden, context))
-        return hidden
-
-    def feed_forward_sublayer(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The stream after the feed-forward."""
-        return self.feed_forward_join(hidden, self.feed_forward_branch(hidden))
 
     def attention_branch(self, hidden: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
         """What attention adds to the residual stream.
@@ -158,9 +144,9 @@ class Block(nn.Module):
 
 
 def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
-    """Products are linear, so backward needs their inputs only: the norm (or activation) is made again.
+    """Products are linear, so backward needs their inputs only: the norm (or activation) is recomputed.
 
-    A block that keeps codes makes nothing again, since it does not keep what that would be made of.
+    A block that keeps codes recomputes nothing, since it does not keep what that would be made of.
     """
     again = recompute_module(part)
     return lambda block, *inputs: (again if block.config.residuals is None else part)(block, *inputs)

@@ -25,12 +25,13 @@ from peftjax.backbone.layers import (
     recompute_module,
     rms_normalized,
 )
-from peftjax.kernels.packed_residuals import Code, decode, encode
 from peftjax.ops.coded.activation import GRIDS, activate
 from peftjax.ops.coded.bits import Bits
 from peftjax.ops.coded.linear import Input, product_at
 from peftjax.ops.coded.norm import Norm, normalize, scaled, statistics
 from peftjax.ops.coded.recompute import again_from_codes
+from peftjax.quantize import Codes, decode
+from peftjax.quantize.affine import encode
 
 
 class Linear(nn.Module):
@@ -157,12 +158,12 @@ def _product(f: Callable[[Array], Array], x: Array, by: Array | None = None) -> 
     return f(x) if by is None else f(x) * by
 
 
-def _of_codes(f: Callable[..., Array], *codes: Code | Array) -> Array:
+def _of_codes(f: Callable[..., Array], *codes: Codes | Array) -> Array:
     return f(*map(decode, codes))
 
 
 def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: tuple[Any, ...]) -> Array:
-    """`f(*x, *rest)`, made again from codes of `x`, each [B, S, N, H]."""
+    """`f(*x, *rest)`, recomputed from codes of `x`, each [B, S, N, H]."""
     if bits.attention == 32:
         return recompute(f)(*x, *rest)
     flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)

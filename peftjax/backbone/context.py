@@ -20,9 +20,9 @@ class Context:
     """What the blocks of a stack share; change it with `dataclasses.replace`. None is what there is not.
 
     Attributes:
-        mask: [B, S], True where a token is; with a cache [B, T] of its slots. None is all.
+        mask: [B, K], True where a key is a token: of the S tokens, with a cache of its T slots. None is all.
         segments: [B, S]; a token sees only those of its own segment.
-        bias: [1, N, S, S], added to the scores of attention.
+        bias: [1, N, Q, K], added to the scores of attention, of the queries and keys at hand.
         side_bias: as `bias`, for the blocks of a side network with a table of its own (LST).
         rotation: of queries and keys, where positions are rotary.
         local_rotation: another one, which the layers with `local` read.
@@ -39,15 +39,15 @@ class Context:
             rotated, in no slot of the cache.
     """
 
-    mask: Bool[Array, "B S"] | None = None
+    mask: Bool[Array, "B K"] | None = None
     segments: Int[Array, "B S"] | None = None
-    bias: Float[Array, "1 N S S"] | None = None
-    side_bias: Float[Array, "1 N S S"] | None = None
+    bias: Float[Array, "1 N Q K"] | None = None
+    side_bias: Float[Array, "1 N Q K"] | None = None
     rotation: Rotation | None = None
     local_rotation: Rotation | None = None
     last: Int[Array, " B"] | None = None
     encoded: Any = None
-    encoded_mask: Bool[Array, "B S"] | None = None
+    encoded_mask: Bool[Array, "B E"] | None = None
     cache_index: int | Int[Array, ""] | None = None
     layer: int | Int[Array, ""] | None = None
     window: int | Int[Array, ""] | None = None

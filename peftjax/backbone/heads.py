@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from peftjax.backbone.backbone import Params
 from peftjax.backbone.context import Context
 from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, layer_norm, recompute
 from peftjax.backbone.logits import Logits
+from peftjax.backbone.protocols import Params
 
 
 def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B D"]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from peftjax.weights.dropout import drop
 from peftjax.weights.sharding import is_explicit
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -44,7 +45,7 @@ def dense(
 ) -> nn.Module:
     """A linear layer `x W + b` with `kernel` [in, features] drawn from N(0, init_std^2).
 
-    The backward pass keeps `x` and casts the stored kernel again; without the recompute, a scan
+    The backward pass keeps `x` and recomputes the cast of the stored kernel; without the recompute, a scan
     would keep a second copy of every layer's kernel in `dtype`.
     """
     return RecomputedDense(
@@ -108,28 +109,19 @@ def rms_normalized(
     return (wide * (offset + scale.astype(jnp.float32))).astype(dtype)
 
 
-def drop(x: Array, key: Key[Array, ""], rate: float) -> Array:
-    """Zero entries of `x` with probability `rate` and scale the rest by `1 / (1 - rate)`.
-
-    The backward pass keeps the key and draws the mask again.
-    """
-
-    @recompute
-    def masked(key: Key[Array, ""], x: Array) -> Array:
-        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-        return jnp.where(keep, x / (1.0 - rate), 0)
-
-    return masked(key, x)
+def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
+    """`drop` where there is a key; the backward pass keeps the key and recomputes the mask."""
+    return x if key is None or not rate else recompute(drop, static_argnums=1)(x, rate, key)
 
 
 class Dropout(nn.Module):
-    """`drop` at `rate` when an rng named "dropout" is given to `apply`, else the identity."""
+    """`dropout` at `rate` when an rng named "dropout" is given to `apply`, else the identity."""
 
     rate: float
 
     def __call__(self, x: Array) -> Array:
         """Drop entries of `x`, any shape."""
-        return drop(x, self.make_rng("dropout"), self.rate) if self.is_on() else x
+        return dropout(x, self.rate, self.make_rng("dropout")) if self.is_on() else x
 
     def is_on(self) -> bool:
         """Whether it changes anything."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftjax.backbone.backbone import Backbone, Scan
+from peftjax.backbone.protocols import Params
 from peftjax.core.errors import PeftError
-from peftjax.transform.frozen import Params
-from peftjax.transform.transform import Forward
 
 NOT_A_BACKBONE = (
     "rewrites the blocks of a backbone of peftjax, such as pj.load gives; "
@@ -40,14 +40,16 @@ class BlockStack:
     layers: tuple[int, ...]
 
 
-def stacks_of(who: str, params: Params, layers: int | Sequence[int] | None = None) -> tuple[BlockStack, ...]:
+def stacks_of(
+    method: str, params: Params, layers: int | Sequence[int] | None = None
+) -> tuple[BlockStack, ...]:
     """The stacks of the parameters of a backbone that have any of the layers: that of an encoder comes last.
 
     Raises:
         PeftError: they are not of a backbone; a layer is in no stack, or none is named.
     """
     if not isinstance(params, Mapping) or not isinstance(params.get("blocks"), Mapping):
-        raise PeftError(f"{who} {NOT_A_BACKBONE}")
+        raise PeftError(f"{method} {NOT_A_BACKBONE}")
     blocks = {"blocks": params["blocks"]}
     if params.get("encoder") is not None:
         blocks["encoder"] = params["encoder"]["blocks"]
@@ -58,7 +60,7 @@ def stacks_of(who: str, params: Params, layers: int | Sequence[int] | None = Non
         if missing or not wanted:
             named = f"layer {min(missing)}" if missing else "no layer"
             longest = max(stack.num_layers for stack in stacks)
-            raise PeftError(f"{who}: layers names {named}; give numbers from 0 to {longest - 1}, or None")
+            raise PeftError(f"{method}: layers names {named}; give numbers from 0 to {longest - 1}, or None")
     return tuple(stack for stack in stacks if stack.layers)
 
 
@@ -86,50 +88,54 @@ def _key_width(attention: Params) -> int:
     return attention["key"]["kernel"].shape[-1]
 
 
-def add_to_blocks(who: str, params: Params, added: Mapping[str, Any]) -> Params:
-    """The parameters with `added[name of a stack]`, where given, as the parameters `who` of its blocks.
+def add_to_blocks(method: str, params: Params, added: Mapping[str, Any]) -> Params:
+    """The parameters with `added[name of a stack]`, where given, as the parameters `method` of its blocks.
 
     Raises:
         PeftError: the blocks have such parameters already.
     """
     blocks = params["blocks"]
-    if who in blocks:
-        raise PeftError(f"chain: {who!r} rewrites the blocks twice; leave one of the two out")
+    if method in blocks:
+        raise PeftError(f"chain: {method!r} rewrites the blocks twice; leave one of the two out")
     if "blocks" in added:
-        params = {**params, "blocks": {**blocks, who: added["blocks"]}}
+        params = {**params, "blocks": {**blocks, method: added["blocks"]}}
     if "encoder" in added:
-        encoder = add_to_blocks(who, params["encoder"], {"blocks": added["encoder"]})
+        encoder = add_to_blocks(method, params["encoder"], {"blocks": added["encoder"]})
         params = {**params, "encoder": encoder}
     return params
 
 
-def rewrite_stacks(who: str, model: Forward, rewrite: Callable[[Any], Any]) -> Any:
+def rewrite_stacks(
+    method: str, model: Callable[..., Any], rewrite: Callable[[Backbone], Backbone]
+) -> Backbone:
     """The backbone with `rewrite(backbone of one stack)` on it and on its encoder.
 
     Raises:
         PeftError: the model is not a backbone.
     """
-    require_backbone(who, model)
-    encoder = None if model.encoder is None else rewrite_stacks(who, model.encoder, rewrite)
-    return rewrite(dataclasses.replace(model, encoder=encoder))
+    backbone = require_backbone(method, model)
+    encoder = None if backbone.encoder is None else rewrite_stacks(method, backbone.encoder, rewrite)
+    return rewrite(dataclasses.replace(backbone, encoder=encoder))
 
 
-def require_backbone(who: str, model: Forward) -> None:
-    """Raise a PeftError unless the model is a backbone, told by its parts."""
-    if not all(hasattr(model, part) for part in ("block", "stack", "run_layer")):
-        raise PeftError(f"{who} {NOT_A_BACKBONE}")
+def require_backbone(method: str, model: Callable[..., Any]) -> Backbone:
+    """The model, which is a backbone, or a PeftError."""
+    if not isinstance(model, Backbone):
+        raise PeftError(f"{method} {NOT_A_BACKBONE}")
+    return model
 
 
-def require_scan(who: str, backbone: Any) -> None:
+def require_scan(method: str, backbone: Backbone) -> None:
     """Raise a PeftError where another method has changed how the blocks are run."""
-    name = type(backbone.stack).__name__
-    if name != "Scan":
-        other = getattr(backbone.stack, "name", name)
-        raise PeftError(f"chain: {who!r} and {other!r} both run the blocks; leave one of the two out")
+    if not isinstance(backbone.stack, Scan):
+        other = getattr(backbone.stack, "name", type(backbone.stack).__name__)
+        raise PeftError(f"chain: {method!r} and {other!r} both run the blocks; leave one of the two out")
 
 
-def require_one_stack(who: str, owner: Any, why: str) -> None:
+def require_one_stack(method: str, owner: Backbone | Params, why: str) -> None:
     """Raise a PeftError for an encoder-decoder: a backbone, or its parameters."""
     encoder = owner.get("encoder") if isinstance(owner, Mapping) else owner.encoder
     if encoder is not None:
-        raise PeftError(f"{who} is not for an encoder-decoder: {why}; use a method of weights (pj.lora, ...)")
+        raise PeftError(
+            f"{method} is not for an encoder-decoder: {why}; use a method of weights (pj.lora, ...)"
+        )

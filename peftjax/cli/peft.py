@@ -1,12 +1,15 @@
-"""Adapters of `train` written for, and read from, Hugging Face's PEFT."""
+"""`peftjax export` and `peftjax import`: adapters written for, and read from, Hugging Face's PEFT."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from peftjax.adapters.files import save_adapter
+from peftjax.cli.report import print_values, show
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.hf.config import read_config
@@ -21,6 +24,83 @@ from peftjax.models.shared import untied
 from peftjax.train.config import DEFAULTS, require_numbers
 from peftjax.train.open import LANGUAGE_HEAD, find_base
 from peftjax.train.saved_adapter import open_tuned
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained adapter in the format of Hugging Face's PEFT."""
+
+    output: Path
+    """The folder to write, for PeftModel.from_pretrained."""
+    adapter: Path = Path("outputs/adapter")
+    """The adapter's folder."""
+    model: str | None = None
+    """The base model's folder, where it is not the one the adapter was trained on."""
+    base: str | None = None
+    """The base model's name to write into the configuration; by default its folder."""
+    leave_out: tuple[str, ...] = ()
+    """Parameters or modules that are not written though they are trained, such as 'head'."""
+    untie: bool = False
+    """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read an adapter of Hugging Face's PEFT into a folder for eval, merge and export."""
+
+    peft: Path
+    """The folder with adapter_config.json and adapter_model.safetensors."""
+    model: str
+    """The base model: a Hugging Face folder, or 'minilm'."""
+    output: Path = Path("outputs/adapter")
+    """The adapter's folder to write."""
+    head: str | None = None
+    """The model's head; by default the one of the adapter's task and class."""
+    labels: tuple[str, ...] = ()
+    """The labels' names in the order of the classifier's outputs; by default the base model's."""
+    max_length: int | None = None
+    """Tokens of a text at most, when the adapter is evaluated; by default its task's."""
+    leave_out: tuple[str, ...] = ()
+    """Modules of the file that are not read."""
+    vocab_size: int | None = None
+    """Resize the base model's vocabulary to so many tokens, as the adapter's training did."""
+    untie: bool = False
+    """Load the model with a tied output layer as a parameter of its own, for an adapter that changes it apart
+    from the word table."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run_export(command: Export, console: Console) -> None:
+    """Write PEFT's folder, and print where it is."""
+    export_saved(
+        command.adapter,
+        command.output,
+        model=command.model,
+        base=command.base,
+        leave_out=command.leave_out,
+        untie=command.untie,
+    )
+    result = {"adapter": str(command.adapter), "exported": str(command.output)}
+    show(command.json, result, lambda: print_values(result))
+
+
+def run_import(command: Import, console: Console) -> None:
+    """Write the adapter, and print where it is and what it became."""
+    result = import_saved(
+        command.peft,
+        command.model,
+        command.output,
+        head=command.head,
+        labels=command.labels,
+        max_length=command.max_length,
+        leave_out=command.leave_out,
+        untie=command.untie,
+        vocab_size=command.vocab_size,
+    )
+    show(command.json, result, lambda: print_values(result))
 
 
 def export_saved(

@@ -1,12 +1,21 @@
 """What the commands print: tables for people, rows for scripts."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from peftjax.transform.registry import MethodInfo
+
+
+def show(as_json: bool, value: Any, print_it: Callable[[], None]) -> None:
+    """The result of a command: as JSON for scripts, or by `print_it` for people."""
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        print_it()
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

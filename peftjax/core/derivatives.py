@@ -5,8 +5,8 @@ The tangent of such a function is the transpose of its backward pass:
 
     forward  (y, k) = f(x)        backward  x̄ = B(k) ȳ        tangent  ẏ = B(k)ᵀ ẋ
 
-as one equation that reverse mode turns into the backward pass again. So a gradient is what it was, and keeps
-what it kept, and derivatives of it are those of B.
+as one equation that reverse mode turns into the backward pass again. So a gradient and its residuals are
+unchanged, and derivatives of it are those of B.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ def with_backward(
 
     Args:
         fn: of trees of arrays.
-        forward: `(*args) -> (outputs, residuals)`. What it makes the outputs with is differentiated by
-            whoever differentiates twice.
+        forward: `(*args) -> (outputs, residuals)`. What it makes the outputs with is differentiated
+            again by a second derivative.
         backward: `(residuals, cotangents) -> cotangents of each of args`; None for what has none.
         linear: what of `backward` is linear in the cotangents, or the one that forward mode should be the
             transpose of; by default all of it.

@@ -12,12 +12,26 @@ from jax.sharding import AxisType
 from peftjax.core import compat
 
 Pull = Callable[..., Sequence[Any]]
+Body = Callable[..., Sequence[Any]]
+OnWeights = Callable[..., Sequence[Any] | None]
+
+
+class _Operation(jex.Primitive):
+    """A primitive of ours: what it runs by platform (None: others), and what it is on structured weights."""
+
+    multiple_results = True
+
+    def __init__(
+        self, name: str, bodies: Mapping[str | None, Body], on_weights: OnWeights | None = None
+    ) -> None:
+        super().__init__(name)
+        self.bodies, self.on_weights = dict(bodies), on_weights
 
 
 def by_platform(
     name: str,
-    plain: Callable[..., Sequence[Any]],
-    kernels: Mapping[str, Callable[..., Sequence[Any]]],
+    plain: Body,
+    kernels: Mapping[str, Body],
     *,
     always: bool = False,
 ) -> Callable[..., list[Any]]:
@@ -29,9 +43,7 @@ def by_platform(
     kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one.
     Derivatives are those of `plain`.
     """
-    primitive = jex.Primitive(name)
-    primitive.multiple_results = True
-    primitive.bodies = {None: plain, **kernels}
+    primitive = _Operation(name, {None: plain, **kernels})
     compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
     primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
@@ -45,10 +57,10 @@ def by_platform(
 
 def one_equation(
     name: str,
-    body: Callable[..., Sequence[Any]],
-    differentiable: Callable[..., Callable[..., Sequence[Any]]],
-    mapped: Callable[..., Sequence[Any]],
-    on_weights: Callable[..., Sequence[Any] | None],
+    body: Body,
+    differentiable: Callable[..., Body],
+    mapped: Body,
+    on_weights: OnWeights,
 ) -> Callable[..., list[Any]]:
     """A function of arrays and static keywords that is one equation in a jaxpr until it is differentiated.
 
@@ -58,10 +70,7 @@ def one_equation(
     `on_weights(evaluator, eqn, operands)` is the equation in `peftjax.adapt`, where some operands are
     structured weights: its results, or None where one of them has no such form.
     """
-    primitive = jex.Primitive(name)
-    primitive.multiple_results = True
-    primitive.bodies = {None: body}
-    primitive.on_weights = on_weights
+    primitive = _Operation(name, {None: body}, on_weights)
     primitive.def_impl(body)
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(body, **static), avals))
     ad.primitive_jvps[primitive] = partial(_derivative, differentiable)
@@ -88,15 +97,16 @@ def transpose_of(pull: Pull, linear: Pull, residuals: Any, tangents: Any, output
     return _transposed.bind(*residuals, *tangents, **static, types=types)
 
 
-def body_for(primitive: Any, platform: str) -> Callable[..., Sequence[Any]] | None:
+def body_for(primitive: Any, platform: str) -> Body | None:
     """What a primitive of `by_platform` runs in a program for one device; None for any other primitive."""
-    bodies = getattr(primitive, "bodies", None)
-    return None if bodies is None else bodies.get(platform, bodies[None])
+    if not isinstance(primitive, _Operation):
+        return None
+    return primitive.bodies.get(platform, primitive.bodies[None])
 
 
-def rule_on_weights(primitive: Any) -> Callable[..., Sequence[Any] | None] | None:
+def rule_on_weights(primitive: Any) -> OnWeights | None:
     """What `peftjax.adapt` makes of a primitive of `one_equation`; None for any other primitive."""
-    return getattr(primitive, "on_weights", None)
+    return primitive.on_weights if isinstance(primitive, _Operation) else None
 
 
 def _derivative_of_plain(
@@ -177,9 +187,7 @@ def _over_axis(operands: Sequence[Any], axes: Sequence[int | None], **static: An
     return _transposed.bind(*operands[:n], *tangents, **static), [0] * number
 
 
-_transposed = jex.Primitive("transposed")
-_transposed.multiple_results = True
-_transposed.bodies = {None: _push}
+_transposed = _Operation("transposed", {None: _push})
 _transposed.def_impl(_push)
 _transposed.def_abstract_eval(lambda *avals, types, **static: list(types))
 ad.primitive_jvps[_transposed] = _derivative_of_push

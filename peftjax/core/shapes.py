@@ -1,7 +1,6 @@
 """Which axes of two shapes of one array go together."""
 
 import math
-import operator
 from itertools import accumulate
 
 
@@ -60,7 +59,7 @@ def refined(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[tuple[int, ...]
             fine += [1] * len(positions)
             loose += len(positions)
             continue
-        ends = list(accumulate(sizes, operator.mul))
+        ends = list(accumulate(sizes, lambda size, following: size * following))
         found = [0] * len(sizes)
         done = 1
         for position in positions:

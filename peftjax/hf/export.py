@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def export_peft(
             raise PeftError("export_peft: a prefix is written whole and alone, without also and leave_out")
         export_prefix(Path(path), model, method, trainable, base)
         return
+    frozen = replace(frozen, advanced=True)
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     rows = trained_rows(frozen, leaves)
     factors, trained = changed_parameters(

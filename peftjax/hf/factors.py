@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from peftjax.core.errors import PeftError
-from peftjax.models.weight_map import Weight
+from peftjax.models.weight_map import TensorEntry
 from peftjax.weights.layout import Layout
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -24,17 +24,17 @@ A_NAMES = {"embedding": "lora_embedding_A"}
 B_NAMES = {"embedding": "lora_embedding_B"}
 
 
-def factor_names(weight: Weight) -> tuple[str, str]:
+def factor_names(weight: TensorEntry) -> tuple[str, str]:
     """What PEFT calls the two factors of a module."""
     return A_NAMES.get(weight.kind, "lora_A.weight"), B_NAMES.get(weight.kind, "lora_B.weight")
 
 
-def rank_in_file(weight: Weight, rank: int) -> int:
+def rank_in_file(weight: TensorEntry, rank: int) -> int:
     """The rank that the file's tensors have."""
     return rank * weight.groups
 
 
-def to_file(weight: Weight, layout: Layout, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+def to_file(weight: TensorEntry, layout: Layout, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     """PEFT's tensors of the factors `a [r, in]` and `b [r, out]`."""
     if weight.kind == "convolution":
         a, b = _to_convolution(weight, layout, a, b)
@@ -46,7 +46,7 @@ def to_file(weight: Weight, layout: Layout, a: np.ndarray, b: np.ndarray) -> dic
 
 
 def from_file(
-    weight: Weight, layout: Layout, tensors: Mapping[str, np.ndarray], rank: int, module: str
+    weight: TensorEntry, layout: Layout, tensors: Mapping[str, np.ndarray], rank: int, module: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The factors `a [r, in]` and `b [r, out]` of PEFT's tensors.
 
@@ -76,7 +76,7 @@ def from_file(
     return (b.T, a) if weight.kind == "tied" else (a, b.T)
 
 
-def magnitude_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
+def magnitude_shape(weight: TensorEntry, layout: Layout) -> tuple[int, ...]:
     """The shape of DoRA's magnitudes [out] in the file."""
     out = layout.matrix[1]
     if weight.kind == "convolution":
@@ -84,14 +84,14 @@ def magnitude_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return (out,)
 
 
-def _input_sizes(weight: Weight, layout: Layout) -> tuple[int, ...]:
+def _input_sizes(weight: TensorEntry, layout: Layout) -> tuple[int, ...]:
     """The channels of one group, then the window."""
     sizes = layout.sizes("i")
     return (sizes[-1], *sizes[:-1]) if weight.transpose else sizes
 
 
 def _to_convolution(
-    weight: Weight, layout: Layout, a: np.ndarray, b: np.ndarray
+    weight: TensorEntry, layout: Layout, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     a = a.reshape(len(a), *layout.sizes("i"))
     if weight.transpose:
@@ -107,7 +107,7 @@ def _to_convolution(
 
 
 def _from_convolution(
-    weight: Weight, a: np.ndarray, b: np.ndarray, module: str
+    weight: TensorEntry, a: np.ndarray, b: np.ndarray, module: str
 ) -> tuple[np.ndarray, np.ndarray]:
     if weight.groups > 1:
         groups = weight.groups

@@ -13,10 +13,10 @@ from peftjax.hf.config import TIED_EMBEDDING
 from peftjax.models.family import Family
 from peftjax.models.load import FAMILIES
 from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE
-from peftjax.models.weight_map import Slot, Weight, slots_of
+from peftjax.models.weight_map import Slot, TensorEntry, slots_of
 from peftjax.weights.layout import Layout
 
-Model = Backbone | Sequence[Weight]
+Model = Backbone | Sequence[TensorEntry]
 UNTIE = "load the model with untie=True (--untie), "
 """The remedy where an adapter changes an output layer and the table that it is tied to apart."""
 
@@ -132,7 +132,7 @@ def names_of(model: Model, params: Any) -> Names:
 
     Args:
         model: a backbone of a known family, whose head says the class; or a table, an entry a parameter
-            (`peftjax.models.weight_map`: `linear`, `embedding`, `convolution`, `norm`, `Weight`).
+            (`peftjax.models.weight_map`: `linear`, `embedding`, `convolution`, `norm`, `TensorEntry`).
         params: the parameters; rewritten leaves will do.
 
     Raises:
@@ -189,7 +189,7 @@ def _alone(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "language_model")
 
 
-def _of_known(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:
+def _of_known(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[TensorEntry]) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for weight in weights:  # one by one, since a parameter may have several names
         if weight.path in shapes:

@@ -11,7 +11,7 @@ from peftjax.weights.base import Weight
 from peftjax.weights.canonical import side_to_logical
 from peftjax.weights.diagonal import Diagonal
 from peftjax.weights.elementwise import Masked, Sum
-from peftjax.weights.layout import Layout, Side
+from peftjax.weights.layout import Kind, Layout, Side
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.norms import rows_through, squared_norms
 from peftjax.weights.scaled import Scaled
@@ -31,10 +31,10 @@ def times(eqn: Any, operands: list[Any]) -> Weight | None:
     if not thin:
         return Masked(weight, jnp.broadcast_to(factor, weight.shape), layout)
     if kinds <= {"s"}:
-        return Scaled(weight, _canonical(factor, layout, "s"), layout)
+        return Scaled(weight, _canonical(factor, layout, ("s",)), layout)
     if "i" in kinds:
-        return Diagonal(weight, layout, by_input=_canonical(factor, layout, "si"))
-    return Diagonal(weight, layout, by_output=_canonical(factor, layout, "so"))
+        return Diagonal(weight, layout, by_input=_canonical(factor, layout, ("s", "i")))
+    return Diagonal(weight, layout, by_output=_canonical(factor, layout, ("s", "o")))
 
 
 def negated(eqn: Any, operands: list[Any]) -> Weight:
@@ -60,7 +60,7 @@ def plus(eqn: Any, operands: list[Any]) -> Any:
     other, kinds = jnp.asarray(other), _kinds(other, weight)
     if not {"i", "o"} <= kinds:
         side: Side = "i" if "i" in kinds else "o"
-        numbers = _canonical(other, layout, f"s{side}")[..., None, :]
+        numbers = _canonical(other, layout, ("s", side))[..., None, :]
         ones = jnp.ones((*layout.stack, 1, layout.matrix[side == "i"]), numbers.dtype)
         return LowRank(weight, *((numbers, ones) if side == "i" else (ones, numbers)), layout)
     return Sum(weight, jnp.broadcast_to(other, weight.shape), layout)
@@ -150,14 +150,14 @@ def _kinds(other: Any, weight: Weight) -> set[str]:
     return {axis.kind for axis, n in zip(weight.layout.axes, jnp.shape(other)) if n > 1}
 
 
-def _canonical(numbers: Array, layout: Layout, kinds: str) -> Array:
+def _canonical(numbers: Array, layout: Layout, kinds: tuple[Kind, ...]) -> Array:
     """Numbers that broadcast to the logical shape and vary along these kinds of axes alone: `[*stack, n]`."""
     at = sum((layout.positions(kind) for kind in kinds), ())
     numbers = numbers.reshape(numbers.shape or (1,) * len(layout.axes))
     others = tuple(p for p in range(numbers.ndim) if p not in at)
     numbers = lax.transpose(numbers, (*others, *at)).reshape([numbers.shape[p] for p in at])
     whole = jnp.broadcast_to(numbers, [layout.shape[p] for p in at])
-    return whole.reshape(layout.stack if kinds == "s" else (*layout.stack, -1))
+    return whole.reshape(layout.stack if kinds == ("s",) else (*layout.stack, -1))
 
 
 def _side_of_sum(eqn: Any, weight: Weight) -> Side | None:

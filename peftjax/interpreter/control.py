@@ -19,7 +19,7 @@ from peftjax.interpreter.uses import draws
 from peftjax.weights.base import Weight, dense
 
 
-def _jit(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
+def _jit(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     def constrained(values: list[Any], shardings: Any) -> list[Any]:
         return [
             lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight) else v
@@ -27,26 +27,26 @@ def _jit(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
         ]
 
     operands = constrained(operands, eqn.params["in_shardings"])
-    return constrained(call_once_traced(run, eqn, operands, jax.jit), eqn.params["out_shardings"])
+    return constrained(call_once_traced(evaluator, eqn, operands, jax.jit), eqn.params["out_shardings"])
 
 
-def _call(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
-    return run.call(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])(*operands)
+def _call(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
+    return evaluator.call(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])(*operands)
 
 
-def _remat(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
+def _remat(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     return call_once_traced(
-        run, eqn, operands, lambda body: jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
+        evaluator, eqn, operands, lambda body: jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
     )
 
 
-def _scan(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _scan(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     consts, carry, xs = compat.split_scan(eqn.params, operands)
     xs = layers_first(xs)
     if xs is None:
         return None
-    body, length = run.call(eqn.params["jaxpr"]), eqn.params["length"]
+    body, length = evaluator.call(eqn.params["jaxpr"]), eqn.params["length"]
     # What is scanned has keys of its own for every step.
     steps = jnp.arange(length) if any(map(draws, (*consts, *carry))) else None
 
@@ -69,11 +69,11 @@ def _scan(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return [*carry, *ys]
 
 
-def _while(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _while(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, rest = operands[:n_cond], operands[n_cond:]
     body_consts, init = rest[:n_body], rest[n_body:]
-    cond, body = run.call(eqn.params["cond_jaxpr"]), run.call(eqn.params["body_jaxpr"])
+    cond, body = evaluator.call(eqn.params["cond_jaxpr"]), evaluator.call(eqn.params["body_jaxpr"])
     first = jnp.int32(0) if any(map(draws, operands)) else None
 
     def goes_on(now: tuple[Any, list[Any]]) -> Any:
@@ -91,7 +91,7 @@ def _while(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return None if result is None else result[1]
 
 
-def _cond(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _cond(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *rest = operands
     first: list[Any] = []
     structures: list[Any] = []
@@ -105,7 +105,7 @@ def _cond(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
         return call
 
-    branches = [noted(run.call(branch)) for branch in eqn.params["branches"]]
+    branches = [noted(evaluator.call(branch)) for branch in eqn.params["branches"]]
     return _unless_they_differ(structures, lambda: lax.switch(index, branches, *rest))
 
 
@@ -129,8 +129,8 @@ def _unless_they_differ(structures: list[Any], call: Callable[[], Any]) -> Any:
         raise
 
 
-def _custom_jvp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
-    primal = run.call(eqn.params["call_jaxpr"])
+def _custom_jvp(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
+    primal = evaluator.call(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_jvp(lambda *values: primal(*operands[:n_consts], *values))
     symbolic = eqn.params["symbolic_zeros"]
@@ -140,7 +140,7 @@ def _custom_jvp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
         still = [symbolic and all(_is_zero(leaf) for leaf in jax.tree.leaves(t)) for t in tangents]
         moving = [_dense_tangent(p, t) for p, t, zero in zip(primals, tangents, still) if not zero]
         jaxpr, consts, zeros = compat.custom_jvp_rule(eqn.params, still)
-        out = run.inside().run(jaxpr, [*consts, *primals, *moving])
+        out = evaluator.inside().run(jaxpr, [*consts, *primals, *moving])
         outputs, given = out[: len(zeros)], iter(out[len(zeros) :])
         return outputs, [_zero_tangent(o) if z else next(given) for o, z in zip(outputs, zeros)]
 
@@ -154,8 +154,8 @@ def _dense_tangent(value: Any, tangent: Any) -> Any:
     return jax.jvp(dense, (value,), (tangent,))[1] if isinstance(value, Weight) else tangent
 
 
-def _custom_vjp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
-    primal = run.call(eqn.params["call_jaxpr"])
+def _custom_vjp(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
+    primal = evaluator.call(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
     fn = jax.custom_vjp(lambda *values: primal(*operands[:n_consts], *values))
 
@@ -163,7 +163,7 @@ def _custom_vjp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
         values = custom_vjp_primal_tree_values(marked)
         perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(value)) for value in marked]
         jaxpr, consts, read = compat.custom_vjp_forward(eqn.params, perturbed)
-        residuals, outputs = read(list(values), run.inside().run(jaxpr, [*consts, *values]))
+        residuals, outputs = read(list(values), evaluator.inside().run(jaxpr, [*consts, *values]))
         weights = [value if isinstance(value, Weight) else None for value in values]
         return outputs, (residuals, weights)
 
@@ -171,7 +171,7 @@ def _custom_vjp(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
         residuals, weights = kept
         if not eqn.params["symbolic_zeros"]:
             cotangents = [_instantiated(ct) for ct in cotangents]
-        given = run.trace(compat.custom_vjp_backward(eqn.params))(*residuals, *cotangents)
+        given = evaluator.trace(compat.custom_vjp_backward(eqn.params))(*residuals, *cotangents)
         return tuple(_pull_back(w, ct) for w, ct in zip(weights, given))
 
     # Symbolic zeros tell which inputs are differentiated: the rule may do less for the others, or refuse.
@@ -216,8 +216,8 @@ def _zero_tangent(value: Any) -> Any:
     return jnp.zeros_like(value) if floating else np.zeros(value.shape, jax.dtypes.float0)
 
 
-def _shard_map(run: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    body = run.call(eqn.params["jaxpr"])
+def _shard_map(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    body = evaluator.call(eqn.params["jaxpr"])
     specs = eqn.params["in_specs"]
     flat: list[Any] = []
     flat_specs: list[PartitionSpec] = []

@@ -11,7 +11,10 @@ from peftjax.weights.base import Weight
 
 
 def call_once_traced(
-    run: Evaluator, eqn: Any, operands: list[Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    evaluator: Evaluator,
+    eqn: Any,
+    operands: list[Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> list[Any]:
     """Call the jaxpr of an equation through `wrap`, such as `jax.jit`, traced once for equal structures.
 
@@ -24,22 +27,22 @@ def call_once_traced(
     """
     jaxpr = eqn.params["jaxpr"]
     key = (eqn.primitive.name, id(jaxpr))
-    if key not in run.functions:
-        body = run.call(jaxpr)
+    if key not in evaluator.functions:
+        body = evaluator.call(jaxpr)
         body.__name__ = eqn.params.get("name") or "block"  # what profilers and the compiled text show
-        run.functions[key] = (wrap(body), jaxpr)  # with the jaxpr, so that no other gets its id
-    function, _ = run.functions[key]
+        evaluator.functions[key] = (wrap(body), jaxpr)  # with the jaxpr, so that no other gets its id
+    function, _ = evaluator.functions[key]
     names: dict[str, str] = {}
     placed = []
     for n, value in enumerate(operands):
-        if isinstance(value, Weight) and not _is_named(run.allow_dense, value):
+        if isinstance(value, Weight) and not _is_named(evaluator.allow_dense, value):
             names[place := f"operand {n}"] = value.layout.name
             value = _renamed(value, {value.layout.name: place})
         placed.append(value)
     try:
         results = function(*placed)
     except PeftError:  # its text has the places
-        return run.call(jaxpr)(*operands)
+        return evaluator.call(jaxpr)(*operands)
     return [_renamed(result, names) for result in results]
 
 

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import jax
 from jax import Array
 
+from peftjax.backbone.backbone import Backbone
+from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack, add_to_blocks, chosen_layers, rewrite_stacks, stacks_of
-from peftjax.backbone.rewritten_block import RewrittenBlock
+from peftjax.backbone.rewritten import RewrittenBlock
 from peftjax.methods._targets import on_layers
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Forward, Transform
@@ -32,7 +34,7 @@ class Part(Protocol):
     def added(self, trained: Any, stack: BlockStack, key: Array | None) -> dict[str, Any]:
         """What the blocks read of it, each leaf [len(stack.layers), ...]; the key drives its randomness."""
 
-    def rewrite(self, block: Any, name: str) -> RewrittenBlock:
+    def rewrite(self, block: BlockModule, name: str) -> RewrittenBlock:
         """The block that reads it among the parameters `name`; `key`, where there is one, for its dropout."""
 
 
@@ -64,12 +66,13 @@ def of_parts(name: str, parts: Sequence[Part], layers: Layers = None) -> Transfo
                 values |= part.added(trainable[stack.name], stack, own_key)
             values = jax.tree.map(lambda leaf, s=stack: on_layers(leaf, s.layers, s.num_layers), values)
             if own_key is not None:
+                # With the parameters, for nothing else of `apply` reaches the blocks.
                 values["key"] = jax.random.split(own_key, stack.num_layers)
             added[stack.name] = values
         return add_to_blocks(name, frozen.params, added)
 
     def model(forward: Forward) -> Forward:
-        def rewrite(backbone: Any) -> Any:
+        def rewrite(backbone: Backbone) -> Backbone:
             block = backbone.block
             if chosen_layers(layers, backbone.num_layers):
                 for part in parts:

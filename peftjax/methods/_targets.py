@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
@@ -73,7 +73,7 @@ def find_targets(
                 f"{layout.matrix[0]} x {layout.matrix[1]}; lower rank, set rank_pattern, or exclude it"
             )
         # Where the path tells the layer, a stack is one of experts, all of which it takes.
-        stacked = picked[path] if tree.layer_index(path, layers_pattern) is None else None
+        stacked = picked[path] if naming.layer_index(path, layers_pattern) is None else None
         found.append(Target(path, layout, own_rank, stacked))
     return found
 
@@ -86,7 +86,7 @@ def _layers_of(
     layouts: Mapping[str, str] | None,
 ) -> tuple[int, ...]:
     """Which of the wanted layers this weight holds: by its name, or by its first stack axis."""
-    index = tree.layer_index(path, layers_pattern)
+    index = naming.layer_index(path, layers_pattern)
     if index is not None:
         return (index,) if index in wanted else ()
     stack = layout_of(path, leaves, layouts).stack

@@ -22,7 +22,7 @@ from peftjax.core.tree import nearest
 from peftjax.models.bert_config import BertConfig, read_config, write_config
 from peftjax.models.family import FEATURES, Family, Head, require_length
 from peftjax.models.vocabulary import row_ids
-from peftjax.models.weight_map import Weight, embedding, linear, norm
+from peftjax.models.weight_map import TensorEntry, embedding, linear, norm
 
 HEADS = {
     "none": Head("BertModel", **FEATURES),
@@ -34,15 +34,15 @@ HEADS = {
         "BertForMaskedLM",
         "head/",
         tied=(
-            Weight("embed/word/embedding", "cls.predictions.decoder.weight", kind="tied"),
-            Weight("head/bias", "cls.predictions.decoder.bias", kind="tied"),
-            Weight("head/bias", "cls.predictions.bias", kind="tied"),
+            TensorEntry("embed/word/embedding", "cls.predictions.decoder.weight", kind="tied"),
+            TensorEntry("head/bias", "cls.predictions.decoder.bias", kind="tied"),
+            TensorEntry("head/bias", "cls.predictions.bias", kind="tied"),
         ),
     ),
 }
 
 
-def body_weights(prefix: str) -> tuple[Weight, ...]:
+def body_weights(prefix: str) -> tuple[TensorEntry, ...]:
     """The Hugging Face names of embeddings, blocks and pooler, which begin with `prefix`."""
     layer = prefix + "encoder.layer.{layer}."
     return (
@@ -62,22 +62,24 @@ def body_weights(prefix: str) -> tuple[Weight, ...]:
     )
 
 
-WEIGHTS: tuple[Weight, ...] = (
+WEIGHTS: tuple[TensorEntry, ...] = (
     *body_weights("bert."),
     *linear("head/classifier", "classifier"),
     *linear("head/transform", "cls.predictions.transform.dense"),
     *norm("head/norm", "cls.predictions.transform.LayerNorm"),
-    Weight("head/bias", "cls.predictions.bias"),
+    TensorEntry("head/bias", "cls.predictions.bias"),
 )
-UNTIED: tuple[Weight, ...] = (
+UNTIED: tuple[TensorEntry, ...] = (
     linear("head/output", "cls.predictions.decoder")[0],
-    Weight("head/bias", "cls.predictions.decoder.bias"),
+    TensorEntry("head/bias", "cls.predictions.decoder.bias"),
 )
 # Position indices.
 IGNORED = r"bert\.embeddings\.position_ids"
 
 
-def with_output(weights: tuple[Weight, ...], untied: tuple[Weight, ...]) -> Callable[[Backbone], Any]:
+def with_output(
+    weights: tuple[TensorEntry, ...], untied: tuple[TensorEntry, ...]
+) -> Callable[[Backbone], Any]:
     """A table with the names in `untied` in a model whose output layer is not its word table."""
     own = {weight.path: weight for weight in (*weights, *untied)}
     return lambda model: weights if model.config.tied else tuple(own.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,10 +31,12 @@ from peftjax.models.family import (
     write_labels,
 )
 from peftjax.models.vocabulary import row_ids
-from peftjax.models.weight_map import Weight
+from peftjax.models.weight_map import TensorEntry
 
 ALL_PLACES = 2**31 - 1
 """A window that hides nothing, for layers without one among layers with one."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+LAYER_TYPES = (FULL, SLIDING)
 HEADS = ("causal_lm", "classifier", "mean", "none")
 
 
@@ -279,7 +281,7 @@ def layer_differences(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]:
     """The heads of a family by the names of its Hugging Face classes."""
     features = Head(base, **FEATURES)
-    table = Weight("embed/word/embedding", "lm_head.weight", kind="tied")
+    table = TensorEntry("embed/word/embedding", "lm_head.weight", kind="tied")
     return {
         "causal_lm": Head(causal_lm, task="CAUSAL_LM", tied=(table,)),
         "classifier": Head(classifier, "head/classifier/", labeled=True, task="SEQ_CLS"),
@@ -301,3 +303,35 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         **write_labels(config.labels),
     }
+
+
+def read_windows(values: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int | None, ...]:
+    """How many places back each layer sees, None for all, [num_layers].
+
+    Args:
+        values: the content of `config.json`; its `layer_types` go before the argument.
+        layer_types: the family's own order of "full_attention" and "sliding_attention".
+
+    Raises:
+        PeftError: for another type, another number of them than of layers, or no width of a window.
+    """
+    who, types = values["model_type"], values.get("layer_types") or layer_types
+    for name in types:
+        require_known(who, "layer_types", name, LAYER_TYPES)
+    if len(types) != values["num_hidden_layers"]:
+        raise PeftError(f"{who}: {len(types)} layer_types for {values['num_hidden_layers']} layers")
+    window = values.get("sliding_window")
+    if SLIDING in types and (not isinstance(window, int) or window < 1):
+        raise PeftError(f"{who}: sliding_window must be a positive integer, not {window!r}")
+    return tuple(window if name == SLIDING else None for name in types)
+
+
+def window_settings(windows: tuple[int | None, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of `BlockConfig` and of `DecoderConfig` that give the layers these windows.
+
+    A window that all layers share is part of the block: a static one lets attention skip the keys
+    outside it.
+    """
+    if len(set(windows)) == 1:
+        return {"window": windows[0]}, {}
+    return {}, {"windows": windows}

@@ -9,7 +9,7 @@ from typing import Any
 from peftjax.backbone.backbone import Backbone
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
-from peftjax.models.weight_map import Weight
+from peftjax.models.weight_map import TensorEntry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Head:
     labeled: bool = False
     task: str | None = None
     bare: bool = False
-    tied: tuple[Weight, ...] = ()
+    tied: tuple[TensorEntry, ...] = ()
     uncalled: frozenset[str] = frozenset()
     in_memory: Callable[[str], str] | None = None
 
@@ -70,13 +70,13 @@ class Family:
     write_config: Callable[[Any], dict[str, Any]]
     build: Callable[..., Backbone]
     heads: Mapping[str, Head]
-    weights: tuple[Weight, ...] | Callable[[Backbone], tuple[Weight, ...]]
+    weights: tuple[TensorEntry, ...] | Callable[[Backbone], tuple[TensorEntry, ...]]
     canonical: Callable[[str], str]
     ignored: str = ""
     prefix: str = ""
     in_memory: Callable[[str], str] = str
 
-    def table(self, model: Backbone) -> tuple[Weight, ...]:
+    def table(self, model: Backbone) -> tuple[TensorEntry, ...]:
         """Every parameter of a model of the family with its Hugging Face name."""
         return self.weights(model) if callable(self.weights) else self.weights
 

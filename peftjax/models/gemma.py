@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.backbone.rope import read_rope
-from peftjax.backbone.windows import FULL, SLIDING, read_windows, window_settings
-from peftjax.models.decoder import DecoderConfig
+from peftjax.models.decoder import FULL, SLIDING, DecoderConfig, read_windows, window_settings
 from peftjax.models.family import require_settings
 from peftjax.models.llama import (
     LAYER,

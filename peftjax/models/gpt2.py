@@ -9,10 +9,10 @@ from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.layers import ACTIVATIONS
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
-from peftjax.models.weight_map import Weight, conv1d, embedding, linear, norm
+from peftjax.models.weight_map import TensorEntry, conv1d, embedding, linear, norm
 
 LAYER = "transformer.h.{layer}."
-WEIGHTS: tuple[Weight, ...] = (
+WEIGHTS: tuple[TensorEntry, ...] = (
     embedding("embed/word", "transformer.wte"),
     embedding("embed/position", "transformer.wpe"),
     *norm("blocks/attention_norm", LAYER + "ln_1"),

@@ -11,14 +11,14 @@ from peftjax.backbone.rope import read_rope
 from peftjax.core.errors import PeftError
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
-from peftjax.models.weight_map import Weight, embedding, linear
+from peftjax.models.weight_map import TensorEntry, embedding, linear
 
 LAYER = "model.layers.{layer}."
 
 
-def scale(path: str, name: str) -> Weight:
+def scale(path: str, name: str) -> TensorEntry:
     """The scale of an RMS norm."""
-    return Weight(f"{path}/scale", f"{name}.weight")
+    return TensorEntry(f"{path}/scale", f"{name}.weight")
 
 
 BLOCK_NORMS = (
@@ -150,7 +150,7 @@ def llama_family(
     name: str,
     read_config: Callable[[Mapping[str, Any]], DecoderConfig],
     classes: str,
-    weights: tuple[Weight, ...] = (*SHARED, *BLOCK_NORMS),
+    weights: tuple[TensorEntry, ...] = (*SHARED, *BLOCK_NORMS),
     base: str = "",
 ) -> Family:
     """A family like Llama.

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +106,13 @@ def load(
     tensors = {family.canonical(name): tensor for name, tensor in describe_tensors(files).items()}
     config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
     config = settle(family, config, tensors, folder)
-    if num_labels is not None:
-        config = config.with_num_labels(num_labels)
     head = head or _head_of(family, values)
-    if untie and head in family.heads:
-        config = untied(family, config, head)
-    in_file = model = family.build(config, head=head, dtype=dtype, remat=remat)
+    build = partial(
+        build_model, family, config, head, num_labels=num_labels, untie=untie, dtype=dtype, remat=remat
+    )
+    in_file = model = build()
     if vocab_size is not None:
-        require_vocabulary(vocab_size)
-        if not hasattr(config, "vocab_size"):
-            raise PeftError(f"a model of the family {family.name!r} has no vocabulary to resize")
-        config = dataclasses.replace(config, vocab_size=vocab_size)
-        model = family.build(config, head=head, dtype=dtype, remat=remat)
-    if num_labels is not None and not family.heads[head].labeled:
-        labeled = ", ".join(name for name, spec in family.heads.items() if spec.labeled)
-        raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labeled}")
+        model = build(vocab_size=vocab_size)
     specs = jax.eval_shape(model.init, jax.random.key(0))
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
@@ -162,6 +155,39 @@ def load(
     if unused:
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
+
+
+def build_model(
+    family: Family,
+    config: Any,
+    head: str,
+    *,
+    num_labels: int | None = None,
+    vocab_size: int | None = None,
+    untie: bool = False,
+    dtype: str = "float32",
+    remat: str | None = None,
+) -> Backbone:
+    """The model of a configuration, without parameters; the arguments are those of `load`.
+
+    Raises:
+        PeftError: for an unknown head, dtype or policy, labels for a head that has none, a vocabulary that
+            cannot be, or a head without an output layer to untie.
+    """
+    if num_labels is not None:
+        config = config.with_num_labels(num_labels)
+    if untie and head in family.heads:
+        config = untied(family, config, head)
+    if vocab_size is not None:
+        require_vocabulary(vocab_size)
+        if not hasattr(config, "vocab_size"):
+            raise PeftError(f"a model of the family {family.name!r} has no vocabulary to resize")
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+    model = family.build(config, head=head, dtype=dtype, remat=remat)
+    if num_labels is not None and not family.heads[head].labeled:
+        labeled = ", ".join(name for name, spec in family.heads.items() if spec.labeled)
+        raise PeftError(f"head {head!r} takes no num_labels; heads that do: {labeled}")
+    return model
 
 
 def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = False) -> set[str]:

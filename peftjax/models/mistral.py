@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.backbone.windows import FULL, SLIDING, read_windows, window_settings
-from peftjax.models.decoder import DecoderConfig
+from peftjax.models.decoder import FULL, SLIDING, DecoderConfig, read_windows, window_settings
 from peftjax.models.family import require_settings
 from peftjax.models.llama import complete, llama_config, llama_family
 

@@ -9,10 +9,10 @@ from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.layers import ACTIVATIONS
 from peftjax.models.decoder import DecoderConfig, LearnedPositions, decoder, decoder_heads, write_config
 from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
-from peftjax.models.weight_map import Weight, embedding, linear, norm
+from peftjax.models.weight_map import TensorEntry, embedding, linear, norm
 
 LAYER = "model.decoder.layers.{layer}."
-WEIGHTS: tuple[Weight, ...] = (
+WEIGHTS: tuple[TensorEntry, ...] = (
     embedding("embed/word", "model.decoder.embed_tokens"),
     embedding("embed/position", "model.decoder.embed_positions"),
     *linear("embed/project_in", "model.decoder.project_in"),

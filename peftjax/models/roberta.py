@@ -20,19 +20,19 @@ from peftjax.models import bert_config
 from peftjax.models.bert import BertEmbed, bert_head, body_weights, encoder, with_output
 from peftjax.models.bert_config import BertConfig, write_config
 from peftjax.models.family import FEATURES, Family, Head, require_length, with_prefix
-from peftjax.models.weight_map import Weight, linear, norm
+from peftjax.models.weight_map import TensorEntry, linear, norm
 
-WEIGHTS: tuple[Weight, ...] = (
+WEIGHTS: tuple[TensorEntry, ...] = (
     *body_weights("roberta."),
     *linear("head/dense", "classifier.dense"),
     *linear("head/classifier", "classifier.out_proj"),
     *linear("head/transform", "lm_head.dense"),
     *norm("head/norm", "lm_head.layer_norm"),
-    Weight("head/bias", "lm_head.bias"),
+    TensorEntry("head/bias", "lm_head.bias"),
 )
-UNTIED: tuple[Weight, ...] = (
+UNTIED: tuple[TensorEntry, ...] = (
     linear("head/output", "lm_head.decoder")[0],
-    Weight("head/bias", "lm_head.decoder.bias"),
+    TensorEntry("head/bias", "lm_head.decoder.bias"),
 )
 # Position indices.
 IGNORED = r"roberta\.embeddings\.position_ids"
@@ -103,9 +103,9 @@ def _head(config: BertConfig, name: str, dtype: DTypeLike) -> Any:
 def _heads(classes: str) -> dict[str, Head]:
     features = Head(f"{classes}Model", **FEATURES)
     tied = (
-        Weight("embed/word/embedding", "lm_head.decoder.weight", kind="tied"),
-        Weight("head/bias", "lm_head.decoder.bias", kind="tied"),
-        Weight("head/bias", "lm_head.bias", kind="tied"),
+        TensorEntry("embed/word/embedding", "lm_head.decoder.weight", kind="tied"),
+        TensorEntry("head/bias", "lm_head.decoder.bias", kind="tied"),
+        TensorEntry("head/bias", "lm_head.bias", kind="tied"),
     )
     return {
         "none": features,

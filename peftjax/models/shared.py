@@ -12,7 +12,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, same_numbers
 from peftjax.models.family import Family
-from peftjax.models.weight_map import Weight
+from peftjax.models.weight_map import TensorEntry
 
 WORD_TABLE = "embed/word/embedding"
 OUTPUT_LAYER = "head/output/kernel"
@@ -32,7 +32,7 @@ def names_in_file(family: Family, model: Backbone) -> dict[str, tuple[str, ...]]
     own = family.heads[model.head_name].tied
     others = tuple(weight for head in family.heads.values() for weight in head.tied)
 
-    def known(weights: tuple[Weight, ...], path: str) -> list[str]:
+    def known(weights: tuple[TensorEntry, ...], path: str) -> list[str]:
         return [w.name for w in weights if w.path == path and (tied or not _is_output(w))]
 
     found = {}
@@ -133,7 +133,7 @@ def copies(family: Family, model: Backbone, tensors: Mapping[str, Tensor]) -> se
     return found
 
 
-def _is_output(weight: Weight) -> bool:
+def _is_output(weight: TensorEntry) -> bool:
     """Whether a further name is that of an output layer that shares the word table."""
     return weight.kind == "tied" and weight.path == WORD_TABLE
 

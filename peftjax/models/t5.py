@@ -26,7 +26,7 @@ from peftjax.models.family import FEATURES, Family, Head, require_known, with_pr
 from peftjax.models.t5_config import T5Config, read_config, write_config
 from peftjax.models.t5_positions import RelativeBias
 from peftjax.models.vocabulary import row_ids
-from peftjax.models.weight_map import Weight, embedding, linear
+from peftjax.models.weight_map import TensorEntry, embedding, linear
 
 ENCODER_HEADS = ("encoder", "mean")
 
@@ -209,7 +209,7 @@ def _heads(prefix: str) -> dict[str, Head]:
     """
     word = "embed/word"
     encoder, decoder = (embedding(word, f"{side}.embed_tokens") for side in ("encoder", "decoder"))
-    output = Weight(f"{word}/embedding", "lm_head.weight", kind="tied")
+    output = TensorEntry(f"{word}/embedding", "lm_head.weight", kind="tied")
     uncalled = frozenset({"shared.weight"})
     alone = {"tied": (encoder,), "uncalled": uncalled}
     both = {"tied": (encoder, decoder), "uncalled": uncalled}
@@ -234,7 +234,7 @@ def _heads(prefix: str) -> dict[str, Head]:
     }
 
 
-def weights(model: Backbone) -> tuple[Weight, ...]:
+def weights(model: Backbone) -> tuple[TensorEntry, ...]:
     """Every parameter with its Hugging Face name; of an encoder alone, without `encoder/`."""
     gated, positions = model.config.gated, "block.0.layer.0.SelfAttention.relative_attention_bias"
     shared = (
@@ -255,7 +255,7 @@ def weights(model: Backbone) -> tuple[Weight, ...]:
     )
 
 
-def _stack(path: str, side: Side, gated: bool) -> tuple[Weight, ...]:
+def _stack(path: str, side: Side, gated: bool) -> tuple[TensorEntry, ...]:
     """The table of the stack whose parameters are at `path`."""
     attentions = {"attention": "SelfAttention"}
     if side == "decoder":
@@ -281,12 +281,12 @@ def _stack(path: str, side: Side, gated: bool) -> tuple[Weight, ...]:
     )
 
 
-def _kernel(path: str, name: str) -> Weight:
-    return Weight(f"{path}/kernel", f"{name}.weight", transpose=True)
+def _kernel(path: str, name: str) -> TensorEntry:
+    return TensorEntry(f"{path}/kernel", f"{name}.weight", transpose=True)
 
 
-def _scale(path: str, name: str) -> Weight:
-    return Weight(f"{path}/scale", f"{name}.weight")
+def _scale(path: str, name: str) -> TensorEntry:
+    return TensorEntry(f"{path}/scale", f"{name}.weight")
 
 
 def canonical(name: str) -> str:

@@ -29,7 +29,7 @@ from peftjax.models.family import (
     require_size,
     write_labels,
 )
-from peftjax.models.weight_map import Weight, convolution, linear, norm
+from peftjax.models.weight_map import TensorEntry, convolution, linear, norm
 
 HEADS = {
     "none": Head("ViTModel", **FEATURES),
@@ -39,9 +39,9 @@ HEADS = {
 }
 
 LAYER = "vit.encoder.layer.{layer}."
-WEIGHTS: tuple[Weight, ...] = (
-    Weight("embed/class_token", "vit.embeddings.cls_token", leading=2),
-    Weight("embed/position/embedding", "vit.embeddings.position_embeddings", leading=1),
+WEIGHTS: tuple[TensorEntry, ...] = (
+    TensorEntry("embed/class_token", "vit.embeddings.cls_token", leading=2),
+    TensorEntry("embed/position/embedding", "vit.embeddings.position_embeddings", leading=1),
     *convolution("embed/patch_conv", "vit.embeddings.patch_embeddings.projection"),
     *norm("blocks/attention_norm", LAYER + "layernorm_before"),
     *linear("blocks/attention/query", LAYER + "attention.attention.query"),

@@ -34,7 +34,7 @@ BLOCK_NUMBERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class TensorEntry:
     """One parameter.
 
     Attributes:
@@ -63,34 +63,34 @@ class Weight:
         return tuple(reversed(range(ndim)))
 
 
-def linear(path: str, name: str) -> tuple[Weight, Weight]:
+def linear(path: str, name: str) -> tuple[TensorEntry, TensorEntry]:
     """The kernel and bias of a linear layer."""
     return (
-        Weight(f"{path}/kernel", f"{name}.weight", transpose=True),
-        Weight(f"{path}/bias", f"{name}.bias"),
+        TensorEntry(f"{path}/kernel", f"{name}.weight", transpose=True),
+        TensorEntry(f"{path}/bias", f"{name}.bias"),
     )
 
 
-def conv1d(path: str, name: str) -> tuple[Weight, Weight]:
+def conv1d(path: str, name: str) -> tuple[TensorEntry, TensorEntry]:
     """The kernel and bias of Hugging Face's `Conv1D`, a linear layer stored [in, out]."""
-    return Weight(f"{path}/kernel", f"{name}.weight"), Weight(f"{path}/bias", f"{name}.bias")
+    return TensorEntry(f"{path}/kernel", f"{name}.weight"), TensorEntry(f"{path}/bias", f"{name}.bias")
 
 
-def norm(path: str, name: str) -> tuple[Weight, Weight]:
+def norm(path: str, name: str) -> tuple[TensorEntry, TensorEntry]:
     """The scale and bias of a layer norm."""
-    return Weight(f"{path}/scale", f"{name}.weight"), Weight(f"{path}/bias", f"{name}.bias")
+    return TensorEntry(f"{path}/scale", f"{name}.weight"), TensorEntry(f"{path}/bias", f"{name}.bias")
 
 
-def embedding(path: str, name: str) -> Weight:
+def embedding(path: str, name: str) -> TensorEntry:
     """An embedding table."""
-    return Weight(f"{path}/embedding", f"{name}.weight", kind="embedding")
+    return TensorEntry(f"{path}/embedding", f"{name}.weight", kind="embedding")
 
 
-def convolution(path: str, name: str, groups: int = 1) -> tuple[Weight, Weight]:
+def convolution(path: str, name: str, groups: int = 1) -> tuple[TensorEntry, TensorEntry]:
     """The kernel [*window, in, out] and bias of a convolution."""
     return (
-        Weight(f"{path}/kernel", f"{name}.weight", transpose=True, kind="convolution", groups=groups),
-        Weight(f"{path}/bias", f"{name}.bias"),
+        TensorEntry(f"{path}/kernel", f"{name}.weight", transpose=True, kind="convolution", groups=groups),
+        TensorEntry(f"{path}/bias", f"{name}.bias"),
     )
 
 
@@ -113,7 +113,7 @@ class Loaded:
 class Slot:
     """Where one Hugging Face tensor lies: a row of our leaf, or all of it."""
 
-    weight: Weight
+    weight: TensorEntry
     layer: int | None
 
     @property
@@ -136,7 +136,7 @@ class Slot:
 def read_weights(
     folder: Path,
     specs: Mapping[str, Any],
-    weights: tuple[Weight, ...],
+    weights: tuple[TensorEntry, ...],
     *,
     dtype: str,
     canonical: Callable[[str], str],
@@ -210,7 +210,7 @@ def read_weights(
 
 
 def read_leaf(
-    weight: Weight,
+    weight: TensorEntry,
     tensors: Mapping[int | None, Tensor],
     shape: tuple[int, ...],
     dtype: str,
@@ -242,7 +242,7 @@ def read_leaf(
 
 
 def read_part(
-    weight: Weight, tensors: Mapping[int | None, Tensor], index: tuple[slice, ...], dtype: str
+    weight: TensorEntry, tensors: Mapping[int | None, Tensor], index: tuple[slice, ...], dtype: str
 ) -> np.ndarray:
     """The part of a parameter at `index`, read a block of rows at a time.
 
@@ -291,7 +291,7 @@ def _require_fit(tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, np.ndarray]:
+def to_hf(params: Mapping[str, Any], weights: tuple[TensorEntry, ...]) -> dict[str, np.ndarray]:
     """Hugging Face's tensors of `params` as numpy views: layers unstacked, kernels transposed.
 
     Raises:
@@ -302,7 +302,7 @@ def to_hf(params: Mapping[str, Any], weights: tuple[Weight, ...]) -> dict[str, n
     return {name: slot.view(leaves[slot.path]) for name, slot in slots.items()}
 
 
-def slots_of(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[Weight]) -> dict[str, Slot]:
+def slots_of(shapes: Mapping[str, tuple[int, ...]], weights: Sequence[TensorEntry]) -> dict[str, Slot]:
     """Where each Hugging Face tensor of the parameters `shapes` lies in them.
 
     Raises:

@@ -11,7 +11,7 @@ from peftjax.optim.natural import natural_galore, scale_by_natural_gradient
 from peftjax.optim.projection import project
 from peftjax.optim.radial import remove_radial
 from peftjax.optim.row_adam import row_adamw, scale_by_row_adam
-from peftjax.quantize.blockwise import Codes
+from peftjax.quantize import Codes
 
 __all__ = [
     "Codes",

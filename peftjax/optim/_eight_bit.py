@@ -1,7 +1,7 @@
 """Any optax transformation with its moments in eight bits.
 
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, arXiv 2110.02861. Around a
-transformation with state s and moments m in it, between steps only codes are kept (see `blockwise`):
+transformation with state s and moments m in it, between steps only codes are kept (see `quantize.blockwise`):
 
     u_t, s_t = tx.update(g_t, decode(s̃_{t-1}), w_t)      s̃_t = encode(s_t)
 
@@ -27,7 +27,8 @@ from peftjax.optim.elementwise import is_elementwise
 from peftjax.optim.rounding_noise import uniform
 from peftjax.optim.slicewise import Cut, Leaves, cut_of, run_slicewise
 from peftjax.optim.updates import is_placeholder
-from peftjax.quantize.blockwise import Codes, decode, encode
+from peftjax.quantize import Codes, decode
+from peftjax.quantize.blockwise import encode
 from peftjax.transform.moment_fields import Kind, Kinds, field_of, kind_of, parameter_of
 
 
@@ -146,7 +147,7 @@ def eight_bit(
 
 
 def _decoded(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: decode(leaf) if _is_codes(leaf) else leaf, tree, is_leaf=_is_codes)
+    return jax.tree.map(decode, tree, is_leaf=_is_codes)
 
 
 def _coded_like(old: Leaves, new: Leaves, block_size: int, key: Key[Array, ""] | None) -> Leaves:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peftjax.quantize.blockwise import Codes
+from peftjax.quantize.blockwise import BlockwiseCodes
 from peftjax.transform.moment_fields import parameter_of
 
 
@@ -25,11 +25,13 @@ def shardings_like(state: Any, params: Any) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         param = _mirrored(path, leaf, known)
         sharding = whole if param is None else param.sharding
-        if not isinstance(leaf, Codes):
+        if not isinstance(leaf, BlockwiseCodes):
             return sharding
-        return Codes(sharding, _of_scales(leaf, sharding), leaf.signed, leaf.block, leaf.merged)
+        return BlockwiseCodes(sharding, _of_scales(leaf, sharding), leaf.signed, leaf.block, leaf.merged)
 
-    return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda node: isinstance(node, Codes))
+    return jax.tree_util.tree_map_with_path(
+        place, state, is_leaf=lambda node: isinstance(node, BlockwiseCodes)
+    )
 
 
 def _is_named(leaf: Any) -> bool:
@@ -40,11 +42,11 @@ def _is_named(leaf: Any) -> bool:
 
 def _mirrored(path: tuple[Any, ...], leaf: Any, known: Mapping[tuple[Any, ...], Any]) -> Any:
     param = known.get(parameter_of(path, known))
-    shape = leaf.codes.shape if isinstance(leaf, Codes) else leaf.shape
+    shape = leaf.codes.shape if isinstance(leaf, BlockwiseCodes) else leaf.shape
     return param if param is not None and _is_named(param) and param.shape == shape else None
 
 
-def _of_scales(coded: Codes, sharding: NamedSharding) -> NamedSharding:
+def _of_scales(coded: BlockwiseCodes, sharding: NamedSharding) -> NamedSharding:
     shape = coded.codes.shape
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     last = spec[-1] if coded.merged == 1 else None

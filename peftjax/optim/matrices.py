@@ -7,21 +7,21 @@ its own, and heads or windows of convolutions belong to the inputs or the output
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.weights.layout import Layout, layout_of
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether the parameter is a weight: `tree.is_weight`, and no factor of one.
+    """Whether the parameter is a weight: `naming.is_weight`, and no factor of one.
 
     What lies below a weight's name ('.../kernel/a') is a part of an adapter. A factor has no scale of its
     own: the product of `c·b` and `a/c` is that of b and a.
     """
     *modules, name = path.split("/")
-    factor = bool(modules) and modules[-1] in tree.WEIGHT_NAMES and name not in tree.WEIGHT_NAMES
-    return tree.is_weight(path, leaf) and not factor
+    factor = bool(modules) and modules[-1] in naming.WEIGHT_NAMES and name not in naming.WEIGHT_NAMES
+    return naming.is_weight(path, leaf) and not factor
 
 
 def select_matrices(
@@ -31,7 +31,7 @@ def select_matrices(
     who: str,
     exclude: Targets | None,
     strict: bool,
-    eligible: Callable[[str, Any], bool] = tree.is_weight,
+    eligible: Callable[[str, Any], bool] = naming.is_weight,
 ) -> list[str]:
     """The paths of the targeted matrices; none where 'all-linear' finds none, unless `strict`.
 

@@ -27,12 +27,13 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from peftjax.core.errors import PeftError
+from peftjax.quantize.codes import Codes
 from peftjax.quantize.dynamic_map import decode_unit, encode_unit
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Codes:
+class BlockwiseCodes(Codes):
     """A coded float32 array.
 
     Attributes:
@@ -60,6 +61,12 @@ class Codes:
         """float32, what it decodes to."""
         return np.dtype(np.float32)
 
+    def decode(self) -> Float[Array, "*shape"]:
+        """The array, float32."""
+        codes = _in_blocks(self.codes, self.merged, self.block)
+        values = decode_unit(codes, self.signed) * self.scales[..., None]
+        return _from_blocks(values, self.codes.shape, self.merged)
+
 
 def encode(
     x: Float[Array, "*shape"],
@@ -67,7 +74,7 @@ def encode(
     signed: bool,
     block_size: int = 256,
     noise: Float[Array, "*shape"] | None = None,
-) -> Codes:
+) -> BlockwiseCodes:
     """Code an array; a block with a NaN or an infinity decodes to NaN.
 
     Args:
@@ -88,26 +95,19 @@ def encode(
     return _encoded(x, signed, block, merged, noise)
 
 
-def coded_like(x: Float[Array, "*shape"], like: Codes) -> Codes:
+def encode_like(x: Float[Array, "*shape"], like: BlockwiseCodes) -> BlockwiseCodes:
     """Code an array with the map and the blocks that another of its shape has, to the nearest."""
     return _encoded(x, like.signed, like.block, like.merged, None)
 
 
-def _encoded(x: Array, signed: bool, block: int, merged: int, noise: Array | None) -> Codes:
+def _encoded(x: Array, signed: bool, block: int, merged: int, noise: Array | None) -> BlockwiseCodes:
     blocks = _in_blocks(x.astype(jnp.float32), merged, block)
     scales = _scales(blocks, signed)
     empty = scales[..., None] == 0
     unit = jnp.where(empty, 0.0, blocks / jnp.where(empty, 1.0, scales[..., None]))
     noise = None if noise is None else _in_blocks(noise, merged, block)
     codes = _from_blocks(encode_unit(unit, signed, noise), x.shape, merged)
-    return Codes(codes, scales, signed, block, merged)
-
-
-def decode(coded: Codes) -> Float[Array, "*shape"]:
-    """The array, float32."""
-    codes = _in_blocks(coded.codes, coded.merged, coded.block)
-    values = decode_unit(codes, coded.signed) * coded.scales[..., None]
-    return _from_blocks(values, coded.codes.shape, coded.merged)
+    return BlockwiseCodes(codes, scales, signed, block, merged)
 
 
 def merged_axes(shape: tuple[int, ...], block_size: int) -> int:

@@ -92,7 +92,7 @@ def fit(
     """
     loss = model_loss(forward, objective, model_dropout=config.model_dropout)
     tx = make_optimizer(config, steps.total)
-    run = training(method, loss, tx, accumulation=config.grad_accumulation)
+    run = training(method, loss, tx, accumulation=config.grad_accumulation, grad_norm=True)
     rate = learning_rate(config, steps.total)
     evaluate = evaluate or make_evaluate(forward, method, objective)
     state = run.begin(frozen, trainable, key)

@@ -1,18 +1,20 @@
-"""The metrics of a run: one JSON object per line, and TensorBoard where asked."""
+"""The metrics of a run: a JSON object a line, and scalars for TensorBoard where asked."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftjax.core.errors import PeftError
 from peftjax.io.files import checked, parse_json, replacing, require_file, writing
-from peftjax.train.tensorboard import open_board
 
 Values = Mapping[str, float | int | None]
 Write = Callable[[int, Values], None]
 """`write(step, values)` appends one line."""
+WriteScalar = Callable[[str, float, int], None]
+"""`write(name, value, step)` writes one point."""
 
 FILE = "metrics.jsonl"
 
@@ -33,7 +35,7 @@ def open_metrics(directory: Path | None, step: int, *, tensorboard: bool) -> Ite
     path = directory / FILE
     cut(path, step)
     with ExitStack() as stack:
-        board = stack.enter_context(open_board(directory / "tensorboard", step)) if tensorboard else None
+        board = stack.enter_context(_open_board(directory / "tensorboard", step)) if tensorboard else None
         with writing(path):
             # Without a buffer, which would be written once more, and fail again, when the file is closed.
             file = stack.enter_context(path.open("ab", buffering=0))
@@ -48,6 +50,40 @@ def open_metrics(directory: Path | None, step: int, *, tensorboard: bool) -> Ite
                     board(name, value, step)
 
         yield write
+
+
+@contextmanager
+def _open_board(folder: Path, step: int) -> Iterator[WriteScalar]:
+    """A new file of events for TensorBoard in `folder`, which forgets older points after `step`.
+
+    The caller's thread writes: tensorboardX's own hangs when the disk is full.
+
+    Raises:
+        PeftError: a point cannot be written.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        events.write_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def write(name: str, value: float, step: int) -> None:
+        with writing(folder):
+            events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            events.flush()
+
+    try:
+        yield write
+    except BaseException:
+        with suppress(OSError):  # what could not be written cannot be at the end either
+            events.close()
+        raise
+    with writing(folder):
+        events.close()
 
 
 def cut(path: Path, step: int) -> None:
@@ -70,7 +106,7 @@ def cut(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """What is read again of a line."""
+    """What is read of a line."""
 
     step: int
     tokens_per_second: float | None = None

@@ -29,7 +29,7 @@ def with_new_head(method: Transform, model: Backbone, params: Params) -> Transfo
 def start_at_probe(
     method: Transform, model: Backbone, params: Params, weights: Mapping[str, jax.Array]
 ) -> Params:
-    """The parameters with a linear probe in the place of a newly drawn head on the same features.
+    """The parameters with a linear probe instead of a newly drawn head on the same features.
 
     Fine-tuning from the probe moves the features less than from a random head (Kumar et al., ICLR
     2022, arXiv 2202.10054). A head that the method adapts instead of training it stays as it is: its

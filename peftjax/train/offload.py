@@ -10,7 +10,7 @@ def offload_fraction(
     host_bytes: float,
     layers: int,
 ) -> float:
-    """The share of the tokens to offload whole, the other tokens being made again.
+    """The share of the tokens to offload whole, the other tokens being recomputed.
 
         alpha = max a in [0, 1]   with   (kept + a other) <= bandwidth layer_seconds
                                   and    (layers - 2) (kept + a other) <= host_bytes

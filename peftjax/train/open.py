@@ -9,7 +9,7 @@ import jax
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.models.family import Family
-from peftjax.models.load import load, read_family
+from peftjax.models.load import build_model, load, read_family
 from peftjax.models.minilm import minilm_path
 from peftjax.text.tokenizer import Tokenizer, load_tokenizer
 from peftjax.train.data.dataset import TextDataset
@@ -95,6 +95,26 @@ def open_model(
         key=jax.random.key(seed),
         described=(base.family, base.config),
     )
+
+
+def abstract_model(
+    base: BaseModel, options: ModelOptions, num_labels: int | None, *, dtype: str, remat: str
+) -> tuple[Backbone, Params]:
+    """`open_model` of config.json alone: the model, and the shapes of its parameters.
+
+    What only the weights' file says is not known: a vocabulary of another size, an output layer of its own.
+    """
+    model = build_model(
+        base.family,
+        base.family.read_config(base.config),
+        options.head or default_head(base, num_labels),
+        num_labels=num_labels,
+        vocab_size=options.vocab_size,
+        untie=options.untie,
+        dtype=dtype,
+        remat=remat,
+    )
+    return model, jax.eval_shape(model.init, jax.random.key(0))
 
 
 def open_data(options: DataOptions, file: DataFile | None = None) -> TextDataset:

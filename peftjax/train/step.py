@@ -65,12 +65,14 @@ class Training:
         loss: of rewritten parameters and a batch.
         tx: `method.optimizer` of the given one.
         accumulation: the parts in which a batch is computed, one after the other.
+        grad_norm: whether the metrics have the norm of the gradient.
     """
 
     method: Transform
     loss: Loss
     tx: optax.GradientTransformationExtraArgs
     accumulation: int = 1
+    grad_norm: bool = False
 
     def start(self, key: Key[Array, ""], params: Params) -> TrainingState:
         """The state before the first step; `params` stay as they are.
@@ -117,7 +119,7 @@ class Training:
             batch: of any trees of arrays; with accumulation, their first axes divide into the parts.
 
         Returns:
-            The new state; the loss, whatever else the loss sums up, and `grad_norm`.
+            The new state; the loss, whatever else the loss sums up, and `grad_norm` where it is asked for.
         """
         state = self.advance(state, batch)
         moved, fixed = divided(state.frozen, self.moves)
@@ -165,7 +167,8 @@ class Training:
         """
         frozen = _joined(moved, fixed)
         gradients, metrics = self._gradients(trainable, frozen, batch, key)
-        metrics["grad_norm"] = optax.tree.norm(gradients)
+        if self.grad_norm:
+            metrics["grad_norm"] = optax.tree.norm(gradients)
         frozen, trainable = self.method.begin(frozen, trainable)
         updates, opt_state = self.tx.update(gradients, opt_state, trainable, frozen=frozen)
         frozen, trainable = self.method.close(frozen, optax.apply_updates(trainable, updates))
@@ -259,8 +262,6 @@ class Training:
             return mean(sums["loss"], weight), (sums, weight)
 
         gradients, (sums, weight) = jax.grad(loss, has_aux=True)(opened)
-        # Where nothing counts, neither does a penalty, as in a sum over parts of a batch.
-        gradients = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf, jnp.zeros_like(leaf)), gradients)
         return gradients, sums, weight
 
     def _loss_of(self, batch: Batch) -> Callable[[Params], Float[Array, ""]]:
@@ -283,7 +284,12 @@ class Training:
 
 
 def training(
-    method: Transform, loss: Loss, tx: optax.GradientTransformation, *, accumulation: int = 1
+    method: Transform,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    grad_norm: bool = False,
 ) -> Training:
     """The training step of a method: compiled, its state donated, the method advanced when it is due.
 
@@ -303,6 +309,7 @@ def training(
             is given a key in each step, for the model's own dropout.
         tx: any optax optimizer.
         accumulation: A.
+        grad_norm: report the norm of the gradient too, for which all of it is in memory at one time.
 
     Raises:
         PeftError: when `accumulation` is not positive.
@@ -318,7 +325,7 @@ def training(
     """
     if accumulation < 1:
         raise PeftError(f"training: accumulation must be positive, got {accumulation}")
-    return Training(method, loss, method.optimizer(tx), accumulation)
+    return Training(method, loss, method.optimizer(tx), accumulation, grad_norm)
 
 
 def model_loss(forward: Forward, objective: Objective, *, model_dropout: bool = False) -> Loss:

@@ -7,7 +7,7 @@ also `gradients=`, those that went into the optimizer.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import optax
 
@@ -45,7 +45,7 @@ def put_around(
     tx: optax.GradientTransformation, around: Around | None
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on the whole trainable with the method's own transformations around it."""
-    tx = optax.with_extra_args_support(tx)
+    tx = _without_frozen(tx)
     if around is None:
         return tx
     before, after = _on_own(around.gradients), _on_own(around.updates)
@@ -53,15 +53,25 @@ def put_around(
     def init(params: Any) -> AroundState:
         return AroundState(before.init(params), tx.init(params), after.init(params))
 
-    def update(
-        gradients: Any, state: AroundState, params: Any = None, **extra: Any
-    ) -> tuple[Any, AroundState]:
-        gradients, own_before = before.update(gradients, state.before, params, **extra)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AroundState]:
+        gradients, own_before = before.update(updates, state.before, params, **extra)
         updates, own = tx.update(gradients, state.optimizer, params, **extra)
         updates, own_after = after.update(updates, state.after, params, gradients=gradients, **extra)
         return updates, AroundState(own_before, own, own_after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_frozen(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, not given `frozen`: an optimizer that loops over slices would hold all of it in its loops."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        gradients: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        return tx.update(gradients, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def by_name(
@@ -82,22 +92,22 @@ def by_name(
         return {name: tx.init(part(params, name)) for name, tx in parts.items()}
 
     def update(
-        values: Any,
-        state: dict[str, Any],
+        updates: Any,
+        state: Any,
         params: Any = None,
         *,
         frozen: Frozen | None = None,
         gradients: Any = None,
         **extra: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        new, states = dict(values), {}
+        new, states = dict(updates), {}
         for name, tx in parts.items():
             given = {"frozen": None if frozen is None else part_of(frozen, name)}
             given["gradients"] = part(gradients, name)
             own, states[name] = tx.update(
-                part(values, name), state[name], part(params, name), **given, **extra
+                part(updates, name), state[name], part(params, name), **given, **extra
             )
-            if name in values:
+            if name in updates:
                 new[name] = own
         return new, states
 
@@ -107,13 +117,13 @@ def by_name(
 def on_slots(change: Callable[[str, Any], Any]) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies `change(slot, value)` to each array of each weight."""
 
-    def update(values: Own, state: Any, params: Any = None, **extra: Any) -> tuple[Own, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Own, Any]:
         return {
             path: {
                 name: value if isinstance(value, optax.MaskedNode) else change(name, value)
                 for name, value in slots.items()
             }
-            for path, slots in values.items()
+            for path, slots in updates.items()
         }, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -149,11 +159,11 @@ def _on_own(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransfor
     """`tx` on the weights that optax has not masked out (`optax.multi_transform`), the others as they are."""
 
     def update(
-        values: Any, state: Any, params: Any = None, *, gradients: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, gradients: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         given = {"gradients": _present(gradients)} if gradients is not None else {}
-        new, state = tx.update(_present(values), state, _present(params), **given, **extra)
-        return values if isinstance(values, optax.MaskedNode) else {**values, **new}, state
+        new, state = tx.update(_present(updates), state, _present(params), **given, **extra)
+        return updates if isinstance(updates, optax.MaskedNode) else {**updates, **cast(Own, new)}, state
 
     return optax.GradientTransformationExtraArgs(lambda params: tx.init(_present(params)), update)
 

@@ -141,11 +141,13 @@ def _require_gradients(parts: Mapping[str, Transform], trained: Mapping[str, str
     """Raise a PeftError where a method lets no gradient reach what another one trains."""
     for method in parts.values():
         _require_gradients(method.parts, trained)
-        for path, other in trained.items() if method.cut is not None else ():
-            if not path.startswith(method.cut.spared):
+        if (cut := method.cut) is None:
+            continue
+        for path, other in trained.items():
+            if not path.startswith(cut.spared):
                 raise PeftError(
                     f"{method.name}: {path!r} is trained by {other!r}, but no gradient reaches the backbone "
-                    f"beside {method.name}; exclude it, merge that method first, or {method.cut.remedy}"
+                    f"beside {method.name}; exclude it, merge that method first, or {cut.remedy}"
                 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
@@ -80,10 +80,10 @@ def left_out(params: Any, frozen: Frozen, rewritten: Mapping[str, Any]) -> dict[
             continue
         if path in others:
             found[path] = others[path]
-        elif not tree.is_weight(path, leaf, leaves):
+        elif not naming.is_weight(path, leaf, leaves):
             found[path] = "vectors of stacked layers"
         else:
-            found[path] = tree.why_not_linear(path, leaf) or "the targets do not name it"
+            found[path] = naming.why_not_linear(path, leaf) or "the targets do not name it"
     return found
 
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.tree_util import DictKey
 
 from peftjax.core.errors import PeftError
-from peftjax.quantize.blockwise import Codes, coded_like, decode
+from peftjax.quantize.blockwise import BlockwiseCodes, encode_like
 from peftjax.transform.moment_fields import field_of, is_gradient_sum, kind_of, parameter_of
 
 Path = tuple[Any, ...]
@@ -38,13 +38,15 @@ def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
         if not owner:
             return leaf
         field = field_of(opt_state, path, wanted) or ""
-        if isinstance(leaf, Codes):
-            values = decode(leaf)
+        if isinstance(leaf, BlockwiseCodes):
+            values = leaf.decode()
             changed = wanted[owner](field, values)
-            return leaf if changed is values else coded_like(changed, leaf)
+            return leaf if changed is values else encode_like(changed, leaf)
         return wanted[owner](field, leaf)
 
-    return jax.tree_util.tree_map_with_path(change, opt_state, is_leaf=lambda node: isinstance(node, Codes))
+    return jax.tree_util.tree_map_with_path(
+        change, opt_state, is_leaf=lambda node: isinstance(node, BlockwiseCodes)
+    )
 
 
 def zeroed(field: str, values: Array) -> Array:

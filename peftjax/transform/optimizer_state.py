@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from peftjax.quantize.blockwise import Codes
+from peftjax.quantize import Codes
 from peftjax.transform.around import AroundState
 from peftjax.transform.moments import Change, change_moments
 

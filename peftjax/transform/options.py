@@ -4,6 +4,8 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
 from types import UnionType
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -139,7 +141,7 @@ def _of_file(hint: Any) -> Any:
         return dict[str, Any]
     if get_origin(hint) not in (Union, UnionType):
         return hint
-    return Union[tuple(_of_file(part) for part in get_args(hint) if jax.Array not in get_args(part))]  # noqa: UP007
+    return reduce(or_, (_of_file(part) for part in get_args(hint) if jax.Array not in get_args(part)))
 
 
 def _numbers(value: Any) -> list[int | float]:

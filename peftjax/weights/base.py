@@ -87,8 +87,10 @@ def contract(x: Array, w: Any, rule: Contraction) -> Array:
     _require_way(w, rule)
     if isinstance(rule, Gather):
         return _looked_up(x, w, rule)
-    method = {Dot: w.dot, Conv: w.conv, RaggedDot: w.ragged_dot}[type(rule)]
-    return method(_promoted(x, w, rule), rule)
+    x = _promoted(x, w, rule)
+    if isinstance(rule, Dot):
+        return w.dot(x, rule)
+    return w.conv(x, rule) if isinstance(rule, Conv) else w.ragged_dot(x, rule)
 
 
 def _require_way(w: Weight, rule: Contraction) -> None:

@@ -32,8 +32,8 @@ class BatchedLowRank(Weight):
     b: Array = canonical("o")
     rows: Array = canonical()
     layout: Layout = static()
-    axis: int | None = static(None)
-    over: Any = static(None)
+    axis: int | None = static(default=None)
+    over: Any = static(default=None)
 
     def dense(self) -> Array:
         """There is none: every row of the batch has a weight of its own."""
@@ -53,6 +53,7 @@ class BatchedLowRank(Weight):
     def dot(self, x: Array, rule: Dot) -> Array:
         """`x·base` plus, for each row, `(x·firstᵀ)·second` with its own thin factors."""
         side = side_of(self.layout, rule.w_contract)
+        assert side is not None
         first, second, left = (self.a, self.b, "o") if side == "i" else (self.b, self.a, "i")
         entered = self.layout.positions(side)
         n_free = x.ndim - len(rule.x_contract)

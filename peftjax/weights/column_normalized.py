@@ -23,7 +23,7 @@ from peftjax.weights.norms import rows_through, squared_norms_of_array
 class ColumnNormalized(Weight):
     """`w = (magnitude / c) ∘ v`, v a `LowRank` and c the lengths of v's columns, not differentiated.
 
-    `magnitude [*stack, out]`; c is had without forming v, from the squared lengths `base_squares
+    `magnitude [*stack, out]`; c is computed without forming v, from the squared lengths `base_squares
     [*stack, out]` of the base's columns: `c² = ‖W‖² + 2s Σ_r b∘(aW) + s² Σ_r b∘((aaᵀ)b)`. Inside
     `shard_map` the sums over inputs go on over the axes `over` of the mesh, which divide the inputs.
     """
@@ -32,7 +32,7 @@ class ColumnNormalized(Weight):
     magnitude: Array = canonical("o")
     base_squares: Array = canonical("o")
     layout: Layout = static()
-    over: tuple[str, ...] = static(())
+    over: tuple[str, ...] = static(default=())
 
     def dense(self) -> Array:
         """The array, in the base's dtype."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Self
 
+from jax import Array
+
 from peftjax.weights.base import Weight
 
 
@@ -17,6 +19,8 @@ class Composed(Weight):
         """None: the shards of the whole are no shards of its parts."""
         return None
 
-    def gather_features(self, position: int, *gather: Any) -> None:
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> None:
         """None: the shards of a part do not lie together."""
         return None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 import jax
@@ -13,7 +13,7 @@ from peftjax.core.shapes import match_sizes
 from peftjax.weights.base import Weight, contract, dense
 from peftjax.weights.composed import Composed
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
-from peftjax.weights.fields import static, structured
+from peftjax.weights.fields import static, structured, tuple_of_parts
 from peftjax.weights.layout import Layout
 from peftjax.weights.views import reshape, reverse, slice_features
 
@@ -22,7 +22,7 @@ from peftjax.weights.views import reshape, reverse, slice_features
 class Concatenated(Composed):
     """Arrays and weights, at least one, concatenated along the axis `position`; each acts for itself."""
 
-    parts: tuple[Any, ...] = field(metadata={"role": "parts"})
+    parts: tuple[Any, ...] = tuple_of_parts()
     position: int = static()
     layout: Layout = static()
 
@@ -72,6 +72,7 @@ class Concatenated(Composed):
                 later = lax.broadcast_in_dim(indices[..., 0] >= start, rows.shape, range(indices.ndim - 1))
                 rows = jnp.where(later, rows, found)
             found, start = rows, start + size
+        assert found is not None  # at least one part
         return found
 
     def conv(self, x: Array, rule: Conv) -> Array:
@@ -185,7 +186,7 @@ class Concatenated(Composed):
 
     def _pieces(self, x: Array, axis: int) -> list[Array]:
         sizes = [part.shape[self.position] for part in self.parts]
-        return lax.split(x, sizes, axis)
+        return list(lax.split(x, sizes, axis))
 
     def _summed(self, x: Array, axis: int, rule: Contraction) -> Array:
         first, *others = map(lambda x, w: contract(x, w, rule), self._pieces(x, axis), self.parts)

@@ -77,14 +77,15 @@ class Diagonal(Weight):
     def conv(self, x: Array, rule: Conv) -> Array:
         """The base's convolution, its channels scaled, or those of x where it meets the outputs."""
         numbers, outputs = rule.dimension_numbers, self.layout.positions("o")
-        if self.by_input is not None or self.layout.stack:
+        gains = self.by_output
+        if self.by_input is not None or gains is None or self.layout.stack:
             return lazily_merged(rule, x, self)
         if outputs == (numbers.rhs_spec[1],):
-            gains = jnp.tile(self.by_output, rule.feature_group_count)
+            gains = jnp.tile(gains, rule.feature_group_count)
             return contract(rescaled(x, along(gains, (numbers.lhs_spec[1],), x.ndim)), self.base, rule)
         if outputs != (numbers.rhs_spec[0],):
             return lazily_merged(rule, x, self)
-        return rescaled(contract(x, self.base, rule), along(self.by_output, (numbers.out_spec[1],), x.ndim))
+        return rescaled(contract(x, self.base, rule), along(gains, (numbers.out_spec[1],), x.ndim))
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """The base's ragged product, each row of x and of the result scaled by its expert's numbers."""

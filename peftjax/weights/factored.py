@@ -32,7 +32,7 @@ class Factored(Weight):
     b: Array = canonical("o")
     layout: Layout = static()
     of_dtype: Any = static()
-    scale: float = static(1.0)
+    scale: float = static(default=1.0)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -4,17 +4,18 @@
 - `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
   ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
 - `random_key()`: keys for dropout, with the canonical stack axes;
-- `static()`: a Python value that is part of the compiled program.
+- `static()`: a Python value that is part of the compiled program;
+- `tuple_of_parts()`: arrays and weights of other axes, whose views the weight takes itself.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
 from peftjax.weights.layout import Side
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T")
 
 
 def logical() -> Any:
@@ -22,26 +23,34 @@ def logical() -> Any:
     return field(metadata={"role": "logical"})
 
 
-def canonical(side: Side | None = None, default: Any = ...) -> Any:
+def canonical(side: Side | None = None, *, default: Any = ...) -> Any:
     """A field that holds an array `[*stack, ...]`, or None, and what its last axis runs over."""
     metadata = {"role": "canonical", "side": side}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
-def random_key() -> Any:
+def random_key(*, default: None) -> Any:
     """A field that holds keys `[*stack]` for dropout, or None."""
-    return field(default=None, metadata={"role": "canonical", "side": None, "random": True})
+    return field(default=default, metadata={"role": "canonical", "side": None, "random": True})
 
 
-def static(default: Any = ...) -> Any:
+def static(*, default: Any = ...) -> Any:
     """A field that holds a hashable Python value."""
     metadata = {"role": "static"}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
-def structured(cls: C) -> C:
+def tuple_of_parts() -> Any:
+    """A field that holds a tuple of arrays and weights of other axes than the logical ones."""
+    return field(metadata={"role": "parts"})
+
+
+@dataclass_transform(
+    eq_default=False, field_specifiers=(logical, canonical, random_key, static, tuple_of_parts)
+)
+def structured(cls: type[T]) -> type[T]:
     """Make a subclass of `Weight` a frozen dataclass and a pytree whose static fields are metadata."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    meta = [f.name for f in fields(cls) if f.metadata["role"] == "static"]
-    data = [f.name for f in fields(cls) if f.metadata["role"] != "static"]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+    made: Any = dataclass(frozen=True, eq=False)(cls)
+    meta = [f.name for f in fields(made) if f.metadata["role"] == "static"]
+    data = [f.name for f in fields(made) if f.metadata["role"] != "static"]
+    return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)

@@ -69,7 +69,7 @@ def put_entries(w: Array, rows: Array, columns: Array, values: Array, layout: La
 
 def _put(w: Array, index: tuple[Any, ...], values: Array) -> Array:
     kept = keeping(w, range(w.ndim))
-    as_is = {} if kept is None else {"out_sharding": kept}
+    as_is: dict[str, Any] = {} if kept is None else {"out_sharding": kept}
     return w.at[index].set(values.astype(w.dtype), mode="drop", unique_indices=True, **as_is)
 
 

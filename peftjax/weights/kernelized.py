@@ -40,8 +40,8 @@ class Kernelized(Weight):
     kernel_function: KernelFunction = static()
     scalars: Array | None = canonical(default=None)
     threshold: Array | None = canonical(default=None)
-    dropout: float = static(0.0)
-    key: Array | None = random_key()
+    dropout: float = static(default=0.0)
+    key: Array | None = random_key(default=None)
 
     def delta(self) -> Array:
         """dW^s in the logical shape, float32."""
@@ -124,8 +124,8 @@ class Kernelized(Weight):
             return rule(update._dropped(x), update.delta().astype(of_product))
 
         y = contract(x, self.base, rule)
-        key = key_for_input(self.key, x) if self._drops else None
+        key = None if self.key is None or not self._drops else key_for_input(self.key, x)
         return y + like(branch(x, replace(self, base=None, key=key)).astype(y.dtype), y)
 
     def _dropped(self, x: Array) -> Array:
-        return drop(x, self.dropout, self.key) if self._drops else x
+        return x if self.key is None or not self._drops else drop(x, self.dropout, self.key)

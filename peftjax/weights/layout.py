@@ -8,11 +8,12 @@ form, and follows the views (transpose, reshape, slices of the stack) that a mod
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peftjax.core.errors import PeftError
+from peftjax.core.naming import STACKS, is_convolution
 from peftjax.core.shapes import match_sizes
-from peftjax.core.tree import STACKS, Opaque, is_convolution, module_of, pattern_value
+from peftjax.core.tree import Opaque, module_of, pattern_value
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis, "m"
 # axes of several kinds in one.
@@ -57,7 +58,7 @@ class Layout:
         if not {"i", "o"} <= set(letters):
             raise PeftError(f"{name}: layout {letters!r} needs an input axis and an output axis")
         axes = tuple(
-            Axis(letter, letters[:position].count(letter), size)
+            Axis(cast(Kind, letter), letters[:position].count(letter), size)
             for position, (letter, size) in enumerate(zip(letters, shape))
         )
         return cls(axes, name)

@@ -1,6 +1,6 @@
 """`W + scale · aᵀb`, contracted in activation space: the dense sum is never formed in a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +35,9 @@ class LowRank(Weight):
     a: Array = canonical("i")
     b: Array = canonical("o")
     layout: Layout = static()
-    scale: float = static(1.0)
-    dropout: float = static(0.0)
-    key: Array | None = random_key()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    key: Array | None = random_key(default=None)
 
     def dense(self) -> Array:
         """`base + scale · aᵀ b`, in the base's dtype."""
@@ -276,7 +276,7 @@ def low_rank_ragged_dot(
     group, batch = stack.index(rule.w_group), tuple(stack.index(p) for p in w_batch)
 
     def numbers(
-        of_x: tuple[int, ...], of_w: tuple[int, ...], in_x: tuple[int, ...], ragged: int
+        of_x: Sequence[int], of_w: Sequence[int], in_x: Sequence[int], ragged: int
     ) -> lax.RaggedDotDimensionNumbers:
         return lax.RaggedDotDimensionNumbers(((of_x, of_w), (in_x, batch)), (ragged,), (group,))
 

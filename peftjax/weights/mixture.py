@@ -131,14 +131,14 @@ class Mixture(Composed):
     def _of_coefficients(self, position: int) -> int:
         return sum(self.new[:position])
 
-    def transpose(self, permutation: Sequence[int]) -> Self | None:
+    def transpose(self, permutation: Sequence[int]) -> "Mixture | None":
         """The experts and the coefficients, each in the order of the axes that are theirs."""
         base = self.base.transpose((0, *(self._of_base(p) for p in permutation if not self.new[p])))
         order = [self._of_coefficients(p) for p in permutation if self.new[p]]
         coefficients = lax.transpose(self.coefficients, (*order, len(order)))
         return _mixed(base, coefficients, tuple(self.new[p] for p in permutation))
 
-    def reshape(self, shape: Sequence[int]) -> Self | None:
+    def reshape(self, shape: Sequence[int]) -> "Mixture | None":
         """The experts reshaped, where no new axis takes part."""
         new: list[bool] = []
         sizes: list[int] = []
@@ -152,7 +152,9 @@ class Mixture(Composed):
             return None
         return _mixed(self.base.reshape((self.base.shape[0], *sizes)), self.coefficients, tuple(new))
 
-    def map_stack(self, position: int, fn: Callable[[Array, int], Array], size: int | None) -> Self | None:
+    def map_stack(
+        self, position: int, fn: Callable[[Array, int], Array], size: int | None
+    ) -> "Mixture | None":
         """The coefficients mapped along a new axis, the experts along another."""
         new = self.new[:position] + self.new[position + (size is None) :]
         if self.new[position]:
@@ -160,21 +162,21 @@ class Mixture(Composed):
         return _mixed(self.base.map_stack(self._of_base(position), fn, size), self.coefficients, new)
 
     def take_stack(self, position: int, indices: Array, options: tuple[tuple[str, Any], ...]) -> None:
-        """None: whoever takes one of several mixtures takes its coefficients first."""
+        """None: one of several mixtures is taken by its coefficients first."""
         return None
 
-    def slice_features(self, position: int, cut: range) -> Self | None:
+    def slice_features(self, position: int, cut: range) -> "Mixture | None":
         """The experts sliced."""
         base = self.base.slice_features(self._of_base(position), cut)
         return _mixed(base, self.coefficients, self.new)
 
-    def reverse(self, position: int) -> Self | None:
+    def reverse(self, position: int) -> "Mixture | None":
         """The experts, or the coefficients, the other way round."""
         if self.new[position]:
             return _mixed(self.base, lax.rev(self.coefficients, (self._of_coefficients(position),)), self.new)
         return _mixed(self.base.reverse(self._of_base(position)), self.coefficients, self.new)
 
-    def as_stack(self, position: int) -> Self | None:
+    def as_stack(self, position: int) -> "Mixture | None":
         """The experts with another stack."""
         return _mixed(self.base.as_stack(self._of_base(position)), self.coefficients, self.new)
 

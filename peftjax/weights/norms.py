@@ -33,8 +33,8 @@ def squared_norms(w: Any, layout: Layout, side: Side) -> Array:
         return jnp.maximum(squares, 0.0)  # rounding may go below
     if isinstance(w, Scaled):
         return w.factor[..., None] ** 2 * squared_norms(w.base, w.layout, side)
-    if isinstance(w, Diagonal) and w.factor(side) is None:
-        numbers = w.factor("o" if side == "i" else "i")
+    numbers = w.factor("o" if side == "i" else "i") if isinstance(w, Diagonal) else None
+    if isinstance(w, Diagonal) and w.factor(side) is None and numbers is not None:
         return numbers**2 * squared_norms(w.base, w.layout, side)
     if isinstance(w, Weight):
         return jax.checkpoint(lambda w: squared_norms_of_array(w.dense(), w.layout, side))(w)

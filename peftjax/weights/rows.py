@@ -1,5 +1,6 @@
 """A weight of which some rows of its input side are exchanged for trained ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,8 +39,8 @@ class TrainedRows(Weight):
     values: Array = canonical("o")
     rows: Array = canonical()
     layout: Layout = static()
-    scale: float = static(1.0)
-    in_place: bool = static(False)
+    scale: float = static(default=1.0)
+    in_place: bool = static(default=False)
 
     def dense(self) -> Array:
         """The base with the rows in place."""
@@ -118,10 +119,12 @@ class TrainedRows(Weight):
         sharded = any(full[p] is not None for p in self.layout.positions("i"))
         return None if sharded else super().part_specs(spec)
 
-    def gather_features(self, position: int, *gather: Any) -> "TrainedRows | None":
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> "TrainedRows | None":
         """None for inputs: the rows are numbered over all of them."""
         outputs = self.layout.axes[position].kind == "o"
-        return super().gather_features(position, *gather) if outputs else None
+        return super().gather_features(position, mesh_axes, fn, size) if outputs else None
 
     @property
     def _exchanges(self) -> bool:

@@ -1,5 +1,6 @@
 """A weight whose layer gets a bias that the model does not have."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import Array
@@ -63,7 +64,9 @@ class Shifted(Weight):
         sharded = any(full[p] is not None for p in self.layout.positions("i"))
         return None if sharded else super().part_specs(spec)
 
-    def gather_features(self, position: int, *gather: Any) -> "Shifted | None":
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> "Shifted | None":
         """None for inputs, which have to be whole."""
         outputs = self.layout.axes[position].kind == "o"
-        return super().gather_features(position, *gather) if outputs else None
+        return super().gather_features(position, mesh_axes, fn, size) if outputs else None

@@ -1,5 +1,6 @@
 """A weight of which some entries, anywhere in it, are exchanged for trained ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,9 +33,9 @@ class SparseEntries(Weight):
     rows: Array = canonical()
     columns: Array = canonical()
     layout: Layout = static()
-    added: bool = static(False)
-    in_place: bool = static(False)
-    compute_dtype: Any = static(None)
+    added: bool = static(default=False)
+    in_place: bool = static(default=False)
+    compute_dtype: Any = static(default=None)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -91,9 +92,11 @@ class SparseEntries(Weight):
     def part_specs(self, spec: Any) -> "SparseEntries | None":
         """None where inputs or outputs are sharded: entries are numbered over all of them."""
         full = (*spec, *(None,) * (self.ndim - len(spec)))
-        sharded = any(full[p] is not None for side in "io" for p in self.layout.positions(side))
+        sharded = any(full[p] is not None for side in ("i", "o") for p in self.layout.positions(side))
         return None if sharded else super().part_specs(spec)
 
-    def gather_features(self, position: int, *gather: Any) -> None:
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> None:
         """None: entries are numbered over all inputs and outputs."""
         return None

@@ -65,6 +65,7 @@ def contract_summed(x: Array, weight: Weight, rule: Contraction) -> Array:
         return contract(x, weight, rule)
     position = _summed_stack(weight, rule)
     assert position is not None
+    assert isinstance(rule, Dot)
     axis = rule.x_contract[rule.w_contract.index(position)]
     products = over_members(
         lambda one, x: contract_summed(x, one, _of_member(rule, position)), weight, position, x, axes=(axis,)

@@ -2,8 +2,8 @@
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, Self
+from dataclasses import Field, fields, replace
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,6 +22,7 @@ class Views(Opaque, abc.ABC):
     """
 
     layout: Layout
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # those of the subclasses, which are dataclasses
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,7 +189,7 @@ class Views(Opaque, abc.ABC):
             floating = jnp.issubdtype(part.dtype, jnp.floating)
             return lax.convert_element_type(part, dtype) if floating else part
 
-        return self._rebuild(self.layout, cast, cast)
+        return self._with_parts(self.layout, cast, cast)
 
     def elementwise(self, fn: Callable[[Array], Array]) -> Self:
         """The weight with every part passed through an identity such as a sharding constraint."""
@@ -196,11 +197,13 @@ class Views(Opaque, abc.ABC):
         def through(part: Any, _: Side | None = None) -> Any:
             return part.elementwise(fn) if isinstance(part, Views) else fn(part)
 
-        return self._rebuild(self.layout, through, through)
+        return self._with_parts(self.layout, through, through)
 
     def on_base(self, fn: Callable[[Any], Any]) -> Self:
         """The weight with only the parts of its logical shape passed through `fn`."""
-        return self._rebuild(self.layout, lambda w: w.on_base(fn) if isinstance(w, Views) else fn(w), _same)
+        return self._with_parts(
+            self.layout, lambda w: w.on_base(fn) if isinstance(w, Views) else fn(w), _same
+        )
 
     def stack_first(self) -> Self | None:
         """The weight with the stack axis at logical position 0 first in every part, for a scan."""
@@ -250,10 +253,23 @@ class Views(Opaque, abc.ABC):
 
     def relabeled(self, fn: Callable[[Layout], Layout]) -> Self:
         """The same parts under another layout, after a scan took or gave a leading axis."""
-        return self._rebuild(fn(self.layout), lambda w: w.relabeled(fn) if isinstance(w, Views) else w, _same)
+        return self._with_parts(
+            fn(self.layout), lambda w: w.relabeled(fn) if isinstance(w, Views) else w, _same
+        )
 
     def _view(self, layout: Layout, fn: Callable[[Any], Any]) -> Self | None:
         return self._rebuild(layout, fn, _same)
+
+    def _with_parts(
+        self,
+        layout: Layout,
+        on_logical: Callable[[Any], Any],
+        on_canonical: Callable[[Array, Side | None], Any],
+    ) -> Self:
+        """As `_rebuild`, of functions that have an image of every part."""
+        view = self._rebuild(layout, on_logical, on_canonical)
+        assert view is not None
+        return view
 
     def _rebuild(
         self,

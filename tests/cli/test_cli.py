@@ -13,8 +13,8 @@ from command import refused, run
 from support import assert_close
 
 import peftjax as pj
-from peftjax.cli import main as cli_main
-from peftjax.cli.main import COMMANDS, main
+from peftjax.cli.commands import COMMANDS, RUN, Methods
+from peftjax.cli.main import main
 from peftjax.core.errors import PeftError
 from peftjax.models.load import load
 from peftjax.train.saved_adapter import open_tuned
@@ -372,7 +372,7 @@ def test_what_a_library_logs_of_an_exception_has_no_traceback_and_of_an_interrup
                 logging.getLogger("orbax").exception("it failed with %r", error)
         raise PeftError("the disk is full")
 
-    monkeypatch.setitem(cli_main._RUN, cli_main.Methods, methods)
+    monkeypatch.setitem(RUN, Methods, methods)
     assert refused(capsys, "methods") == "peftjax: the disk is full"
     with pytest.raises(SystemExit):
         main(["methods"])

@@ -1,7 +1,10 @@
 """Sharded runs equal the single-device run: GSPMD (Auto axes), explicit shardings, shard_map."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -9,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, all_but_slow, assert_close, example_of, noisy
 
 import peftjax as pj
+from peftjax.transform.optimizer_state import OptimizerState
 
 D, F, L = 16, 32, 2
 X = jax.random.normal(KEY, (8, 4, D))
@@ -47,7 +51,8 @@ METHODS = {
     "shira": pj.shira(rank=2),
     "sara": pj.sara(density=0.2),
     "snell": pj.snell(rank=8, sparsity=0.3, coefficient=1.0),
-    "snella": pj.snella(rank=8, total_steps=20, initial_sparsity=0.3, coefficient=1.0),
+    # Without the allocations between steps, so that it may be applied as it starts.
+    "snella": replace(pj.snella(rank=8, total_steps=20, initial_sparsity=0.3, coefficient=1.0), advances=()),
 }
 
 
@@ -71,7 +76,7 @@ def test_gspmd(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(("paca", "shira"), ("paca",)))
 def test_gspmd_in_place(name):
-    """Writing keeps the shardings, and the step on a written base is the same."""
+    """A base that holds the trained values has its shardings, and the step on it is the same."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     method = getattr(pj, name)(rank=2, in_place=True)
     frozen, trainable = method.init(KEY, make_params())
@@ -81,7 +86,8 @@ def test_gspmd_in_place(name):
     spread = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, SPECS)
     trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
     shardings = [leaf.sharding for leaf in jax.tree.leaves(spread)]
-    frozen = jax.jit(method.write, donate_argnums=0)(method.init(KEY, spread)[0], trainable)
+    frozen, trainable = jax.jit(method.close, donate_argnums=0)(method.init(KEY, spread)[0], trainable)
+    assert frozen.plan.written
     for leaf, before in zip(jax.tree.leaves(frozen.params), shardings):
         assert leaf.sharding.is_equivalent_to(before, leaf.ndim)
     x = jax.device_put(X, NamedSharding(mesh, P("data")))
@@ -230,7 +236,7 @@ def everything():
 
 
 def run_of(method, params, ids, explicit):
-    """Loss, gradients and the merged model of a start on `params`, whose gradients' bases are renewed."""
+    """Loss, gradients and the merged model of a start on `params` that has advanced by all that it does."""
     rows = {"out_sharding": P("data")} if explicit else {}
     wide = {"out_sharding": P("data", None, "tensor")} if explicit else {}
 
@@ -246,11 +252,13 @@ def run_of(method, params, ids, explicit):
 
     @jax.jit
     def run(trainable, frozen):
-        for renewal in method.renewals:
-            for part in range(renewal.parts(frozen)):
-                trainable, _ = renewal.run(
-                    loss_of, frozen, trainable, (), step=jnp.int32(3), key=jax.random.key(3), part=part
-                )
+        tx = method.optimizer(optax.adam(1e-3))
+        state = OptimizerState(tx.init(trainable), tx, trainable)
+        for advance in method.advances:
+            for part in range(advance.parts(frozen)):
+                options = {"step": jnp.int32(3), "key": jax.random.key(3), "part": part}
+                frozen, trainable, state = advance.run(loss_of, frozen, trainable, state, **options)
+        frozen = replace(frozen, advanced=True)
         loss, gradients = jax.value_and_grad(lambda t: loss_of(method.apply(frozen, t)))(trainable)
         return loss, gradients, method.merge(frozen, trainable)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 
 
@@ -104,7 +104,7 @@ def test_wrong_targets_name_the_part_and_the_nearest(targets, options, message):
     ],
 )
 def test_layer_index(path, pattern, wanted):
-    assert tree.layer_index(path, pattern) == wanted
+    assert naming.layer_index(path, pattern) == wanted
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_all_linear_leaves_out_the_output_layer_and_nothing_for_a_name_further_i
     inside += ["attention/logits/kernel", "blocks/3/head/kernel", "conv_proj/kernel"]
     params = matrices(*inside, "lm_head/kernel", "params/head/kernel", "heads/0/kernel")
     assert sorted(tree.select(params, "all-linear", who="test")) == sorted(inside)
-    assert tree.why_not_linear("lm_head/kernel", jnp.zeros((4, 4))) == "in the output layer 'lm_head'"
+    assert naming.why_not_linear("lm_head/kernel", jnp.zeros((4, 4))) == "in the output layer 'lm_head'"
 
 
 def test_stacked_biases_and_scales_are_no_matrices():

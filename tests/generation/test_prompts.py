@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_language as tiny
 
-from peftjax.cli.generate import GenerateOptions, _prompts
+from peftjax.cli.prompts import PromptOptions, read_prompts
 from peftjax.core.errors import PeftError
 from peftjax.text.chat import compile_template
 from peftjax.train import adapter_info
@@ -17,10 +17,9 @@ TEMPLATE = "{% if tools %}TOOLS {{ tools[0].name }}\n{% endif %}" + tiny.CHATML
 TOOLS = [{"name": "weather"}]
 
 
-def prompts_of(tokenizer, **options):
-    adapter = options.get("adapter")
+def prompts_of(tokenizer, adapter=None, **options):
     noted = adapter_info.Noted() if adapter is None else adapter_info.read_noted(adapter)
-    return _prompts(GenerateOptions(**options), noted, tokenizer)
+    return read_prompts(PromptOptions(**options), noted, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mutations import damaged_bytes, damaged_json, damaged_lines, damaged_tensor
 
 import peftjax as pj
 from peftjax.adapters.files import load_adapter, save_adapter
-from peftjax.cli.main import _parse
+from peftjax.cli.parse import parse
 from peftjax.core.errors import PeftError
 from peftjax.hf.config import read_config
 from peftjax.io.safetensors import describe_tensors, find_tensors, read_tensors, write_tensors
@@ -112,7 +112,7 @@ def read_shards(folder):
 
 
 def read_options(folder):
-    _parse(["train", "--config", str(folder / "run.yaml")])
+    parse(["train", "--config", str(folder / "run.yaml")])
 
 
 ROWS = "".join(json.dumps({"text": f"t {i}", "label": "ab"[i % 2]}) + "\n" for i in range(80))

@@ -1,9 +1,11 @@
 """Adapters to and from a folder."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import KEY, assert_close, noisy
 
@@ -11,6 +13,7 @@ import peftjax as pj
 from peftjax.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 
 
 def make_params(width=8, layers=3):
@@ -67,6 +70,41 @@ def saved(tmp_path):
     frozen, trainable = method.init(KEY, PARAMS)
     save_adapter(tmp_path, method, frozen, trainable, seed=0)
     return tmp_path
+
+
+EARLIER = {
+    "galore": (pj.galore(rank=2), ("weight", "p")),
+    "snella": (pj.snella(rank=2, total_steps=10), ("sparsity",)),
+    "sara": (pj.sara(density=0.25), ("keep",)),
+    "chain": (pj.chain(pj.snella(rank=2, total_steps=10), pj.unfreeze(["head"])), ("sparsity",)),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_an_adapter_of_an_earlier_version_is_loaded(name, tmp_path):
+    """What a method changes by itself lay beside what it trains, all of it float32; SaRA's limit nowhere."""
+    method, beside = EARLIER[name]
+    frozen, trainable = method.init(jax.random.key(3), PARAMS)
+    trainable = noisy(trainable)
+    held = tree.map_named(
+        lambda path, leaf: leaf / 2 if path.endswith(("/weight", "/p", "/sparsity")) else leaf, frozen.state
+    )
+    frozen = replace(frozen, state=held)
+    save_adapter(tmp_path, method, frozen, trainable, seed=3)
+    tensors = {}
+    for path, tensor in read_tensors(find_tensors(tmp_path / TENSORS)):
+        slot = path.rsplit("/", 1)[1]
+        if slot in beside:
+            tensors[path.replace("state/", "trainable/", 1)] = np.asarray(tensor, np.float32)
+        elif slot != "limit":
+            tensors[path] = np.asarray(tensor)
+    assert sum(path.endswith(beside) for path in tensors) > 0
+    write_tensors(tmp_path / TENSORS, tensors)
+    loaded = load_adapter(tmp_path, PARAMS)
+    assert_close((loaded.trainable, loaded.frozen.state), (trainable, frozen.state), 0)
+    dtypes = lambda state: jax.tree.map(lambda leaf: leaf.dtype, state)
+    assert dtypes(loaded.frozen.state) == dtypes(frozen.state)
+    assert_close(loaded.method.merge(loaded.frozen, loaded.trainable), method.merge(frozen, trainable), 0)
 
 
 def test_another_models_adapter_is_refused(saved):

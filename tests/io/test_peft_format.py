@@ -18,7 +18,7 @@ from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
-from peftjax.models.weight_map import Weight, convolution, embedding, linear, norm
+from peftjax.models.weight_map import TensorEntry, convolution, embedding, linear, norm
 
 KEY = jax.random.key(0)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,7 +200,7 @@ def test_a_saved_module_does_not_take_its_namesake(tmp_path):
 
 def test_weights_that_hugging_face_keeps_as_we_do_have_their_inputs_first(tmp_path):
     """GPT-2's Conv1D: the same factors as a linear layer, and a flag."""
-    table = [Weight("head/kernel", "head.weight")]
+    table = [TensorEntry("head/kernel", "head.weight")]
     method = pj.lora(rank=2, targets=["head/kernel"])
     frozen, trainable, _ = make(method)
     pj.export_peft(tmp_path, table, method, frozen, trainable)

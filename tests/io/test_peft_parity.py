@@ -15,7 +15,7 @@ from peftjax.cli.peft import export_saved, import_saved
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors
-from peftjax.models.weight_map import Weight, convolution, embedding, linear
+from peftjax.models.weight_map import TensorEntry, convolution, embedding, linear
 from peftjax.train.saved_adapter import merge_saved
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
@@ -304,7 +304,7 @@ def llama(tmp_path_factory):
 
 LLAMA_TABLE = [
     embedding("embed", "model.embed_tokens"),
-    Weight("embed/embedding", "lm_head.weight", kind="tied"),
+    TensorEntry("embed/embedding", "lm_head.weight", kind="tied"),
 ]
 
 

@@ -7,7 +7,8 @@ from jax import export
 from support import KEY, assert_close
 
 import peftjax as pj
-from peftjax.kernels.packed_residuals import decode, encode
+from peftjax.quantize import decode
+from peftjax.quantize.affine import encode
 
 X = jax.random.normal(KEY, (4, 8))
 

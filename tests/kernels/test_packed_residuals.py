@@ -11,7 +11,10 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, all_but_slow
 
 from peftjax.core.errors import PeftError
-from peftjax.kernels.packed_residuals import Grid, decode, encode, gpu, pack, reference, tpu, unpack
+from peftjax.kernels.packed_residuals import gpu, pack, reference, tpu, unpack
+from peftjax.quantize import decode
+from peftjax.quantize.affine import encode
+from peftjax.quantize.grid import Grid
 
 SHAPES = [(5, 37), (3, 130), (2, 9, 256), (7, 768), (130, 64), (1, 1)]
 

@@ -6,7 +6,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels.targets import compiled, mesh, shape
 
-from peftjax.kernels.packed_residuals import decode, encode
+from peftjax.quantize import decode
+from peftjax.quantize.affine import encode
 
 pytestmark = pytest.mark.slow
 CALL = {"tpu": "tpu_custom_call", "cuda": "triton"}

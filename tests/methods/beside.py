@@ -78,7 +78,7 @@ def assert_trains_sharded(method):
     batch["weights"] = jnp.ones(8)
     given = made(method, params)
     loss = model_loss(method.model(model), pj.losses.classification)
-    training = pj.training(method, loss, optax.sgd(0.1))
+    training = pj.training(method, loss, optax.sgd(0.1), grad_norm=True)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     one, metrics = training.step(training.begin(*given, KEY), batch)
     there = jax.device_put(given, NamedSharding(mesh, P()))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tiny
 from jax.sharding import AxisType, NamedSharding
@@ -12,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from support import KEY
 
 import peftjax as pj
+from peftjax.train.loop import FitResult
+from peftjax.train.step import Training, TrainingState
 
 N, M = 16, 8
 _KEYS = jax.random.split(KEY, 4)
@@ -30,36 +33,66 @@ def forward(params: Any, x: jax.Array) -> jax.Array:
     return h @ first.T + h @ second.T
 
 
-def loss_of(method: pj.Transform, frozen: Any, trainable: Any) -> jax.Array:
-    return jnp.mean((pj.adapt(forward)(method.apply(frozen, trainable), X) - Y) ** 2)
+def loss_of(params: Any, batch: jax.Array) -> jax.Array:
+    return jnp.mean((pj.adapt(forward)(params, batch) - Y) ** 2)
 
 
-def trainer(method: pj.Transform, frozen: Any, tx: optax.GradientTransformation) -> Any:
-    """`(trainable, state) -> (trainable, state, gradients)`."""
+def started(
+    method: pj.Transform,
+    tx: optax.GradientTransformation,
+    params: Any = PARAMS,
+    *,
+    loss: Any = loss_of,
+    place: Any = lambda slots: slots,
+) -> tuple[Training, TrainingState]:
+    """A training by `pj.training` before its first step.
 
-    @jax.jit
-    def step(trainable, state):
-        grads = jax.grad(lambda t: loss_of(method, frozen, t))(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, grads
-
-    return step
-
-
-def renewer(method: pj.Transform, frozen: Any, prefix: tuple[str, ...] = ()) -> Any:
-    """`(trainable, state, step) -> (trainable, state)`, the method's only renewal."""
-    (renewal,) = method.renewals
-
-    @jax.jit
-    def renew(trainable, state, step, key=KEY):
-        key = jax.random.fold_in(key, step)
-        return renewal.run(None, frozen, trainable, state, step=step, key=key, prefix=prefix)
-
-    return lambda trainable, state, step, **options: renew(trainable, state, jnp.asarray(step), **options)
+    Args:
+        method: of the training.
+        tx: of the training.
+        params: of the model.
+        loss: `(params, batch) -> scalar`.
+        place: done to the trainable and to the method's state.
+    """
+    run, (frozen, trainable) = pj.training(method, loss, tx), method.init(KEY, params)
+    return run, run.begin(replace(frozen, state=place(frozen.state)), place(trainable), KEY)
 
 
-def sharded(trainable: Any) -> Any:
-    """On eight devices: inputs over two, outputs over four."""
+def resting(run: Training) -> Training:
+    """The same training without what the method does between steps, for a step of the optimizer alone."""
+    return replace(run, method=replace(run.method, advances=()))
+
+
+def advanced(
+    run: Training, state: TrainingState, step: int, batch: jax.Array = X, **changes: Any
+) -> TrainingState:
+    """What the method does before the step with that number; the state given stays whole.
+
+    Args:
+        run: of the state.
+        state: after any steps.
+        step: which the method is told.
+        batch: of that step.
+        changes: of the state's fields, before.
+    """
+    given = replace(state, step=step, **changes)
+    moved = {name: getattr(given, name) for name in ("frozen", "trainable", "opt_state")}
+    given = replace(given, **jax.tree.map(jnp.copy, moved))
+    return replace(run.advance(given, batch), step=state.step)
+
+
+def slots_of(state: TrainingState, path: str) -> dict[str, jax.Array]:
+    """All that a method has of a weight: what it trains, and what it holds."""
+    return {**state.frozen.state[path], **state.trainable[path]}
+
+
+def merged(run: Training, state: TrainingState) -> Any:
+    """The dense model, which no later step writes over."""
+    return jax.tree.map(jnp.copy, run.method.merge(state.frozen, state.trainable))
+
+
+def sharded(slots: Any) -> Any:
+    """A trainable, or a method's state, on eight devices: inputs over two, outputs over four."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sides = {"a": "fsdp", "pool_a": "fsdp", "b": "tensor", "pool_b": "tensor"}
 
@@ -69,10 +102,10 @@ def sharded(trainable: Any) -> Any:
             spec[-2:] = ("tensor", "fsdp") if "down" in path[0].key else ("fsdp", "tensor")
         return jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
 
-    return jax.tree_util.tree_map_with_path(place, trainable)
+    return jax.tree_util.tree_map_with_path(place, slots)
 
 
-def resumed(method: pj.Transform, directory: Any, steps: int = 10) -> tuple[Any, Any]:
+def resumed(method: pj.Transform, directory: Any, steps: int = 10) -> tuple[FitResult, FitResult]:
     """A run of `fit` interrupted in the middle and continued, and the same in one piece."""
     params = {**tiny.base(), "head": {"kernel": jnp.ones((16, 3)), "bias": jnp.zeros(3)}}
     params["layer"] = {"kernel": jax.random.normal(KEY, (16, 16)) / 4}
@@ -86,3 +119,10 @@ def resumed(method: pj.Transform, directory: Any, steps: int = 10) -> tuple[Any,
     config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=steps, keep_best=0)
     tiny.run(directory, replace(config, steps=steps // 2), **options)
     return tiny.run(directory, config, **options), tiny.run(config=config, **options)
+
+
+def assert_same_end(continued: FitResult, whole: FitResult) -> None:
+    """Bit by bit the same adapter, and the same state of the method."""
+    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    jax.tree.map(np.testing.assert_array_equal, continued.frozen, whole.frozen)
+    assert continued.step == whole.step

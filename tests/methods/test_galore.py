@@ -1,12 +1,14 @@
 """GaLore against its definition: dense gradients, their SVD, an optimizer on the projection."""
 
-from functools import partial
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pretraining
 import pytest
+from pretraining import advanced, merged, resting
 from support import KEY, assert_close, assert_no_dense_gradient
 
 import peftjax as pj
@@ -33,44 +35,17 @@ def loss_of(params, batch):
     return jnp.mean(jnp.square(pj.adapt(forward)(params, batch) - jnp.sin(3.0 * batch[:, :4])))
 
 
-def programs(method, tx):
-    tx = method.optimizer(tx)
-
-    @jax.jit
-    def step(trainable, opt_state, frozen, batch):
-        trainable = method.open(frozen, trainable)
-        loss, grads = jax.value_and_grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return method.close(frozen, optax.apply_updates(trainable, updates)), opt_state, loss
-
-    def renew(renewal):
-        @partial(jax.jit, static_argnums=0)
-        def program(part, trainable, opt_state, frozen, batch, step):
-            options = {"step": step, "key": jax.random.fold_in(KEY, step), "part": part}
-            return renewal.run(lambda p: loss_of(p, batch), frozen, trainable, opt_state, **options)
-
-        def run(trainable, opt_state, frozen, batch, step):
-            for part in range(renewal.parts(frozen)):
-                trainable, opt_state = program(part, trainable, opt_state, frozen, batch, step)
-            return trainable, opt_state
-
-        return run
-
-    return tx, step, [(renewal.due, renew(renewal)) for renewal in method.renewals]
+def started(method, tx, params=PARAMS):
+    return pretraining.started(method, tx, params, loss=loss_of)
 
 
 def trained(method, tx, batches=BATCHES, params=PARAMS):
     """The merged weights after each step, and the last state."""
-    frozen, trainable = method.init(KEY, params)
-    tx, step, renewals = programs(method, tx)
-    opt_state, weights = tx.init(trainable), []
-    for number, batch in enumerate(batches):
-        for due, renew in renewals:
-            if due(number):
-                trainable, opt_state = renew(trainable, opt_state, frozen, batch, jnp.asarray(number))
-        trainable, opt_state, _ = step(trainable, opt_state, frozen, batch)
-        weights.append(method.merge(frozen, trainable))
-    return weights, (frozen, trainable, opt_state)
+    (run, state), weights = started(method, tx, params), []
+    for batch in batches:
+        state, _ = run.step(state, batch)
+        weights.append(merged(run, state))
+    return weights, state
 
 
 def defined(tx, *, rank=RANK, scale=0.25, decay=0.0, batches=BATCHES, params=PARAMS):
@@ -167,8 +142,8 @@ def gradients_made_by_a_refresh(basis):
     frozen, trainable = method.init(KEY, PARAMS)
 
     def run(trainable):
-        options = {"step": jnp.asarray(0), "key": KEY}
-        return method.renewals[0].run(lambda p: loss_of(p, BATCHES[0]), frozen, trainable, (), **options)
+        loss, tx = (lambda params: loss_of(params, BATCHES[0])), method.optimizer(optax.sgd(1.0))
+        return method.advance(loss, frozen, trainable, tx.init(trainable), step=0, key=KEY, tx=tx)[0]
 
     scans = [e for e in jax.make_jaxpr(run)(trainable).jaxpr.eqns if e.primitive.name == "scan"]
     return [var.aval.shape for e in scans for var in e.outvars if e.params["reverse"]]
@@ -186,6 +161,7 @@ def test_a_refresh_by_subspace_iteration_forms_no_gradient_of_a_weight(monkeypat
 def test_backward_keeps_the_projected_input_or_on_an_output_side_the_input(side, kept):
     method = galore(side=side, targets=["up"], train_rest=False)
     frozen, trainable = method.init(KEY, PARAMS)
+    frozen = replace(frozen, advanced=True)
 
     def out(trainable, frozen, x):
         params = method.apply(frozen, trainable)
@@ -198,14 +174,11 @@ def test_backward_keeps_the_projected_input_or_on_an_output_side_the_input(side,
 
 def test_both_sides_are_two_projections():
     method = galore(side="both", targets=["up"], train_rest=False, scale=1.0)
-    frozen, trainable = method.init(KEY, PARAMS)
-    tx, step, renewals = programs(method, optax.sgd(1.0))
-    trainable, state = renewals[0][1](trainable, tx.init(trainable), frozen, BATCHES[0], jnp.asarray(0))
-    stepped, _, _ = step(trainable, state, frozen, BATCHES[0])
+    weights, _ = trained(method, optax.sgd(1.0), BATCHES[:1])
     g = jax.grad(loss_of)(PARAMS, BATCHES[0])["up"]["kernel"]
     u, s, vh = np.linalg.svd(np.asarray(g), full_matrices=False)
     best = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
-    change = method.merge(frozen, stepped)["up"]["kernel"] - PARAMS["up"]["kernel"]
+    change = weights[0]["up"]["kernel"] - PARAMS["up"]["kernel"]
     assert_close(-change, best, 1e-5)
 
 
@@ -224,45 +197,42 @@ def test_an_update_has_rank_r_between_refreshes_and_more_across_them():
 def test_parameters_that_are_iterated_on_one_after_the_other_get_the_same_bases():
     found = []
     for together in (None, 1):
-        method = galore(basis="subspace", together=together)
-        frozen, trainable = method.init(KEY, PARAMS)
-        renew = programs(method, optax.sgd(1.0))[2][0][1]
-        found.append(renew(trainable, (), frozen, BATCHES[0], jnp.asarray(0))[0])
+        run, state = started(galore(basis="subspace", together=together), optax.sgd(1.0))
+        state = advanced(run, state, 0, BATCHES[0])
+        found.append((state.frozen.state, state.trainable))
     assert_close(found[1], found[0], 1e-5)
 
 
 @pytest.mark.slow
 def test_weights_do_not_change_at_a_refresh():
-    method = galore(basis="subspace")
-    _, (frozen, trainable, opt_state) = trained(method, optax.adamw(RATE, weight_decay=DECAY), BATCHES[:5])
-    before = method.merge(frozen, trainable)
-    _, _, renewals = programs(method, optax.adamw(RATE, weight_decay=DECAY))
-    renewed, _ = renewals[0][1](trainable, opt_state, frozen, BATCHES[5], jnp.asarray(6))
-    assert_close(method.merge(frozen, renewed), before, 1e-6)
-    for path, slots in renewed.items():
-        if "p" in slots:
-            gram = jnp.einsum("...rn,...qn->...rq", slots["p"], slots["p"])
+    run, state = started(galore(basis="subspace"), optax.adamw(RATE, weight_decay=DECAY))
+    for batch in BATCHES[:5]:
+        state, _ = run.step(state, batch)
+    renewed = advanced(run, state, 6, BATCHES[5])
+    assert_close(merged(run, renewed), merged(run, state), 1e-6)
+    for path, held in renewed.frozen.state.items():
+        assert float(jnp.abs(state.trainable[path]["z"]).max()) > 1e-3
+        assert float(jnp.abs(renewed.trainable[path]["z"]).max()) == 0.0, path
+        if "p" in held:
+            gram = jnp.einsum("...rn,...qn->...rq", held["p"], held["p"])
             assert_close(gram, jnp.broadcast_to(jnp.eye(RANK), gram.shape), 1e-5)
-            assert float(jnp.abs(slots["z"]).max()) == 0.0, path
-            assert float(jnp.abs(slots["p"] - trainable[path]["p"]).max()) > 1e-3
+            assert float(jnp.abs(held["p"] - state.frozen.state[path]["p"]).max()) > 1e-3
 
 
 def moments_after(moments):
-    """The projectors before, and the renewed trainable with its first and second moments."""
+    """What turns the old basis into the new one, and the first and second moments before and after."""
     method = galore(moments=moments, targets=["up"], train_rest=False)
-    _, (frozen, trainable, opt_state) = trained(method, optax.adam(RATE), BATCHES[:2])
-    _, _, renewals = programs(method, optax.adam(RATE))
-    before = [tree.named_leaves(part)["up/kernel/z"] for part in adam_of(opt_state)]
-    renewed, after = renewals[0][1](trainable, opt_state, frozen, BATCHES[2], jnp.asarray(EVERY))
-    after = [tree.named_leaves(part)["up/kernel/z"] for part in adam_of(after)]
-    turn = renewed["up/kernel"]["p"] @ trainable["up/kernel"]["p"].T
-    return turn, before, after
+    run, state = started(method, optax.adam(RATE))
+    for batch in BATCHES[:2]:
+        state, _ = run.step(state, batch)
+    renewed = advanced(run, state, EVERY, BATCHES[2])
+    new, old = (here.frozen.state["up/kernel"]["p"] for here in (renewed, state))
+    return new @ old.T, *(adam_of(here.opt_state) for here in (state, renewed))
 
 
 def adam_of(opt_state):
-    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
-    state = next(node for node in found if isinstance(node, optax.ScaleByAdamState))
-    return [{"up": {"kernel": {"z": part["up/kernel"]["z"]}}} for part in (state.mu, state.nu)]
+    state = opt_state.optimizer[0]
+    return [part["up/kernel"]["z"] for part in (state.mu, state.nu)]
 
 
 @pytest.mark.slow
@@ -285,13 +255,12 @@ def test_rotation_refuses_a_state_it_does_not_know():
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("side", ["smaller", "both"])
 def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(moments, side):
-    method = pj.galore(rank=2, side=side, moments=moments, train_rest=False)
-    frozen, start = method.init(KEY, PARAMS)
-    tx, step, renewals = programs(method, optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation())
-    trainable, state, _ = step(start, tx.init(start), frozen, BATCHES[0])
-    renewed, after = renewals[0][1](trainable, state, frozen, BATCHES[1], jnp.asarray(EVERY))
-    before, now = (optax.tree.get(s, "acc_grads")["up/kernel"]["z"] for s in (state, after))
-    old, new = trainable["up/kernel"], renewed["up/kernel"]
+    method = pj.galore(rank=2, every=EVERY, side=side, moments=moments, train_rest=False)
+    run, state = started(method, optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation())
+    state, _ = resting(run).step(state, BATCHES[0])
+    renewed = advanced(run, state, EVERY, BATCHES[1])
+    before, now = (s.opt_state.optimizer.acc_grads["up/kernel"]["z"] for s in (state, renewed))
+    old, new = (s.frozen.state["up/kernel"] for s in (state, renewed))
     wanted = new["p"] @ old["p"].T @ before
     if side == "both":
         wanted = wanted @ old["q"] @ new["q"].T
@@ -311,8 +280,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 def test_clipping_is_that_of_the_projected_gradients():
     method = galore(train_rest=False, scale=0.5)
     tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
-    weights, (_, trainable, _) = trained(method, tx, BATCHES[:1])
-    norm = optax.tree.norm({path: slots["z"] for path, slots in trainable.items()})
+    weights, state = trained(method, tx, BATCHES[:1])
+    norm = optax.tree.norm({path: slots["z"] for path, slots in state.trainable.items()})
     assert float(norm) == pytest.approx(1e-3, rel=1e-4)
     change = jax.tree.map(jnp.subtract, weights[0], PARAMS)
     assert float(optax.tree.norm(change)) == pytest.approx(0.5e-3, rel=1e-2)
@@ -321,26 +290,26 @@ def test_clipping_is_that_of_the_projected_gradients():
 def test_bfloat16_weights_lose_no_step_to_rounding():
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     method = galore(targets=["up"], train_rest=False, every=100)
-    _, (_, trainable, _) = trained(method, optax.sgd(1e-5), BATCHES, half)
-    assert trainable["up/kernel"]["weight"].dtype == jnp.bfloat16
-    assert np.array_equal(trainable["up/kernel"]["weight"], half["up"]["kernel"])
-    assert float(jnp.abs(trainable["up/kernel"]["z"]).max()) > 0.0
+    _, state = trained(method, optax.sgd(1e-5), BATCHES, half)
+    weight = state.frozen.state["up/kernel"]["weight"]
+    assert weight.dtype == jnp.bfloat16
+    assert np.array_equal(weight, half["up"]["kernel"])
+    assert float(jnp.abs(state.trainable["up/kernel"]["z"]).max()) > 0.0
 
 
 @pytest.mark.slow
 def test_in_a_chain_it_renews_with_the_other_methods_in_place():
     method = pj.chain(pj.lora(targets=["up"], rank=2), galore(targets=["blocks/down"], train_rest=False))
-    weights, (_, trainable, _) = trained(method, optax.adam(RATE), BATCHES[:4])
-    assert set(trainable) == {"lora", "galore"}
+    weights, state = trained(method, optax.adam(RATE), BATCHES[:4])
+    assert set(state.trainable) == set(state.frozen.state) == {"lora", "galore"}
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(weights[-1]))
     alone = galore(targets=["blocks/down"], train_rest=False)
-    frozen, start = alone.init(jax.random.split(KEY, 2)[1], PARAMS)
-    renewed, _ = programs(alone, optax.adam(RATE))[2][0][1](start, (), frozen, BATCHES[0], jnp.asarray(0))
-    both = method.init(KEY, PARAMS)
-    in_chain, _ = programs(method, optax.adam(RATE))[2][0][1](
-        both[1], (), both[0], BATCHES[0], jnp.asarray(0)
-    )
-    assert_close(in_chain["galore"]["blocks/down/kernel"]["p"], renewed["blocks/down/kernel"]["p"], 1e-5)
+    alone = pj.training(alone, loss_of, optax.adam(RATE))
+    state = alone.begin(*alone.method.init(jax.random.split(KEY, 2)[1], PARAMS), KEY)
+    wanted = advanced(alone, state, 0, BATCHES[0]).frozen.state["blocks/down/kernel"]
+    run, both = started(method, optax.adam(RATE))
+    found = advanced(run, both, 0, BATCHES[0]).frozen.state["galore"]["blocks/down/kernel"]
+    assert_close(found["p"], wanted["p"], 1e-5)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The in-place form: the base holds the adapted weights, and is written after each step."""
+"""The in-place form: the base holds the adapted weights when it is closed, as it is between steps."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ import peftjax as pj
 from peftjax.adapters.files import load_adapter, save_adapter
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.train.step import divided
 
 D, F, L = 8, 12, 3
 UP, DOWN = (
@@ -40,25 +41,21 @@ def model(params, x):
     return jax.lax.scan(block, x, params["blocks"])[0] @ params["head"]["kernel"]
 
 
+def begun(method, params, key=KEY):
+    """As a loop that has advanced the method starts its first step."""
+    frozen, trainable = method.init(key, params)
+    return replace(frozen, advanced=True), trainable
+
+
 def train(method, steps=4, params=PARAMS):
-    frozen, trainable = method.init(KEY, params)
-    tx = method.optimizer(optax.adamw(0.02, weight_decay=0.1))
-    state = tx.init(trainable)
-    write = jax.jit(method.write, donate_argnums=0)
-    frozen = write(jax.tree.map(jnp.copy, frozen), trainable)
+    def loss(params, x):
+        return jnp.mean(jnp.sin(pj.adapt(model)(params, x).astype(jnp.float32)))
 
-    @jax.jit
-    def step(trainable, state, frozen):
-        def loss(trainable):
-            return jnp.mean(jnp.sin(pj.adapt(model)(method.apply(frozen, trainable), X).astype(jnp.float32)))
-
-        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
-        return optax.apply_updates(trainable, updates), state
-
+    training = pj.training(method, loss, optax.adamw(0.02, weight_decay=0.1))
+    state = training.start(KEY, params)
     for _ in range(steps):
-        trainable, state = step(trainable, state, frozen)
-        frozen = write(frozen, trainable)
-    return frozen, trainable
+        state, _ = training.step(state, X)
+    return state.frozen, state.trainable
 
 
 @pytest.mark.slow
@@ -77,14 +74,14 @@ def test_it_trains_as_the_form_that_is_not_in_place(name, dtype):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_without_write_and_after_an_old_one_nothing_is_wrong(name):
+def test_before_it_is_closed_and_with_older_values_in_it_nothing_is_wrong(name):
     """`apply` on what `init` gave, and `merge` from any frozen, are those of the form not in place."""
     method = make(name, in_place=True)
-    frozen, fresh = method.init(KEY, PARAMS)
+    frozen, fresh = begun(method, PARAMS)
     trained, older = moved(fresh), moved(fresh, seed=1)
     wanted = make(name).merge(make(name).init(KEY, PARAMS)[0], trained)
     assert_close(pj.adapt(model)(method.apply(frozen, trained), X), model(wanted, X))
-    for start in (frozen, method.write(frozen, fresh), method.write(frozen, older)):
+    for start in (frozen, method.close(frozen, fresh)[0], method.close(frozen, older)[0]):
         assert_close(method.merge(start, trained), wanted, 0)
 
 
@@ -92,11 +89,12 @@ def test_without_write_and_after_an_old_one_nothing_is_wrong(name):
 def test_going_back_is_exact(name):
     method = make(name, in_place=True)
     frozen, fresh = method.init(KEY, PARAMS)
-    written = method.write(frozen, moved(fresh))
-    for path, leaf in tree.named_leaves(written.params).items():
+    trained = moved(fresh)
+    closed, kept = method.close(frozen, trained)
+    for path, leaf in tree.named_leaves(closed.params).items():
         assert (path == "head/kernel") == np.array_equal(leaf, tree.named_leaves(PARAMS)[path])
-    again = method.write(written, None)
-    assert_close(again, frozen, 0)
+    assert_close(method.open(closed, kept), (frozen, trained), 0)
+    assert_close(method.open(frozen, trained), (frozen, trained), 0)
 
 
 WIDTH, DEPTH = 256, 4
@@ -110,10 +108,10 @@ def deep(params, x):
     return x
 
 
-def temporaries(method, *, written=False):
+def temporaries(method, *, closed=False):
     """Bytes that a gradient needs beside its arguments and its result, as compiled."""
-    frozen, trainable = method.init(KEY, LAYERS)
-    frozen = method.write(frozen, trainable) if written else frozen
+    frozen, trainable = begun(method, LAYERS)
+    frozen = method.close(frozen, trainable)[0] if closed else frozen
 
     def loss(trainable, frozen):
         return jnp.sum(pj.adapt(deep)(method.apply(frozen, trainable), BATCH))
@@ -128,12 +126,30 @@ def sparse(name):
 
 
 @pytest.mark.parametrize("name", ["shira", "sara"])
-def test_a_step_on_a_written_base_makes_no_copy_of_a_weight(name):
+def test_a_gradient_on_a_closed_base_makes_no_copy_of_a_weight(name):
     method = sparse(name)
-    written, unwritten = (temporaries(method, written=written) for written in (True, False))
+    closed, beside = (temporaries(method, closed=closed) for closed in (True, False))
     matrix = 4 * WIDTH**2
-    assert written < unwritten - matrix / 2
-    assert written < 3 * matrix  # one dense gradient, and the activations
+    assert closed < beside - matrix / 2
+    assert closed < 3 * matrix  # one dense gradient, and the activations
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_training_makes_no_copy_of_a_weight_and_writes_over_its_arguments(name):
+    method, x = sparse(name), jnp.ones((8, WIDTH))
+    training = pj.training(method, lambda p, x: jnp.sum(pj.adapt(deep)(p, x)), optax.adam(1e-3))
+    state = training.advance(training.start(KEY, LAYERS), x)
+    moved, fixed = divided(state.frozen, training.moves)
+    step = jax.jit(training.run_step, donate_argnums=(0, 1, 2))
+    given = state.trainable, state.opt_state, moved
+    memory = step.lower(*given, fixed, x, state.key).compile().memory_analysis()
+    assert tree.nbytes(moved["params"]) == tree.nbytes(LAYERS)
+    assert memory.alias_size_in_bytes >= sum(
+        leaf.nbytes for leaf in jax.tree.leaves(given) if leaf.size >= WIDTH
+    )
+    matrix = 4 * WIDTH**2
+    # At most one dense gradient, beside activations and what is as small as the trained values.
+    assert memory.temp_size_in_bytes < (0.5 if name == "paca" else 2) * matrix
 
 
 @pytest.mark.slow
@@ -145,7 +161,7 @@ def test_scanned_layers_that_are_not_in_place_have_one_dense_weight_at_a_time(na
         return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer["kernel"]), None), x, params["blocks"])[0]
 
     def temporary(depth):
-        frozen, trainable = method.init(KEY, {"blocks": {"kernel": jnp.ones((depth, WIDTH, WIDTH))}})
+        frozen, trainable = begun(method, {"blocks": {"kernel": jnp.ones((depth, WIDTH, WIDTH))}})
 
         def loss(trainable, frozen):
             return jnp.sum(pj.adapt(scanned)(method.apply(frozen, trainable), x))
@@ -159,40 +175,40 @@ def test_scanned_layers_that_are_not_in_place_have_one_dense_weight_at_a_time(na
 
 @pytest.mark.slow
 def test_a_step_of_paca_needs_less_than_one_of_lora():
-    written = temporaries(make("paca", in_place=True, rank=8), written=True)
-    assert written <= temporaries(make("paca", rank=8)) < temporaries(pj.lora(rank=8))
+    closed = temporaries(make("paca", in_place=True, rank=8), closed=True)
+    assert closed <= temporaries(make("paca", rank=8)) < temporaries(pj.lora(rank=8))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_writing_costs_what_is_written(name):
+def test_closing_costs_what_is_written(name):
     method = sparse(name)
     frozen, trainable = method.init(KEY, LAYERS)
-    frozen = method.write(frozen, trainable)
-    write = jax.jit(method.write, donate_argnums=0).lower(frozen, trainable).compile()
-    memory = write.memory_analysis()
+    frozen, trainable = method.close(frozen, trainable)
+    close = jax.jit(method.close, donate_argnums=0).lower(frozen, trainable).compile()
+    memory = close.memory_analysis()
     assert memory.alias_size_in_bytes >= tree.nbytes(LAYERS)
     assert memory.temp_size_in_bytes < tree.nbytes(LAYERS) / 8
 
 
-def test_in_a_chain_each_method_writes_its_own():
+def test_in_a_chain_each_method_puts_in_its_own():
     parts = make("paca", in_place=True, targets=["up"]), make("shira", in_place=True, targets=["down"])
     method = pj.chain(*parts, pj.unfreeze(["head"]))
     frozen, trainable = method.init(KEY, PARAMS)
     trained = moved(trainable)
-    written = method.write(frozen, trained)
-    out = pj.adapt(model)(method.apply(written, trained), X)
+    closed, kept = method.close(frozen, trained)
+    out = pj.adapt(model)(method.apply(closed, kept), X)
     assert method.in_place
     assert_close(out, pj.adapt(model)(method.apply(frozen, trained), X))
-    assert_close(method.merge(written, trained), method.merge(frozen, trained), 0)
-    assert_close(method.write(written, None), frozen, 0)
+    assert_close(method.merge(closed, kept), method.merge(frozen, trained), 0)
+    assert_close(method.open(closed, kept), (frozen, trained), 0)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_saved_adapter_may_come_from_a_written_base(name, tmp_path):
+def test_a_saved_adapter_may_come_from_a_closed_base(name, tmp_path):
     method = make(name, in_place=True)
     frozen, fresh = method.init(jax.random.key(0), PARAMS)
     trained = moved(fresh)
-    save_adapter(tmp_path, method, method.write(frozen, trained), trained, seed=0)
+    save_adapter(tmp_path, method, *method.close(frozen, trained), seed=0)
     found = load_adapter(tmp_path, PARAMS)
     assert_close(found.method.merge(found.frozen, found.trainable), method.merge(frozen, trained), 0)
 
@@ -204,9 +220,10 @@ def test_a_base_that_is_no_array_is_refused():
 
 
 @pytest.mark.parametrize("info", pj.METHODS.values(), ids=lambda info: info.name)
-def test_write_is_the_identity_for_a_method_that_is_not_in_place(info):
+def test_to_close_and_to_open_is_nothing_for_a_method_that_is_not_in_place(info):
     method = info.factory(**info.conformance.example)
-    assert not method.in_place
-    frozen = pj.Frozen({"a": jnp.ones(2)})
-    assert method.write(frozen, {}) is frozen
-    assert replace(pj.chain(method), name="chain").write(frozen, {}) is frozen
+    frozen, trainable = pj.Frozen({"a": jnp.ones(2)}), {}
+    for one in (method, pj.chain(method)):
+        assert not one.in_place
+        for way in (one.close, one.open, one.begin):
+            assert all(a is b for a, b in zip(way(frozen, trainable), (frozen, trainable)))

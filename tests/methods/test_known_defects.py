@@ -86,7 +86,7 @@ def test_11_what_the_user_froze_stays_frozen_whatever_is_switched_on_and_off():
         loss = lambda t: jnp.sum(pj.matmul(X, method.apply(frozen, t)["up"]["kernel"]) ** 2)
         grads = jax.grad(loss)(trainable)
         assert jax.tree.map(jnp.shape, grads) == {"up/kernel": {"b": (2, 8)}}
-        updates, state = tx.update(grads, state, trainable)
+        updates, state = tx.update(grads, state, trainable, frozen=frozen)
         trainable = optax.apply_updates(trainable, updates)
         method.merge(frozen, trainable)
     np.testing.assert_array_equal(frozen.state["up/kernel"]["a"], before)

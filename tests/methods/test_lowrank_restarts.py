@@ -2,13 +2,27 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pretraining import PARAMS, M, N, X, forward, renewer, resumed, sharded, trainer
+from pretraining import (
+    PARAMS,
+    M,
+    N,
+    X,
+    advanced,
+    assert_same_end,
+    forward,
+    merged,
+    resting,
+    resumed,
+    sharded,
+    started,
+)
 from support import KEY, assert_close, assert_no_dense_gradient, noisy
 
 import peftjax as pj
@@ -27,16 +41,15 @@ def make(**options):
     return pj.lowrank_restarts(**{"rank": R, "every": 4, **options})
 
 
-def restart(method, frozen, trainable, state):
-    return renewer(method, frozen)(trainable, state, 4)
+def restart(run, state):
+    return advanced(run, state, 4)
 
 
-def after_steps(method, tx, count=3, params=PARAMS):
-    frozen, trainable = method.init(KEY, params)
-    step, state = trainer(method, frozen, tx), tx.init(trainable)
+def after_steps(method, tx, count=3, **options):
+    run, state = started(method, tx, **options)
     for _ in range(count):
-        trainable, state, _ = step(trainable, state)
-    return frozen, trainable, state
+        state, _ = run.step(state, X)
+    return run, state
 
 
 # rebalance
@@ -142,19 +155,17 @@ def test_a_spectral_start_is_the_best_approximation_and_a_random_one_has_the_var
 
 
 def test_a_restart_changes_no_output_and_the_factors_only():
-    method, tx = make(), optax.adam(0.01)
-    frozen, trainable, state = after_steps(method, tx)
-    new, _ = restart(method, frozen, trainable, state)
-    assert_close(method.merge(frozen, new), method.merge(frozen, trainable), 1e-5)
-    assert float(jnp.abs(new["up/kernel"]["a"] - trainable["up/kernel"]["a"]).max()) > 1e-3
-    np.testing.assert_array_equal(new["norm/scale"]["value"], trainable["norm/scale"]["value"])
+    run, state = after_steps(make(), optax.adam(0.01))
+    new = restart(run, state)
+    assert_close(merged(run, new), merged(run, state), 1e-5)
+    assert float(jnp.abs(new.trainable["up/kernel"]["a"] - state.trainable["up/kernel"]["a"]).max()) > 1e-3
+    rest, old = (s.trainable["norm/scale"]["value"] for s in (new, state))
+    np.testing.assert_array_equal(rest, old)
 
 
 @pytest.mark.parametrize(("reset", "zero"), [("m", {"mu"}), ("m,v", {"mu", "nu"})])
 def test_a_restart_zeroes_the_moments_of_factors(reset, zero):
-    method, tx = make(reset=reset), optax.adam(0.01)
-    frozen, trainable, state = after_steps(method, tx)
-    _, after = restart(method, frozen, trainable, state)
+    after = restart(*after_steps(make(reset=reset), optax.adam(0.01))).opt_state
     for field in ("mu", "nu"):
         for path in ("up/kernel", "blocks/down/weight"):
             for name in "ab":
@@ -164,26 +175,25 @@ def test_a_restart_zeroes_the_moments_of_factors(reset, zero):
 
 
 def test_the_first_update_after_a_reset_of_counts_too_is_that_of_a_fresh_adam():
-    method, tx = make(reset="m,v,count"), pj.optim.row_adamw(0.01, weight_decay=0.0)
-    frozen, trainable, state = after_steps(method, tx)
-    trainable, state = restart(method, frozen, trainable, state)
-    before = jax.tree.map(jnp.copy, trainable)
-    new, *_ = trainer(method, frozen, tx)(trainable, state)
-    step = jnp.abs(new["up/kernel"]["a"] - before["up/kernel"]["a"])
+    tx = pj.optim.row_adamw(0.01, weight_decay=0.0)
+    run, state = after_steps(make(reset="m,v,count"), tx)
+    state = restart(run, state)
+    before = jnp.copy(state.trainable["up/kernel"]["a"])
+    new, _ = resting(run).step(state, X)
+    step = jnp.abs(new.trainable["up/kernel"]["a"] - before)
     np.testing.assert_allclose(step, 0.01, rtol=1e-3)
 
 
 def test_the_first_update_after_a_reset_of_the_first_moment_is_a_tenth():
     """(1 - b1) / (1 - b1ᵗ) of the gradient, over the root of the old second moment."""
-    method, tx = make(reset="m"), optax.adam(0.01)
-    frozen, trainable, state = after_steps(method, tx)
-    trainable, state = restart(method, frozen, trainable, state)
-    old, nu = jnp.copy(trainable["up/kernel"]["b"]), jnp.copy(state[0].nu["up/kernel"]["b"])
-    new, after, _ = trainer(method, frozen, tx)(trainable, state)
-    grad = after[0].mu["up/kernel"]["b"] / 0.1
+    run, state = after_steps(make(reset="m"), optax.adam(0.01))
+    state = restart(run, state)
+    old, nu = (jnp.copy(t["up/kernel"]["b"]) for t in (state.trainable, state.opt_state[0].nu))
+    new, _ = resting(run).step(state, X)
+    grad = new.opt_state[0].mu["up/kernel"]["b"] / 0.1
     second = (0.999 * nu + 0.001 * grad**2) / (1 - 0.999**4)
     wanted = -0.01 * 0.1 / (1 - 0.9**4) * grad / (jnp.sqrt(second) + 1e-8)
-    np.testing.assert_allclose(new["up/kernel"]["b"] - old, wanted, atol=1e-6)
+    np.testing.assert_allclose(new.trainable["up/kernel"]["b"] - old, wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("reset", ["m", "m,v"])
@@ -191,19 +201,19 @@ def test_a_restart_in_the_middle_of_a_window_turns_the_sum_into_gradients_of_the
     tx = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
     method = make(reset=reset, train_rest=False)
     frozen, trainable = method.init(KEY, PARAMS)
-    trainable = noisy(trainable)
-    gradient = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(pj.adapt(forward)(method.apply(frozen, t), X)))))
-    _, state = tx.update(gradient(trainable), tx.init(trainable), trainable)
-    new, state = restart(method, frozen, trainable, state)
+    trainable, loss = noisy(trainable), lambda params: jnp.sum(jnp.sin(pj.adapt(forward)(params, X)))
+    tx, begun = method.optimizer(tx), replace(frozen, advanced=True)
+    gradient = jax.jit(jax.grad(lambda t: loss(method.apply(begun, t))))
+    _, state = tx.update(gradient(trainable), tx.init(trainable), trainable, frozen=frozen)
+    _, new, state = method.advance(loss, frozen, trainable, state, step=4, key=KEY, tx=tx)
     assert_close(state.acc_grads, gradient(new), 1e-3)
     assert not all(jnp.allclose(*pair, 1e-2) for pair in zip(*map(jax.tree.leaves, (trainable, new))))
 
 
 def test_counts_of_an_optimizer_that_has_one_for_all_are_refused():
-    method, tx = make(reset="m,v,count"), optax.adam(0.01)
-    frozen, trainable, state = after_steps(method, tx, 0)
+    run, state = after_steps(make(reset="m,v,count"), optax.adam(0.01), 0)
     with pytest.raises(PeftError, match=r"use pj\.optim.row_adamw"):
-        restart(method, frozen, trainable, state)
+        restart(run, state)
 
 
 @pytest.mark.slow
@@ -215,40 +225,41 @@ def test_sparse_entries_beside_the_factors_start_as_the_weights_own_and_stay_thr
     own, given = np.asarray(method.merge(frozen, trainable)["up"]["kernel"]), PARAMS["up"]["kernel"]
     np.testing.assert_allclose(own[rows, columns], given[rows, columns], atol=1e-6)
     assert np.isclose(own, given, atol=1e-6).sum() == len(rows)
-    frozen, trainable, state = after_steps(method, tx)
-    assert (state[0].mu["up/kernel"]["values"] != 0).all()
-    new, after = restart(method, frozen, trainable, state)
-    merged = method.merge(frozen, trainable)
-    assert_close(pj.adapt(forward)(method.apply(frozen, trainable), X), forward(merged, X))
-    assert_close(method.merge(frozen, new), merged)
-    np.testing.assert_array_equal(new["up/kernel"]["values"], trainable["up/kernel"]["values"])
-    np.testing.assert_array_equal(after[0].mu["up/kernel"]["values"], state[0].mu["up/kernel"]["values"])
-    assert not after[0].mu["up/kernel"]["a"].any()
+    run, state = after_steps(method, tx)
+    moments, trainable = state.opt_state[0].mu["up/kernel"], state.trainable
+    assert (moments["values"] != 0).all()
+    after = restart(run, state)
+    was = merged(run, state)
+    begun = replace(state.frozen, advanced=True)
+    assert_close(pj.adapt(forward)(method.apply(begun, trainable), X), forward(was, X))
+    assert_close(merged(run, after), was)
+    np.testing.assert_array_equal(after.trainable["up/kernel"]["values"], trainable["up/kernel"]["values"])
+    np.testing.assert_array_equal(after.opt_state[0].mu["up/kernel"]["values"], moments["values"])
+    assert not after.opt_state[0].mu["up/kernel"]["a"].any()
 
 
 def test_restarts_are_due_every_t_steps_but_not_at_the_first():
-    due = make(every=3).renewals[0].due
+    due = make(every=3).advances[0].due
     assert [step for step in range(10) if due(step)] == [3, 6, 9]
 
 
 def test_in_a_chain_only_its_own_moments_are_reset():
     method = pj.chain(make(targets=["up"], train_rest=False), pj.lora(rank=2, targets=["down"]))
-    frozen, trainable, state = after_steps(method, optax.adam(0.01))
-    new, after = restart(method, frozen, trainable, state)
-    assert_close(method.merge(frozen, new), method.merge(frozen, trainable))
-    assert not after[0].mu["lowrank_restarts"]["up/kernel"]["a"].any()
-    assert after[0].mu["lora"]["blocks/down/weight"]["b"].any()
+    run, state = after_steps(method, optax.adam(0.01))
+    new = restart(run, state)
+    assert_close(merged(run, new), merged(run, state))
+    moments = new.opt_state[0].mu
+    assert not moments["lowrank_restarts"]["up/kernel"]["a"].any()
+    assert moments["lora"]["blocks/down/weight"]["b"].any()
 
 
 @pytest.mark.slow
 def test_sharded_over_eight_devices_it_is_that_of_one():
-    method, tx = make(), optax.adam(0.01)
-    frozen, trainable = method.init(KEY, PARAMS)
-    step, found = trainer(method, frozen, tx), []
-    for start in (trainable, sharded(trainable)):
-        new, state, _ = step(start, tx.init(start))
-        new, state = restart(method, frozen, new, state)
-        found.append((method.merge(frozen, new), step(new, state)[0]))
+    found = []
+    for place in (lambda slots: slots, sharded):
+        run, state = after_steps(make(), optax.adam(0.01), 1, place=place)
+        state = restart(run, state)
+        found.append((merged(run, state), resting(run).step(state, X)[0].trainable))
     assert not found[1][1]["up/kernel"]["a"].sharding.is_fully_replicated
     assert_close(found[1][0], found[0][0])
 
@@ -256,7 +267,7 @@ def test_sharded_over_eight_devices_it_is_that_of_one():
 @pytest.mark.slow
 def test_a_run_goes_on_bit_exactly(tmp_path):
     continued, whole = resumed(pj.lowrank_restarts(rank=3, every=3, targets=["layer"]), tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
+    assert_same_end(continued, whole)
     assert continued.step == whole.step == 10
 
 

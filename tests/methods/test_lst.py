@@ -120,7 +120,7 @@ def test_dropout_of_both_networks_or_of_the_side_alone():
         return jax.jit(lambda params: encoder(params, tiny.batch, key=key))(params)
 
     still, both, one = encoded(None), encoded(KEY), encoded(KEY, backbone_dropout=False)
-    unchanged = lambda name, dropped: np.array_equal(still[name], dropped[name])
+    unchanged = lambda name, dropped: np.array_equal(getattr(still, name), getattr(dropped, name))
     assert [unchanged("backbone", both), unchanged("side", both)] == [False, False]
     assert [unchanged("backbone", one), unchanged("side", one)] == [True, False]
 

@@ -10,7 +10,7 @@ from support import KEY, assert_close
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._side_pruning import kept_count, largest
+from peftjax.methods.side._lst_pruning import kept_count, largest
 
 R = 2
 

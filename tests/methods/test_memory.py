@@ -5,6 +5,7 @@ batch) itself.
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,11 @@ def lookup(params, tokens):
     return params["words"]["embedding"][tokens]
 
 
-def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False, written=False):
+def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False, closed=False):
     """`(dtype, shape)` of every kept array; `through`: the layer's input needs a gradient too."""
     frozen, trainable = method.init(KEY, params)
-    frozen = method.write(frozen, trainable) if written else frozen
+    frozen, trainable = method.close(frozen, trainable) if closed else (frozen, trainable)
+    frozen = replace(frozen, advanced=True)
     floating = jnp.issubdtype(x.dtype, jnp.floating)
 
     def out(trained, frozen, x, key):
@@ -114,7 +116,7 @@ def test_a_linear_layer_keeps_exactly(name, wanted, through):
 def test_trained_rows_keep_the_inputs_at_those_rows(in_place, through):
     """And, to pass a gradient on to the layer's input, the numbers of the rows: of no size that grows."""
     numbers = [("int32", (RANK, 1))] if through else []
-    assert kept(make("paca", in_place=in_place), through=through, written=in_place) == [THIN, *numbers]
+    assert kept(make("paca", in_place=in_place), through=through, closed=in_place) == [THIN, *numbers]
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def test_switching_writes_only_the_touched_places_of_the_given_arrays():
     assert_close(params, MODEL.params, 0)
 
 
-def test_an_adapter_of_a_written_base_and_one_with_a_weight():
+def test_an_adapter_of_a_closed_base_and_one_with_a_weight():
     method, frozen, trainable = adapter("in place")
-    patches = pj.adapters.patches(method, method.write(frozen, trainable), trainable, weight=0.5)
+    patches = pj.adapters.patches(method, *method.close(frozen, trainable), weight=0.5)
     half = pj.adapters.fuse(MODEL.params, patches)[0]
     whole = method.merge(frozen, trainable)
     assert_close(half, jax.tree.map(lambda a, b: (a + b) / 2, whole, MODEL.params))
@@ -121,7 +121,7 @@ def test_errors():
             {"norm": MODEL.params["norm"], "up": MODEL.params["up"]}, {"down/kernel": patches["down/kernel"]}
         )
     method, frozen, trainable = adapter("in place")
-    with pytest.raises(PeftError, match=r"holds its trained values; give method.write\(frozen, None\)"):
-        pj.adapters.add([(method, method.write(frozen, trainable), trainable)])
+    with pytest.raises(PeftError, match=r"holds its trained values; give what method.open\(frozen, train"):
+        pj.adapters.add([(method, *method.close(frozen, trainable))])
     with pytest.raises(PeftError, match="is a SparseEntries, not its base plus one low-rank"):
         pj.adapters.combine([adapter("shira")])

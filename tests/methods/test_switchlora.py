@@ -1,16 +1,33 @@
 """SwitchLoRA against the released algorithm, written again in NumPy, and against what it promises."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pretraining
 import pytest
-from pretraining import PARAMS, M, N, X, forward, loss_of, renewer, resumed, sharded, trainer
+from pretraining import (
+    PARAMS,
+    M,
+    N,
+    X,
+    advanced,
+    assert_same_end,
+    forward,
+    loss_of,
+    merged,
+    resting,
+    resumed,
+    sharded,
+    slots_of,
+)
 from support import KEY, assert_close, assert_no_dense_gradient
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
-from peftjax.methods.lowrank._switching import STEERED, Schedule, number
+from peftjax.methods.lowrank._switching import Schedule, number
 
 UP, DOWN = "up/kernel", "blocks/down/weight"
 R = 4
@@ -22,14 +39,12 @@ def make(**options):
     return pj.switchlora(**{**given, **options})
 
 
-def started(method, tx=None, params=PARAMS):
-    frozen, trainable = method.init(KEY, params)
-    tx = method.optimizer(optax.sgd(0.1) if tx is None else tx)
-    return frozen, trainable, tx, tx.init(trainable)
+def started(method, tx=None, params=PARAMS, **options):
+    return pretraining.started(method, optax.sgd(0.1) if tx is None else tx, params, **options)
 
 
-def count(trainable, path=UP):
-    return np.asarray(trainable[path]["switched"])
+def count(state, path=UP):
+    return np.asarray(state.frozen.state[path]["switched"])
 
 
 # The start.
@@ -37,19 +52,30 @@ def count(trainable, path=UP):
 
 @pytest.mark.parametrize("init", ["switchlora", "lora"])
 def test_the_model_starts_as_it_was_given(init):
-    method = make(init=init)
-    frozen, trainable, *_ = started(method)
-    assert_close(method.merge(frozen, trainable), PARAMS, 1e-6)
-    changed = float(jnp.abs(trainable[UP]["weight"] - PARAMS["up"]["kernel"]).max())
+    run, state = started(make(init=init))
+    assert_close(merged(run, state), PARAMS, 1e-6)
+    changed = float(jnp.abs(state.frozen.state[UP]["weight"] - PARAMS["up"]["kernel"]).max())
     assert (changed > 1e-2) == (init == "switchlora")
-    assert bool(trainable[UP]["b"].any()) == (init == "switchlora")
+    assert bool(state.trainable[UP]["b"].any()) == (init == "switchlora")
+
+
+def test_factors_are_trained_and_all_else_is_held_by_the_method():
+    frozen, trainable = make().init(KEY, PARAMS)
+    held = {"weight", "pool_a", "pool_b", "frozen_a", "frozen_b", "switched"}
+    for path in (UP, DOWN):
+        assert set(trainable[path]) == {"a", "b"}
+        assert set(frozen.state[path]) == held
+        counters = [frozen.state[path][name] for name in ("frozen_a", "frozen_b", "switched")]
+        assert all(counter.dtype == jnp.int32 and not counter.any() for counter in counters)
+        assert counters[-1].shape == {UP: (), DOWN: (2,)}[path]
 
 
 @pytest.mark.slow
 def test_vectors_have_the_released_sizes_and_their_product_that_of_a_usual_start():
     n, m, r = 600, 300, 64
-    _, trainable = pj.switchlora(rank=r, total_steps=1).init(KEY, {"up": {"kernel": jnp.zeros((n, m))}})
-    slots, gain = trainable[UP], 3**-0.5
+    params = {"up": {"kernel": jnp.zeros((n, m))}}
+    frozen, trainable = pj.switchlora(rank=r, total_steps=1).init(KEY, params)
+    slots, gain = {**frozen.state[UP], **trainable[UP]}, 3**-0.5
     std_a, std_b = (m**0.5 * r / n**1.5) ** 0.25 * gain**0.5, (r / (m * n) ** 0.5) ** 0.25 * gain**0.5
     for name, std in (("a", std_a), ("pool_a", std_a), ("b", std_b), ("pool_b", std_b)):
         np.testing.assert_allclose(slots[name].std(), std, rtol=0.02)
@@ -61,19 +87,19 @@ def test_vectors_have_the_released_sizes_and_their_product_that_of_a_usual_start
 
 @pytest.mark.slow
 def test_without_a_switch_it_is_lora_with_alpha_one():
-    frozen, trainable, *_ = started(make(train_rest=False))
-    own = jax.grad(lambda t: loss_of(make(train_rest=False), frozen, t))(trainable)
+    method = make(train_rest=False)
+    frozen, trainable = method.init(KEY, PARAMS)
+    frozen = replace(frozen, advanced=True)
+    own = jax.grad(lambda t: loss_of(method.apply(frozen, t), X))(trainable)
     lora = pj.lora(rank=R, alpha=1.0)
     params = {
-        "up": {"kernel": trainable[UP]["weight"]},
-        "blocks": {"down": {"weight": trainable[DOWN]["weight"]}},
+        "up": {"kernel": frozen.state[UP]["weight"]},
+        "blocks": {"down": {"weight": frozen.state[DOWN]["weight"]}},
         "norm": PARAMS["norm"],
     }
     base, _ = lora.init(KEY, params)
-    factors = {path: {name: slots[name] for name in "ab"} for path, slots in trainable.items()}
-    wanted = jax.grad(lambda t: loss_of(lora, base, t))(factors)
-    assert_close({p: {name: own[p][name] for name in "ab"} for p in wanted}, wanted, 1e-6)
-    assert not any(own[path][name].any() for path in wanted for name in STEERED)
+    wanted = jax.grad(lambda t: loss_of(lora.apply(base, t), X))(trainable)
+    assert_close(own, wanted, 1e-6)
 
 
 def test_no_dense_gradient_is_formed():
@@ -114,49 +140,47 @@ def released(slots, scale, numbers, warm=1):
 
 
 def test_many_switches_are_those_of_the_released_code():
-    method = make(total_steps=300)
-    frozen, trainable, _, state = started(method)
-    renew, first = renewer(method, frozen), jax.tree.map(np.asarray, trainable[UP])
-    numbers = []
+    run, state = started(make(total_steps=300))
+    first, numbers = jax.tree.map(np.asarray, slots_of(state, UP)), []
     for step in range(30):
-        before = count(trainable)
-        trainable, state = renew(trainable, state, step)
-        numbers.append(int(count(trainable) - before))
+        before = count(state)
+        state = advanced(run, state, step)
+        numbers.append(int(count(state) - before))
     assert set(numbers) >= {0, 1, 2}
     assert sum(numbers) > 2 * (M - R)  # every vector was out and in again
     wanted = released(first, 1 / R, numbers)
     for name, want in zip(("a", "b", "weight", "frozen_a", "frozen_b"), wanted):
-        np.testing.assert_allclose(trainable[UP][name], want, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(slots_of(state, UP)[name], want, atol=1e-5, err_msg=name)
 
 
 def test_a_switch_changes_no_output_and_loses_no_vector():
-    method = make()
-    frozen, trainable, _, state = started(method)
-    renew, before = renewer(method, frozen), trainable
+    run, before = started(make())
+    state = before
     for step in range(3):  # at most 6 exchanges; after 8 every vector would be back in its place
-        trainable, state = renew(trainable, state, step)
-        assert_close(method.merge(frozen, trainable), PARAMS, 1e-5)
-    assert (count(trainable, DOWN) > 0).all()
+        state = advanced(run, state, step)
+        assert_close(merged(run, state), PARAMS, 1e-5)
+    assert (count(state, DOWN) > 0).all()
     for path, factor in ((UP, "a"), (UP, "b"), (DOWN, "a"), (DOWN, "b")):
+        was, now = slots_of(before, path), slots_of(state, path)
         both = [
-            np.sort(np.concatenate([t[path][factor], t[path][f"pool_{factor}"]], -2), axis=-2)
-            for t in (before, trainable)
+            np.sort(np.concatenate([slots[factor], slots[f"pool_{factor}"]], -2), axis=-2)
+            for slots in (was, now)
         ]
         np.testing.assert_array_equal(*both)
-        assert not np.array_equal(before[path][factor], trainable[path][factor])
+        assert not np.array_equal(was[factor], now[factor])
 
 
 def test_gradients_of_all_that_is_trained_are_those_before_the_switch():
     method = make()
-    frozen, trainable, _, state = started(method)
-    grad = jax.jit(jax.grad(lambda t: loss_of(method, frozen, t)))
-    before = grad(trainable)
-    switched, _ = renewer(method, frozen)(trainable, state, 0)
-    after = grad(switched)
+    run, state = started(method)
+    grad = jax.jit(jax.grad(lambda t, frozen: loss_of(method.apply(frozen, t), X)))
+    before = grad(state.trainable, replace(state.frozen, advanced=True))
+    switched = advanced(run, state, 0)
+    after = grad(switched.trainable, switched.frozen)
     assert count(switched) > 0
     for path in (UP, DOWN):
         for name in "ab":
-            live = np.asarray(switched[path][f"frozen_{name}"])[..., None] == 0
+            live = np.asarray(switched.frozen.state[path][f"frozen_{name}"])[..., None] == 0
             assert_close(after[path][name] * live, before[path][name] * live)
             assert not live.all()
 
@@ -169,28 +193,27 @@ def at_first_only(**options):
 @pytest.mark.slow
 @pytest.mark.parametrize("tx", [optax.adamw(0.01, weight_decay=0.5), pj.optim.row_adamw(0.01)])
 def test_a_counterpart_stays_for_exactly_five_steps(tx):
-    method = at_first_only()
-    frozen, trainable, tx, state = started(method, tx)
-    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
+    run, state = started(at_first_only(), tx)
+    rest = resting(run)
     for _ in range(3):
-        trainable, state, _ = step(trainable, state)
+        state, _ = rest.step(state, X)
     keys = (jax.random.key(seed) for seed in range(50))
-    tries = (renew(trainable, state, 0, key=key) for key in keys)
-    trainable, state = next(found for found in tries if count(found[0]) > 0)
-    row = int(jnp.argmax(trainable[UP]["frozen_b"]))
-    moments = state.inner_state[0]
+    tries = (advanced(run, state, 0, key=key) for key in keys)
+    state = next(found for found in tries if count(found) > 0)
+    row = int(jnp.argmax(state.frozen.state[UP]["frozen_b"]))
+    moments = state.opt_state.optimizer[0]
     assert not moments.mu[UP]["b"][row].any()
     assert not moments.nu[UP]["b"][row].any()
     assert moments.mu[UP]["a"][row].any()
     assert moments.mu[UP]["b"].any()
     if moments.count is not None and isinstance(moments.count, dict):
         assert (np.ravel(moments.count[UP]["b"]) == [0 if i == row else 3 for i in range(7)]).all()
-    held, new = trainable[UP]["b"][row], trainable[UP]["a"][row]
+    held, new = (jnp.copy(state.trainable[UP][name][row]) for name in "ba")
     for number_of in range(1, 8):
-        trainable, state, _ = step(trainable, state)
-        trainable, state = renew(trainable, state, 1000)
-        assert np.array_equal(trainable[UP]["b"][row], held) == (number_of <= 5)
-    assert not np.array_equal(trainable[UP]["a"][row], new)
+        state, _ = rest.step(state, X)
+        state = advanced(run, state, 1000)
+        assert np.array_equal(state.trainable[UP]["b"][row], held) == (number_of <= 5)
+    assert not np.array_equal(state.trainable[UP]["a"][row], new)
 
 
 def test_as_many_are_switched_as_expected_and_fewer_later():
@@ -219,13 +242,10 @@ def test_no_more_are_switched_than_may_be(busy, places, wanted):
 
 @pytest.mark.slow
 def test_changes_grow_beyond_the_rank():
-    method = make(train_rest=False, rank=2, freeze_steps=0, interval=1.0)
-    frozen, trainable, tx, state = started(method, optax.adam(0.05))
-    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
-    for at in range(20):
-        trainable, state = renew(trainable, state, at)
-        trainable, state, _ = step(trainable, state)
-    change = np.asarray(method.merge(frozen, trainable)["up"]["kernel"] - PARAMS["up"]["kernel"])
+    run, state = started(make(train_rest=False, rank=2, freeze_steps=0, interval=1.0), optax.adam(0.05))
+    for _ in range(20):
+        state, _ = run.step(state, X)
+    change = np.asarray(merged(run, state)["up"]["kernel"] - PARAMS["up"]["kernel"])
     sizes = np.linalg.svd(change, compute_uv=False)
     assert (sizes > 1e-3 * sizes[0]).sum() > 4
 
@@ -240,12 +260,12 @@ def test_changes_grow_beyond_the_rank():
     ids=["lion", "sgd", "adafactor"],
 )
 def test_rows_of_other_optimizers_are_reset(tx):
-    method = make()
-    frozen, trainable, tx, state = started(method, tx)
-    trainable, state, _ = trainer(method, frozen, tx)(trainable, state)
-    new, after = renewer(method, frozen)(trainable, state, 0)
-    rows = np.asarray(new[UP]["frozen_b"]) > 0
+    run, state = started(make(), tx)
+    state, _ = resting(run).step(state, X)
+    after = advanced(run, state, 0)
+    rows = np.asarray(after.frozen.state[UP]["frozen_b"]) > 0
     assert rows.any()
+    state, after = state.opt_state, after.opt_state
     seen = 0
     for (path, was), now in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(after)):
         if [getattr(key, "key", None) for key in path[-2:]] == [UP, "b"] and was.shape[:1] == (R,):
@@ -257,64 +277,67 @@ def test_rows_of_other_optimizers_are_reset(tx):
 
 def test_moments_without_rows_of_numbers_are_refused():
     codes = {UP: {"b": jnp.zeros((R, M), jnp.uint8)}}
-    method = make()
-    frozen, trainable, *_ = started(method)
+    run, state = started(make())
     with pytest.raises(PeftError, match=r"switchlora: the optimizer keeps .* as uint8"):
-        renewer(method, frozen)(trainable, codes, 0)
+        advanced(run, state, 0, opt_state=codes)
 
 
 def test_in_a_chain_the_other_method_is_trained_and_left_alone():
     method = pj.chain(make(targets=["up"], train_rest=False), pj.unfreeze(["norm"]))
-    frozen, trainable, tx, state = started(method, optax.adam(0.01))
-    renew, step = renewer(method, frozen), trainer(method, frozen, tx)
-    trainable, state, _ = step(trainable, state)
-    new, after = renew(trainable, state, 0)
-    rows = np.asarray(new["switchlora"][UP]["frozen_b"]) > 0
-    moments = after.inner_state[0].mu
+    run, state = started(method, optax.adam(0.01))
+    rest = resting(run)
+    state, _ = rest.step(state, X)
+    new = advanced(run, state, 0)
+    rows = np.asarray(new.frozen.state["switchlora"][UP]["frozen_b"]) > 0
+    assert rows.any()
+    moments = new.opt_state.optimizer[0].mu
     np.testing.assert_array_equal(moments["switchlora"][UP]["b"].any(1), ~rows)
     assert moments["unfreeze"]["norm/scale"].any()
-    assert_close(method.merge(frozen, new), method.merge(frozen, trainable))
-    moved, *_ = step(new, after)
-    kept = np.asarray((moved["switchlora"][UP]["b"] == new["switchlora"][UP]["b"]).all(1))
+    assert_close(merged(run, new), merged(run, state))
+    before = jax.tree.map(jnp.copy, new.trainable)
+    moved = rest.step(new, X)[0].trainable
+    kept = np.asarray((moved["switchlora"][UP]["b"] == before["switchlora"][UP]["b"]).all(1))
     np.testing.assert_array_equal(kept, rows)
-    assert (moved["unfreeze"]["norm/scale"] != new["unfreeze"]["norm/scale"]).all()
+    assert (moved["unfreeze"]["norm/scale"] != before["unfreeze"]["norm/scale"]).all()
 
 
 @pytest.mark.slow
 def test_sharded_over_eight_devices_it_is_that_of_one():
-    method = make()
-    frozen, trainable, tx, _ = started(method, optax.adam(0.01))
-    renew, step, found = renewer(method, frozen), trainer(method, frozen, tx), []
-    for here in (trainable, sharded(trainable)):
-        state = tx.init(here)
-        for at in range(4):
-            here, state = renew(here, state, at)
-            here, state, _ = step(here, state)
-        found.append(here)
+    found = []
+    for place in (lambda slots: slots, sharded):
+        run, state = started(make(), optax.adam(0.01), place=place)
+        for _ in range(4):
+            state, _ = run.step(state, X)
+        found.append(state)
     assert count(found[0]) > 0
-    assert not found[1][UP]["weight"].sharding.is_fully_replicated
-    assert_close(found[1], found[0], 1e-4)
+    assert not found[1].frozen.state[UP]["weight"].sharding.is_fully_replicated
+    assert not found[1].trainable[UP]["a"].sharding.is_fully_replicated
+    for got, want in zip(*((state.frozen.state, state.trainable) for state in found[::-1])):
+        assert_close(got, want, 1e-4)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_exactly(tmp_path):
     method = make(targets=["layer"])
     continued, whole = resumed(method, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
-    assert count(whole.trainable, "layer/kernel") > 5
+    assert_same_end(continued, whole)
+    assert count(whole, "layer/kernel") > 5
+
+
+def in_float32(run, state):
+    held = jax.tree.map(lambda x: x.astype(jnp.float32), state.frozen.state)
+    return run.method.merge(replace(state.frozen, state=held), state.trainable)["up"]["kernel"]
 
 
 def test_a_bfloat16_weight_is_rounded_by_every_switch():
-    method, drift = make(), {}
+    drift = {}
     for dtype in (jnp.float32, jnp.bfloat16):
-        params = {"up": {"kernel": PARAMS["up"]["kernel"].astype(dtype)}}
-        frozen, trainable, _, state = started(method, params=params)
-        renew, start = renewer(method, frozen), jnp.copy(trainable[UP]["weight"])
-        first = method.merge(frozen, jax.tree.map(lambda x: x.astype(jnp.float32), trainable))["up"]["kernel"]
+        run, state = started(make(), params={"up": {"kernel": PARAMS["up"]["kernel"].astype(dtype)}})
+        first = in_float32(run, state)
         for step in range(20):
-            trainable, state = renew(trainable, state, step)
-        last = method.merge(frozen, jax.tree.map(lambda x: x.astype(jnp.float32), trainable))["up"]["kernel"]
-        assert trainable[UP]["weight"].dtype == start.dtype == dtype
+            state = advanced(run, state, step)
+        assert state.frozen.state[UP]["weight"].dtype == dtype
+        last = in_float32(run, state)
         drift[dtype] = float(jnp.linalg.norm(last - first) / jnp.linalg.norm(first))
     assert drift[jnp.float32] < 1e-6
     assert 1e-3 < drift[jnp.bfloat16] < 3e-2
@@ -350,7 +373,12 @@ def test_a_base_that_is_no_array_is_refused():
         method.init(KEY, PARAMS)
 
 
-def test_the_update_needs_the_parameters():
-    _, trainable, tx, state = started(make())
-    with pytest.raises(PeftError, match="switchlora: the update needs the parameters"):
-        tx.update(trainable, state)
+def test_the_update_needs_what_the_method_holds():
+    run, state = started(make())
+    gradients = state.trainable
+    needs = r"switchlora: the update needs what the method holds fixed; call tx.update\(.* frozen=frozen\)"
+    with pytest.raises(PeftError, match=needs):
+        run.tx.update(gradients, state.opt_state)
+    with pytest.raises(PeftError, match=needs):
+        run.tx.update(gradients, state.opt_state, state.trainable)
+    run.tx.update(gradients, state.opt_state, state.trainable, frozen=state.frozen)

@@ -24,7 +24,7 @@ from tiny_t5 import make as make_t5
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._parallel_network import confidence, interaction
+from peftjax.methods.side._unipt_network import confidence, interaction
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
 from peftjax.models.decoder import decoder

@@ -12,9 +12,10 @@ from tiny_models import tiny
 from tiny_t5 import make as make_t5
 
 import peftjax as pj
+from peftjax.backbone.context import Context
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._features import unit
+from peftjax.methods.side._layer_states import unit
 from peftjax.models.vit import ViTConfig, vit
 
 QUERIES = 2
@@ -104,7 +105,8 @@ def test_features_are_of_length_one_and_order_of_tokens_is_nothing_to_them():
     layer = jax.tree.map(lambda leaf: leaf[0], model.layers(params))
     hidden, _ = model.run_embed(params, batch)
     queries = jnp.broadcast_to(trainable["queries"][0], (2, QUERIES, 16))
-    read = [model.run_layer(layer, queries, {"attended": tokens}) for tokens in (hidden, hidden[:, ::-1])]
+    given = [Context(attended=tokens) for tokens in (hidden, hidden[:, ::-1])]
+    read = [model.run_layer(layer, queries, context) for context in given]
     assert_close(read[0], read[1])
     np.testing.assert_allclose(jnp.linalg.norm(unit(read[0], 1e-12), axis=-1), 1.0, rtol=1e-5)
     assert bool(jnp.isfinite(jax.grad(lambda x: unit(x, 1e-12).sum())(jnp.zeros(4))).all())

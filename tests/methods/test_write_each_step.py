@@ -1,5 +1,7 @@
 """Projected methods whose steps are put into the weights one by one, so that no Z lies between them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,12 @@ import optax
 import pretraining
 import pytest
 from support import KEY, all_but_slow, assert_close
-from test_galore import BATCHES, DECAY, EVERY, PARAMS, RANK, RATE, galore, loss_of, programs, trained
+from test_galore import BATCHES, DECAY, EVERY, PARAMS, RANK, RATE, galore, loss_of, started, trained
 
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.train.step import divided
 
 DECAYED = {
     "optax": optax.adamw(RATE, weight_decay=DECAY),
@@ -46,17 +49,19 @@ def test_natural_galore_too():
 
 
 def test_between_steps_there_is_the_weight_and_its_projector_only():
-    frozen, trainable = galore(write="step").init(KEY, PARAMS)
-    _, (_, after, _) = trained(galore(write="step"), optax.adam(RATE))
-    assert jax.tree.structure(after) == jax.tree.structure(trainable)
-    assert set(after["up/kernel"]) == {"weight", "p"}
-    assert set(after["down/kernel"]) == {"weight", "q"}
     method = galore(write="step")
-    opened = method.open(frozen, after)
-    gathered = galore().init(KEY, PARAMS)[1]
+    _, trainable = method.init(KEY, PARAMS)
+    _, state = trained(method, optax.adam(RATE))
+    assert jax.tree.structure(state.trainable) == jax.tree.structure(trainable)
+    assert state.trainable["up/kernel"] == state.trainable["down/kernel"] == {}
+    assert set(state.frozen.state["up/kernel"]) == {"weight", "p"}
+    assert set(state.frozen.state["down/kernel"]) == {"weight", "q"}
+    opened = method.open(state.frozen, state.trainable)
+    gathered = galore().init(KEY, PARAMS)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    assert shapes(opened) == shapes(gathered)
-    jax.tree.map(np.testing.assert_array_equal, method.close(frozen, opened), after)
+    assert shapes((opened[0].state, opened[1])) == shapes((gathered[0].state, gathered[1]))
+    closed = method.close(*opened)
+    jax.tree.map(np.testing.assert_array_equal, closed, (state.frozen, state.trainable))
 
 
 @pytest.mark.slow
@@ -73,9 +78,9 @@ def test_steps_of_accumulation_leave_the_weights_bit_by_bit():
 @pytest.mark.slow
 def test_moments_in_eight_bits():
     tx = pj.optim.eight_bit(optax.adam(RATE), min_size=8)
-    got, (_, _, state) = trained(galore(write="step"), tx, BATCHES[:5])
+    got, state = trained(galore(write="step"), tx, BATCHES[:5])
     want, _ = trained(galore(), tx, BATCHES[:5])
-    assert any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(state))
+    assert any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(state.opt_state))
     assert_close(got[-1], want[-1], 1e-4)
 
 
@@ -84,9 +89,10 @@ def test_bfloat16_weights_are_rounded_at_each_step_and_not_otherwise():
     """By momentum, between two refreshes: Adam and new bases make much of a rounding."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     tx, batches = optax.sgd(0.3, momentum=0.9), BATCHES[:EVERY]
-    got, (_, trainable, _) = trained(galore(write="step", dtype="bfloat16"), tx, batches, params)
+    got, state = trained(galore(write="step", dtype="bfloat16"), tx, batches, params)
     want, _ = trained(galore(), tx, batches)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(trainable))
+    held = jax.tree.leaves((state.frozen, state.trainable))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in held)
     change, wanted = (
         jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, weights[-1], start)
         for weights, start in ((got, params), (want, PARAMS))
@@ -101,10 +107,11 @@ def test_in_a_chain():
         return pj.chain(inside, pj.lora(rank=2, targets=["down"]))
 
     tx = optax.adamw(RATE, weight_decay=DECAY)
-    got, (_, trainable, _) = trained(both("step"), tx)
+    got, state = trained(both("step"), tx)
     want, _ = trained(both("refresh"), tx)
     assert_close(got[-1], want[-1], 1e-5)
-    assert set(trainable["galore"]["up/kernel"]) == {"weight", "p"}
+    assert state.trainable["galore"]["up/kernel"] == {}
+    assert set(state.frozen.state["galore"]["up/kernel"]) == {"weight", "p"}
 
 
 @pytest.mark.slow
@@ -112,8 +119,9 @@ def test_in_a_chain():
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
     made = getattr(pj, name)(rank=4, every=4, targets=["layer"], basis="subspace", write="step")
     continued, whole = pretraining.resumed(made, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
-    assert set(whole.trainable["layer/kernel"]) == {"weight", "p"}
+    pretraining.assert_same_end(continued, whole)
+    assert whole.trainable["layer/kernel"] == {}
+    assert set(whole.frozen.state["layer/kernel"]) == {"weight", "p"}
 
 
 @pytest.mark.slow
@@ -126,31 +134,59 @@ def test_a_sharded_run_is_that_of_one_device():
         return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))
 
     spread = jax.tree.map(put, PARAMS)
-    got, (_, trainable, _) = trained(galore(write="step"), optax.adam(RATE), params=spread)
+    got, state = trained(galore(write="step"), optax.adam(RATE), params=spread)
     want, _ = trained(galore(write="step"), optax.adam(RATE))
     assert_close(jax.device_get(got[-1]), want[-1], 1e-5)
-    assert not trainable["up/kernel"]["weight"].sharding.is_fully_replicated
+    assert not state.frozen.state["up/kernel"]["weight"].sharding.is_fully_replicated
 
 
 def test_a_loop_that_does_not_open_is_told_so():
     method = galore(write="step")
     frozen, trainable = method.init(KEY, PARAMS)
     tx = method.optimizer(optax.adam(RATE))
+    told = r"begin each step, .* frozen, trainable = method.open\(frozen, trainable\), and end a step with"
+    with pytest.raises(PeftError, match=told):
+        tx.init(trainable)
+    state = tx.init(method.open(frozen, trainable)[1])
+    frozen = replace(frozen, advanced=True)
     grads = jax.grad(lambda t: loss_of(method.apply(frozen, t), BATCHES[0]))(trainable)
-    with pytest.raises(PeftError, match=r"begin a step with trainable = method.open\(frozen, trainable\)"):
-        tx.update(grads, tx.init(trainable), trainable)
+    with pytest.raises(PeftError, match=told):
+        tx.update(grads, state, trainable, frozen=frozen)
     with pytest.raises(PeftError, match="write must be one of refresh, step, got 'never'"):
         galore(write="never")
+
+
+def test_a_loop_that_opens_and_closes_by_hand_trains_what_pj_training_trains():
+    method, batches = galore(write="step"), BATCHES[: EVERY + 1]
+    tx = method.optimizer(optax.adam(RATE))
+    frozen, trainable = method.init(KEY, PARAMS)
+    state = tx.init(method.open(frozen, trainable)[1])
+
+    @jax.jit
+    def step(frozen, trainable, state, batch):
+        frozen, trainable = method.open(frozen, trainable)
+        grads = jax.grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
+        updates, state = tx.update(grads, state, trainable, frozen=frozen)
+        return *method.close(frozen, optax.apply_updates(trainable, updates)), state
+
+    for number, batch in enumerate(batches):
+        loss, given = (lambda params, batch=batch: loss_of(params, batch)), (frozen, trainable, state)
+        frozen, trainable, state = method.advance(loss, *given, step=number, key=KEY, tx=tx)
+        assert trainable["up/kernel"] == {}
+        frozen, trainable, state = step(frozen, trainable, state, batch)
+    wanted, _ = trained(method, optax.adam(RATE), batches)
+    assert_close(method.merge(frozen, trainable), wanted[-1], 1e-5)
 
 
 def test_a_step_is_given_less_by_what_z_has():
     """Weights, gradients and moments are the same; the compiled step has no argument for Z and the factor."""
 
     def arguments(method):
-        frozen, trainable = method.init(KEY, PARAMS)
-        tx, step, _ = programs(method, optax.adam(RATE))
-        compiled = step.lower(trainable, tx.init(trainable), frozen, BATCHES[0]).compile()
-        return compiled.memory_analysis().argument_size_in_bytes
+        run, state = started(method, optax.adam(RATE))
+        moved, fixed = divided(replace(state.frozen, advanced=True), run.moves)
+        step = jax.jit(run.run_step)
+        lowered = step.lower(state.trainable, state.opt_state, moved, fixed, BATCHES[0], KEY)
+        return lowered.compile().memory_analysis().argument_size_in_bytes
 
     gathered = galore().init(KEY, PARAMS)[1]
     z = sum(

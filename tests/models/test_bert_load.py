@@ -14,7 +14,7 @@ from peftjax.core.errors import PeftError
 from peftjax.models.bert import WEIGHTS
 from peftjax.models.bert_config import BertConfig, read_config, write_config
 from peftjax.models.load import load, save
-from peftjax.models.weight_map import Weight, linear, read_weights, to_hf
+from peftjax.models.weight_map import TensorEntry, linear, read_weights, to_hf
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +94,7 @@ def test_sharded_unprefixed_and_old_names(classifier, folder):
 
 def test_reading_holds_one_tensor_beside_the_result(folder):
     shapes = {"a/kernel": (8, 300, 200), "b/kernel": (200, 300)}
-    table = (Weight("a/kernel", "a.{layer}.weight", transpose=True), *linear("b", "b"))
+    table = (TensorEntry("a/kernel", "a.{layer}.weight", transpose=True), *linear("b", "b"))
     tensors = {f"a.{i}.weight": np.full((200, 300), i, np.float32) for i in range(8)}
     save_file({**tensors, "b.weight": np.ones((300, 200), np.float32)}, folder / "m.safetensors")
     specs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

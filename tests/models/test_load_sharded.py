@@ -144,7 +144,7 @@ def test_of_a_sharded_tensor_only_the_part_is_read(folder, monkeypatch):
     """One device's part of a stack of transposed kernels: a quarter of the layers, half of the columns."""
     numbers = counted(monkeypatch)
     name = "model.layers.{layer}.mlp.up_proj.weight"
-    weight = weight_map.Weight("blocks/feed_forward/up/kernel", name, transpose=True)
+    weight = weight_map.TensorEntry("blocks/feed_forward/up/kernel", name, transpose=True)
     tensors = describe_tensors(find_tensors(folder))
     stack = {layer: tensors[name.format(layer=layer)] for layer in range(4)}
     index = (slice(1, 2), slice(0, 32), slice(32, 64))

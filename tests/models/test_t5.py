@@ -224,7 +224,7 @@ def test_the_encoder_alone_of_a_whole_checkpoint(flan, tmp_path):
     batch = token_batch()
     encoder, own = load(tmp_path, head="encoder")
     states = encoder(own, batch)
-    np.testing.assert_array_equal(states, model.run_embed(params, batch)[1]["encoded"])
+    np.testing.assert_array_equal(states, model.run_embed(params, batch)[1].encoded)
     mask = batch["attention_mask"][..., None]
     mean = load(tmp_path, head="mean")
     np.testing.assert_allclose(mean[0](mean[1], batch), (states * mask).sum(1) / mask.sum(1), atol=1e-5)

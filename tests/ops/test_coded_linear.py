@@ -7,10 +7,11 @@ from jax.tree_util import Partial
 from support import KEY, assert_close
 
 import peftjax as pj
-from peftjax.kernels.packed_residuals import decode, encode
 from peftjax.ops.coded.linear import Input, product_at
 from peftjax.ops.coded.recompute import again_from_codes
 from peftjax.planner.residuals import kept_arrays
+from peftjax.quantize import decode
+from peftjax.quantize.affine import encode
 
 X = jax.random.normal(KEY, (7, 64))
 PARAMS = {"up": {"kernel": jax.random.normal(KEY, (64, 48)), "bias": jnp.ones(48)}}

@@ -8,8 +8,8 @@ from support import KEY, assert_close
 
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import norm_of
-from peftjax.kernels.packed_residuals import encode
 from peftjax.ops.coded.norm import normalize, statistics
+from peftjax.quantize.affine import encode
 
 B, S, D = 3, 5, 192
 X = 3 + jax.random.normal(KEY, (B, S, D))

@@ -6,7 +6,8 @@ from support import KEY
 
 from peftjax.core.errors import PeftError
 from peftjax.optim.rounding_noise import uniform
-from peftjax.quantize.blockwise import block_length, decode, encode, merged_axes
+from peftjax.quantize import decode
+from peftjax.quantize.blockwise import block_length, encode, merged_axes
 from peftjax.quantize.dynamic_map import dynamic_map
 
 BOTH = pytest.mark.parametrize("signed", [True, False])

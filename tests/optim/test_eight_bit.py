@@ -9,7 +9,7 @@ from support import KEY, all_but_slow, assert_close
 import peftjax as pj
 from peftjax.io import checkpoint
 from peftjax.optim.elementwise import is_elementwise
-from peftjax.quantize.blockwise import Codes, decode
+from peftjax.quantize import Codes, decode
 
 eight_bit = pj.optim.eight_bit
 

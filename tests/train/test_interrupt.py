@@ -56,11 +56,11 @@ def test_what_is_saved_counts_finished_checkpoints_only(tmp_path):
 # The clean-up that is left out ends the process with SIGABRT here; in earnest it crashed under a step.
 CRASHES_AT_EXIT = """
 import atexit, os, signal, sys
-from peftjax import cli
+from peftjax.cli import commands, main
 atexit.register(os.abort)
-cli._RUN[cli.Methods] = lambda command, console: signal.raise_signal(signal.SIGTERM)
+commands.RUN[commands.Methods] = lambda command, console: signal.raise_signal(signal.SIGTERM)
 sys.argv = ["peftjax", "methods"]
-cli.main()
+main.main()
 """
 
 

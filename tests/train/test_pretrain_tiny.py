@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments.pretrain_tiny import Options, pretrain, write_model
+from experiments.pretrain_tiny.run import Options, pretrain, write_model
 from peftjax.core.errors import PeftError
 from peftjax.models.load import load
 from peftjax.text.chat import compile_template, render_marked

@@ -19,7 +19,8 @@ def deterministic(params, batch, *, key=None):
 
 
 def training_of(forward, method=tiny.METHOD, **options):
-    return pj.training(method, model_loss(forward, classification), optax.sgd(1.0), **options)
+    loss = model_loss(forward, classification)
+    return pj.training(method, loss, optax.sgd(1.0), grad_norm=True, **options)
 
 
 def batch_of_unequal_weights():

@@ -1,6 +1,6 @@
-"""Residuals of a backward pass in 4 or 8 bits: a group code of any array, a grid for derivatives."""
+"""Codes of 4 or 8 bits by groups: how they lie in bytes, and the kernels that make and read them."""
 
-from peftjax.kernels.packed_residuals.codes import GROUP, Code, Grid, check, coarse, decode, encode
 from peftjax.kernels.packed_residuals.layout import pack, unpack
+from peftjax.kernels.packed_residuals.operation import dequantize, quantize
 
-__all__ = ["GROUP", "Code", "Grid", "check", "coarse", "decode", "encode", "pack", "unpack"]
+__all__ = ["dequantize", "pack", "quantize", "unpack"]

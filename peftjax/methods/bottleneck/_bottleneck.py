@@ -16,11 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone import layers
 from peftjax.backbone.context import Context
+from peftjax.backbone.functional import layer_norm, linear, norm_init, uniform_init
+from peftjax.backbone.layers import recompute
+from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack
-from peftjax.backbone.rewritten_block import RewrittenBlock
+from peftjax.backbone.rewritten import RewrittenBlock
 from peftjax.core.checks import fraction, one_of, positive
 from peftjax.methods._targets import key_for
+from peftjax.weights.dropout import drop
 
 Form = Literal["sequential", "parallel"]
 Init = Literal["lora", "bert", "houlsby"]
@@ -28,11 +33,7 @@ Norm = Literal["none", "in", "out"]
 Layer = Mapping[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
+    **{name: layers.ACTIVATIONS[name] for name in ("relu", "gelu", "gelu_new", "silu", "tanh")},
 }
 BRANCHES = ("attention", "cross_attention", "feed_forward")
 NORM_EPSILON = 1e-5
@@ -76,8 +77,7 @@ class Bottleneck:
         down_key, up_key = jax.random.split(key)
         down, up = (layers, width, self.size), (layers, self.size, width)
         if self.init_as == "lora":
-            bound = width**-0.5
-            kernels = jax.random.uniform(down_key, down, minval=-bound, maxval=bound), jnp.zeros(up)
+            kernels = uniform_init(down_key, down), jnp.zeros(up)
         elif self.init_as == "bert":
             kernels = 0.02 * jax.random.normal(down_key, down), 0.02 * jax.random.normal(up_key, up)
         else:
@@ -88,7 +88,7 @@ class Bottleneck:
             "up": {"kernel": kernels[1], "bias": jnp.zeros((layers, width))},
         }
         if self.norm != "none":
-            values["norm"] = {"scale": jnp.ones((layers, width)), "bias": jnp.zeros((layers, width))}
+            values["norm"] = norm_init((layers, width))
         if self.learn_scale:
             values["scale"] = jnp.full((layers,), self.scale)
         return values
@@ -97,36 +97,25 @@ class Bottleneck:
         self, layer: Layer, u: Float[Array, "... D"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "... D"]:
         """Δ(u), in the dtype of u."""
-        # Recomputed, so that no copy of a kernel in another dtype is kept, nor a mask, nor a normed array.
-        recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
+        # Recomputed, so that no copy of a kernel in another dtype is kept, nor a mask, nor a normed array.
         @recompute
         def down(layer: Layer, u: Array) -> Array:
-            return _linear(layer["down"], _normed(layer["norm"], u) if self.norm == "in" else u)
+            return linear(layer["down"], self._normed(layer, u) if self.norm == "in" else u)
 
         @recompute
         def up(layer: Layer, inner: Array, key: Key[Array, ""] | None) -> Array:
             active = ACTIVATIONS[self.activation](inner)
             if key is not None and self.dropout:
-                keep = jax.random.bernoulli(key, 1.0 - self.dropout, active.shape)
-                active = jnp.where(keep, active / (1.0 - self.dropout), 0)
+                active = drop(active, self.dropout, key)
             scale = layer["scale"].astype(u.dtype) if self.learn_scale else self.scale
-            out = scale * _linear(layer["up"], active)
-            return _normed(layer["norm"], out) if self.norm == "out" else out
+            out = scale * linear(layer["up"], active)
+            return self._normed(layer, out) if self.norm == "out" else out
 
         return up(layer, down(layer, u), key)
 
-
-def _linear(part: Mapping[str, Array], x: Array) -> Array:
-    return x @ part["kernel"].astype(x.dtype) + part["bias"].astype(x.dtype)
-
-
-def _normed(part: Mapping[str, Array], x: Array) -> Array:
-    """The layer norm of the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON)
-    return (wide * part["scale"] + part["bias"]).astype(x.dtype)
+    def _normed(self, layer: Layer, x: Array) -> Array:
+        return layer_norm(layer["norm"], x, NORM_EPSILON).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +149,7 @@ class Adapters:
         """The same."""
         return {branch: trained[branch] for branch in BRANCHES if branch in trained}
 
-    def rewrite(self, block: Any, name: str) -> RewrittenBlock:
+    def rewrite(self, block: BlockModule, name: str) -> RewrittenBlock:
         """The block with them."""
         return AdapterBlock(block, name, self)
 

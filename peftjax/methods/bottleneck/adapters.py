@@ -6,22 +6,11 @@
     adaptformer       h + s Δ(x) beside the feed-forward, s = 0.1             Chen et al. 2022, 2205.13535
 
 h [B, S, D] is what a branch adds to the stream, before the residual sum (in a post-norm block before its
-norm too), x [B, S, D] the stream that the branch reads, before any norm; Δ is that of `bottleneck`. Adapters
-of attention are in cross-attention too, each with its own numbers: it is an attention sublayer like the
-other. Both stacks of an encoder-decoder are adapted.
+norm too), x [B, S, D] the stream that the branch reads, before any norm; Δ is that of `Bottleneck`. Adapters
+of attention are in cross-attention too, each with its own numbers.
 
 Trained: 2 D r + D + r numbers an adapter. Backward keeps, per token and adapter, the r values before `f`,
-for h + Δ(h) also h, and for h + s Δ(x) in a post-norm block also x, once for all that reads it; a pre-norm
-block keeps x anyway, to make its norm again. None merges: f lies between two matrices. The layers that
-`layers` leaves out have no trained numbers; the scan runs adapters of zeros there.
-
-Sources and differences. Houlsby et al. also train the norms of the blocks, `pj.chain(pj.houlsby(),
-pj.unfreeze(["attention_norm", "feed_forward_norm"]))`; their kernels are N(0, 0.01²) cut at two deviations,
-in the released code N(0, 0.001²).
-Pfeiffer et al. found "feed-forward only" by search on post-norm models, with
-norms around the adapter that depend on the model; here it is He et al.'s short form, with r = D / 16 of
-BERT-base. He et al.'s own baselines begin at N(0, 0.02²) (`init="bert"`). In AdaptFormer's code a norm "out"
-comes after the scale, which then matters only against the norm's epsilon, and a trained scale begins at 1.
+for h + Δ(h) also h, and for h + s Δ(x) in a post-norm block also x.
 """
 
 from typing import Literal

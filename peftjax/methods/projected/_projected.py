@@ -145,17 +145,24 @@ def _of_projected(
     if precondition is not None:
         tx = optax.chain(unscaled, optax.masked(precondition, _are_z))
 
-    def init(params: Any) -> Any:
-        if whole:
-            require_together(name, params)
-        if not all(params.values()):
+    def require_opened(own: Own) -> None:
+        if not all(own.values()):
             raise PeftError(
                 f'{name}: with write="step" begin each step, and the optimizer, with frozen, trainable = '
                 "method.open(frozen, trainable), and end a step with method.close(frozen, trainable)"
             )
+
+    def init(params: Own) -> Any:
+        if whole:
+            require_together(name, params)
+        require_opened(params)
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(gradients: Own, state: Any, params: Any = None, **extra: Any) -> tuple[Own, Any]:
+        require_opened(gradients)
+        return tx.update(gradients, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _are_z(values: Own) -> dict[str, dict[str, bool]]:

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.backbone import Backbone, Stack
 from peftjax.backbone.context import Context
+from peftjax.backbone.protocols import DropoutKey, Params
 from peftjax.backbone.rewriting import require_one_stack
 from peftjax.core.errors import PeftError
 
@@ -27,16 +29,18 @@ def init_prompts(key: Array, length: int, width: int) -> Float[Array, "P D"]:
     return STD * jax.random.normal(key, (length, width))
 
 
-def with_prompts(who: str, backbone: Any) -> Any:
-    """The backbone whose blocks read `params[who]["prompts"]` after the tokens.
+def with_prompts(method: str, backbone: Backbone) -> Backbone:
+    """The backbone whose blocks read `params[method]["prompts"]` after the tokens.
 
     Raises:
         PeftError: it is causal or an encoder-decoder.
     """
-    require_one_stack(who, backbone, "its two stacks have no common row of tokens for prompts")
+    require_one_stack(method, backbone, "its two stacks have no common row of tokens for prompts")
     if backbone.block.config.causal:
-        raise PeftError(f"{who}: prompts come last, and no token of a causal stack reads them; use pj.prefix")
-    return dataclasses.replace(backbone, stack=PromptStack(who, backbone.stack))
+        raise PeftError(
+            f"{method}: prompts come last, and no token of a causal stack reads them; use pj.prefix"
+        )
+    return dataclasses.replace(backbone, stack=PromptStack(method, backbone.stack))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,15 @@ class PromptStack:
     """
 
     name: str
-    inner: Any
+    inner: Stack
 
     def run(
-        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, key: Any
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> Float[Array, "B S D"]:
         """What `inner` gives for the tokens."""
         if context.segments is not None:

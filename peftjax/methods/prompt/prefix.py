@@ -7,20 +7,9 @@ arXiv 2101.00190. Per layer, K_p and V_p [P, K H]:
 
     [K_p; V_p] of layer l = tanh(E W + b) W_l + b_l        E [P, D], W [D, m], W_l [m, 2 K H]
 
-λ is of a query and a head. The reparametrization by an MLP is the paper's, for training; `without_mlp` then
-leaves K_p and V_p alone. With `mlp_size=None` they are trained as they are.
-
-The prefix is a softmax over one more part, never joined to the keys, nor repeated for the rows: all rows and
-segments see it, before the causal order and outside of any window; it is not normed, not rotated, not counted
-as positions, gets no relative bias, and takes no slot of the cache. An encoder-decoder has one in all three
-kinds of attention, each from its own MLP, as in the released code.
-
-Trained: P D + (D + 1) m + (m + 1) 2 L K H a kind of attention, or 2 L P K H. Backward keeps nothing a token,
-only P m values of the MLP. A fresh prefix is not the base: even zero keys take their λ. It does not merge.
-
-E ~ N(0, 1) and W ~ U(±1/√in) as in the released code, whose biases are drawn too; here they are zero. Without
-the MLP keys and values are N(0, 0.02²), as in He et al.'s code; Hugging Face's PEFT draws them from N(0, 1).
-There the tokens' positions begin at P, here at 0: the stored keys of a rotary model differ by that rotation.
+With `mlp_size=None` keys and values are trained as they are; `without_mlp` makes that of the other. Trained:
+P D + (D + 1) m + (m + 1) 2 L K H a kind of attention, or 2 L P K H. Backward keeps nothing a token, only P m
+values of the MLP. A fresh prefix is not the base: even zero keys take their λ. It does not merge.
 """
 
 import dataclasses
@@ -32,8 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from peftjax.backbone.context import Context
+from peftjax.backbone.functional import uniform_init
+from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack, require_backbone
-from peftjax.backbone.rewritten_block import RewrittenBlock
+from peftjax.backbone.rewritten import RewrittenBlock
 from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
@@ -42,6 +33,7 @@ from peftjax.methods._targets import key_for
 from peftjax.transform.frozen import Params, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Forward, Transform
+from peftjax.weights.dropout import drop
 
 
 @register(
@@ -106,16 +98,11 @@ class Prefix:
                 n: self.init_std * jax.random.normal(k, shape) for n, k in zip(names, jax.random.split(key))
             }
         first, second, third = jax.random.split(key, 3)
-
-        def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
-            bound = shape[-2] ** -0.5
-            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
         return {
             "embedding": jax.random.normal(first, (self.length, stack.width)),
-            "inner": {"kernel": uniform(second, (stack.width, size)), "bias": jnp.zeros(size)},
+            "inner": {"kernel": uniform_init(second, (stack.width, size)), "bias": jnp.zeros(size)},
             "output": {
-                "kernel": uniform(third, (layers, size, 2 * width)),
+                "kernel": uniform_init(third, (layers, size, 2 * width)),
                 "bias": jnp.zeros((layers, 2 * width)),
             },
         }
@@ -127,14 +114,14 @@ class Prefix:
             own = keys_and_values(values)
             if key is not None and self.dropout:
                 own_key = key_for(key, f"{branch}/prefix")
-                keep = jax.random.bernoulli(own_key, 1.0 - self.dropout, (2, *own["keys"].shape))
-                own = {n: jnp.where(k, own[n] / (1.0 - self.dropout), 0) for n, k in zip(own, keep)}
+                dropped = drop(jnp.stack([own["keys"], own["values"]]), self.dropout, own_key)
+                own = {"keys": dropped[0], "values": dropped[1]}
             if len(stack.layers) < stack.num_layers:
                 own["seen"] = jnp.ones(own["keys"].shape[:2], bool)
             added[branch] = own
         return {"prefix": added}
 
-    def rewrite(self, block: Any, name: str) -> RewrittenBlock:
+    def rewrite(self, block: BlockModule, name: str) -> RewrittenBlock:
         """The block whose attentions see it."""
         return PrefixBlock(block, name)
 
@@ -186,8 +173,8 @@ def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Train
     Raises:
         PeftError: the model is not such a decoder, or there is no token.
     """
-    require_backbone("prefix_of", model)
-    if getattr(model.config, "rope", None) is None:
+    backbone = require_backbone("prefix_of", model)
+    if getattr(backbone.config, "rope", None) is None:
         raise PeftError("prefix_of: places before the first need rotary positions, and the model has none")
     length = len(tokens)
     if not length:
@@ -195,10 +182,10 @@ def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Train
 
     def read(params: Params, tokens: Array) -> Any:
         places = jnp.arange(-length, 0)[None]
-        hidden, context = model.run_embed(params, {"input_ids": tokens, "position_ids": places})
+        hidden, context = backbone.run_embed(params, {"input_ids": tokens, "position_ids": places})
         context = dataclasses.replace(context, mask=jnp.ones((1, length), bool), cache_index=0)
-        cache = model.empty_cache(params, hidden, context)
-        return model.run_blocks_cached(params, hidden, context, cache)[1]["attention"]
+        cache = backbone.empty_cache(params, hidden, context)
+        return backbone.run_blocks_cached(params, hidden, context, cache)[1]["attention"]
 
     cache = adapt(read)(params, jnp.asarray(tokens, jnp.int32)[None])
     # [L, 1, K, P, H] to [L, P, K H]

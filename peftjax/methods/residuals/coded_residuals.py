@@ -5,41 +5,23 @@ operations in 4 bits, by way of their derivatives. No code and no details are pu
 
     forward   as it is, bit for bit
     backward  activation  4-bit codes of its derivative on a fixed grid; of ReLU one bit, exact
-              gated       8-bit codes of both inputs, of which everything is made again
+              gated       8-bit codes of both inputs, of which everything is recomputed
               norm        4-bit codes of the normalized x̂, and 1/σ in float32
-              attention   4-bit codes of q, k and v; its weights are made again, by blocks of rows
+              attention   4-bit codes of q, k and v; its weights are recomputed, by blocks of rows
               linear      frozen: nothing. Trained or adapted: 8-bit codes of its input, one for q, k and v;
                           of a norm's result only the four bits that its own codes lack
 
-It trains nothing and goes beside a method: `pj.chain(pj.coded_residuals(), pj.lora())`. What the gradient of
-a weight needs is read off the program, so any method of weights, plain or structured, may stand there.
-
-Kept per token and block, in bits. D, q, k and F are the widths of stream, queries, keys and inner layer. A
-group of 64 values has 32 bits more: 4 bits are 4.5 on average, and 8 are 8.5.
-
-    frozen linear layers     9 D + 64 + 4.5 (q + 2 k) + 4 F          gated: 17 F in the place of 4 F
-    LoRA on q and v          + 4 D                                   post-norm: + 8.5 D
-    LoRA on every layer      + 8 D + 8.5 (q + F)                     post-norm: + 17 D in the place of 8 D;
-                                                                     gated: no 8.5 F
-
-Trained scales of norms add 4 bits a value where no linear layer after them has added those. Norms after a
-branch (sandwich) and of q and k keep 4.5 bits a value. With `activation=8` an activation keeps 8.5 F, and the
-layer after it nothing: less than 12.5 F where that one is trained. Nothing is made again but attention, so
-`remat` beside it would only cost time.
-
-Measured on 12 blocks of width 128, the cosine of the whole gradient with the exact one is above 0.999. That
-of the queries' and keys' own gradients is about 0.99; `attention=8`, 4 (q + 2 k) bits more, brings it above
-0.999 too.
+It trains nothing and goes beside a method: `pj.chain(pj.coded_residuals(), pj.lora())`.
 """
 
 import dataclasses
-from typing import Any
 
 from jax import Array
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import rewrite_stacks
-from peftjax.kernels.packed_residuals import GROUP
 from peftjax.ops.coded.bits import Bits
+from peftjax.quantize.affine import GROUP
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import register
 from peftjax.transform.transform import Forward, Transform
@@ -88,16 +70,16 @@ def coded_residuals(
     return Transform("coded_residuals", {}, init, apply, model)
 
 
-def with_codes(who: str, forward: Forward, bits: Bits) -> Forward:
+def with_codes(method: str, forward: Forward, bits: Bits) -> Backbone:
     """The backbone whose blocks, and its encoder's, keep residuals in so many bits.
 
     Raises:
         PeftError: it is not a backbone.
     """
 
-    def rewrite(backbone: Any) -> Any:
+    def rewrite(backbone: Backbone) -> Backbone:
         block = backbone.block
         config = dataclasses.replace(block.config, residuals=bits)
         return dataclasses.replace(backbone, block=block.clone(config=config))
 
-    return rewrite_stacks(who, forward, rewrite)
+    return rewrite_stacks(method, forward, rewrite)

@@ -4,19 +4,12 @@ Jin et al. 2025, arXiv 2503.08154 ("S2A", under several titles). No code is publ
 abstract's idea is followed here: tune what needs little of the activations, and keep the rest in 4 bits.
 
     bias    b trained; db = Σ over tokens of g: nothing is kept. A norm's shift is one; its scale stays frozen
-    prompt  P trained tokens after a row's own, in an encoder: see `prompt_tokens`
+    prompt  P trained tokens after a row's own, in an encoder: see `_prompt_tokens`
     side    u = pool(sg(h)),   h + attention(h) + Up(f(Down(u)))     Down: D -> d,  Up: d -> D, zero at first
     blocks  as with `coded_residuals`
 
-`h` is what enters a block; its gradient does not pass the side module. `pool` is the mean of `pool` tokens in
-a row, without padding; each of them gets the result. In a causal stack it would show a token what comes after
-it, so there it is 1.
-
 Trained: the biases but those of keys, 2 D d + d + D numbers a layer, and P D. Backward keeps D / pool values
 of u and d / pool more a token and layer, and the codes of the blocks. With biases alone the result merges.
-
-The abstract reports a fourth of the memory at 0.9 % trained parameters. d = 16, two to four tokens a pool and
-a group of 64 are usual sizes, not the authors'.
 """
 
 import dataclasses
@@ -28,9 +21,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import add_to_blocks, require_one_stack, rewrite_stacks, stacks_of
-from peftjax.backbone.rewritten_block import RewrittenBlock
+from peftjax.backbone.rewritten import RewrittenBlock
 from peftjax.core import tree
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
@@ -143,7 +137,7 @@ def s2a(
         return add_to_blocks("s2a", params, added) if added else params
 
     def model(forward: Forward) -> Forward:
-        def rewrite(backbone: Any) -> Any:
+        def rewrite(backbone: Backbone) -> Backbone:
             own_pool = 1 if backbone.block.config.causal else pool
             return dataclasses.replace(backbone, block=SideBlock(backbone.block, "s2a", bottleneck, own_pool))
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.backbone import Backbone, Layer, Stack
 from peftjax.backbone.context import Context
+from peftjax.backbone.protocols import Cache, DropoutKey, Params
 from peftjax.core.errors import PeftError
 from peftjax.methods.bottleneck._bottleneck import BRANCHES, Bottleneck
 from peftjax.ops.reversible import Coupling, Pair, inverse_errors, reversible
@@ -35,7 +37,7 @@ class ReversibleStack:
         every: layers between two kept pairs; 0 keeps the last alone.
         adapter: the bottleneck that stands alone, where F or G is one.
         num_reversible: how many of the layers, from the lowest on; None is all.
-        replaced: the stack that it stands in the place of, whose cache it uses.
+        replaced: the stack it is used instead of, whose cache it uses.
     """
 
     name: str
@@ -45,7 +47,7 @@ class ReversibleStack:
     every: int
     adapter: Bottleneck | None
     num_reversible: int | None
-    replaced: Any
+    replaced: Stack
 
     @property
     def is_exact(self) -> bool:
@@ -53,7 +55,12 @@ class ReversibleStack:
         return self.every == 1 or self.num_reversible == 0
 
     def run(
-        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, key: Array | None
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> Float[Array, "B S D"]:
         """The mean of the streams after the last block."""
         pair = _both(hidden)
@@ -63,7 +70,7 @@ class ReversibleStack:
             pair = reversible(f, g, pair, context, lower, self.coupling, every=self.every)
         if upper is not None:
 
-            def body(pair: Pair, layer: Any) -> tuple[Pair, None]:
+            def body(pair: Pair, layer: Layer) -> tuple[Pair, None]:
                 of_f, of_g = (lambda x, call=call: call(context, layer, x) for call in (f, g))
                 return self.coupling.forward(of_f, of_g, pair), None
 
@@ -71,7 +78,7 @@ class ReversibleStack:
         return _mean(pair, hidden)
 
     def reconstruction(
-        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> Float[Array, " R"]:
         """The largest absolute error of each reversible layer's inputs as backward makes them."""
         lower, _ = self._halves(model, model.layers(params))
@@ -80,7 +87,7 @@ class ReversibleStack:
         f, g = (self.branch(model, part) for part in (self.f, self.g))
         return inverse_errors(f, g, _both(hidden), context, lower, self.coupling, every=self.every)
 
-    def _halves(self, model: Any, layers: Any) -> tuple[Any, Any]:
+    def _halves(self, model: Backbone, layers: Layer) -> tuple[Layer | None, Layer | None]:
         """The layers that are reversible and those that are not, None for no layer.
 
         All of one kind are not sliced: a slice is a copy of the parameters.
@@ -94,10 +101,10 @@ class ReversibleStack:
         halves = slice(number), slice(number, None)
         return tuple(jax.tree.map(lambda leaf, part=part: leaf[part], layers) for part in halves)
 
-    def branch(self, model: Any, part: Part) -> Callable[[Context, Any, Array], Array]:
+    def branch(self, model: Backbone, part: Part) -> Callable[[Context, Layer, Array], Array]:
         """F or G as a function `(context, layer, x) -> update`, from float32 to float32."""
 
-        def run(context: Context, layer: Any, x: Array) -> Array:
+        def run(context: Context, layer: Layer, x: Array) -> Array:
             x = x.astype(model.dtype)
             out = (
                 self._adapted(layer, x)
@@ -108,16 +115,16 @@ class ReversibleStack:
 
         return run
 
-    def empty_cache(self, model: Any, params: Any, hidden: Array, context: Context) -> Any:
+    def empty_cache(self, model: Backbone, params: Params, hidden: Array, context: Context) -> Cache:
         """As of the stack it stands for: keys and values are one stream's, F's or G's."""
         return self.replaced.empty_cache(model, params, hidden, context)
 
     def run_cached(
-        self, model: Any, params: Any, hidden: Float[Array, "B S D"], context: Context, cache: Any
-    ) -> tuple[Float[Array, "B S D"], Any]:
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
         """As `run` for further tokens, each with both its streams; the cache is changed in place."""
 
-        def body(carry: tuple[Pair, Any], layer: Any) -> tuple[Any, None]:
+        def body(carry: tuple[Pair, Cache], layer: Layer) -> tuple[Any, None]:
             pair, cache = carry
 
             def branch(part: Part) -> Callable[[Array], Array]:
@@ -138,7 +145,7 @@ class ReversibleStack:
         (pair, cache), _ = jax.lax.scan(body, start, model.layers(params), unroll=model.unroll)
         return _mean(pair, hidden), cache
 
-    def _adapted(self, layer: Any, x: Array) -> Array:
+    def _adapted(self, layer: Layer, x: Array) -> Array:
         own = layer.weights[self.name]
         # The adapters of the branches fold in smaller numbers.
         key = jax.random.fold_in(own["key"], len(BRANCHES)) if "key" in own else None

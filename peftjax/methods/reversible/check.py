@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
@@ -100,14 +101,15 @@ def meft_check(
     Raises:
         PeftError: the method has no reversible stack.
     """
+    frozen = dataclasses.replace(frozen, advanced=True)
     forward = _reversible(method, model)
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
-    own, worst = error_of(forward.stack.every)
+    own, worst = error_of(_stack_of(forward).every)
     bound = accepted(error_of, forward, threshold)
     errors = jax.jit(lambda params, batch: adapt(reconstruction(forward))(params, batch))
     found = errors(method.apply(frozen, trainable), batch)
     return MeftReport(
-        anchor_every=forward.stack.every,
+        anchor_every=_stack_of(forward).every,
         reconstruction={name: tuple(map(float, np.asarray(part))) for name, part in found.items()},
         gradient_error=own,
         worst=worst,
@@ -121,10 +123,10 @@ def warn_of_inexact(
 ) -> str | None:
     """What a run says before its first step, where the gradients are not exact enough."""
     forward = _reversible(method, model)
-    if forward.stack.is_exact:
+    if _stack_of(forward).is_exact:
         return None
     error_of = _gradient_errors(method, forward, frozen, trainable, batch, loss)
-    error, worst = error_of(forward.stack.every)
+    error, worst = error_of(_stack_of(forward).every)
     bound = accepted(error_of, forward, THRESHOLD)
     if error < bound:
         return None
@@ -135,17 +137,23 @@ def warn_of_inexact(
     )
 
 
-def _reversible(method: Transform, model: Forward) -> Any:
+def _reversible(method: Transform, model: Forward) -> Backbone:
     forward = method.model(model)
-    if not isinstance(getattr(forward, "stack", None), ReversibleStack):
+    if not isinstance(forward, Backbone) or not isinstance(forward.stack, ReversibleStack):
         raise PeftError(f"meft_check: {method.name} has no reversible stack; give pj.meft or a chain with it")
     return forward
 
 
+def _stack_of(forward: Backbone) -> ReversibleStack:
+    assert isinstance(forward.stack, ReversibleStack)
+    return forward.stack
+
+
 def _gradient_errors(
-    method: Transform, forward: Any, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
+    method: Transform, forward: Backbone, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
 ) -> Callable[[int], tuple[float, str]]:
     """`anchor_every -> (the largest error, whose)`, each compiled once."""
+    frozen = dataclasses.replace(frozen, advanced=True)  # what a run asks before its first step
 
     def gradients(changed: Forward) -> dict[str, Array]:
         def value(trainable: Trainable, frozen: Frozen, batch: Any) -> Array:
@@ -163,7 +171,7 @@ def _gradient_errors(
     return error_of
 
 
-def accepted(error_of: Callable[[int], tuple[float, str]], forward: Any, threshold: float) -> float:
+def accepted(error_of: Callable[[int], tuple[float, str]], forward: Backbone, threshold: float) -> float:
     """The threshold, or what the rounding of a shorter dtype does without any inverse."""
     return threshold if forward.dtype == "float32" else max(threshold, 2.0 * error_of(1)[0])
 
@@ -173,15 +181,17 @@ def _largest(error_of: Callable[[int], tuple[float, str]], num_layers: int, boun
     return next((every for every in candidates(num_layers) if error_of(every)[0] < bound), 1)
 
 
-def _depths(forward: Any) -> set[int]:
+def _depths(forward: Backbone) -> set[int]:
     own = {forward.num_layers}
     return own if forward.encoder is None else own | {forward.encoder.num_layers}
 
 
-def with_stack(forward: Any, **changes: Any) -> Any:
+def with_stack(forward: Backbone, **changes: Any) -> Backbone:
     """The backbone, and its encoder, with changes to their reversible stacks."""
     encoder = None if forward.encoder is None else with_stack(forward.encoder, **changes)
-    return dataclasses.replace(forward, stack=dataclasses.replace(forward.stack, **changes), encoder=encoder)
+    return dataclasses.replace(
+        forward, stack=dataclasses.replace(_stack_of(forward), **changes), encoder=encoder
+    )
 
 
 def candidates(num_layers: int) -> list[int]:
@@ -215,12 +225,12 @@ def _by_layer(path: str, found: Array, exact: Array, layers: set[int]) -> Iterat
         yield f"{path}, layer {layer}", a[layer], b[layer]
 
 
-def reconstruction(forward: Any) -> Callable[[Any, Any], dict[str, Array]]:
+def reconstruction(forward: Backbone) -> Callable[[Any, Any], dict[str, Array]]:
     """`(params, batch) -> errors [reversible layers]` of each stack by its name."""
 
     def errors(params: Any, batch: Any) -> dict[str, Array]:
         hidden, context = forward.run_embed(params, batch)
-        found = {"blocks": forward.stack.reconstruction(forward, params, hidden, context)}
+        found = {"blocks": _stack_of(forward).reconstruction(forward, params, hidden, context)}
         if forward.encoder is not None:
             of_encoder = {**params["encoder"], "embed": params["embed"]}
             found["encoder"] = reconstruction(forward.encoder)(of_encoder, batch)["blocks"]

@@ -1,55 +1,17 @@
 """MEFT: a pre-trained transformer made reversible by inserting adapters.
 
-Liao, Tan and Monz, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient Fine-Tuning",
-NeurIPS 2023, arXiv 2306.00477.
+Liao, Tan and Monz, NeurIPS 2023, arXiv 2306.00477. Two streams x1, x2 [B, S, D], which both start as the
+embeddings:  y1 = λ x1 + F(x2),  y2 = β x2 + G(y1),  output (x1 + x2) / 2
 
-Two streams x1, x2 [B, S, D], which both start as the embeddings, go through layers that can be inverted:
+    variant   F                                G                               next (x1, x2)   λ     β
+    1         layer, adapter a beside its      adapter r                       (y2, y1)        0.1   1
+              feed-forward
+    2         adapter r                        the layer, as F of variant 1    (y2, y1)        1     0.1
+    3         attention, adapter after it      feed-forward, adapter a         (y1, y2)        0.1   0.1
 
-    y1 = λ x1 + F(x2)        y2 = β x2 + G(y1)        output (x1 + x2) / 2
-
-    variant   F                            G                               next (x1, x2)   λ     β
-    1         the layer, adapter a         adapter r                       (y2, y1)        0.1   1
-              beside its feed-forward
-    2         adapter r                    the layer, as F of variant 1    (y2, y1)        1     0.1
-    3         attention, adapter after     feed-forward, adapter a         (y1, y2)        0.1   0.1
-              its output                   beside it
-
-An adapter is u -> f(u W_down + b) W_up + b', W_down [D, r], W_up [r, D] (see `bottleneck`). With small
-adapters and λ (or β) the streams stay close to the states of the pre-trained model, where training starts.
-
-Trained: 2 (2 D r + D + r) numbers a layer, and half as many more in variant 3 where a layer has
-cross-attention. W_down and W_up start as N(0, 0.02²), as released, and not as zero: the first outputs are
-near the pre-trained model's, not equal.
-
-Backward keeps the two streams after the last layer and after every `anchor_every` layers below it, float32
-[B, S, D] each, and keys of dropout; it makes a layer's inputs again from its outputs, and the layer once more
-with its derivative. With `anchor_every=0` that does not grow with the number of layers. The backbone's
-`remat` policy and `unroll` are for layers above `num_reversible`: a reversible one is made again in any case.
-
-The inverse divides by λ and β, so that its rounding errors grow with every layer by about the layer's
-Lipschitz constant over λ (variant 3: over λ β). The largest relative error of an adapter's gradient in one
-layer beside ordinary backpropagation, float32, the larger of two models (12 random post-norm layers of width
-256; the 6 of all-MiniLM-L6-v2), by `anchor_every`; 0 is the 12 random layers alone:
-
-    variant, λ, β           2       3       4       6       0
-    1, 0.1, 1            2e-6    2e-5    3e-5    1e-2    9e+0
-    2, 1, 0.1            5e-6    4e-5    9e-5    3e-2    7e+0
-    3, 0.1, 0.1          3e-5    3e-3    1e-1    3e+0    1e+0
-    1, 0.5, 1            6e-7       -    8e-7    8e-6    9e-5
-    2, 1, 0.5            8e-7       -    1e-6    1e-5    1e-4
-    3, 0.5, 0.5          1e-6       -    3e-6    2e-4    2e-1
-    3, 0.7, 0.7          6e-7       -    1e-6    1e-5    2e-4
-
-The defaults, 4, 3 and 2, keep it below 1e-3. In bfloat16, where rounding alone makes 1e-2, errors of the
-released settings grow beyond that sooner, and the defaults are 2, 1 and 1: 1 inverts nothing and keeps every
-layer's streams, more than `remat` does without MEFT. What keeps less is a gentler λ or β, at the price of a
-start that is farther from the pre-trained model; `meft_check` tells for a model, a batch and an adapter how
-far `anchor_every` may go, and a training run warns where it goes too far.
-
-Differences: the paper's code is for BERT, where all norms come after the branches; here other norm orders are
-run as they are, and so is cross-attention, which is part of the attention and adapted like it. The released
-code calls λ = β = 0.1 its defaults, but its scripts use the table's; so does this. There are no anchors in
-the paper.
+Trained: 2 (2 D r + D + r) numbers a layer, and half as many more in variant 3 with cross-attention. Backward
+keeps two float32 streams after the last layer and after every `anchor_every` layers below it; it recomputes
+a layer's inputs from its outputs, whose rounding errors `meft_check` measures.
 """
 
 import dataclasses
@@ -58,6 +20,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import add_to_blocks, require_scan, rewrite_stacks, stacks_of
 from peftjax.core.checks import at_least, one_of, positive
 from peftjax.methods._targets import key_for
@@ -186,7 +149,7 @@ def meft(
         return add_to_blocks(NAME, frozen.params, added)
 
     def model(forward: Forward) -> Forward:
-        def rewrite(backbone: Any) -> Any:
+        def rewrite(backbone: Backbone) -> Backbone:
             require_scan(NAME, backbone)
             of_float32, of_shorter = chosen.anchor_every
             every = of_float32 if backbone.dtype == "float32" else of_shorter
@@ -216,7 +179,7 @@ def _activated(adapters: Adapters, activation: str) -> Adapters:
     return Adapters(**changed)
 
 
-def _activation_of(backbone: Any) -> str:
+def _activation_of(backbone: Backbone) -> str:
     name = getattr(backbone.block.config, "activation", None)
     name = _SAME_ACTIVATION.get(name, name)
     return name if name in ACTIVATIONS else "gelu"

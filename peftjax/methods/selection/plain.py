@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core import tree
+from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
@@ -99,7 +99,7 @@ def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transfor
             who=name,
             exclude=exclude,
             eligible=_is_floating,
-            names=tree.names_of_parameter,
+            names=naming.names_of_parameter,
         )
 
     return _training(name, find)

@@ -1,39 +1,17 @@
-"""LST: a small network beside the backbone, fed by it and trained in its place.
+"""LST: a small network beside the backbone, fed by it and trained instead of it.
 
-Paper: Sung, Cho, Bansal, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning",
-NeurIPS 2022, arXiv 2206.06522.
+Sung, Cho and Bansal, "LST: Ladder Side-Tuning", NeurIPS 2022, arXiv 2206.06522.
 
     h_0 = embeddings,   h_i+1 = Block_i(h_i)                                        [B, S, D], frozen
     s = h_0 W_first + b_first                                                       [B, S, d], d = D / r
     for every used layer i:
         s = μ_i s + (1 - μ_i) (h_i+1 W_down,i + b_down,i)                           μ_i = sigmoid(a_i / T)
-        s = SideBlock_i(s)
+        s = SideBlock_i(s)                                                          the family's, d wide
     outputs = head(norm(s) W_up + b_up)
 
-SideBlock is the family's own block with D, F and the heads' width divided by r, as many heads, and a copy of
-T5's table of relative positions. With rotary positions its heads turn by every r-th angle: the angles of a
-head r times smaller. An encoder-decoder has a side network in both stacks; the decoder's cross-attends to the
-encoder's last s.
-
-Trained: the side network alone: of a used layer about 4 d² + 2 d F / r numbers, and D d of W_down. It does
-not merge.
-
-Backward keeps h_0 and h_i+1 of the used layers, the inputs of W_down, once and in the compute dtype, and what
-the side's blocks keep of width d; nothing else of the backbone, through which no gradient is computed: a
-chain with a method that trains something in its embeddings or blocks is an error; its head may be trained.
-Layers after the last used one are not run where nothing reads them. Evaluation holds the same h_i+1 for the
-length of a forward pass.
-
-Start: the backbone pruned by `scores` (see `side_pruning`), W_first, W_down, W_up and their biases
-U(±1/√in), a = 0. Defaults r = 8, T = 0.1 are the paper's. Its learning rate for T5 is 3e-3; T5-base leaves
-out layers 0, 4 and 8, T5-large uses every second layer, T5-3B the last.
-
-Differences: the paper's figure feeds the side's block i by h_i, its code (and this) by h_i+1. Both streams
-begin with the same dropout mask. The head is the family's whole head, with its last norm; in the authors' T5
-the output layer reads W_up's result without it. Their code has a list of used layers for the encoder and one
-for the decoder, which are equal in all their settings; here `side_layers` is that of both. In BART they rank
-the outputs of q, k and v by the size of the sum of the scores' logarithms, which prefers small scores; here
-it is the product, as elsewhere in their code.
+Trained: the side network alone, about 4 d² + 2 d F / r and D d numbers a used layer; it does not merge.
+Backward keeps h_0 and h_i+1 of the used layers, in the compute dtype, and what the side's blocks keep of
+width d; no gradient is computed through the backbone, of which only the head may be trained beside it.
 """
 
 import dataclasses
@@ -44,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import require_backbone, require_scan, stacks_of
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._ladder import Ladder
-from peftjax.methods.side._ladder_ends import BothStates, SideEmbed
-from peftjax.methods.side._side_start import require_plain, start
+from peftjax.methods.side._lst_ladder import BothStates, Ladder, SideEmbed
+from peftjax.methods.side._lst_start import require_plain, start
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Forward, GradientCut, Transform
@@ -138,7 +116,7 @@ def lst(
         return _added(frozen.params, sides)
 
     def model(forward: Forward) -> Forward:
-        require_backbone(NAME, forward)
+        backbone = require_backbone(NAME, forward)
         ladder = {
             "reduction": reduction,
             "side_layers": None if used is None else tuple(used),
@@ -147,16 +125,16 @@ def lst(
             "backbone_dropout": backbone_dropout,
         }
         encoder = None
-        if forward.encoder is not None:
-            encoder = _laddered(forward.encoder, **ladder, merge_last=False, encodes=True)
+        if backbone.encoder is not None:
+            encoder = _laddered(backbone.encoder, **ladder, merge_last=False, encodes=True)
             encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
-        return dataclasses.replace(_laddered(forward, **ladder, merge_last=merge_last), encoder=encoder)
+        return dataclasses.replace(_laddered(backbone, **ladder, merge_last=merge_last), encoder=encoder)
 
     cut = GradientCut(f"let it change the side network: {NAME}(side=...)")
     return Transform(NAME, config, init_side, apply, model, cut=cut)
 
 
-def _laddered(backbone: Any, *, reduction: int, **settings: Any) -> Any:
+def _laddered(backbone: Backbone, *, reduction: int, **settings: Any) -> Backbone:
     """The backbone of one stack with its side network."""
     require_scan(NAME, backbone)
     config = backbone.block.config

@@ -10,39 +10,26 @@ with d = D / factor; s and t run over the layers below the guide g = X_{L-1}, fo
     u   = LN(relu(z) W_o + b_o) + tanh(γ / 0.1) H_{L-1}
     H_L = Block_L(u)                              the frozen last layer, whose output the head reads
 
-γ starts at 0: at first nothing of H_{L-1} itself goes through. All but the last layer works on one token,
-so that in a decoder the order of tokens holds, and the cache is that of the blocks, the last layer's of u.
-
 Trained: all of that, D d + 3 d a layer, D d + 3 D + d + 2 for all. Backward keeps H_s and X_s of every
-layer, D + d numbers a token, and what the last layer alone keeps, since the gradient passes through it;
-nothing of its weights, and nothing in the layers before. A LoRA chained with it is trained in the last
-layer alone, and stays as it is in the others and below.
-
-Defaults of the released code for texts of VSE-infty: factor 2, dropout 0.1 on what LN gives, torch's
-initial values, but for γ none zero. Weight decay pulls γ to 0 there; exclude it where that is not wanted.
-The forms of the other task trees (gated ways down, one token for each layer, no late layer) are left out,
-and an encoder-decoder is: its decoder would read other states of the encoder in the last layer than in the
-rest.
+layer, D + d numbers a token, and what the last layer alone keeps.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.backbone import Backbone, Layer, Stack
 from peftjax.backbone.context import Context
+from peftjax.backbone.functional import Part, linear_init, linear_norm, norm_init
+from peftjax.backbone.layers import dropout, recompute
+from peftjax.backbone.protocols import Cache, DropoutKey
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan, stacks_of
 from peftjax.core.checks import fraction, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._features import (
-    Part,
-    drop,
-    linear_init,
-    linear_norm,
-    norm_init,
-    recompute,
+from peftjax.methods.side._layer_states import (
     states_of,
     states_of_cached,
     unit,
@@ -92,13 +79,13 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         if layers < 2:
             raise PeftError(f"{NAME}: one layer has no earlier ones to merge; use pj.lora")
         keys = jax.random.split(key, 3)
-        confidence = linear_init(keys[1], (), inner, 1)
+        confidence = linear_init(keys[1], (inner, 1))
         return Frozen(params), {
-            "down": linear_init(keys[0], (layers,), width, inner),
-            "down_norm": norm_init((layers,), inner),
+            "down": linear_init(keys[0], (layers, width, inner)),
+            "down_norm": norm_init((layers, inner)),
             "confidence": {"weight": confidence["kernel"][:, 0], "bias": confidence["bias"][0]},
-            "out": linear_init(keys[2], (), inner, width),
-            "out_norm": norm_init((), width),
+            "out": linear_init(keys[2], (inner, width)),
+            "out_norm": norm_init((width,)),
             "gamma": jnp.zeros(()),
         }
 
@@ -107,10 +94,10 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         return {**frozen.params, NAME: own}
 
     def model(forward: Forward) -> Forward:
-        require_backbone(NAME, forward)
-        require_scan(NAME, forward)
-        _require_one_stack(forward)
-        return dataclasses.replace(forward, stack=LateStack(dropout, forward.stack))
+        backbone = require_backbone(NAME, forward)
+        require_scan(NAME, backbone)
+        _require_one_stack(backbone)
+        return dataclasses.replace(backbone, stack=LateStack(dropout, backbone.stack))
 
     return Transform(NAME, {}, init, apply, model)
 
@@ -126,27 +113,34 @@ class LateStack:
 
     name: ClassVar[str] = NAME
     dropout: float
-    inner: Any
+    inner: Stack
 
     def run(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: Any
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> Float[Array, "B S D"]:
         """H_L; the blocks drop out as they do alone."""
         _, states = states_of(model, params, hidden, context, key, run_last=False)
 
-        def run_last(entering: Array, layer: Any) -> Array:
+        def run_last(entering: Array, layer: Layer) -> Array:
             return model.run_layer(layer, entering, context)
 
         entering = self._entering(params[NAME], states)
         return model.checkpointed(run_last)(entering, _last(model, model.layers(params, key)))
 
-    def empty_cache(self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context) -> Any:
+    def empty_cache(
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
+    ) -> Cache:
         """That of the blocks."""
         return self.inner.empty_cache(model, params, hidden, context)
 
     def run_cached(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Any
-    ) -> tuple[Float[Array, "B S D"], Any]:
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
         """`run` for further tokens; the last layer runs twice, and what it writes of u stays."""
         _, cache, states = states_of_cached(model, params, hidden, context, cache)
         entering = self._entering(params[NAME], states)
@@ -163,7 +157,7 @@ class LateStack:
         def widen(own: Params, merged: Array, last: Array) -> Array:
             update = linear_norm(own["out"], own["out_norm"], jax.nn.relu(merged), OUT_EPSILON)
             gate = jnp.tanh(own["gamma"] / TEMPERATURE).astype(last.dtype)
-            return drop(update, own.get("key"), self.dropout) + gate * last
+            return dropout(update, self.dropout, own.get("key")) + gate * last
 
         # A layer at a time, so that backward makes again what one layer needs.
         narrowed = jax.lax.map(lambda xs: narrow(*xs), (own["down"], own["down_norm"], states))
@@ -197,9 +191,9 @@ def redundancy(early: Float[Array, "n B S d"]) -> Float[Array, "n B S"]:
     return jnp.maximum(jax.nn.relu(cosines).sum(axis=1), 1.0)
 
 
-def _last(model: Any, layers: Any) -> Any:
+def _last(model: Backbone, layers: Layer) -> Layer:
     return jax.tree.map(lambda leaf: leaf[model.num_layers - 1], layers)
 
 
-def _require_one_stack(owner: Any) -> None:
+def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "its form for two stacks has another encoder's output in the last layer")

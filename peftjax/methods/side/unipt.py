@@ -8,25 +8,9 @@ with d = D / factor:
     c   = softmax_l( w · (mean(Q) * mean(T_l)) )  l = 0 ... L-1;  the means over visible tokens
     out = relu(Q + LN(R W + b)) W_up + b_up  [B, S, D]            what the model's head reads
 
-No scale, no softmax over keys; a query that no key answers has a row of zeros, and R_l = T_l there. In a
-decoder a token sees those before it, in A and in the means, and the cache has T_l and Q of the tokens so
-far.
-
-The variants are those of the released task trees, of which each output is given for every token:
-
-    vse         as above (texts of VSE-infty)
-    clip4clip   T_l = relu(H_l) W_l + b_l, aggregated with l = L; Q has weights of its own, as every
-                token's c has, softmax_l( w · (Q * mean(T_l)) ), and out = H_L + relu(R) W_up + b_up
-    clip_vil    LN(relu(R W_1 + b_1) W_2 + b_2) with W_1 [d, D] before the sum, and no relu after it
-
-Trained: all of that, D d + d (+ 2 d) a layer. Backward keeps H_l and T_l of every layer, D + d numbers a
-token, and Q, R; A_l is made again. Nothing in the backbone is kept, or can be trained beside it.
-
-Defaults of the released code: factor 2 and torch's initial values, none of them zero, so that a fresh
-output is random (of clip4clip, near H_L). Its scalar b_0 beside w cancels in the softmax and is left out.
-The sum of a row is bounded from below by 1e-8 (clip4clip: 1e-6), to which other trees add. Its images of
-several scales (V2) and the decoder of MDETR (V5) have no counterpart in a backbone; an encoder-decoder has
-two stacks, for which nothing was released.
+Other released task trees: `_unipt_network.Variant`. Trained: all of that, D d + d (+ 2 d) a layer. Backward
+keeps H_l and T_l of every layer, D + d numbers a token, and Q, R; A_l is recomputed. Nothing in the backbone
+is kept, or can be trained beside it.
 """
 
 import dataclasses
@@ -36,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peftjax.backbone.backbone import Backbone, Stack
 from peftjax.backbone.context import Context
+from peftjax.backbone.functional import linear_init, norm_init
+from peftjax.backbone.protocols import Cache, DropoutKey
 from peftjax.backbone.rewriting import (
     require_backbone,
     require_one_stack,
@@ -45,14 +32,12 @@ from peftjax.backbone.rewriting import (
 )
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._features import (
-    linear_init,
-    norm_init,
+from peftjax.methods.side._layer_states import (
     states_of,
     states_of_cached,
     visible_tokens,
 )
-from peftjax.methods.side._parallel_network import (
+from peftjax.methods.side._unipt_network import (
     VARIANTS,
     Variant,
     aggregate,
@@ -101,10 +86,10 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
             raise PeftError(f"{NAME}: factor {factor} is larger than the model's width {width}")
         keys = jax.random.split(key, 5)
         trainable = {
-            "down": linear_init(keys[0], (stack.num_layers,), width, inner),
-            "last": linear_init(keys[1], (), width, inner),
-            "confidence": linear_init(keys[2], (), inner, 1)["kernel"][:, 0],
-            "up": linear_init(keys[3], (), inner, width),
+            "down": linear_init(keys[0], (stack.num_layers, width, inner)),
+            "last": linear_init(keys[1], (width, inner)),
+            "confidence": linear_init(keys[2], (inner, 1))["kernel"][:, 0],
+            "up": linear_init(keys[3], (inner, width)),
         }
         return Frozen(params), trainable | _own_parts(kind, keys[4], stack.num_layers, width, inner)
 
@@ -112,10 +97,10 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         return {**frozen.params, NAME: trainable}
 
     def model(forward: Forward) -> Forward:
-        require_backbone(NAME, forward)
-        require_scan(NAME, forward)
-        _require_one_stack(forward)
-        return dataclasses.replace(forward, stack=ParallelStack(kind, forward.stack))
+        backbone = require_backbone(NAME, forward)
+        require_scan(NAME, backbone)
+        _require_one_stack(backbone)
+        return dataclasses.replace(backbone, stack=ParallelStack(kind, backbone.stack))
 
     cut = GradientCut("use pj.sherl, which trains the last layer too")
     return Transform(NAME, {}, init, apply, model, cut=cut)
@@ -125,12 +110,12 @@ def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -
     """The parameters that not every variant has."""
     first, second = jax.random.split(key)
     if kind.of_clip:
-        return {"anchor": linear_init(first, (), width, inner)}
+        return {"anchor": linear_init(first, (width, inner))}
     wide = width if kind.projection == "bottleneck" else inner
-    project = {"linear": linear_init(first, (), inner, wide), "norm": norm_init((), inner)}
+    project = {"linear": linear_init(first, (inner, wide)), "norm": norm_init((inner,))}
     if kind.projection == "bottleneck":
-        project["contract"] = linear_init(second, (), wide, inner)
-    return {"down_norm": norm_init((layers,), inner), "last_norm": norm_init((), inner), "project": project}
+        project["contract"] = linear_init(second, (wide, inner))
+    return {"down_norm": norm_init((layers, inner)), "last_norm": norm_init((inner,)), "project": project}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +129,15 @@ class ParallelStack:
 
     name: ClassVar[str] = NAME
     kind: Variant
-    inner: Any
+    inner: Stack
 
     def run(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: Any
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> Float[Array, "B S D"]:
         """`out`; the blocks drop out as they do alone."""
         own = params[NAME]
@@ -159,7 +149,7 @@ class ParallelStack:
         return output(self.kind, own, last, anchor, mixed)
 
     def empty_cache(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> dict[str, Any]:
         """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
         inner, slots = params[NAME]["confidence"].shape[0], context.mask.shape[1]
@@ -173,7 +163,7 @@ class ParallelStack:
         return cache
 
     def run_cached(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Any
+        self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context, cache: Cache
     ) -> tuple[Float[Array, "B S D"], dict[str, Any]]:
         """`run` for further tokens."""
         own, length = params[NAME], hidden.shape[1]
@@ -193,5 +183,5 @@ class ParallelStack:
         return output(self.kind, own, last, anchor, mixed), {**further, "tokens": keys}
 
 
-def _require_one_stack(owner: Any) -> None:
+def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "its form for two stacks was never released")

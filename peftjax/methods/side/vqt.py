@@ -7,24 +7,10 @@ queries P_l [T, D] of its own:
     Z_l = Block_l(Z_{l-1})                                        as without queries
     f   = [ |c| ; |F_1| ; ... ; |F_L| ],   logits = f W + b       W [E + L T D, C]
 
-|x| is x over its norm, over all T D numbers of a layer; c [B, E] is what the model's own classifier reads,
-which the new head replaces (of RoBERTa, behind a layer that is drawn at random with a new classifier).
-Queries read tokens alone, never each other; in a decoder they stand at the row's last token and see what it
-sees, turned by its rotation; in an encoder they have no place.
-
-Trained: P, W and b. Backward never crosses a layer. In one pass it keeps, for each layer, the keys and
-values of its tokens, 2 K H numbers a token, and the query path of T tokens; under a `remat` policy that
-saves nothing Z_{l-1} instead, D a token. With two passes it keeps Z_0 alone for all layers: they are run
-again, the first one first, and each pulls its own gradient back, which is exact because F_l depends on no
-other P. That costs a second forward pass.
-
-Defaults of the released code: P from U(±√(6 / (patch inputs + D))), dropout 0.1 on P, W from N(0, 2/C); T
-is 1, 10 or 20 there. Its bias starts at one constant, which a softmax does not see: here it is zero. As
-there, the blocks run without dropout. The released code joins queries and tokens and detaches nothing, so
-that its backward walks the whole network; the gradients are the same. Its selection of features by a group
-lasso, and its other ways to combine the queries, are left out.
-
-Nothing else in the blocks or below can be trained beside it: no gradient reaches them.
+|x| is x over its norm; c [B, E] is what the model's own classifier reads, which the new head replaces.
+Trained: P, W and b. Backward never crosses a layer: it keeps, for each layer, keys and values of its tokens
+and the query path of T tokens, under a `remat` policy that saves nothing Z_{l-1} instead, and with two
+passes Z_0 alone for all layers. Nothing else in the blocks or below can be trained beside it.
 """
 
 import dataclasses
@@ -36,7 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.backbone import Backbone, Layer
 from peftjax.backbone.context import Context
+from peftjax.backbone.layers import dropout
+from peftjax.backbone.protocols import DropoutKey
 from peftjax.backbone.rewriting import (
     add_to_blocks,
     require_backbone,
@@ -47,8 +36,8 @@ from peftjax.backbone.rewriting import (
 from peftjax.core import tree
 from peftjax.core.checks import fraction, one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.side._feature_head import Features, QueryHead
-from peftjax.methods.side._features import detached, drop
+from peftjax.methods.side._layer_states import detached
+from peftjax.methods.side._vqt_head import Features, QueryHead
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Forward, GradientCut, Transform
@@ -106,13 +95,13 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         return {**params, "head": {**params["head"], NAME: trainable["head"]}}
 
     def model(forward: Forward) -> Forward:
-        require_backbone(NAME, forward)
-        require_scan(NAME, forward)
-        _require_one_stack(forward)
-        if "classifier" not in forward.head_name:
+        backbone = require_backbone(NAME, forward)
+        require_scan(NAME, backbone)
+        _require_one_stack(backbone)
+        if "classifier" not in backbone.head_name:
             raise PeftError(NEEDS_A_CLASSIFIER)
         stack = QueryStack(passes, dropout)
-        return dataclasses.replace(forward, stack=stack, head=QueryHead(forward.head, NAME))
+        return dataclasses.replace(backbone, stack=stack, head=QueryHead(backbone.head, NAME))
 
     cut = GradientCut("use pj.sherl, which trains the last layer too")
     return Transform(NAME, {}, init, apply, model, cut=cut)
@@ -132,7 +121,12 @@ class QueryStack:
     dropout: float
 
     def run(
-        self, model: Any, params: Params, hidden: Float[Array, "B S D"], context: Context, key: Any
+        self,
+        model: Backbone,
+        params: Params,
+        hidden: Float[Array, "B S D"],
+        context: Context,
+        key: DropoutKey,
     ) -> tuple[Float[Array, "B S D"], Features]:
         """Without dropout in the blocks, whatever the key."""
         layers = model.layers(params)
@@ -144,9 +138,9 @@ class QueryStack:
         # Of two passes, H_L would look as if it depended on the queries.
         return detached(hidden), features
 
-    def _one_pass(self, model: Any) -> Callable[..., tuple[Array, Features]]:
+    def _one_pass(self, model: Backbone) -> Callable[..., tuple[Array, Features]]:
         def run(
-            queries: Array, keys: Array | None, layers: Any, hidden: Array, context: Context
+            queries: Array, keys: Array | None, layers: Layer, hidden: Array, context: Context
         ) -> tuple[Array, Features]:
             def body(hidden: Array, xs: Any) -> tuple[Array, Array]:
                 *own, layer = xs
@@ -159,7 +153,7 @@ class QueryStack:
 
         return run
 
-    def _two_passes(self, model: Any) -> Callable[..., tuple[Array, Features]]:
+    def _two_passes(self, model: Backbone) -> Callable[..., tuple[Array, Features]]:
         one_pass = self._one_pass(model)
         run = jax.custom_vjp(one_pass)
 
@@ -182,17 +176,17 @@ class QueryStack:
 
     def _read(
         self,
-        model: Any,
+        model: Backbone,
         queries: Float[Array, "T D"],
         key: Key[Array, ""] | None,
-        layer: Any,
+        layer: Layer,
         hidden: Float[Array, "B S D"],
         context: Context,
     ) -> Float[Array, "B T D"]:
         """F of one layer, whose tokens are `hidden`."""
         rows = jnp.broadcast_to(queries.astype(hidden.dtype), (len(hidden), *queries.shape))
         return model.run_layer(
-            layer, drop(rows, key, self.dropout), dataclasses.replace(context, attended=hidden)
+            layer, dropout(rows, self.dropout, key), dataclasses.replace(context, attended=hidden)
         )
 
     def empty_cache(self, *_: Any) -> Any:
@@ -218,5 +212,5 @@ def _patch_inputs(params: Params, width: int) -> int:
     return width if kernel is None else math.prod(kernel.shape[:-1])
 
 
-def _require_one_stack(owner: Any) -> None:
+def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "it says nothing of queries in two stacks")

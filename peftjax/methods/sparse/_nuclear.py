@@ -29,7 +29,7 @@ def penalized(
             Newton-Schulz iterations, in which singular values below 1/1000 of the norm fall short.
         layout: of the weight.
         values: the trained entries, absolute.
-        keep: 1 for those still trained, else 0.
+        keep: which are still trained, truth values.
         rows: of the entries.
         columns: of the entries.
     """
@@ -50,13 +50,16 @@ def _backward(strength: float, polar: Polar, layout: Layout, kept: tuple, g: Arr
     of_polar = polar_factor if polar == "newton_schulz" else exact_polar_factor
 
     def of_matrix(part: tuple[Array, ...]) -> Array:
-        values, keep, rows, columns = part
+        values, kept, rows, columns = part
+        keep = kept.astype(jnp.float32)
         matrix = jnp.zeros(layout.matrix, jnp.float32)
         matrix = matrix.at[rows, columns].set(values * keep, mode="drop", unique_indices=True)
         return keep * of_polar(matrix).at[rows, columns].get(mode="fill", fill_value=0)
 
     parts = tuple(part.reshape(-1, part.shape[-1]) for part in kept)
-    return g + strength * lax.map(of_matrix, parts).reshape(g.shape), None, None, None
+    penalty = strength * lax.map(of_matrix, parts).reshape(g.shape)
+    # Where nothing of a batch counts, neither does the penalty.
+    return g + jnp.where(jnp.any(g != 0), penalty, 0.0), None, None, None
 
 
 def exact_polar_factor(matrix: Array) -> Array:

@@ -120,8 +120,7 @@ def sara(
             values, held = trainable[place.path]["values"], frozen.state[place.path]
             at = held["rows"], held["columns"]
             if penalty > 0.0:
-                kept = held[KEEP].astype(jnp.float32)
-                values = penalized(penalty, polar, place.layout, values, kept, *at)
+                values = penalized(penalty, polar, place.layout, values, held[KEEP], *at)
             weights[place.path] = SparseEntries(
                 leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
             )

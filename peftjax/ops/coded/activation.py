@@ -16,7 +16,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from peftjax.core.derivatives import with_backward
-from peftjax.kernels.packed_residuals import GROUP, Grid
+from peftjax.quantize.affine import GROUP
+from peftjax.quantize.grid import Grid
 
 Function = Callable[[Array], Array]
 

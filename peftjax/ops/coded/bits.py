@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from jax import Array, lax
 
 from peftjax.core.errors import PeftError
-from peftjax.kernels.packed_residuals import GROUP, Code, check, coarse, encode
+from peftjax.quantize import Codes
+from peftjax.quantize.affine import GROUP, check, coarse, encode
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Bits:
             if field.name != "group":
                 check(value, self.group)
 
-    def codes(self, x: Array, own: int) -> tuple[Code | Array, Code | Array]:
+    def codes(self, x: Array, own: int) -> tuple[Codes | Array, Codes | Array]:
         """Codes of `x` in `own` bits, and in `inputs` bits; the first are a part of the second, or equal."""
         x = lax.stop_gradient(x)
         if 32 in (own, self.inputs):

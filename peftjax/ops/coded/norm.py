@@ -20,8 +20,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from peftjax.core.derivatives import with_backward
-from peftjax.kernels.packed_residuals import Code, decode
 from peftjax.ops.coded.linear import with_tangent_of
+from peftjax.quantize import Codes, decode
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def normalize(
     x: Array,
     scale: Array,
     bias: Array | None,
-    code: Code | Array,
+    code: Codes | Array,
     r: Array,
-    fine: Code | Array | None = None,
+    fine: Codes | Array | None = None,
 ) -> Array:
     """`norm.plain(x, scale, bias)`; backward keeps no `x`.
 
@@ -77,7 +77,7 @@ def normalize(
     return with_tangent_of(y, again(code if fine is None else fine, scale, bias))
 
 
-def scaled(norm: Norm, code: Code | Array, scale: Array, bias: Array | None) -> Array:
+def scaled(norm: Norm, code: Codes | Array, scale: Array, bias: Array | None) -> Array:
     """What the norm gives, made of the codes of x̂."""
     y = decode(code).astype(jnp.float32) * (norm.offset + scale.astype(jnp.float32))
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(norm.dtype)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core.derivatives import with_backward
-from peftjax.kernels.packed_residuals import Code, decode
+from peftjax.quantize import Codes, decode
 
 Function = Callable[..., Array]
 
 
 def again_from_codes(
-    f: Function, x: tuple[Array, ...], codes: tuple[Code | Array, ...], rest: tuple[Any, ...] = ()
+    f: Function, x: tuple[Array, ...], codes: tuple[Codes | Array, ...], rest: tuple[Any, ...] = ()
 ) -> Array:
     """`f(*x, *rest)`, of which backward keeps `codes`, those of `x`, and `rest`.
 

@@ -1,27 +1,15 @@
-"""Which column of a table holds the text and which the label, and labels as class indices."""
+"""The columns of a table: which holds the text, which the label, and which nothing reads."""
 
 import difflib
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from peftjax.core.errors import PeftError
 
 TEXT_GUESSES = ("text", "sentence", "content")
 LABEL_GUESSES = ("label", "class", "category")
-UNLABELLED = "-1"
-"""The label of a row without one, as in the test files of GLUE."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LabelledText:
-    """One row of a table: its text, its label as written, and where it stands (for errors)."""
-
-    text: str
-    label: str
-    place: str
 
 
 def filled_columns(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
@@ -73,64 +61,3 @@ def pick_column(
         f"{source} has no {role} column {' or '.join(repr(name) for name in wanted)}; its columns "
         f"are {', '.join(map(repr, columns))}: name one with {role}_column{hint}"
     )
-
-
-def text_and_label(text: object, label: object, place: str) -> LabelledText:
-    """A row checked: the text is a string, the label a string or an integer."""
-    if not isinstance(text, str):
-        raise PeftError(f"{place}: the text is {shown(text)}, not a string")
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise PeftError(f"{place}: the label is {shown(label)}, not a string or an integer")
-    return LabelledText(text, str(label), place)
-
-
-def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels, sorted: as numbers where all are integers, else as strings."""
-    names = set(labels)
-    try:
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    except ValueError:
-        return tuple(sorted(names))
-
-
-def class_names(labels: Collection[str], source: object) -> tuple[str, ...]:
-    """The classes that training labels make, sorted as `sorted_names` does.
-
-    Raises:
-        PeftError: when there are fewer than two, or -1 stands among them where it is not the opposite of 1.
-    """
-    names = sorted_names(labels)
-    if len(names) < 2:
-        raise PeftError(
-            f"{source}: every row has the label {names[0]!r}; a classifier needs two classes or more"
-            if names
-            else f"{source} has no labels"
-        )
-    if UNLABELLED in names and set(names) != {UNLABELLED, "1"}:
-        raise PeftError(
-            f"{source}: some rows have the label {UNLABELLED}, which marks a row without a label; leave such "
-            "rows out, or write the class as a word"
-        )
-    return names
-
-
-def label_indices(rows: Sequence[LabelledText], names: Sequence[str]) -> tuple[int, ...]:
-    """The index in `names` of each row's label.
-
-    Raises:
-        PeftError: a label that is not in `names`; the sentence says where.
-    """
-    index = {name: i for i, name in enumerate(names)}
-    for row in rows:
-        if row.label not in index:
-            shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-            if row.label == UNLABELLED:
-                raise PeftError(
-                    f"{row.place}: the label {UNLABELLED} marks a row without a label; leave such rows out "
-                    f"(the labels of the training data are {shown})"
-                )
-            raise PeftError(
-                f"{row.place}: the label {row.label!r} does not occur in the training data, whose "
-                f"labels are {shown}"
-            )
-    return tuple(index[row.label] for row in rows)

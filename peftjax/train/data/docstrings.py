@@ -1,24 +1,16 @@
-"""The default data set: docstrings of the running Python's standard library.
+"""The default data set: docstrings of the running Python's standard library, without a download.
 
-It needs no download. A text is the docstring of a module, class or function; its label is the
-top-level package or module that it comes from (`asyncio`, `email`, `tkinter`, ...). The rules,
-all deterministic for one Python version:
+A text is the docstring of a module, class or function; its label is the top-level package or module that it
+comes from. The rules, all deterministic for one Python version:
 
 1. The .py sources are parsed, never imported, without test packages and third-party packages.
-2. White space is normalized to single spaces; texts shorter than `MIN_CHARACTERS` are dropped.
-3. The labels are the `CLASSES` public top-level packages with the most distinct texts.
-4. The names of all labels are masked in all texts (upper or lower case, also inside a longer
-   word), because a docstring of `email` says "email": the classifier has to recognize the
-   subject instead of the word.
-5. A text occurs once: of exact copies within a label the first stays; a text of two labels is
-   dropped.
-6. A group is a top-level class with everything in it, a top-level function with everything in
-   it, or a module's own docstring. A whole group is on one side, so that the methods of one class
-   are never on both. In the order of a stable hash of their qualified names, the groups of a label
-   go to evaluation while they fit into `EVALUATION_SHARE` of the label's texts.
-
-Python 3.11, 3.12 and 3.13 give 3,745, 3,538 and 3,369 texts of 16 labels (the patch version can
-change them a little); a linear probe and a majority guess are the numbers to beat.
+2. White space becomes single spaces; texts shorter than `MIN_CHARACTERS` are dropped.
+3. The labels are the `CLASSES` public packages with the most distinct texts.
+4. Their names are masked in all texts (also inside a longer word): a docstring of `email` says "email", and
+   the classifier has to recognize the subject instead.
+5. Of exact copies within a label the first stays; a text of two labels is dropped.
+6. A top-level class or function with everything in it is a group, on one side as a whole. In the order of a
+   stable hash of their names, groups go to evaluation while they fit into `EVALUATION_SHARE` of the label.
 """
 
 import ast

@@ -13,7 +13,14 @@ from pathlib import Path
 from peftjax.core.errors import PeftError
 from peftjax.io.files import parse_json
 from peftjax.train.data import columns as cols
-from peftjax.train.data.dataset import Split, TextDataset
+from peftjax.train.data.dataset import (
+    LabeledText,
+    Split,
+    TextDataset,
+    class_names,
+    label_indices,
+    text_and_label,
+)
 
 HELD_OUT_SHARE = 0.1
 
@@ -78,7 +85,7 @@ def file_dataset(
         trained = [row for row in trained if not is_held_out(row.text)]
         if not held or not trained:
             raise PeftError(f"{train.path} has too few rows to hold some out: give an evaluation file")
-    names = cols.class_names(labels, train.path)
+    names = class_names(labels, train.path)
     return TextDataset(train.path.stem, _split(trained, names), _split(held, names), names)
 
 
@@ -97,8 +104,8 @@ def file_split(
     return _split(_read(data_file(path), text_column, label_column), names)
 
 
-def _split(rows: list[cols.LabelledText], names: tuple[str, ...]) -> Split:
-    return Split(tuple(row.text for row in rows), cols.label_indices(rows, names))
+def _split(rows: list[LabeledText], names: tuple[str, ...]) -> Split:
+    return Split(tuple(row.text for row in rows), label_indices(rows, names))
 
 
 def is_held_out(text: str) -> bool:
@@ -127,19 +134,19 @@ def read_rows(path: Path) -> Rows:
         raise PeftError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read(file: DataFile, text_column: str | None, label_column: str | None) -> list[cols.LabelledText]:
+def _read(file: DataFile, text_column: str | None, label_column: str | None) -> list[LabeledText]:
     """The labeled texts of one file; a column counts where any row has a value for it."""
     path, names = file.path, file.columns
     text = cols.pick_column(names, text_column, cols.TEXT_GUESSES, "text", str(path))
     label = cols.pick_column(names, label_column, cols.LABEL_GUESSES, "label", str(path))
     cols.warn_of_unused(path, names, (text, label))
-    found: list[cols.LabelledText] = []
+    found: list[LabeledText] = []
     for line, row in file.rows:
         place = f"{path}, line {line}"
         for column in (text, label):
             if row.get(column) is None:
                 raise PeftError(f"{place} lacks the column '{column}'")
-        found.append(cols.text_and_label(row[text], row[label], place))
+        found.append(text_and_label(row[text], row[label], place))
     return found
 
 

@@ -8,7 +8,14 @@ import numpy as np
 
 from peftjax.core.errors import PeftError
 from peftjax.train.data import columns as cols
-from peftjax.train.data.dataset import Split, TextDataset
+from peftjax.train.data.dataset import (
+    LabeledText,
+    Split,
+    TextDataset,
+    class_names,
+    label_indices,
+    text_and_label,
+)
 
 PREFIX = "tfds:"
 EVALUATION_SPLITS = ("validation", "test")
@@ -43,18 +50,18 @@ def tfds_dataset(
     source = f"data set {name}"
     text = cols.pick_column(list(features), text_column, cols.TEXT_GUESSES, "text", source)
     label = cols.pick_column(list(features), label_column, cols.LABEL_GUESSES, "label", source)
-    class_names = getattr(features[label], "names", None)
+    declared = getattr(features[label], "names", None)
     held_out = evaluation_split or _evaluation_split(list(builder.info.splits), source)
     rows = {split: _rows(builder, split, text, label) for split in (train_split, held_out)}
     names = (
-        tuple(class_names)
-        if class_names is not None
-        else cols.class_names({row.label for row in rows[train_split]}, source)
+        tuple(declared)
+        if declared is not None
+        else class_names({row.label for row in rows[train_split]}, source)
     )
-    if class_names is not None:
+    if declared is not None:
         rows = {split: _by_name(found, names) for split, found in rows.items()}
     train, evaluation = (
-        Split(tuple(row.text for row in rows[split]), cols.label_indices(rows[split], names))
+        Split(tuple(row.text for row in rows[split]), label_indices(rows[split], names))
         for split in (train_split, held_out)
     )
     return TextDataset(builder.info.full_name, train, evaluation, names)
@@ -87,7 +94,7 @@ def _evaluation_split(splits: list[str], source: str) -> str:
     )
 
 
-def _rows(builder: Any, split: str, text: str, label: str) -> list[cols.LabelledText]:
+def _rows(builder: Any, split: str, text: str, label: str) -> list[LabeledText]:
     """The examples of one split, with ClassLabel features still as integers."""
     try:
         source = builder.as_data_source(split)
@@ -96,7 +103,7 @@ def _rows(builder: Any, split: str, text: str, label: str) -> list[cols.Labelled
     found = []
     for number, example in enumerate(source):
         place = f"{builder.info.full_name}, split {split}, example {number}"
-        found.append(cols.text_and_label(_plain(example[text]), _plain(example[label]), place))
+        found.append(text_and_label(_plain(example[text]), _plain(example[label]), place))
     if not found:
         raise PeftError(f"{builder.info.full_name}: the split '{split}' has no examples")
     return found
@@ -109,9 +116,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _by_name(rows: list[cols.LabelledText], names: tuple[str, ...]) -> list[cols.LabelledText]:
+def _by_name(rows: list[LabeledText], names: tuple[str, ...]) -> list[LabeledText]:
     """Rows whose label is a class name instead of its index; -1 marks hidden labels."""
     for row in rows:
         if int(row.label) < 0:
             raise PeftError(f"{row.place} has no label ({row.label}): choose a labeled split")
-    return [cols.LabelledText(row.text, names[int(row.label)], row.place) for row in rows]
+    return [LabeledText(row.text, names[int(row.label)], row.place) for row in rows]

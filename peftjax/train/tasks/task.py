@@ -53,7 +53,7 @@ class Run:
     data: TaskData
     steps: Steps
     method: Transform
-    """The method that was asked for; of what the head has new it knows nothing."""
+    """The method that was asked for, without the training of a new head."""
 
 
 @dataclass(frozen=True)

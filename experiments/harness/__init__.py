@@ -1,0 +1,1 @@
+"""What all experiments share: contenders, training, timing, memory, records, reports and plots."""

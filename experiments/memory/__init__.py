@@ -1,1 +1,0 @@
-"""What methods need, and what accuracy is left: methods of blocks beside LoRA and full fine-tuning."""

@@ -1,0 +1,1 @@
+"""A small Llama pre-trained on bytes with every optimizer."""

@@ -1,1 +1,0 @@
-"""Sparse methods beside low-rank ones: which, with how many parameters, and on what."""

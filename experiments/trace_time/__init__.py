@@ -1,0 +1,1 @@
+"""The time to trace an adapted model."""
