@@ -47,7 +47,6 @@ def write_pages(docs: Path) -> None:
 
 
 _LABELS = {
-    "keeps": "backward keeps",
     "mergeable": "merges into the model",
     "quantized_base": "works on a base that is no plain array",
 }
