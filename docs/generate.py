@@ -69,7 +69,7 @@ def method_page(name: str, notes: str) -> str:
         lines += ["**Raises.** " + " ".join(line.strip() for line in factory.sections["Raises"]), ""]
     lines += ["## Equations and memory", "", docstrings.read(module).text, ""]
     if notes:
-        lines += [_below(notes), ""]
+        lines += [notes.strip(), ""]
     return "\n".join(lines)
 
 
