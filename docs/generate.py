@@ -47,7 +47,6 @@ def write_pages(docs: Path) -> None:
 
 
 _LABELS = {
-    "keeps": "backward keeps",
     "mergeable": "merges into the model",
     "quantized_base": "works on a base that is no plain array",
 }
@@ -70,7 +69,7 @@ def method_page(name: str, notes: str) -> str:
         lines += ["**Raises.** " + " ".join(line.strip() for line in factory.sections["Raises"]), ""]
     lines += ["## Equations and memory", "", docstrings.read(module).text, ""]
     if notes:
-        lines += [_below(notes), ""]
+        lines += [notes.strip(), ""]
     return "\n".join(lines)
 
 
@@ -126,7 +125,8 @@ def _results(out: Path) -> None:
     for folder in folders:
         lines = [f"# {folder.name}", "", _question(folder), ""]
         for table in sorted(folder.glob("results/**/*.md")):
-            title = " ".join(table.relative_to(folder / "results").with_suffix("").parts)
+            parts = table.relative_to(folder / "results").with_suffix("").parts
+            title = " ".join(part for part in parts if part != "results") or folder.name
             lines += [f"## {title.replace('_', ' ')}", "", _below(_text(table)), ""]
             plot = table.with_suffix(".png")
             if plot.exists():

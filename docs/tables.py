@@ -43,6 +43,8 @@ def by_group() -> dict[str, list[pj.MethodInfo]]:
     """The entries of each folder that has any, in the order of `GROUPS`."""
     found: dict[str, list[pj.MethodInfo]] = {name: [] for name in GROUPS}
     for info in pj.METHODS.values():
+        if not info.factory.__module__.startswith("peftjax."):
+            continue  # of another package
         found[group(info)].append(info)
     return {name: infos for name, infos in found.items() if infos}
 

@@ -21,6 +21,14 @@ def all_but_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+def example_of(name: str, **options: Any) -> pj.Transform:
+    """The method with the options of its example; one that trains nothing goes beside a LoRA."""
+    info = pj.METHODS[name]
+    companion = info.kind == "companion"
+    method = info.factory(**info.conformance.example, **({} if companion else options))
+    return pj.chain(method, pj.lora(rank=2, **options)) if companion else method
+
+
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
     """The trainable as after some steps: every number moved by its own random amount."""
     leaves, structure = jax.tree.flatten(trainable)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from peftjax.transform.transform import MethodInfo
+from peftjax.transform.registry import MethodInfo
 
 
 def show(as_json: bool, value: Any, print_it: Callable[[], None]) -> None:
@@ -86,9 +86,10 @@ def method_row(info: MethodInfo) -> dict[str, Any]:
     """What the registry knows of a method, without its factory."""
     return {
         "name": info.name,
+        "kind": info.kind,
         "paper": info.paper,
         "trains": info.trains,
-        "keeps": info.keeps,
+        "backward_keeps": info.backward_keeps,
         "mergeable": info.mergeable,
         "quantized_base": info.quantized_base,
     }
@@ -97,22 +98,21 @@ def method_row(info: MethodInfo) -> dict[str, Any]:
 def methods_markdown(methods: Mapping[str, MethodInfo]) -> str:
     """The methods table of the README."""
     lines = [
-        "| method | paper | trained per weight | backward keeps for it | merges | quantized base |",
-        "|---|---|---|---|---|---|",
+        "| method | kind | paper | trained per weight | backward keeps for it | merges | quantized base |",
+        "|---|---|---|---|---|---|---|",
     ]
     for info in methods.values():
         merges, quantized = ("yes" if flag else "no" for flag in (info.mergeable, info.quantized_base))
-        lines.append(
-            f"| `{info.name}` | {info.paper} | {info.trains} | {info.keeps} | {merges} | {quantized} |"
-        )
+        facts = (info.kind, info.paper, info.trains, info.backward_keeps, merges, quantized)
+        lines.append(f"| `{info.name}` | {' | '.join(facts)} |")
     return "\n".join(lines)
 
 
 def print_methods(methods: Mapping[str, MethodInfo]) -> None:
     """The methods as a table for a terminal."""
-    table = Table("method", "paper", "trained per weight", "backward keeps for it")
+    table = Table("method", "kind", "paper", "trained per weight", "backward keeps for it")
     for info in methods.values():
-        table.add_row(info.name, info.paper, info.trains, info.keeps)
+        table.add_row(info.name, info.kind, info.paper, info.trains, info.backward_keeps)
     Console().print(table)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.registry import METHODS
+from peftjax.transform.registry import find_method
 from peftjax.weights.column_normalized import ColumnNormalized
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
@@ -147,7 +147,7 @@ def on_residuals(config: Mapping[str, Any], plan: Any, trainable: Trainable) -> 
     if config["name"] == "chain":
         pairs = zip(config["methods"], plan)
         return set().union(*(on_residuals(method, own, trainable[name]) for method, (name, own) in pairs))
-    return set(trainable) if METHODS[config["name"]].replaces_base else set()
+    return set(trainable) if find_method(config["name"]).replaces_base else set()
 
 
 def is_rslora(config: Mapping[str, Any], plan: Any, trainable: Trainable, path: str) -> bool:

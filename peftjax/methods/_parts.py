@@ -11,7 +11,6 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack, add_to_blocks, chosen_layers, rewrite_stacks, stacks_of
 from peftjax.backbone.rewritten import RewrittenBlock
-from peftjax.core.errors import PeftError
 from peftjax.methods._targets import on_layers
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Forward, Transform
@@ -26,7 +25,7 @@ class Part(Protocol):
     to a layer leave the layer as it was: they fill the layers that the method does not take.
     """
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
 
     def init(self, key: Array, stack: BlockStack) -> dict[str, Any]:
@@ -39,7 +38,7 @@ class Part(Protocol):
         """The block that reads it among the parameters `name`; `key`, where there is one, for its dropout."""
 
 
-def of_parts(name: str, config: dict[str, Any], parts: Sequence[Part], layers: Layers = None) -> Transform:
+def of_parts(name: str, parts: Sequence[Part], layers: Layers = None) -> Transform:
     """The method that adds the parts to the layers named, of the model and of its encoder; None is all.
 
     Raises:
@@ -82,10 +81,4 @@ def of_parts(name: str, config: dict[str, Any], parts: Sequence[Part], layers: L
 
         return rewrite_stacks(name, forward, rewrite)
 
-    return Transform(name, {**config, "layers": layers}, init, apply, model)
-
-
-def require_rate(who: str, name: str, rate: float) -> None:
-    """Raise a PeftError for a rate of dropout that is not in [0, 1)."""
-    if not 0.0 <= rate < 1.0:
-        raise PeftError(f"{who}: {name} must be in [0, 1), got {rate}")
+    return Transform(name, {}, init, apply, model)

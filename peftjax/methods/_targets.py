@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core import naming, tree
+from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.weights.layout import Layout, layout_of
@@ -53,7 +54,7 @@ def find_targets(
     leaves = tree.named_leaves(params)
     paths = tree.select(params, targets, who=who, exclude=exclude)
     if layers is not None:
-        wanted = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+        wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
         _require_layers_exist(who, wanted, picked)
         paths = [path for path in paths if picked[path] != ()]
@@ -65,8 +66,7 @@ def find_targets(
     for path in paths:
         layout = layout_of(path, leaves, layouts, one_way=one_way)
         own_rank = tree.pattern_value(path, rank_pattern, rank)
-        if own_rank < 1:
-            raise PeftError(f"{who}: rank must be positive, got {own_rank} for {path!r}")
+        positive(who, "rank", own_rank, path=path)
         if own_rank > min(layout.matrix):
             raise PeftError(
                 f"{who}: rank {own_rank} is larger than {path!r}, a matrix of "

@@ -21,6 +21,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.optim.adam_moments import correction, next_moments, zero_moments
 from peftjax.optim.updates import require_params, widened
@@ -64,8 +65,7 @@ def adamw(
         if state_dtype is not None:
             raise PeftError("adamw: optax.adamw keeps v in the parameters' dtype; leave out state_dtype")
         return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    if order != "released":
-        raise PeftError(f"adamw: order must be 'released' or 'optax', got {order!r}")
+    one_of("adamw", "order", order, ("released", "optax"))
     return optax.chain(
         scale_by_released_adam(b1, b2, eps, state_dtype=state_dtype),
         optax.scale_by_learning_rate(learning_rate),

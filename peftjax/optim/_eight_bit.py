@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from peftjax.core.checks import at_least, one_of
 from peftjax.core.errors import PeftError
 from peftjax.optim.coded_sharding import shardings_like
 from peftjax.optim.elementwise import is_elementwise
@@ -86,8 +87,7 @@ def eight_bit(
         >>> updates["up"]["kernel"].shape
         (8, 16)
     """
-    if block_size < 2:
-        raise PeftError(f"eight_bit: block_size must be at least 2, got {block_size}")
+    at_least("eight_bit", "block_size", block_size, 2)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> EightBitState:
@@ -187,8 +187,7 @@ def _kinds(state: Any, params: Any, min_size: int, moments: Kinds) -> list[Kind]
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size >= min_size and leaf.ndim:
             field = field_of(state, path, known) or jax.tree_util.keystr(path)
         kind = "keep" if field is None else moments(field)
-        if kind not in ("signed", "unsigned", "keep"):
-            raise PeftError(f"eight_bit: moments({field!r}) is {kind!r}; give 'signed', 'unsigned' or 'keep'")
+        one_of("eight_bit", f"moments({field!r})", kind, ("signed", "unsigned", "keep"))
         kinds.append(kind)
         if field is not None and kind == "keep":
             others.add(field)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import one_of
 from peftjax.core.tree import Targets
 from peftjax.optim._adamw import decay_updated_weights, scale_by_released_adam
 from peftjax.optim.projection import project
@@ -121,8 +121,7 @@ def scale_by_adam(
     """
     if order == "optax":
         return optax.scale_by_adam(b1, b2, 1e-8 if eps is None else eps)
-    if order != "released":
-        raise PeftError(f"galore: order must be 'released' or 'optax', got {order!r}")
+    one_of("galore", "order", order, ("released", "optax"))
     return scale_by_released_adam(b1, b2, 1e-6 if eps is None else eps)
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.core.checks import at_least
 from peftjax.core.errors import PeftError
 from peftjax.weights.sharding import whole
 
@@ -98,8 +99,7 @@ def subspace_iteration(
     Raises:
         PeftError: a negative number of iterations.
     """
-    if iterations < 0:
-        raise PeftError(f"subspace_iteration: iterations must not be negative, got {iterations}")
+    at_least("subspace_iteration", "iterations", iterations, 0)
     q = jax.tree.map(orthonormal_rows, start)
     b = left(q)
     for _ in range(iterations):

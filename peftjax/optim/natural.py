@@ -34,13 +34,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.core import tree
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import at_least, one_of, positive
 from peftjax.core.tree import Targets
 from peftjax.optim._galore import Mask, Order, scale_by_adam, step_and_decay
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.projection import project
 from peftjax.optim.refresh import Method, Signs
-from peftjax.optim.updates import is_below, require_known
+from peftjax.optim.updates import require_known
 
 _FLOOR = 1e-6
 _SMALLEST = 1e-45
@@ -77,10 +77,8 @@ def scale_by_natural_gradient(
         PeftError: history or damping are not positive.
     """
     require_known("natural gradient", history=history)
-    if history < 1 or is_below(damping, _SMALLEST):
-        raise PeftError(
-            f"natural gradient: history and damping must be positive, got {history} and {damping}"
-        )
+    positive("natural gradient", "history", history)
+    at_least("natural gradient", "damping", damping, _SMALLEST)
 
     def axes(path: str, leaf: Any) -> int:
         return max(leaf.ndim - 2, 0) if stack_of is None else stack_of(path, leaf)
@@ -185,8 +183,7 @@ def natural_galore(
     Raises:
         PeftError: as `galore`, or the variant is neither.
     """
-    if variant not in ("paper", "released"):
-        raise PeftError(f"natural_galore: variant must be 'paper' or 'released', got {variant!r}")
+    one_of("natural_galore", "variant", variant, ("paper", "released"))
 
     def of_projected(params: Any) -> Any:
         paths = select_matrices(params, targets, who="natural_galore", exclude=exclude, strict=strict)

@@ -33,6 +33,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.optim import refresh as of
@@ -105,8 +106,7 @@ def project(
         (8, 16)
     """
     of.require_options(rank, every, side, basis, signs)
-    if moments not in get_args(Moments):
-        raise PeftError(f"project: moments must be one of {', '.join(get_args(Moments))}, got {moments!r}")
+    one_of("project", "moments", moments, get_args(Moments))
     inner = optax.with_extra_args_support(inner)
 
     def find(params: Any) -> dict[str, of.Projected]:

@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from peftjax.core import tree
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import one_of, positive
 from peftjax.core.tree import Targets
 from peftjax.optim.bases import (
     Side,
@@ -40,7 +40,7 @@ from peftjax.optim.bases import (
     svd_basis,
 )
 from peftjax.optim.matrices import select_matrices
-from peftjax.optim.updates import is_below, require_known
+from peftjax.optim.updates import require_known
 from peftjax.weights.layout import Layout, layout_of
 
 Compressed = Literal["smaller", "larger", "input", "output", "both"]
@@ -117,12 +117,11 @@ def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
 def require_options(rank: int, every: int, compress: str, method: str, signs: str) -> None:
     """Raise a PeftError for an option that is none."""
     require_known("project", rank=rank)
-    if rank < 1 or is_below(every, 1):
-        raise PeftError(f"project: rank and every must be positive, got {rank} and {every}")
-    chosen = (("side", compress, Compressed), ("basis", method, Method), ("signs", signs, Signs))
-    for name, value, known in chosen:
-        if value not in get_args(known):
-            raise PeftError(f"project: {name} must be one of {', '.join(get_args(known))}, got {value!r}")
+    positive("project", "rank", rank)
+    positive("project", "every", every)
+    one_of("project", "side", compress, get_args(Compressed))
+    one_of("project", "basis", method, get_args(Method))
+    one_of("project", "signs", signs, get_args(Signs))
 
 
 def zero_bases(leaf: Projected, dtype: DTypeLike) -> Bases:

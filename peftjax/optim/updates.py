@@ -34,11 +34,6 @@ def require_known(who: str, **values: Any) -> None:
             )
 
 
-def is_below(value: Any, least: float) -> bool:
-    """Whether a number is known, and less than that."""
-    return not isinstance(value, jax.core.Tracer) and bool(value < least)
-
-
 def require_params(params: Any, who: str) -> None:
     """Raise a PeftError where an update was asked for without the parameters."""
     if params is None:

@@ -3,15 +3,13 @@
 import inspect
 import math
 import re
-from collections.abc import Collection
 from typing import Any
 
-from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.train.options import MethodOptions
 from peftjax.train.options_file import parse_yaml
 from peftjax.transform.chain import chain
-from peftjax.transform.registry import KNOWN, build
+from peftjax.transform.registry import METHODS, build, find_method
 from peftjax.transform.transform import Transform
 
 _REGEX_CHARACTERS = re.compile(r"[.*+?\[\](){}|\\^$]")
@@ -47,14 +45,14 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
         if isinstance(value, float) and not math.isfinite(value):
             raise PeftError(f"the method's option {name!r} is {value}, but has to be a finite number")
     names = options.method.split("+")
-    known = {name: _options_of(name) for name in names}
+    known = {name: inspect.signature(find_method(name).factory).parameters for name in names}
     for option in given:
         if len(names) > 1 and not any(option in own for own in known.values()):
             raise PeftError(f"none of {', '.join(names)} has an option {option!r}")
     methods = []
     for name in names:
         taken = {option: value for option, value in given.items() if len(names) == 1 or option in known[name]}
-        of_steps = KNOWN[name].of_steps
+        of_steps = METHODS[name].of_steps
         if of_steps is not None and steps is not None:
             taken = {**of_steps(steps), **taken}
         methods.append(build({"name": name, **taken}))
@@ -63,16 +61,5 @@ def make_method(options: MethodOptions, steps: int | None = None) -> Transform:
 
 def needs_steps(options: MethodOptions) -> bool:
     """Whether `make_method` has to know the steps of the run."""
-    infos = [KNOWN[name] for name in options.method.split("+") if name in KNOWN]
+    infos = [METHODS[name] for name in options.method.split("+") if name in METHODS]
     return any(info.of_steps is not None for info in infos)
-
-
-def _options_of(method: str) -> Collection[str]:
-    """The names of a method's options.
-
-    Raises:
-        PeftError: no method is called so.
-    """
-    if method not in KNOWN:
-        raise PeftError(f"no method is called {method!r}; closest: {tree.nearest(method, KNOWN)}")
-    return inspect.signature(KNOWN[method].factory).parameters

@@ -307,38 +307,3 @@ def _merged(leaf: Any) -> jax.Array:
     if not isinstance(leaf, Weight) or jnp.dtype(leaf.dtype).itemsize >= 4:
         return dense(leaf)
     return dense(leaf.cast(jnp.float32)).astype(leaf.dtype)
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What the registry knows of a method: enough for the README, the command line and the tests.
-
-    Attributes:
-        name: its name, that of its factory.
-        factory: makes the `Transform`, all options by keyword.
-        paper: title or names, year and arXiv number.
-        trains: what is trained, per weight `[in, out]`.
-        keeps: what the backward pass keeps for an adapted layer, beside what the frozen model keeps.
-        mergeable: whether `merge` gives a model with the same outputs.
-        quantized_base: whether it works on a base that is not a plain array.
-        example: options for the conformance tests, on tiny models.
-        starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
-        replaces_base: whether `init` puts another array in the place of an adapted one.
-        of_blocks: whether it rewrites the blocks of a backbone, and so works on no other model.
-        reads_classifier: whether it works on models with a classifier only.
-        of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
-    """
-
-    name: str
-    factory: Callable[..., Transform]
-    paper: str
-    trains: str
-    keeps: str
-    mergeable: bool = True
-    quantized_base: bool = True
-    example: Mapping[str, Any] = field(default_factory=dict)
-    starts_as_base: bool = True
-    replaces_base: bool = False
-    of_blocks: bool = False
-    reads_classifier: bool = False
-    of_steps: Callable[[int], Mapping[str, Any]] | None = None

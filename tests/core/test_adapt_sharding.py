@@ -9,11 +9,10 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow, assert_close, noisy
+from support import KEY, all_but_slow, assert_close, example_of, noisy
 
 import peftjax as pj
 from peftjax.transform.optimizer_state import OptimizerState
-from peftjax.transform.registry import METHODS as registered
 
 D, F, L = 16, 32, 2
 X = jax.random.normal(KEY, (8, 4, D))
@@ -218,7 +217,7 @@ def test_explicit_shardings(sharded_input, name):
     assert_close(got, want)
 
 
-SIMPLE = {name: info for name, info in registered.items() if not info.of_blocks}
+SIMPLE = [name for name, info in pj.METHODS.items() if not info.of_blocks]
 QUICK = ("pissa", "olora", "shira", "sara", "galore", "rows")
 WHOLE_SPECS = {
     "embedding": P(None, "tensor"),
@@ -270,8 +269,7 @@ def run_of(method, params, ids, explicit):
 @pytest.mark.parametrize("name", all_but_slow(SIMPLE, QUICK))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_every_method_starts_and_runs_on_sharded_parameters(kind, name):
-    info, params = SIMPLE[name], everything()
-    method = info.factory(**info.example)
+    method, params = example_of(name), everything()
     ids = jnp.arange(32).reshape(8, 4) % 16
     want = run_of(method, params, ids, False)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)

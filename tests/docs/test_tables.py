@@ -37,7 +37,7 @@ def test_every_entry_of_the_registry_has_a_page_with_its_options(generator):
         page = generator.method_page(name, "## Notes of it\n")
         assert info.trains.replace("|", "\\|") in page
         assert f"pj.{name}(" in page
-        assert page.rstrip().endswith("### Notes of it")
+        assert page.rstrip().endswith("\n## Notes of it")
     index = generator.methods_index()
     assert all(f"[`{name}`]({name}.md)" in index for name in pj.METHODS)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, example_of
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
@@ -101,8 +101,7 @@ def test_an_adapter_minus_itself_is_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, info in pj.METHODS.items() if not info.of_blocks])
 def test_every_method_adds_up_or_says_why_not(name):
-    info = pj.METHODS[name]
-    first = adapter(1, info.factory(**info.example))
+    first = adapter(1, example_of(name))
     second = (*first[:2], moved(first[2], 9))
     try:
         params = pj.adapters.add([first, second])

@@ -77,7 +77,7 @@ def by_hand(method, tx, steps):
 
 
 def test_every_method_that_advances_is_tested_here():
-    found = {name for name, info in REGISTERED.items() if info.factory(**info.example).advances}
+    found = {name for name, info in REGISTERED.items() if info.factory(**info.conformance.example).advances}
     assert found | {"sara"} == set(ALONE)
 
 

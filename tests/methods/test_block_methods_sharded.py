@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow, assert_close
+from support import KEY, all_but_slow, assert_close, example_of
 from tiny_models import BACKBONES, CLASSIFIERS, moved, tiny
 
 import peftjax as pj
@@ -23,8 +23,8 @@ def halves(leaf):
 @pytest.mark.parametrize("name", all_but_slow(OF_BLOCKS, ("pfeiffer", "meft")))
 def test_gradients_on_eight_devices_are_those_on_one(name):
     info = pj.METHODS[name]
-    method = info.factory(**info.example)
-    model = tiny((CLASSIFIERS if info.reads_classifier else BACKBONES)[0])
+    method = example_of(name)
+    model = tiny((CLASSIFIERS if info.conformance.reads_classifier else BACKBONES)[0])
     batch = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 4)[:8], model.batch)
     frozen, trainable = method.init(KEY, model.params)
     trainable = moved(trainable, 3)

@@ -115,9 +115,9 @@ def test_the_last_epoch_has_the_target_and_the_released_one_falls_short():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), got 1.0"),
-        ({"beta2": -0.1}, r"beta2 must lie in \[0, 1\), got -0.1"),
-        ({"allocate_every": 0}, "allocate_every must be at least 1, got 0"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
+        ({"allocate_every": 0}, "allocate_every must be positive, got 0"),
         ({"allocate_every": 60}, "2 epochs of 60 steps leave no allocation between warm-ups of 1 and 1"),
     ],
 )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, all_but_slow, assert_close
+from support import KEY, all_but_slow, assert_close, example_of
 from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, Tiny, moved, tiny
 
 import peftjax as pj
@@ -35,16 +35,16 @@ NORM = {"words": "norm/scale", "backbone": "head/norm/scale"}
 
 def method_of(name: str) -> pj.Transform:
     """The method with its example's options, on every weight it can take."""
-    info = pj.METHODS[name]
-    method = info.factory(**info.example)
-    if method.config.get("targets") != "all-linear":
+    method = example_of(name)
+    own = [method.config, *method.config.get("methods", ())]
+    if all(config.get("targets") != "all-linear" for config in own):
         return method
-    return info.factory(**{**info.example, "targets": EVERY_WEIGHT})
+    return example_of(name, targets=EVERY_WEIGHT)
 
 
 def models_of(name: str) -> tuple[str, ...]:
     """The names of the models to test that method on, the smallest first."""
-    if pj.METHODS[name].reads_classifier:
+    if pj.METHODS[name].conformance.reads_classifier:
         return CLASSIFIERS
     return BACKBONES if pj.METHODS[name].of_blocks else MODELS
 
@@ -83,6 +83,7 @@ class Case:
     """One method on one model, fresh and as trained, and its compiled step."""
 
     name: str
+    info: pj.MethodInfo
     model: Tiny
     method: pj.Transform
     frozen: Any
@@ -97,10 +98,6 @@ class Case:
     @functools.cached_property
     def at_trained(self):
         return self.step(self.trained, self.frozen, self.model.batch)
-
-    @property
-    def info(self):
-        return pj.METHODS[self.method.name]
 
     @property
     def given(self):
@@ -135,7 +132,7 @@ def made(method_name: str, model_name: str) -> Case | str:
     step = (
         jax.jit(step) if model_name in (*MODELS, *BACKBONES, *CLASSIFIERS) else step
     )  # op by op, the methods share what is compiled
-    return Case(model_name, model, method, frozen, trainable, moved(trainable), step)
+    return Case(model_name, pj.METHODS[method_name], model, method, frozen, trainable, moved(trainable), step)
 
 
 def begun(method, params):
@@ -213,8 +210,8 @@ def pairs(left, right):
 @pytest.mark.parametrize("name", pj.METHODS)
 def test_the_factory_makes_a_method_of_its_name_with_all_its_facts(name):
     info = pj.METHODS[name]
-    assert info.factory(**info.example).name == name
-    assert all((info.paper, info.trains, info.keeps, info.factory.__doc__))
+    assert info.factory(**info.conformance.example).name == name
+    assert all((info.paper, info.trains, info.backward_keeps, info.factory.__doc__))
 
 
 def test_a_configuration_survives_json_and_makes_the_same_program(smallest):
@@ -228,7 +225,7 @@ def test_a_configuration_survives_json_and_makes_the_same_program(smallest):
 @pytest.mark.parametrize("name", pj.METHODS)
 def test_an_unknown_option_is_an_error_that_names_it(name):
     with pytest.raises(PeftError, match=rf"{name}: .*ranc"):
-        pj.build({"name": name, **pj.METHODS[name].example, "ranc": 4})
+        pj.build({"name": name, **pj.METHODS[name].conformance.example, "ranc": 4})
 
 
 def test_the_same_key_gives_the_same_start(smallest):
@@ -250,7 +247,7 @@ def test_the_start_can_be_asked_for_its_shapes_alone(smallest):
 def test_a_fresh_adapter_leaves_the_outputs_as_they_were(case):
     base = plain(case.name)(case.model.params, case.model.batch)
     difference = float(jnp.abs(case.at_fresh["out"] - base).max())
-    assert (difference < 1e-5) == case.info.starts_as_base
+    assert (difference < 1e-5) == case.info.conformance.starts_as_base
 
 
 def test_a_trained_adapter_is_finite_and_changes_the_outputs(case):
@@ -337,7 +334,7 @@ def test_bfloat16_parameters(mergeable):
     frozen, trainable = mergeable.method.init(KEY, params)
     merged = mergeable.method.merge(frozen, moved(trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
-    if mergeable.info.starts_as_base:
+    if mergeable.info.conformance.starts_as_base:
         assert_close(mergeable.method.merge(frozen, trainable), params, 1e-2)
 
 

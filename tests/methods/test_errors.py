@@ -27,13 +27,13 @@ WHEN_MADE = [
     (lambda: pj.rslora(rslora=False), "rslora: unknown option 'rslora'"),
     (
         lambda: pj.lora(init="gauss"),
-        "lora: init 'gauss' is unknown; choose one of uniform, gaussian, orthogonal",
+        "lora: init must be one of uniform, gaussian, orthogonal, got 'gauss'",
     ),
-    (lambda: pj.lora(dropout=1.0), "lora: dropout must lie in [0, 1), got 1.0"),
-    (lambda: pj.lora(dropout=-0.1), "lora: dropout must lie in [0, 1), got -0.1"),
+    (lambda: pj.lora(dropout=1.0), "lora: dropout must be in [0, 1), got 1.0"),
+    (lambda: pj.lora(dropout=-0.1), "lora: dropout must be in [0, 1), got -0.1"),
     (
         lambda: pj.lora(bias="lora_only"),
-        "lora: bias must be 'none', 'adapted', 'all' or 'added', got 'lora_only'",
+        "lora: bias must be one of none, adapted, all, added, got 'lora_only'",
     ),
     (lambda: pj.pissa(rank=0), "pissa: rank must be positive, got 0"),
     (lambda: pj.pissa(iterations=0), "pissa: iterations must be positive, got 0"),

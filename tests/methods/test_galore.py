@@ -335,8 +335,8 @@ def test_a_sharded_run_is_that_of_one_device():
         ({"scale": 0.0}, "galore: scale must be positive"),
         ({"side": "left"}, "galore: side must be one of smaller, larger, input, output, both, got 'left'"),
         ({"basis": "qr"}, "galore: basis must be one of"),
-        ({"together": 0}, "galore: together must be positive or None, got 0"),
-        ({"iterations": -1}, "galore: iterations must not be negative"),
+        ({"together": 0}, "galore: together must be positive, got 0"),
+        ({"iterations": -1}, "galore: iterations must be 0 or more"),
         ({"dtype": "int8"}, "galore: dtype must be one of float32, bfloat16"),
     ],
 )

@@ -222,7 +222,8 @@ def test_a_base_that_is_no_array_is_refused():
 
 @pytest.mark.parametrize("info", pj.METHODS.values(), ids=lambda info: info.name)
 def test_to_close_and_to_open_is_nothing_for_a_method_that_is_not_in_place(info):
-    method, frozen, trainable = info.factory(**info.example), pj.Frozen({"a": jnp.ones(2)}), {}
+    method = info.factory(**info.conformance.example)
+    frozen, trainable = pj.Frozen({"a": jnp.ones(2)}), {}
     for one in (method, pj.chain(method)):
         assert not one.in_place
         for way in (one.close, one.open, one.begin):

@@ -275,9 +275,9 @@ def test_a_run_goes_on_bit_exactly(tmp_path):
     ("options", "text"),
     [
         ({"every": 0}, "lowrank_restarts: every must be positive, got 0"),
-        ({"density": 1.5}, r"lowrank_restarts: density must lie in \[0, 1\], got 1.5"),
-        ({"start": "svd"}, "lowrank_restarts: start must be one of 'random', 'spectral', got 'svd'"),
-        ({"reset": "v"}, "lowrank_restarts: reset must be one of 'm', 'm,v', 'm,v,count', got 'v'"),
+        ({"density": 1.5}, r"lowrank_restarts: density must be in \(0, 1\], got 1.5"),
+        ({"start": "svd"}, "lowrank_restarts: start must be one of random, spectral, got 'svd'"),
+        ({"reset": "v"}, "lowrank_restarts: reset must be one of m, m,v, m,v,count, got 'v'"),
     ],
 )
 def test_wrong_options_are_refused(options, text):

@@ -234,11 +234,11 @@ def test_on_eight_devices_it_is_what_it_is_on_one():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"reduction": 0}, "reduction must be 1 or more, got 0"),
+        ({"reduction": 0}, "reduction must be positive, got 0"),
         ({"side_layers": []}, "side_layers names no layer"),
-        ({"gate": "open"}, "gate 'open' is not 'learned' or 'sum'"),
+        ({"gate": "open"}, "gate must be one of learned, sum, got 'open'"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"init": "zeros"}, "init 'zeros' is unknown; choose one of fisher"),
+        ({"init": "zeros"}, "init must be one of fisher"),
         ({"init": "fisher"}, "init 'fisher' and scores do not go together"),
         ({"scores": {}}, "init 'magnitude' and scores do not go together"),
     ],

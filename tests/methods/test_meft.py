@@ -344,7 +344,7 @@ def test_the_activation_is_the_models():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": 4}, "variant 4 is not 1, 2 or 3"),
+        ({"variant": 4}, "variant must be one of 1, 2, 3, got 4"),
         ({"lam": 0.0}, "lam must be positive"),
         ({"beta": -1.0}, "beta must be positive"),
         ({"anchor_every": -1}, "anchor_every must be 0 or more"),

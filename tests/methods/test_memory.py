@@ -57,8 +57,9 @@ def kept(method, forward=linear, x=X, *, params=PARAMS, key=None, through=False,
 
 def make(name, **options):
     info = pj.METHODS[name]
-    config = {**info.example, **options}
-    if "targets" in info.factory(**info.example).config and "targets" not in info.example:
+    example = info.conformance.example
+    config = {**example, **options}
+    if "targets" in info.factory(**example).config and "targets" not in example:
         config["targets"] = ["up"]
     return info.factory(**config)
 

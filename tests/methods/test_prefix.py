@@ -190,8 +190,8 @@ def test_zeros_are_not_the_base():
 @pytest.mark.parametrize(
     ("make_method", "options", "text"),
     [
-        (pj.prefix, {"length": 0}, "prefix: the prefix must be 1 long or more, got 0"),
-        (pj.prefix, {"mlp_size": 0}, "prefix: mlp_size must be 1 or more, or None, got 0"),
+        (pj.prefix, {"length": 0}, "prefix: the length of the prefix must be positive, got 0"),
+        (pj.prefix, {"mlp_size": 0}, "prefix: mlp_size must be positive, got 0"),
         (pj.prefix, {"init_std": -1.0}, "prefix: init_std must be 0 or more, got -1.0"),
         (pj.mam, {"prefix_dropout": 1.0}, r"mam: the dropout of the prefix must be in \[0, 1\), got 1.0"),
         (pj.mam, {"length": 0, "size": 0}, "mam: length and size are both 0"),

@@ -84,5 +84,5 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name):
 def test_a_history_is_not_rotated():
     with pytest.raises(PeftError, match="natural_galore: a history cannot be rotated"):
         pj.natural_galore(moments="rotate")
-    with pytest.raises(PeftError, match="variant must be 'paper' or 'released', got 'both'"):
+    with pytest.raises(PeftError, match="variant must be one of paper, released, got 'both'"):
         pj.natural_galore(variant="both")

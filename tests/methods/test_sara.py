@@ -211,12 +211,12 @@ def test_the_learning_rate_of_a_threshold():
     ("options", "message"),
     [
         ({"density": 0.1, "threshold": 0.1}, "a density or a threshold, not both"),
-        ({"density": 0.0}, r"density must lie in \(0, 1\]"),
+        ({"density": 0.0}, r"density must be in \(0, 1\]"),
         ({"threshold": 0.0}, "threshold must be positive"),
         ({"threshold": 1e-9}, "no entry of the targets is smaller than 1e-09"),
-        ({"penalty": -1.0}, "penalty must not be negative"),
+        ({"penalty": -1.0}, "penalty must be 0 or more"),
         ({"polar": "qr"}, "polar must be"),
-        ({"reselect_at": -1}, "reselect_at is the number of a step"),
+        ({"reselect_at": -1}, "reselect_at must be 0 or more"),
     ],
 )
 def test_errors(options, message):

@@ -210,7 +210,7 @@ def test_sharded_training_is_training_on_one_device():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pj.sherl(factor=0), "factor must be 1 or more, got 0"),
+        (lambda: pj.sherl(factor=0), "factor must be positive, got 0"),
         (lambda: pj.sherl(dropout=1.0), "dropout"),
         (lambda: pj.sherl(factor=17).init(KEY, images()[1]), "factor 17 is larger than the model's width 16"),
         (lambda: pj.sherl().init(KEY, images(1)[1]), "one layer has no earlier ones"),

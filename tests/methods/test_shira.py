@@ -150,8 +150,8 @@ def test_the_weight_of_an_adapter_scales_its_change():
     ("options", "message"),
     [
         ({"rank": 6}, "126 entries do not fit 'up/kernel', a matrix of 12 x 9"),
-        ({"density": 1.5}, r"density must lie in \(0, 1\]"),
-        ({"mask": "largest"}, "'largest' is unknown"),
+        ({"density": 1.5}, r"density must be in \(0, 1\]"),
+        ({"mask": "largest"}, "mask must be one of random, .*, got 'largest'"),
         ({"mask": "snip"}, "'snip' and gradients do not go together"),
         ({"rank": 1, "mask": "snip", "gradients": {"up": {"kernel": W[1:]}}}, "no array of shape"),
         ({"rank": 1, "mask": "struct"}, "a structured mask of 'up/kernel' needs"),

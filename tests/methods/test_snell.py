@@ -167,20 +167,20 @@ def test_no_sparsifier_and_a_level_of_zero_are_different_models():
 
 
 ERRORS = [
-    (lambda: pj.snell(sparsity=1.0), r"snell: sparsity must lie in \[0, 1\), got 1.0"),
+    (lambda: pj.snell(sparsity=1.0), r"snell: sparsity must be in \[0, 1\), got 1.0"),
     (lambda: pj.snell(mode="soft"), "snell: mode must be one of released, paper, hard, got 'soft'"),
     (
         lambda: pj.snell(kernel="square"),
         "snell: kernel must be one of distance, linear, sigmoid, rbf, got 'square'",
     ),
     (lambda: pj.snell(heads=0), "snell: heads must be positive, got 0"),
-    (lambda: pj.snell(dropout=1.0), r"snell: dropout must lie in \[0, 1\), got 1.0"),
+    (lambda: pj.snell(dropout=1.0), r"snell: dropout must be in \[0, 1\), got 1.0"),
     (lambda: trained(pj.snell(rank=3)), "rank 3 of 'blocks/up/kernel' does not split into 2 heads"),
     (lambda: trained(pj.snell(rank=10)), "snell: rank 10 is larger than 'blocks/up/kernel'"),
     (lambda: trained(pj.snell(sparsity={"up": 0.5})), "no pattern of sparsity matches 'down/kernel'"),
     (lambda: trained(pj.snell(sparsity={"up|down": 0.5, "q": 0.1})), "pattern 'q' matched no target"),
     (lambda: trained(pj.snell(layers=[3])), "snell: no target lies in layer 3"),
-    (lambda: pj.set_sparsity(trained(pj.snell())[0], 1.5), r"set_sparsity: sparsity must lie in \[0, 1\)"),
+    (lambda: pj.set_sparsity(trained(pj.snell())[0], 1.5), r"set_sparsity: sparsity must be in \[0, 1\)"),
     (lambda: pj.set_sparsity(trained(pj.snell())[0], {"q": 0.5}), "pattern 'q' matched no target"),
     (lambda: pj.set_sparsity(trained(pj.snell(sparsity=0.0))[0], 0.5), "no weight has a sparsifier"),
     (lambda: pj.set_sparsity(trained(pj.lora())[0], 0.5), "no weight has a sparsifier"),

@@ -252,7 +252,7 @@ def test_a_saved_adapter_comes_back_with_its_levels(tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"sparsity": 1.0}, r"budget: sparsity must lie in \[0, 1\), got 1.0"),
+        ({"sparsity": 1.0}, r"budget: sparsity must be in \[0, 1\), got 1.0"),
         ({"total_steps": 4}, "budget: 1 epochs of 5 steps leave no allocation between warm-ups of 0 and 1"),
         ({"mode": "soft"}, "snella: mode must be one of released, paper, hard, none, got 'soft'"),
         ({"rank": 0}, "snella: rank must be positive, got 0"),

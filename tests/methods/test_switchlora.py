@@ -351,9 +351,9 @@ def test_a_bfloat16_weight_is_rounded_by_every_switch():
     [
         ({"total_steps": 0}, "switchlora: total_steps must be positive, got 0"),
         ({"decay": 0.0}, "switchlora: decay must be positive, got 0.0"),
-        ({"freeze_steps": -1}, "switchlora: freeze_steps must not be negative, got -1"),
+        ({"freeze_steps": -1}, "switchlora: freeze_steps must be 0 or more, got -1"),
         ({"freeze_steps": 2}, "switchlora: interval must be at least 4, twice freeze_steps, got 3.0"),
-        ({"init": "zero"}, "switchlora: init must be 'switchlora' or 'lora', got 'zero'"),
+        ({"init": "zero"}, "switchlora: init must be one of switchlora, lora, got 'zero'"),
     ],
 )
 def test_wrong_options_are_refused(options, text):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, example_of
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
@@ -41,8 +41,7 @@ def test_a_change_of_that_rank_is_converted_exactly(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shira", "sara", "dora"])
 def test_the_error_is_that_of_the_best_approximation(name):
-    info = pj.METHODS[name]
-    found, merged, wanted = converted(info.factory(**info.example), 3)
+    found, merged, wanted = converted(example_of(name), 3)
     for path, error in found.errors.items():
         module, leaf = path.split("/")
         change = wanted[module][leaf] - MODEL.params[module][leaf]

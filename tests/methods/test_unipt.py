@@ -241,8 +241,8 @@ def test_a_lora_is_trained_in_the_head_and_refused_in_the_blocks():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pj.unipt(factor=0), "factor must be 1 or more, got 0"),
-        (lambda: pj.unipt(variant="vsa"), "'vsa' is unknown; closest: 'vse'"),
+        (lambda: pj.unipt(factor=0), "factor must be positive, got 0"),
+        (lambda: pj.unipt(variant="vsa"), "variant must be one of vse, clip4clip, clip_vil, got 'vsa'"),
         (lambda: pj.unipt(factor=17).init(KEY, images()[1]), "factor 17 is larger than the model's width 16"),
         (lambda: pj.unipt().model(make_t5()[0]), "unipt is not for an encoder-decoder"),
         (lambda: pj.unipt().init(KEY, make_t5()[1]), "unipt is not for an encoder-decoder"),

@@ -202,8 +202,8 @@ def test_sharded_training_is_training_on_one_device(passes):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pj.vqt(num_queries=0), "num_queries must be 1 or more, got 0"),
-        (lambda: pj.vqt(passes=3), "passes must be 1 or 2, got 3"),
+        (lambda: pj.vqt(num_queries=0), "num_queries must be positive, got 0"),
+        (lambda: pj.vqt(passes=3), "passes must be one of 1, 2, got 3"),
         (lambda: pj.vqt(dropout=1.0), "dropout"),
         (lambda: pj.vqt().init(KEY, tiny("encoder").params), "has none; load it with head='classifier'"),
         (lambda: pj.vqt().model(tiny("encoder").forward), "has none; load it with head='classifier'"),

@@ -250,5 +250,5 @@ def test_what_does_not_fit_is_refused():
         gram_basis(jnp.ones((12, 8)), 0, "input")
     with pytest.raises(PeftError, match="5 rows of 4 entries"):
         orthonormal_rows(jnp.ones((5, 4)))
-    with pytest.raises(PeftError, match="must not be negative"):
+    with pytest.raises(PeftError, match="iterations must be 0 or more, got -1"):
         subspace_iteration(lambda q: q, lambda w: w, jnp.eye(3), -1, 2)

@@ -323,5 +323,5 @@ def test_unknown_states():
     assert coded(tx.init(params))
     with pytest.raises(pj.PeftError, match=r"moments\('ScaleByAdamState.mu'\) is None"):
         eight_bit(optax.adam(1e-2), moments=lambda field: None).init(params)
-    with pytest.raises(pj.PeftError, match="block_size must be at least 2"):
+    with pytest.raises(pj.PeftError, match="block_size must be 2 or more"):
         eight_bit(optax.adam(1e-2), block_size=1)

@@ -149,7 +149,7 @@ def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_errors():
-    with pytest.raises(PeftError, match="order must be 'released' or 'optax', got 'torch'"):
+    with pytest.raises(PeftError, match="order must be one of released, optax, got 'torch'"):
         galore(0.1, rank=3, order="torch")
     tx = galore(0.1, rank=3)
     with pytest.raises(PeftError, match="give the parameters"):

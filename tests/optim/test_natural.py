@@ -222,7 +222,7 @@ def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
 
 def test_options_out_of_range():
     for options in ({"history": 0}, {"damping": 0.0}):
-        with pytest.raises(PeftError, match="history and damping must be positive"):
+        with pytest.raises(PeftError, match=r"must be (positive|1.* or more), got"):
             scale_by_natural_gradient(**options)
-    with pytest.raises(PeftError, match="variant must be 'paper' or 'released', got 'tucker'"):
+    with pytest.raises(PeftError, match="variant must be one of paper, released, got 'tucker'"):
         natural_galore(0.1, rank=3, variant="tucker")

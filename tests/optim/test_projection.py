@@ -296,8 +296,8 @@ def test_a_run_goes_on_bit_by_bit_from_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank and every must be positive"),
-        ({"every": 0}, "rank and every must be positive"),
+        ({"rank": 0}, "rank must be positive, got 0"),
+        ({"every": 0}, "every must be positive, got 0"),
         ({"side": "left"}, "side must be one of smaller, larger, input, output, both, got 'left'"),
         ({"basis": "qr"}, "basis must be one of auto, svd, gram, subspace, got 'qr'"),
         ({"signs": "first"}, "signs must be one of largest, decomposition, got 'first'"),

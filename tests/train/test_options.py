@@ -16,7 +16,7 @@ from peftjax.train.method import make_method
 from peftjax.train.new_head import start_at_probe, with_new_head
 from peftjax.train.open import open_data
 from peftjax.train.options import DataOptions, MethodOptions
-from peftjax.transform.registry import KNOWN, build, describe
+from peftjax.transform.registry import METHODS, build, describe
 
 CONFIG = BertConfig(
     vocab_size=20,
@@ -84,6 +84,15 @@ def test_what_trains_nothing_goes_beside_a_method():
         "lora",
         2,
     )
+
+
+def test_variants_of_lora_take_its_options_in_a_chain():
+    options = MethodOptions(method="coded_residuals+dora", rank=4, alpha=2.0, targets=("query",))
+    coded, dora = make_method(options).config["methods"]
+    assert (coded["name"], dora["name"]) == ("coded_residuals", "dora")
+    assert (dora["rank"], dora["alpha"], dora["targets"]) == (4, 2.0, ["query"])
+    with pytest.raises(PeftError, match="none of dora, pissa has an option 'ratio'"):
+        make_method(MethodOptions(method="dora+pissa", method_options=("ratio=3",)))
 
 
 def test_method_options_keep_their_types():
@@ -175,7 +184,7 @@ def test_chains_of_files_are_lists_of_methods_that_end():
         build(config)
 
 
-@pytest.mark.parametrize("info", KNOWN.values(), ids=lambda info: info.name)
+@pytest.mark.parametrize("info", METHODS.values(), ids=lambda info: info.name)
 def test_what_describes_a_method_makes_it_again(info):
-    method = info.factory(**info.example)
+    method = info.factory(**info.conformance.example)
     assert build(json.loads(json.dumps(describe(method)))).config == method.config

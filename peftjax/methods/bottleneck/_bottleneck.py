@@ -10,7 +10,7 @@ in a pre-norm block it is kept anyway) and the r values before `f`; norms, scale
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ from peftjax.backbone.layers import recompute
 from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack
 from peftjax.backbone.rewritten import RewrittenBlock
-from peftjax.core.errors import PeftError
-from peftjax.methods._parts import require_rate
+from peftjax.core.checks import fraction, one_of, positive
 from peftjax.methods._targets import key_for
 from peftjax.weights.dropout import drop
 
@@ -65,18 +64,13 @@ class Bottleneck:
     norm: Norm = "none"
     learn_scale: bool = False
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
-        if self.size < 1:
-            raise PeftError(f"{who}: the bottleneck must be 1 wide or more, got {self.size}")
-        require_rate(who, "dropout", self.dropout)
-        for name, value, known in (
-            ("activation", self.activation, ACTIVATIONS),
-            ("init", self.init_as, ("lora", "bert", "houlsby")),
-            ("norm", self.norm, ("none", "in", "out")),
-        ):
-            if value not in known:
-                raise PeftError(f"{who}: {name} {value!r} is not one of {', '.join(known)}")
+        positive(caller, "the width of the bottleneck", self.size)
+        fraction(caller, "dropout", self.dropout)
+        one_of(caller, "activation", self.activation, ACTIVATIONS)
+        one_of(caller, "init", self.init_as, get_args(Init))
+        one_of(caller, "norm", self.norm, get_args(Norm))
 
     def init(self, key: Key[Array, ""], layers: int, width: int) -> dict[str, Any]:
         """`down` and `up` {kernel, bias}, as asked for `norm` {scale, bias} and `scale`, [layers, ...]."""

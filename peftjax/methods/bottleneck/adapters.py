@@ -15,15 +15,25 @@ for h + Δ(h) also h, and for h + s Δ(x) in a post-norm block also x.
 
 from typing import Literal
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import one_of
 from peftjax.methods._parts import Layers, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init, Norm
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 Places = Literal["feed_forward", "attention", "both"]
 PLACES = ("feed_forward", "attention", "both")
 
 
+@register(
+    kind="adapter",
+    paper="adapters after both sublayers, Houlsby et al. 2019, arXiv 1902.00751",
+    trains="2 (2 D r + D + r) a layer",
+    backward_keeps="what both branches give and 2 r values a token",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 3}, starts_as_base=False),
+)
 def houlsby(
     *,
     size: int = 64,
@@ -45,10 +55,18 @@ def houlsby(
         PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's.
     """
     bottleneck = Bottleneck(size, activation=activation, dropout=dropout, init_as=init)
-    config = {"size": size, "activation": activation, "init": init, "dropout": dropout}
-    return of_parts("houlsby", config, [Adapters(bottleneck, bottleneck)], layers)
+    return of_parts("houlsby", [Adapters(bottleneck, bottleneck)], layers)
 
 
+@register(
+    kind="adapter",
+    paper="adapters after the feed-forward, Pfeiffer et al. 2021, arXiv 2005.00247",
+    trains="2 D r + D + r a layer",
+    backward_keeps="what the branch gives and r values a token",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 2}),
+)
 def pfeiffer(
     *,
     size: int = 48,
@@ -72,10 +90,18 @@ def pfeiffer(
         PeftError: as `houlsby`.
     """
     bottleneck = Bottleneck(size, "sequential", scale, activation, dropout, init)
-    config = {"size": size, "activation": activation, "scale": scale, "init": init, "dropout": dropout}
-    return of_parts("pfeiffer", config, [Adapters(feed_forward=bottleneck)], layers)
+    return of_parts("pfeiffer", [Adapters(feed_forward=bottleneck)], layers)
 
 
+@register(
+    kind="adapter",
+    paper="scaled parallel adapters, He et al. 2022, arXiv 2110.04366",
+    trains="2 D r + D + r a layer and place",
+    backward_keeps="r values a token and place, and x in a post-norm block",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 3, "places": "both", "norm": "in", "learn_scale": True}),
+)
 def parallel_adapter(
     *,
     size: int = 512,
@@ -104,23 +130,21 @@ def parallel_adapter(
     Raises:
         PeftError: as `houlsby`.
     """
-    if places not in PLACES:
-        raise PeftError(f"parallel_adapter: places {places!r} is not one of {', '.join(PLACES)}")
+    one_of("parallel_adapter", "places", places, PLACES)
     bottleneck = Bottleneck(size, "parallel", scale, activation, dropout, init, norm, learn_scale)
-    config = {
-        "size": size,
-        "scale": scale,
-        "places": places,
-        "activation": activation,
-        "init": init,
-        "norm": norm,
-        "learn_scale": learn_scale,
-        "dropout": dropout,
-    }
     of = {place: bottleneck for place in PLACES[:2] if places in (place, "both")}
-    return of_parts("parallel_adapter", config, [Adapters(**of)], layers)
+    return of_parts("parallel_adapter", [Adapters(**of)], layers)
 
 
+@register(
+    kind="adapter",
+    paper="AdaptFormer, Chen et al. 2022, arXiv 2205.13535",
+    trains="2 D r + D + r a layer",
+    backward_keeps="r values a token, and x in a post-norm block",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 3}),
+)
 def adaptformer(
     *,
     size: int = 64,
@@ -144,50 +168,4 @@ def adaptformer(
         PeftError: as `houlsby`.
     """
     bottleneck = Bottleneck(size, "parallel", scale, "relu", dropout, "lora", norm, learn_scale)
-    config = {"size": size, "scale": scale, "norm": norm, "learn_scale": learn_scale, "dropout": dropout}
-    return of_parts("adaptformer", config, [Adapters(feed_forward=bottleneck)], layers)
-
-
-METHODS = (
-    MethodInfo(
-        name="houlsby",
-        factory=houlsby,
-        paper="adapters after both sublayers, Houlsby et al. 2019, arXiv 1902.00751",
-        trains="2 (2 D r + D + r) a layer",
-        keeps="what both branches give and 2 r values a token",
-        mergeable=False,
-        example={"size": 3},
-        starts_as_base=False,
-        of_blocks=True,
-    ),
-    MethodInfo(
-        name="pfeiffer",
-        factory=pfeiffer,
-        paper="adapters after the feed-forward, Pfeiffer et al. 2021, arXiv 2005.00247",
-        trains="2 D r + D + r a layer",
-        keeps="what the branch gives and r values a token",
-        mergeable=False,
-        example={"size": 2},
-        of_blocks=True,
-    ),
-    MethodInfo(
-        name="parallel_adapter",
-        factory=parallel_adapter,
-        paper="scaled parallel adapters, He et al. 2022, arXiv 2110.04366",
-        trains="2 D r + D + r a layer and place",
-        keeps="r values a token and place, and x in a post-norm block",
-        mergeable=False,
-        example={"size": 3, "places": "both", "norm": "in", "learn_scale": True},
-        of_blocks=True,
-    ),
-    MethodInfo(
-        name="adaptformer",
-        factory=adaptformer,
-        paper="AdaptFormer, Chen et al. 2022, arXiv 2205.13535",
-        trains="2 D r + D + r a layer",
-        keeps="r values a token, and x in a post-norm block",
-        mergeable=False,
-        example={"size": 3},
-        of_blocks=True,
-    ),
-)
+    return of_parts("adaptformer", [Adapters(feed_forward=bottleneck)], layers)

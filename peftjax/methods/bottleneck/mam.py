@@ -17,11 +17,21 @@ from typing import Any
 from peftjax.core.errors import PeftError
 from peftjax.methods._parts import Layers, Part, of_parts
 from peftjax.methods.bottleneck._bottleneck import Adapters, Bottleneck, Init
-from peftjax.methods.prompt.prefix import Prefix, keys_and_values, prefix
+from peftjax.methods.prompt.prefix import Prefix, keys_and_values
 from peftjax.transform.frozen import Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, build, describe, register
+from peftjax.transform.transform import Transform
 
 
+@register(
+    kind="adapter",
+    paper="MAM adapters, He et al. 2022, arXiv 2110.04366",
+    trains="a prefix and 2 D r + D + r a layer",
+    backward_keeps="r values a token, and x in a post-norm block",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"length": 2, "mlp_size": 4, "size": 3}, starts_as_base=False),
+)
 def mam(
     *,
     length: int = 30,
@@ -60,18 +70,7 @@ def mam(
         parts.append(Prefix(length, mlp_size, init_std, prefix_dropout))
     if not parts:
         raise PeftError("mam: length and size are both 0; give one of the two parts some room")
-    config = {
-        "length": length,
-        "mlp_size": mlp_size,
-        "size": size,
-        "scale": scale,
-        "activation": activation,
-        "init": init,
-        "init_std": init_std,
-        "prefix_dropout": prefix_dropout,
-        "dropout": dropout,
-    }
-    return of_parts("mam", config, parts, layers)
+    return of_parts("mam", parts, layers)
 
 
 def without_mlp(method: Transform, trainable: Trainable) -> tuple[Transform, Trainable]:
@@ -82,26 +81,12 @@ def without_mlp(method: Transform, trainable: Trainable) -> tuple[Transform, Tra
     Raises:
         PeftError: the method has no prefix.
     """
-    factories = {"prefix": prefix, "mam": mam}
-    if method.name not in factories:
+    if "mlp_size" not in method.config:
         raise PeftError(f"without_mlp: {method.name} has no MLP; give prefix or mam")
 
     def plain(parts: Mapping[str, Any]) -> dict[str, Any]:
         own = {branch: keys_and_values(values) for branch, values in parts.get("prefix", {}).items()}
         return {**parts, **({"prefix": own} if own else {})}
 
-    again = factories[method.name](**{**method.config, "mlp_size": None})
+    again = build({**describe(method), "mlp_size": None})
     return again, {stack: plain(parts) for stack, parts in trainable.items()}
-
-
-MAM = MethodInfo(
-    name="mam",
-    factory=mam,
-    paper="MAM adapters, He et al. 2022, arXiv 2110.04366",
-    trains="a prefix and 2 D r + D + r a layer",
-    keeps="r values a token, and x in a post-norm block",
-    mergeable=False,
-    example={"length": 2, "mlp_size": 4, "size": 3},
-    starts_as_base=False,
-    of_blocks=True,
-)

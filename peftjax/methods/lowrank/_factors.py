@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from peftjax.core import tree
+from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.methods import _targets
 from peftjax.methods._targets import Target
@@ -48,8 +49,7 @@ def find_targets(
     tree.require_patterns_used(who, alpha_pattern, [target.path for target in plain])
     for target in plain:
         own_alpha = tree.pattern_value(target.path, alpha_pattern, alpha)
-        if own_alpha <= 0:
-            raise PeftError(f"{who}: alpha must be positive, got {own_alpha} for {target.path!r}")
+        positive(who, "alpha", own_alpha, path=target.path)
         scale = own_alpha / (math.sqrt(target.rank) if rslora else target.rank)
         found.append(ScaledTarget(**vars(target), scale=scale))
     return found

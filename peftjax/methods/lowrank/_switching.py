@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
 from peftjax.transform.around import Own, require_given, require_together
 from peftjax.transform.frozen import Frozen
@@ -49,12 +50,9 @@ class Schedule:
     freeze_steps: int
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise PeftError(f"switchlora: total_steps must be positive, got {self.total_steps}")
-        if self.decay <= 0.0:
-            raise PeftError(f"switchlora: decay must be positive, got {self.decay}")
-        if self.freeze_steps < 0:
-            raise PeftError(f"switchlora: freeze_steps must not be negative, got {self.freeze_steps}")
+        positive("switchlora", "total_steps", self.total_steps)
+        positive("switchlora", "decay", self.decay)
+        at_least("switchlora", "freeze_steps", self.freeze_steps, 0)
         least = max(1, 2 * self.freeze_steps)
         if self.interval < least:
             raise PeftError(

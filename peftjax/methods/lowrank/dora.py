@@ -20,23 +20,31 @@ from jax import Array
 
 from peftjax.methods._targets import Target
 from peftjax.methods.lowrank._factors import start_uniform
-from peftjax.methods.lowrank.lora import Wrap, checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.methods.lowrank._options import ScaleOptions
+from peftjax.methods.lowrank.lora import Wrap, low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.column_normalized import ColumnNormalized, column_squares
 from peftjax.weights.low_rank import LowRank
 
 
-def dora(**options: Any) -> Transform:
+@register(
+    kind="adapter",
+    paper="DoRA, Liu et al. 2024, arXiv 2402.09353",
+    trains="r·(in + out) + out",
+    backward_keeps="x (shared), x·aᵀ and the output before scaling",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(ScaleOptions)
+def dora(options: ScaleOptions) -> Transform:
     """Weight-decomposed low-rank adaptation (arXiv 2402.09353).
-
-    Args:
-        **options: those of `lora`, `init` excepted.
 
     Raises:
         PeftError: as `lora`.
     """
-    options = checked_options("dora", options, leave_out=("init",))
-    return low_rank("dora", options, start_uniform, wrap=Wrap(_init, _apply), one_way=True)
+    wrap = Wrap(_init, _apply)
+    return low_rank("dora", options, start_uniform, rslora=options.rslora, wrap=wrap, one_way=True)
 
 
 def _init(target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -50,13 +58,3 @@ def _apply(target: Target, weight: LowRank, slots: Mapping[str, Array]) -> Colum
     if target.layers is not None:
         magnitude = jnp.sqrt(squares).at[jnp.asarray(target.layers)].set(magnitude)
     return ColumnNormalized(weight, magnitude, squares, weight.layout)
-
-
-METHOD = MethodInfo(
-    name="dora",
-    factory=dora,
-    paper="DoRA, Liu et al. 2024, arXiv 2402.09353",
-    trains="r·(in + out) + out",
-    keeps="x (shared), x·aᵀ and the output before scaling",
-    example={"rank": 2, "alpha": 4.0},
-)

@@ -14,30 +14,23 @@ those of common practice, not of the paper. Convolutions with groups share `a` a
 they merge exactly; the usual PyTorch library trains an ungrouped `a` there and cannot merge.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
 from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
-from peftjax.methods.lowrank._factors import (
-    Bias,
-    Start,
-    find_targets,
-    is_embedding,
-    start_gaussian,
-    start_orthogonal,
-    start_uniform,
-)
+from peftjax.methods.lowrank._factors import Bias, Start, find_targets, is_embedding
+from peftjax.methods.lowrank._options import LoraOptions, LowRankOptions
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.shifted import Shifted
@@ -59,92 +52,31 @@ class Wrap:
     apply: Callable[[Target, LowRank, Mapping[str, Array]], Weight]
 
 
-STARTS: dict[str, Start] = {
-    "uniform": start_uniform,
-    "gaussian": start_gaussian,
-    "orthogonal": start_orthogonal,
-}
-
-
-def lora(
-    *,
-    rank: int = 8,
-    alpha: float = 16.0,
-    targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    layers: int | Sequence[int] | None = None,
-    layers_pattern: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layouts: Mapping[str, str] | None = None,
-    rslora: bool = False,
-    init: Literal["uniform", "gaussian", "orthogonal"] = "uniform",
-    bias: Bias = "none",
-    dropout: float = 0.0,
-) -> Transform:
+@register(
+    kind="adapter",
+    paper="LoRA, Hu et al. 2022, arXiv 2106.09685",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(LoraOptions)
+def lora(options: LoraOptions) -> Transform:
     """Low-rank adaptation of the targeted weights (arXiv 2106.09685).
-
-    Args:
-        rank: r; at most the smaller side of each weight.
-        alpha: numerator of the scale.
-        targets: a regular expression over whole names, a list of names or path suffixes, or
-            'all-linear'. A weight answers to its own path and, called 'kernel', 'weight' or
-            'embedding', to its module's.
-        exclude: the same forms; wins over `targets`.
-        layers: only these layers, by the number in the path or along the stacked axis.
-        layers_pattern: the name of the list of layers, where paths hold several numbers.
-        rank_pattern: rank by pattern; the first key that matches the end of a name wins.
-        alpha_pattern: alpha by pattern.
-        layouts: axes by pattern, a letter per axis: 's' stack, 'i' input, 'o' output.
-        rslora: scale by alpha / sqrt(r) (arXiv 2312.03732).
-        init: how `a` starts; 'orthogonal' starts both factors with product zero and needs an even r.
-        bias: train no bias ('none'), those of the adapted modules ('adapted'), or all; 'added' gives adapted
-            linear layers and convolutions that have none a bias too, which cannot be merged into the model.
-        dropout: on the adapter's input, when `apply` is given a key.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks or layers that do not
             fit the parameters.
     """
-    options = checked_options("lora", dict(locals()))
-    return low_rank("lora", options, STARTS[init])
-
-
-def checked_options(name: str, given: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """The options of `lora`, defaults filled in, without those that a variant does not have.
-
-    Raises:
-        PeftError: an option is unknown or out of range.
-    """
-    known = {
-        option: parameter.default
-        for option, parameter in inspect.signature(lora).parameters.items()
-        if option not in leave_out
-    }
-    for option in given:
-        if option not in known:
-            raise PeftError(f"{name}: unknown option {option!r}; did you mean {tree.nearest(option, known)}?")
-    options = {**known, **given}
-    if options["layers"] is not None and not isinstance(options["layers"], int):
-        options["layers"] = [int(layer) for layer in options["layers"]]
-    if options.get("init", "uniform") not in STARTS:
-        raise PeftError(f"{name}: init {options['init']!r} is unknown; choose one of {', '.join(STARTS)}")
-    if not 0.0 <= options["dropout"] < 1.0:
-        raise PeftError(f"{name}: dropout must lie in [0, 1), got {options['dropout']}")
-    if options["bias"] not in get_args(Bias):
-        raise PeftError(f"{name}: bias must be 'none', 'adapted', 'all' or 'added', got {options['bias']!r}")
-    if options["rank"] < 1:
-        raise PeftError(f"{name}: rank must be positive, got {options['rank']}")
-    return options
+    return low_rank("lora", options, options.start, rslora=options.rslora)
 
 
 def low_rank(
     name: str,
-    options: Mapping[str, Any],
+    options: LowRankOptions,
     start: Start,
     *,
+    rslora: bool,
     wrap: Wrap | None = None,
-    rslora: bool = False,
     train_a: bool = True,
     one_way: bool = False,
     around: Around | None = None,
@@ -153,24 +85,23 @@ def low_rank(
 
     Args:
         name: the method's name.
-        options: all of them, checked: what the transform can be made from again.
+        options: those of the method.
         start: the factors and base at the beginning.
+        rslora: scale by alpha / sqrt(r), not alpha / r.
         wrap: what is put around each low-rank weight, with its own slots.
-        rslora: scale by alpha / sqrt(r), where the method has no such option.
         train_a: False keeps `a` frozen, so that the backward pass needs no input x.
         one_way: whether the method depends on which side of a weight is the input.
         around: what the method does around the optimizer.
     """
-    dropout, bias = options["dropout"], options["bias"]
-    names = (
-        "rank", "alpha", "targets", "exclude", "layers", "layers_pattern", "rank_pattern",
-        "alpha_pattern", "layouts",
-    )  # fmt: skip
-    where = {key: options[key] for key in names}
-    where |= {"rslora": options.get("rslora", rslora), "one_way": one_way}
+    dropout, bias = options.dropout, options.bias
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
-        plan = find_targets(params, who=name, **where)
+        plan = find_targets(
+            params, who=name, rank=options.rank, alpha=options.alpha, targets=options.targets,
+            exclude=options.exclude, layers=options.layers, layers_pattern=options.layers_pattern,
+            rank_pattern=options.rank_pattern, alpha_pattern=options.alpha_pattern,
+            layouts=options.layouts, rslora=rslora, one_way=one_way,
+        )  # fmt: skip
         leaves = tree.named_leaves(params)
         trainable: dict[str, dict[str, Array]] = {}
         state: dict[str, dict[str, Array]] = {}
@@ -212,7 +143,7 @@ def low_rank(
             rewritten[target.path] = weight
         return tree.replace(params, rewritten)
 
-    return Transform(name, options, init, apply, around=around)
+    return Transform(name, {}, init, apply, around=around)
 
 
 def _lacks_bias(target: Target, leaves: Mapping[str, Any]) -> bool:
@@ -232,13 +163,3 @@ def _biases(name: str, params: Any, plan: Sequence[Target], bias: Bias) -> list[
     if not paths and bias != "added":
         raise PeftError(f"{name}: bias={bias!r} was asked for but the model has no such bias")
     return paths
-
-
-METHOD = MethodInfo(
-    name="lora",
-    factory=lora,
-    paper="LoRA, Hu et al. 2022, arXiv 2106.09685",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    example={"rank": 2, "alpha": 4.0},
-)

@@ -16,7 +16,7 @@ The paper's second version steps along the b whose product is nearest to the gra
 with `nearest_gradient=True`, and 1e-8 on the diagonal, as in the optimizer that Hugging Face's PEFT has.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,44 +26,56 @@ from jax import Array
 from peftjax.core.derivatives import with_backward
 from peftjax.methods._targets import Target, all_layers
 from peftjax.methods.lowrank._factors import is_embedding
-from peftjax.methods.lowrank.lora import STARTS, Wrap, checked_options, low_rank
+from peftjax.methods.lowrank._options import LoraOptions
+from peftjax.methods.lowrank.lora import Wrap, low_rank
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.low_rank import LowRank
 
 _RIDGE = 1e-8  # on the diagonal of a·aᵀ
 
 
-def lora_fa(*, nearest_gradient: bool = False, **options: Any) -> Transform:
-    """Low-rank adaptation with frozen `a` (arXiv 2308.03303).
+@dataclass(frozen=True, kw_only=True)
+class LoraFaOptions(LoraOptions):
+    """Those of `lora`, and one more.
 
-    Args:
+    Attributes:
         nearest_gradient: give b the gradient of the second version (equation above) instead of its own, so
             that any optimizer takes steps as LoRA-FA's own.
-        **options: those of `lora`.
+    """
+
+    nearest_gradient: bool = False
+
+
+@register(
+    kind="adapter",
+    paper="LoRA-FA, Zhang et al. 2023, arXiv 2308.03303",
+    trains="r·out",
+    backward_keeps="x·aᵀ only",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(LoraFaOptions)
+def lora_fa(options: LoraFaOptions) -> Transform:
+    """Low-rank adaptation with frozen `a` (arXiv 2308.03303).
 
     Raises:
         PeftError: as `lora`.
     """
-    options = checked_options("lora_fa", options)
-    chosen = STARTS[options["init"]]
 
     def start(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Any]:
-        a, b, leaf = chosen(key, target, leaf)
+        a, b, leaf = options.start(key, target, leaf)
         if is_embedding(target.path):
             a, b = jax.random.normal(key, a.shape), jnp.zeros_like(b)
         return a, b, leaf
 
-    if not nearest_gradient:
-        return low_rank("lora_fa", options, start, train_a=False, one_way=True)
+    wrap = Wrap(lambda target, base: ({}, {}), _with_nearest_gradient) if options.nearest_gradient else None
     method = low_rank(
-        "lora_fa",
-        {**options, "nearest_gradient": True},
-        start,
-        wrap=Wrap(lambda target, base: ({}, {}), _with_nearest_gradient),
-        train_a=False,
-        one_way=True,
+        "lora_fa", options, start, rslora=options.rslora, wrap=wrap, train_a=False, one_way=True
     )
+    if not options.nearest_gradient:
+        return method
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         frozen, trainable = method.init(key, params)
@@ -95,13 +107,3 @@ def _times_in_backward(b: Array, matrix: Array) -> Array:
 def _backward(matrix: Array, gradient: Array) -> tuple[Array, Array]:
     nearest = jnp.matmul(matrix, gradient.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return nearest.astype(gradient.dtype), jnp.zeros_like(matrix)
-
-
-METHOD = MethodInfo(
-    name="lora_fa",
-    factory=lora_fa,
-    paper="LoRA-FA, Zhang et al. 2023, arXiv 2308.03303",
-    trains="r·out",
-    keeps="x·aᵀ only",
-    example={"rank": 2, "alpha": 4.0},
-)

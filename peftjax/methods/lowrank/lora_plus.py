@@ -9,42 +9,51 @@ which for optax optimizers is the same as a learning rate of its own. Everything
 ratio 16 is the one the authors recommend.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 
-from peftjax.core.errors import PeftError
-from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
+from peftjax.core.checks import positive
+from peftjax.methods.lowrank._options import LoraOptions
+from peftjax.methods.lowrank.lora import low_rank
 from peftjax.transform.around import Around, on_slots
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def lora_plus(*, ratio: float = 16.0, **options: Any) -> Transform:
-    """Low-rank adaptation with `ratio` times the learning rate on `b` (arXiv 2402.12354).
+@dataclass(frozen=True, kw_only=True)
+class LoraPlusOptions(LoraOptions):
+    """Those of `lora`, and one more.
 
-    Args:
+    Attributes:
         ratio: λ = η_b / η_a.
-        **options: those of `lora`.
+    """
+
+    ratio: float = 16.0
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        positive(caller, "ratio", self.ratio)
+
+
+@register(
+    kind="adapter",
+    paper="LoRA+, Hayou et al. 2024, arXiv 2402.12354",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(LoraPlusOptions)
+def lora_plus(options: LoraPlusOptions) -> Transform:
+    """Low-rank adaptation with `ratio` times the learning rate on `b` (arXiv 2402.12354).
 
     Raises:
         PeftError: as `lora`, or when the ratio is not positive.
     """
-    options = checked_options("lora_plus", options)
-    if ratio <= 0:
-        raise PeftError(f"lora_plus: ratio must be positive, got {ratio}")
-
     faster_b = on_slots(
-        lambda slot, update: jax.tree.map(lambda u: ratio * u, update) if slot == "b" else update
+        lambda slot, update: jax.tree.map(lambda u: options.ratio * u, update) if slot == "b" else update
     )
-    start = STARTS[options["init"]]
-    return low_rank("lora_plus", {**options, "ratio": ratio}, start, around=Around(updates=faster_b))
-
-
-METHOD = MethodInfo(
-    name="lora_plus",
-    factory=lora_plus,
-    paper="LoRA+, Hayou et al. 2024, arXiv 2402.12354",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    example={"rank": 2, "alpha": 4.0},
-)
+    around = Around(updates=faster_b)
+    return low_rank("lora_plus", options, options.start, rslora=options.rslora, around=around)

@@ -50,6 +50,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, rebalance, svd_of
 from peftjax.core.tree import Targets, named_leaves, pattern_value
@@ -61,7 +62,9 @@ from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.moment_fields import is_gradient_sum, kind_of
 from peftjax.transform.moments import Change
 from peftjax.transform.optimizer_state import OptimizerState, Slot
-from peftjax.transform.transform import Advance, Loss, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Advance, Loss, Transform
+from peftjax.weights.base import Weight
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.factored import Factored
 from peftjax.weights.indexing import take_entries
@@ -76,6 +79,14 @@ RESETS: dict[str, Callable[[str], bool]] = {
 STARTS = ("random", "spectral")
 
 
+@register(
+    kind="adapter",
+    paper="low-rank restarts, Glentis et al. 2025, arXiv 2505.22922",
+    trains="r·(in + out), and all that is not factored",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "every": 3}, starts_as_base=False),
+)
 def lowrank_restarts(
     *,
     rank: int | None = None,
@@ -109,15 +120,11 @@ def lowrank_restarts(
             parameters, or a base that is not a plain array; in a restart for `reset="m,v,count"` with an
             optimizer without counts of its arrays' own.
     """
-    options = dict(locals())
-    if every < 1:
-        raise PeftError(f"lowrank_restarts: every must be positive, got {every}")
-    if not 0.0 <= density <= 1.0:
-        raise PeftError(f"lowrank_restarts: density must lie in [0, 1], got {density}")
-    for name, known in (("start", STARTS), ("reset", RESETS)):
-        if options[name] not in known:
-            listed = ", ".join(map(repr, known))
-            raise PeftError(f"lowrank_restarts: {name} must be one of {listed}, got {options[name]!r}")
+    positive("lowrank_restarts", "every", every)
+    if density:
+        positive_share("lowrank_restarts", "density", density)
+    one_of("lowrank_restarts", "start", start, STARTS)
+    one_of("lowrank_restarts", "reset", reset, RESETS)
 
     def plan_of(params: Params) -> list[Target]:
         found = find_targets(
@@ -185,7 +192,7 @@ def lowrank_restarts(
         return frozen, new, _reset(optimizer, turns, reset)
 
     advance = Advance(lambda step: step > 0 and step % every == 0, restart)
-    return Transform("lowrank_restarts", options, init, apply, advances=(advance,))
+    return Transform("lowrank_restarts", {}, init, apply, advances=(advance,))
 
 
 def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
@@ -239,15 +246,3 @@ def _reset(optimizer: OptimizerState, turns: Mapping[Slot, Change], reset: str) 
             "use pj.optim.row_adamw, or reset='m' or 'm,v'"
         )
     return found
-
-
-METHOD = MethodInfo(
-    name="lowrank_restarts",
-    factory=lowrank_restarts,
-    paper="low-rank restarts, Glentis et al. 2025, arXiv 2505.22922",
-    trains="r·(in + out), and all that is not factored",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    starts_as_base=False,
-    example={"rank": 2, "every": 3},
-)

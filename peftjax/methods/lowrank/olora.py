@@ -14,20 +14,30 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
-from peftjax.methods.lowrank.lora import checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.methods.lowrank._options import ScaleOptions
+from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def olora(**options: Any) -> Transform:
+@register(
+    kind="adapter",
+    paper="OLoRA, Büyükakyüz 2024, arXiv 2406.01775",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(ScaleOptions)
+def olora(options: ScaleOptions) -> Transform:
     """Low-rank adaptation from an orthonormal start (arXiv 2406.01775).
-
-    Args:
-        **options: those of `lora`, `init` excepted.
 
     Raises:
         PeftError: as `lora`; in `init`, when a base is not a plain array.
     """
-    return low_rank("olora", checked_options("olora", options, leave_out=("init",)), _start)
+    return low_rank("olora", options, _start, rslora=options.rslora)
 
 
 def _start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
@@ -35,15 +45,3 @@ def _start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, A
     a = r[..., : target.rank, :]
     b = q[..., :, : target.rank].swapaxes(-1, -2)
     return a, b, residual(leaf, a, b, target)
-
-
-METHOD = MethodInfo(
-    name="olora",
-    factory=olora,
-    paper="OLoRA, Büyükakyüz 2024, arXiv 2406.01775",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    replaces_base=True,
-    example={"rank": 2, "alpha": 4.0},
-)

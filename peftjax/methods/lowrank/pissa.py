@@ -9,30 +9,54 @@ Trained and kept by backward: as LoRA. The base given to `init` is not changed: 
 array in the frozen parameters. The start needs a plain floating-point base.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from jax import Array
 
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import positive
 from peftjax.core.linalg import balanced, randomized_svd, svd_of
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, residual
-from peftjax.methods.lowrank.lora import checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.methods.lowrank._options import ScaleOptions
+from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
-    """Low-rank adaptation of the principal singular part (arXiv 2404.02948).
+@dataclass(frozen=True, kw_only=True)
+class PissaOptions(ScaleOptions):
+    """Those of `lora` but `init`, and one more; the paper uses dropout 0.
 
-    Args:
+    Attributes:
         iterations: power iterations of a randomized SVD; None takes the exact SVD.
-        **options: those of `lora`, `init` excepted; the paper uses dropout 0.
+    """
+
+    iterations: int | None = None
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        positive(caller, "iterations", self.iterations)
+
+
+@register(
+    kind="adapter",
+    paper="PiSSA, Meng et al. 2024, arXiv 2404.02948",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(PissaOptions)
+def pissa(options: PissaOptions) -> Transform:
+    """Low-rank adaptation of the principal singular part (arXiv 2404.02948).
 
     Raises:
         PeftError: as `lora`; in `init`, when a base is not a plain array.
     """
-    options = checked_options("pissa", options, leave_out=("init",))
-    if iterations is not None and iterations < 1:
-        raise PeftError(f"pissa: iterations must be positive, got {iterations}")
+    iterations = options.iterations
 
     def start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Array]:
         w = plain_matrices("pissa", target, leaf)
@@ -40,16 +64,4 @@ def pissa(*, iterations: int | None = None, **options: Any) -> Transform:
         a, b = balanced(svd._replace(sizes=svd.sizes / target.scale), target.rank)
         return a, b, residual(leaf, a, b, target)
 
-    return low_rank("pissa", {**options, "iterations": iterations}, start)
-
-
-METHOD = MethodInfo(
-    name="pissa",
-    factory=pissa,
-    paper="PiSSA, Meng et al. 2024, arXiv 2404.02948",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    replaces_base=True,
-    example={"rank": 2, "alpha": 4.0},
-)
+    return low_rank("pissa", options, start, rslora=options.rslora)

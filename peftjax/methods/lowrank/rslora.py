@@ -7,30 +7,27 @@ Paper: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with 
 Everything else, what is trained and what backward keeps, is LoRA's.
 """
 
-from typing import Any
+from peftjax.methods.lowrank._options import StartOptions
+from peftjax.methods.lowrank.lora import low_rank
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
-from peftjax.methods.lowrank.lora import STARTS, checked_options, low_rank
-from peftjax.transform.transform import MethodInfo, Transform
 
-
-def rslora(**options: Any) -> Transform:
+@register(
+    kind="adapter",
+    paper="rsLoRA, Kalajdzievski 2023, arXiv 2312.03732",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
+@takes(StartOptions)
+def rslora(options: StartOptions) -> Transform:
     """Low-rank adaptation with the scale alpha / sqrt(rank) (arXiv 2312.03732).
 
-    Args:
-        **options: those of `lora`, `rslora` excepted.
+    An alias of `lora(rslora=True)`, under the name of its paper.
 
     Raises:
         PeftError: as `lora`.
     """
-    options = checked_options("rslora", options, leave_out=("rslora",))
-    return low_rank("rslora", options, STARTS[options["init"]], rslora=True)
-
-
-METHOD = MethodInfo(
-    name="rslora",
-    factory=rslora,
-    paper="rsLoRA, Kalajdzievski 2023, arXiv 2312.03732",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and x·aᵀ",
-    example={"rank": 2, "alpha": 4.0},
-)
+    return low_rank("rslora", options, options.start, rslora=True)

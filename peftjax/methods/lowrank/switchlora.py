@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._rest import with_targets, without_targets
@@ -65,13 +66,24 @@ from peftjax.optim.row_adam import zero_rows
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
-from peftjax.transform.transform import Advance, Loss, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Advance, Loss, Transform
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.low_rank import LowRank
 
 GAIN = (1.0 / 3.0) ** 0.5
 
 
+@register(
+    kind="adapter",
+    paper="SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564",
+    trains="r·(in + out), and all that is not targeted",
+    backward_keeps="the input x (shared) and x·aᵀ",
+    quantized_base=False,
+    replaces_base=True,
+    of_steps=lambda steps: {"total_steps": steps},
+    conformance=Conformance(example={"rank": 2, "total_steps": 20}),
+)
 def switchlora(
     *,
     total_steps: int,
@@ -107,10 +119,8 @@ def switchlora(
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
             parameters, or a base that is not a plain array.
     """
-    options = dict(locals())
     schedule = Schedule(interval, decay, total_steps, freeze_steps)
-    if init not in ("switchlora", "lora"):
-        raise PeftError(f"switchlora: init must be 'switchlora' or 'lora', got {init!r}")
+    one_of("switchlora", "init", init, ("switchlora", "lora"))
 
     def start(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_targets(
@@ -154,7 +164,7 @@ def switchlora(
 
     return Transform(
         "switchlora",
-        options,
+        {},
         start,
         apply,
         around=Around(hold_frozen_rows(), hold_frozen_rows()),
@@ -216,16 +226,3 @@ def _switched(
         return dict(slots), {"a": nothing, "b": nothing}
 
     return lax.cond(jnp.any(counts > 0), some, none)
-
-
-METHOD = MethodInfo(
-    name="switchlora",
-    factory=switchlora,
-    paper="SwitchLoRA, Zhou et al. 2024, arXiv 2406.06564",
-    trains="r·(in + out), and all that is not targeted",
-    keeps="the input x (shared) and x·aᵀ",
-    quantized_base=False,
-    replaces_base=True,
-    of_steps=lambda steps: {"total_steps": steps},
-    example={"rank": 2, "total_steps": 20},
-)

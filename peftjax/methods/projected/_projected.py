@@ -11,7 +11,7 @@ begins with Z = 0 and c = 1, closed, it ends with both in W, matrix after matrix
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import optax
@@ -32,8 +32,8 @@ from peftjax.methods.projected._matrices import (
     weight_of,
 )
 from peftjax.methods.projected._refresh import Loss, new_bases, with_gradients
-from peftjax.optim.refresh import Compressed, Method, Projected
-from peftjax.optim.rotation import Moments, follow_bases, gradient_sums
+from peftjax.optim.refresh import Compressed, Projected
+from peftjax.optim.rotation import follow_bases, gradient_sums
 from peftjax.transform.around import Around, Own, on_slots, require_together
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
@@ -41,34 +41,6 @@ from peftjax.transform.transform import Advance, Placement, Transform
 
 Write = Literal["refresh", "step"]
 """When what is learned is put into the weights."""
-
-
-def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, when each is in its range.
-
-    Raises:
-        PeftError: one is not.
-    """
-    for option in ("rank", "every"):
-        if options[option] < 1:
-            raise PeftError(f"{name}: {option} must be positive, got {options[option]}")
-    if options["together"] is not None and options["together"] < 1:
-        raise PeftError(f"{name}: together must be positive or None, got {options['together']}")
-    if options["iterations"] < 0:
-        raise PeftError(f"{name}: iterations must not be negative, got {options['iterations']}")
-    if options["scale"] <= 0:
-        raise PeftError(f"{name}: scale must be positive, got {options['scale']}")
-    choices = {
-        "side": get_args(Compressed),
-        "basis": get_args(Method),
-        "moments": get_args(Moments),
-        "write": get_args(Write),
-        "dtype": ("float32", "bfloat16"),
-    }
-    for option, known in choices.items():
-        if options[option] not in known:
-            raise PeftError(f"{name}: {option} must be one of {', '.join(known)}, got {options[option]!r}")
-    return dict(options)
 
 
 def projected(

@@ -30,70 +30,53 @@ decays the updated weight: `pj.optim.adamw` is that one, `optax.adamw` the usual
 are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' begins anew.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
 
-from peftjax.core.tree import Targets
-from peftjax.methods.projected._projected import Write, checked, projected
-from peftjax.optim.refresh import Compressed, Method
+from peftjax.core.checks import one_of
+from peftjax.methods.projected._options import ProjectedOptions
+from peftjax.methods.projected._projected import projected
+from peftjax.optim.refresh import Compressed
 from peftjax.optim.rotation import Moments
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def galore(
-    *,
-    rank: int = 128,
-    every: int = 200,
-    scale: float = 0.25,
-    side: Compressed = "smaller",
-    basis: Method = "auto",
-    iterations: int = 2,
-    together: int | None = None,
-    moments: Moments = "keep",
-    targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    layouts: Mapping[str, str] | None = None,
-    train_rest: bool = True,
-    write: Write = "refresh",
-    dtype: str = "float32",
-) -> Transform:
-    """Training in projected gradients (arXiv 2403.03507).
+@dataclass(frozen=True, kw_only=True)
+class GaloreOptions(ProjectedOptions):
+    """Those of `galore`.
 
-    Args:
-        rank: r; at most the smaller side of each weight.
-        every: T, steps between two projectors.
-        scale: of the projected update; the learning rate of these weights is scale · lr.
+    Attributes:
         side: which side of each matrix is compressed: 'smaller', 'larger', 'input', 'output' or 'both'
             (then the projected gradient is `[r, r]`).
-        basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
-            products with it; 'auto' chooses by size as `peftjax.optim.refresh` says.
-        iterations: of 'subspace', 2 gradient passes each.
-        together: how many parameters get their bases in one program, None for all: fewer need less memory,
-            that of their gradients ('svd', 'gram') or of a few rows for each ('subspace'), and more passes.
         moments: what a refresh does to the optimizer's moments: 'keep', 'rotate' or 'reset'.
-        targets: as in `lora`.
-        exclude: as in `lora`.
-        rank_pattern: rank by pattern.
-        layouts: axes by pattern.
-        train_rest: train all other floating-point parameters as they are; else they are frozen.
-        write: when what is learned is put into the weights: at each 'refresh', or at each 'step', which holds
-            no Z between steps and needs `Transform.open` and `close` in the loop.
-        dtype: of projectors and Z, and so of the optimizer's state: 'float32' or 'bfloat16'.
+    """
+
+    side: Compressed = "smaller"
+    moments: Moments = "keep"
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        one_of(caller, "side", self.side, get_args(Compressed))
+        one_of(caller, "moments", self.moments, get_args(Moments))
+
+
+@register(
+    kind="optimizer",
+    paper="GaLore, Zhao et al. 2024, arXiv 2403.03507",
+    trains="everything, in r·max(in, out) numbers at a time",
+    backward_keeps="x·Pᵀ where the input side is compressed, else x",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "scale": 1.0}),
+)
+@takes(GaloreOptions)
+def galore(options: GaloreOptions) -> Transform:
+    """Training in projected gradients (arXiv 2403.03507).
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit, and
             for a target that is a structured weight.
     """
-    options = checked("galore", dict(locals()))
-    return projected("galore", options, side=side)
-
-
-METHOD = MethodInfo(
-    name="galore",
-    factory=galore,
-    paper="GaLore, Zhao et al. 2024, arXiv 2403.03507",
-    trains="everything, in r·max(in, out) numbers at a time",
-    keeps="x·Pᵀ where the input side is compressed, else x",
-    example={"rank": 2, "scale": 1.0},
-    quantized_base=False,
-)
+    return projected("galore", vars(options), side=options.side)

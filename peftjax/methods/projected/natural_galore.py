@@ -18,78 +18,60 @@ paper projects one. H is not turned or cleared at a refresh there, and mixes two
 `moments="reset"` clears it.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
-from peftjax.methods.projected._projected import Write, checked, projected
+from peftjax.methods.projected._options import ProjectedOptions
+from peftjax.methods.projected._projected import projected
 from peftjax.optim.natural import scale_by_natural_gradient
-from peftjax.optim.refresh import Method
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def natural_galore(
-    *,
-    rank: int = 128,
-    every: int = 200,
-    scale: float = 0.25,
-    history: int = 20,
-    damping: float = 1e-3,
-    variant: Literal["paper", "released"] = "paper",
-    basis: Method = "auto",
-    iterations: int = 2,
-    together: int | None = None,
-    moments: Literal["keep", "reset"] = "keep",
-    targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    layouts: Mapping[str, str] | None = None,
-    train_rest: bool = True,
-    write: Write = "refresh",
-    dtype: str = "float32",
-) -> Transform:
-    """GaLore with the natural gradient in its subspace (arXiv 2410.16029).
+@dataclass(frozen=True, kw_only=True)
+class NaturalGaloreOptions(ProjectedOptions):
+    """Those of `natural_galore`.
 
-    Args:
-        rank: as in `galore`, as is every option that is not explained here.
-        every: T.
-        scale: of the projected update.
+    Attributes:
         history: s, the projected gradients remembered, the current one included.
         damping: λ.
         variant: 'paper' projects the smaller side, 'released' both.
-        basis: how a projector is found.
-        iterations: of 'subspace'.
-        together: how many parameters get their bases in one program.
-        moments: 'keep' or 'reset', which clears H too.
-        targets: as in `lora`.
-        exclude: as in `lora`.
-        rank_pattern: rank by pattern.
-        layouts: axes by pattern.
-        train_rest: train all other parameters as they are.
-        write: at each 'refresh' or each 'step'.
-        dtype: of projectors, Z, H and the optimizer's state.
+        moments: what a refresh does to the optimizer's moments: 'keep', or 'reset', which clears H too; a
+            history cannot be rotated.
+    """
+
+    history: int = 20
+    damping: float = 1e-3
+    variant: Literal["paper", "released"] = "paper"
+    moments: Literal["keep", "reset"] = "keep"
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        one_of(caller, "variant", self.variant, ("paper", "released"))
+        if self.moments == "rotate":
+            raise PeftError(f"{caller}: a history cannot be rotated; set moments to 'keep' or 'reset'")
+        one_of(caller, "moments", self.moments, ("keep", "reset"))
+
+
+@register(
+    kind="optimizer",
+    paper="Natural GaLore, Das 2024, arXiv 2410.16029",
+    trains="everything, in r·max(in, out) numbers at a time",
+    backward_keeps="x·Pᵀ where the input side is compressed, else x",
+    quantized_base=False,
+    conformance=Conformance(example={"rank": 2, "history": 3}),
+)
+@takes(NaturalGaloreOptions)
+def natural_galore(options: NaturalGaloreOptions) -> Transform:
+    """GaLore with the natural gradient in its subspace (arXiv 2410.16029).
 
     Raises:
         PeftError: as `galore`.
     """
-    options = checked("natural_galore", {**locals(), "side": "smaller"})
-    del options["side"]
-    if variant not in ("paper", "released"):
-        raise PeftError(f"natural_galore: variant must be 'paper' or 'released', got {variant!r}")
-    if moments == "rotate":
-        raise PeftError("natural_galore: a history cannot be rotated; set moments to 'keep' or 'reset'")
-    natural = scale_by_natural_gradient(history, damping)
-    side = "smaller" if variant == "paper" else "both"
-    return projected("natural_galore", options, side=side, precondition=natural)
-
-
-METHOD = MethodInfo(
-    name="natural_galore",
-    factory=natural_galore,
-    paper="Natural GaLore, Das 2024, arXiv 2410.16029",
-    trains="everything, in r·max(in, out) numbers at a time",
-    keeps="x·Pᵀ where the input side is compressed, else x",
-    example={"rank": 2, "history": 3},
-    quantized_base=False,
-)
+    natural = scale_by_natural_gradient(options.history, options.damping)
+    side = "smaller" if options.variant == "paper" else "both"
+    return projected("natural_galore", vars(options), side=side, precondition=natural)

@@ -25,15 +25,26 @@ from peftjax.backbone.functional import uniform_init
 from peftjax.backbone.protocols import BlockModule
 from peftjax.backbone.rewriting import BlockStack, require_backbone
 from peftjax.backbone.rewritten import RewrittenBlock
+from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
-from peftjax.methods._parts import Layers, of_parts, require_rate
+from peftjax.methods._parts import Layers, of_parts
 from peftjax.methods._targets import key_for
 from peftjax.transform.frozen import Params, Trainable
-from peftjax.transform.transform import Forward, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Transform
 from peftjax.weights.dropout import drop
 
 
+@register(
+    kind="adapter",
+    paper="prefix tuning, Li & Liang 2021, arXiv 2101.00190",
+    trains="P D + (D + 1) m + (m + 1) 2 L K H; without the MLP 2 L P K H",
+    backward_keeps="nothing a token",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"length": 3, "mlp_size": 4}, starts_as_base=False),
+)
 def prefix(
     *,
     length: int = 30,
@@ -54,8 +65,7 @@ def prefix(
     Raises:
         PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's.
     """
-    config = {"length": length, "mlp_size": mlp_size, "init_std": init_std, "dropout": dropout}
-    return of_parts("prefix", config, [Prefix(length, mlp_size, init_std, dropout)], layers)
+    return of_parts("prefix", [Prefix(length, mlp_size, init_std, dropout)], layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +77,12 @@ class Prefix:
     init_std: float
     dropout: float
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
-        if self.length < 1:
-            raise PeftError(f"{who}: the prefix must be 1 long or more, got {self.length}")
-        if self.mlp_size is not None and self.mlp_size < 1:
-            raise PeftError(f"{who}: mlp_size must be 1 or more, or None, got {self.mlp_size}")
-        if self.init_std < 0.0:
-            raise PeftError(f"{who}: init_std must be 0 or more, got {self.init_std}")
-        require_rate(who, "the dropout of the prefix", self.dropout)
+        positive(caller, "the length of the prefix", self.length)
+        positive(caller, "mlp_size", self.mlp_size)
+        at_least(caller, "init_std", self.init_std, 0)
+        fraction(caller, "the dropout of the prefix", self.dropout)
 
     def init(self, key: Key[Array, ""], stack: BlockStack) -> dict[str, Any]:
         """An MLP and its input, or keys and values, by the kind of attention."""
@@ -185,16 +192,3 @@ def prefix_of(model: Forward, params: Params, tokens: Int[Array, " P"]) -> Train
     flat = {name: jnp.moveaxis(slots[:, 0], 1, 2) for name, slots in cache.items()}
     flat = {name: slots.reshape(*slots.shape[:2], -1).astype(jnp.float32) for name, slots in flat.items()}
     return {"blocks": {"prefix": {"attention": flat}}}
-
-
-PREFIX = MethodInfo(
-    name="prefix",
-    factory=prefix,
-    paper="prefix tuning, Li & Liang 2021, arXiv 2101.00190",
-    trains="P D + (D + 1) m + (m + 1) 2 L K H; without the MLP 2 L P K H",
-    keeps="nothing a token",
-    mergeable=False,
-    example={"length": 3, "mlp_size": 4},
-    starts_as_base=False,
-    of_blocks=True,
-)

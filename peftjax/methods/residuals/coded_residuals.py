@@ -23,9 +23,17 @@ from peftjax.backbone.rewriting import rewrite_stacks
 from peftjax.ops.coded.bits import Bits
 from peftjax.quantize.affine import GROUP
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, MethodInfo, Transform
+from peftjax.transform.registry import register
+from peftjax.transform.transform import Forward, Transform
 
 
+@register(
+    kind="companion",
+    paper="4-bit residuals after S2A, Jin et al. 2025, arXiv 2503.08154",
+    trains="nothing",
+    backward_keeps="codes of 4 or 8 bits instead of what a block keeps",
+    of_blocks=True,
+)
 def coded_residuals(
     *,
     activation: int = 4,
@@ -59,7 +67,7 @@ def coded_residuals(
     def model(forward: Forward) -> Forward:
         return with_codes("coded_residuals", forward, bits)
 
-    return Transform("coded_residuals", dataclasses.asdict(bits), init, apply, model)
+    return Transform("coded_residuals", {}, init, apply, model)
 
 
 def with_codes(method: str, forward: Forward, bits: Bits) -> Backbone:
@@ -75,13 +83,3 @@ def with_codes(method: str, forward: Forward, bits: Bits) -> Backbone:
         return dataclasses.replace(backbone, block=block.clone(config=config))
 
     return rewrite_stacks(method, forward, rewrite)
-
-
-METHOD = MethodInfo(
-    name="coded_residuals",
-    factory=coded_residuals,
-    paper="4-bit residuals after S2A, Jin et al. 2025, arXiv 2503.08154",
-    trains="nothing",
-    keeps="codes of 4 or 8 bits instead of what a block keeps",
-    of_blocks=True,
-)

@@ -26,6 +26,7 @@ from peftjax.backbone.context import Context
 from peftjax.backbone.rewriting import add_to_blocks, require_one_stack, rewrite_stacks, stacks_of
 from peftjax.backbone.rewritten import RewrittenBlock
 from peftjax.core import tree
+from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods._targets import key_for
 from peftjax.methods.bottleneck._bottleneck import Bottleneck
@@ -33,7 +34,8 @@ from peftjax.methods.prompt._prompt_tokens import init_prompts, with_prompts
 from peftjax.methods.residuals.coded_residuals import with_codes
 from peftjax.ops.coded.bits import Bits
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Transform
 from peftjax.weights.base import Weight
 
 
@@ -71,6 +73,15 @@ def pool_tokens(hidden: Float[Array, "B S D"], mask: Array | None, pool: int) ->
     return (total / jnp.maximum(count, 1)[..., None]).astype(hidden.dtype)
 
 
+@register(
+    kind="adapter",
+    paper="S2A-style, Jin et al. 2025, arXiv 2503.08154",
+    trains="the biases, 2 D d + d + D a layer, and P D of prompts",
+    backward_keeps="codes of 4 or 8 bits; (D + d) / pool values a token for a side module",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"side": 2}),
+)
 def s2a(
     *,
     biases: bool = True,
@@ -95,11 +106,9 @@ def s2a(
         PeftError: for a setting out of range; in `init`, when nothing is left to train, or a bias is a
             structured weight; in `init` and `model`, when it is not a backbone's.
     """
-    config = {"biases": biases, "prompts": prompts, "side": side, "pool": pool, "activation": activation}
-    config["residuals"] = None if residuals is None else dict(residuals)
-    for name, value, least in (("prompts", prompts, 0), ("side", side, 0), ("pool", pool, 1)):
-        if value < least:
-            raise PeftError(f"s2a: {name} must be {least} or more, got {value}")
+    at_least("s2a", "prompts", prompts, 0)
+    at_least("s2a", "side", side, 0)
+    positive("s2a", "pool", pool)
     bottleneck = Bottleneck(side, activation=activation) if side else None
     if bottleneck is not None:
         bottleneck.require_valid("s2a")
@@ -136,7 +145,7 @@ def s2a(
         coded = with_prompts("s2a", coded) if prompts else coded
         return rewrite_stacks("s2a", coded, rewrite) if bottleneck else coded
 
-    return Transform("s2a", config, init, apply, model)
+    return Transform("s2a", {}, init, apply, model)
 
 
 def _bits(residuals: Mapping[str, int]) -> Bits:
@@ -160,15 +169,3 @@ def _biases(params: Params) -> list[str]:
             raise PeftError(f"s2a: {path!r} is already a {type(leaf).__name__}; exclude it from that method")
         paths.append(path)
     return paths
-
-
-METHOD = MethodInfo(
-    name="s2a",
-    factory=s2a,
-    paper="S2A-style, Jin et al. 2025, arXiv 2503.08154",
-    trains="the biases, 2 D d + d + D a layer, and P D of prompts",
-    keeps="codes of 4 or 8 bits; (D + d) / pool values a token for a side module",
-    mergeable=False,
-    example={"side": 2},
-    of_blocks=True,
-)

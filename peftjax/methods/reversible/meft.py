@@ -22,14 +22,15 @@ from jax import Array
 
 from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import add_to_blocks, require_scan, rewrite_stacks, stacks_of
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import at_least, one_of, positive
 from peftjax.methods._targets import key_for
 from peftjax.methods.bottleneck._bottleneck import ACTIVATIONS, AdapterBlock, Adapters, Bottleneck
 from peftjax.methods.reversible._reversible_stack import ADAPTER, Part, ReversibleStack
 from peftjax.methods.reversible.check import warn_of_inexact
 from peftjax.ops.reversible import Coupling
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Transform
 
 NAME = "meft"
 
@@ -69,6 +70,15 @@ VARIANTS = {
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 
 
+@register(
+    kind="adapter",
+    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
+    trains="2 (2 D r + D + r) a layer",
+    backward_keeps="two float32 streams every few layers, and nothing of a layer",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"size": 2}, starts_as_base=False),
+)
 def meft(
     *,
     variant: int = 1,
@@ -99,15 +109,17 @@ def meft(
         PeftError: for a setting out of range; in `init` and `model`, when it is not a backbone's or
             another method runs its blocks already.
     """
-    if variant not in VARIANTS:
-        raise PeftError(f"{NAME}: variant {variant!r} is not 1, 2 or 3")
+    one_of(NAME, "variant", variant, VARIANTS)
     chosen = VARIANTS[variant]
     coupling = Coupling(
         chosen.coupling.lam if lam is None else lam,
         chosen.coupling.beta if beta is None else beta,
         chosen.coupling.swap,
     )
-    _require_valid(coupling, anchor_every, num_reversible)
+    positive(NAME, "lam", coupling.lam)  # or nothing could be inverted
+    positive(NAME, "beta", coupling.beta)
+    at_least(NAME, "anchor_every", anchor_every, 0)
+    at_least(NAME, "num_reversible", num_reversible, 0)
     shapes = {
         place: Bottleneck(size, form, activation=activation or "gelu", dropout=dropout, init_as="bert")
         for place, form in chosen.adapters.items()
@@ -152,26 +164,8 @@ def meft(
 
         return rewrite_stacks(NAME, forward, rewrite)
 
-    config = {
-        "variant": variant,
-        "size": size,
-        "lam": coupling.lam,
-        "beta": coupling.beta,
-        "anchor_every": anchor_every,
-        "num_reversible": num_reversible,
-        "activation": activation,
-        "dropout": dropout,
-    }
+    config = {"lam": coupling.lam, "beta": coupling.beta}
     return Transform(NAME, config, init, apply, model, checks=(warn_of_inexact,))
-
-
-def _require_valid(coupling: Coupling, every: int | None, num_reversible: int | None) -> None:
-    for name, value in (("lam", coupling.lam), ("beta", coupling.beta)):
-        if not value > 0.0:
-            raise PeftError(f"{NAME}: {name} must be positive, or nothing could be inverted; got {value}")
-    for name, number in (("anchor_every", every), ("num_reversible", num_reversible)):
-        if number is not None and number < 0:
-            raise PeftError(f"{NAME}: {name} must be 0 or more, got {number}")
 
 
 def _activated(adapters: Adapters, activation: str) -> Adapters:
@@ -189,16 +183,3 @@ def _activation_of(backbone: Backbone) -> str:
     name = getattr(backbone.block.config, "activation", None)
     name = _SAME_ACTIVATION.get(name, name)
     return name if name in ACTIVATIONS else "gelu"
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=meft,
-    paper="MEFT, Liao et al. 2023, arXiv 2306.00477",
-    trains="2 (2 D r + D + r) a layer",
-    keeps="two float32 streams every few layers, and nothing of a layer",
-    mergeable=False,
-    example={"size": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

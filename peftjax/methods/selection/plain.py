@@ -8,7 +8,7 @@ trained parameter needs: for a bias nothing, for a kernel its input.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,10 +18,19 @@ from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 
 
+@register(
+    kind="selection",
+    paper="plain selection of parameters",
+    trains="the matched parameters",
+    backward_keeps="the inputs of matched kernels",
+    quantized_base=False,
+    conformance=Conformance(example={"targets": r".*(head|norm|scale|bias).*"}),
+)
 def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
     """Train the matched parameters themselves.
 
@@ -35,19 +44,40 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
         PeftError: in `init`, when nothing, or only part of a list, is matched, or a match is a
             structured weight.
     """
-    return _selection("unfreeze", {"targets": targets, "exclude": exclude}, targets, exclude)
+    return _selection("unfreeze", targets, exclude)
 
 
+@register(
+    kind="selection",
+    paper="plain selection of parameters",
+    trains="all but the matched parameters",
+    backward_keeps="the inputs of trained kernels",
+    quantized_base=False,
+    conformance=Conformance(example={"targets": r".*bias"}),
+)
 def freeze(targets: Targets) -> Transform:
     """Train every floating-point parameter but the matched ones; `targets` as in `unfreeze`."""
-    return _selection("freeze", {"targets": targets}, ".*", targets)
+    return _selection("freeze", ".*", targets)
 
 
+@register(
+    kind="selection",
+    paper="full fine-tuning",
+    trains="everything",
+    backward_keeps="every layer's input",
+    quantized_base=False,
+)
 def full() -> Transform:
     """Train every floating-point parameter."""
-    return _selection("full", {}, ".*", None)
+    return _selection("full", ".*", None)
 
 
+@register(
+    kind="selection",
+    paper="BitFit, Ben Zaken et al. 2022, arXiv 2106.10199",
+    trains="the biases",
+    backward_keeps="nothing for a linear layer",
+)
 def bitfit() -> Transform:
     """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them."""
 
@@ -57,10 +87,10 @@ def bitfit() -> Transform:
             raise PeftError("bitfit: target 'bias' matched no parameter, nor did 'b' or 'offset'")
         return found
 
-    return _training("bitfit", {}, find)
+    return _training("bitfit", find)
 
 
-def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: Targets | None) -> Transform:
+def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transform:
     def find(params: Any) -> list[str]:
         _say_complex(name, params)
         return tree.select(
@@ -72,7 +102,7 @@ def _selection(name: str, config: Mapping[str, Any], targets: Targets, exclude: 
             names=naming.names_of_parameter,
         )
 
-    return _training(name, config, find)
+    return _training(name, find)
 
 
 def _say_complex(name: str, params: Any) -> None:
@@ -82,7 +112,7 @@ def _say_complex(name: str, params: Any) -> None:
             warnings.warn(f"{name}: {path!r} is {leaf.dtype} and stays frozen", stacklevel=4)
 
 
-def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[str]]) -> Transform:
+def _training(name: str, find: Callable[[Any], list[str]]) -> Transform:
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         paths = find(params)
         leaves = tree.named_leaves(params)
@@ -98,45 +128,8 @@ def _training(name: str, config: Mapping[str, Any], find: Callable[[Any], list[s
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
         return tree.join(frozen.params, trainable)
 
-    return Transform(name, config, init, apply)
+    return Transform(name, {}, init, apply)
 
 
 def _is_floating(path: str, leaf: Any) -> bool:
     return not isinstance(leaf, tree.Hole) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-METHODS = (
-    MethodInfo(
-        name="full",
-        factory=full,
-        paper="full fine-tuning",
-        trains="everything",
-        keeps="every layer's input",
-        quantized_base=False,
-    ),
-    MethodInfo(
-        name="bitfit",
-        factory=bitfit,
-        paper="BitFit, Ben Zaken et al. 2022, arXiv 2106.10199",
-        trains="the biases",
-        keeps="nothing for a linear layer",
-    ),
-    MethodInfo(
-        name="unfreeze",
-        factory=unfreeze,
-        paper="plain selection of parameters",
-        trains="the matched parameters",
-        keeps="the inputs of matched kernels",
-        example={"targets": r".*(head|norm|scale|bias).*"},
-        quantized_base=False,
-    ),
-    MethodInfo(
-        name="freeze",
-        factory=freeze,
-        paper="plain selection of parameters",
-        trains="all but the matched parameters",
-        keeps="the inputs of trained kernels",
-        example={"targets": r".*bias"},
-        quantized_base=False,
-    ),
-)

@@ -16,11 +16,19 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.layout import layout_of
 from peftjax.weights.rows import TrainedRows, rows_of
 
 
+@register(
+    kind="selection",
+    paper="trainable rows of an embedding",
+    trains="n·dim",
+    backward_keeps="nothing for lookups",
+    conformance=Conformance(example={"indices": [1, 3]}),
+)
 def rows(
     indices: Sequence[int],
     *,
@@ -43,7 +51,6 @@ def rows(
     chosen = tuple(int(index) for index in indices)
     if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
         raise PeftError(f"rows: give distinct, non-negative row numbers, got {list(indices)[:10]}")
-    config = {"indices": list(chosen), "targets": targets, "exclude": exclude, "layouts": layouts}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         leaves = tree.named_leaves(params)
@@ -71,14 +78,4 @@ def rows(
             },
         )
 
-    return Transform("rows", config, init, apply)
-
-
-METHOD = MethodInfo(
-    name="rows",
-    factory=rows,
-    paper="trainable rows of an embedding",
-    trains="n·dim",
-    keeps="nothing for lookups",
-    example={"indices": [1, 3]},
-)
+    return Transform("rows", {"indices": list(chosen)}, init, apply)

@@ -25,16 +25,28 @@ from jax import Array
 from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rewriting import require_backbone, require_scan, stacks_of
 from peftjax.core import tree
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._lst_ladder import BothStates, Ladder, SideEmbed
 from peftjax.methods.side._lst_start import require_plain, start
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "lst"
 INITS = ("fisher", "magnitude", "random", "loaded")
 
 
+@register(
+    kind="adapter",
+    paper="LST, Sung et al. 2022, arXiv 2206.06522",
+    trains="4 d² + 2 d F / r + D d a used layer, d = D / r",
+    backward_keeps="the states after the used layers, and a network of width d; none of the backbone's",
+    mergeable=False,
+    quantized_base=False,
+    of_blocks=True,
+    conformance=Conformance(example={"reduction": 2}, starts_as_base=False),
+)
 def lst(
     *,
     reduction: int = 8,
@@ -44,7 +56,7 @@ def lst(
     merge_last: bool = False,
     init: Literal["fisher", "magnitude", "random", "loaded"] = "magnitude",
     scores: Mapping[str, Array] | None = None,
-    side: Transform | Mapping[str, Any] | None = None,
+    side: Transform | None = None,
     backbone_dropout: bool = True,
 ) -> Transform:
     """Ladder side-tuning (arXiv 2206.06522).
@@ -74,18 +86,8 @@ def lst(
             chain's `init` when another method trains something in the backbone but its head.
     """
     _check(reduction, side_layers, gate, temperature, init, scores)
-    inner = _built(side)
     used = None if side_layers is None else sorted({int(layer) for layer in side_layers})
-    config = {
-        "reduction": reduction,
-        "side_layers": used,
-        "gate": gate,
-        "temperature": temperature,
-        "merge_last": merge_last,
-        "init": "loaded" if init == "fisher" else init,
-        "side": None if inner is None else {"name": inner.name, **inner.config},
-        "backbone_dropout": backbone_dropout,
-    }
+    config = {"side_layers": used, "init": "loaded" if init == "fisher" else init}
 
     def fresh(key: Array, params: Params) -> Trainable:
         require_plain(NAME, params)
@@ -102,15 +104,15 @@ def lst(
         key, inner_key = jax.random.split(key)
         stacks_of(NAME, params)
         sides = fresh(key, params)
-        if inner is None:
+        if side is None:
             return Frozen(params), sides
-        frozen, trainable = inner.init(inner_key, sides)
+        frozen, trainable = side.init(inner_key, sides)
         return Frozen(params, *_stored(sides, frozen)), trainable
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         sides = trainable
-        if inner is not None:
-            sides = inner.apply(_restored(frozen), trainable, key=key)
+        if side is not None:
+            sides = side.apply(_restored(frozen), trainable, key=key)
         return _added(frozen.params, sides)
 
     def model(forward: Forward) -> Forward:
@@ -190,15 +192,6 @@ def _restored(frozen: Frozen) -> Frozen:
     return Frozen(side, frozen.state["inner"], plan)
 
 
-def _built(side: Transform | Mapping[str, Any] | None) -> Transform | None:
-    """The method of the side network, or the one that a saved configuration describes."""
-    if side is None or isinstance(side, Transform):
-        return side
-    from peftjax.transform.registry import build
-
-    return build(side)
-
-
 def _check(
     reduction: int,
     side_layers: Sequence[int] | None,
@@ -207,32 +200,14 @@ def _check(
     init: str,
     scores: Mapping[str, Array] | None,
 ) -> None:
-    if reduction < 1:
-        raise PeftError(f"{NAME}: reduction must be 1 or more, got {reduction}")
+    positive(NAME, "reduction", reduction)
     if side_layers is not None and not len(side_layers):
         raise PeftError(f"{NAME}: side_layers names no layer; give at least one, or None for all")
-    if gate not in ("learned", "sum"):
-        raise PeftError(f"{NAME}: gate {gate!r} is not 'learned' or 'sum'")
-    if temperature <= 0.0:
-        raise PeftError(f"{NAME}: temperature must be positive, got {temperature}")
-    if init not in INITS:
-        raise PeftError(f"{NAME}: init {init!r} is unknown; choose one of {', '.join(INITS)}")
+    one_of(NAME, "gate", gate, ("learned", "sum"))
+    positive(NAME, "temperature", temperature)
+    one_of(NAME, "init", init, INITS)
     if (init == "fisher") != (scores is not None):
         raise PeftError(
             f"{NAME}: init {init!r} and scores do not go together; scores, from "
             "peftjax.fisher_information, are for the init 'fisher'"
         )
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=lst,
-    paper="LST, Sung et al. 2022, arXiv 2206.06522",
-    trains="4 d² + 2 d F / r + D d a used layer, d = D / r",
-    keeps="the states after the used layers, and a network of width d; none of the backbone's",
-    mergeable=False,
-    quantized_base=False,
-    example={"reduction": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

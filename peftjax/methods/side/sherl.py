@@ -27,6 +27,7 @@ from peftjax.backbone.functional import Part, linear_init, linear_norm, norm_ini
 from peftjax.backbone.layers import dropout, recompute
 from peftjax.backbone.protocols import Cache, DropoutKey
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan, stacks_of
+from peftjax.core.checks import fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._layer_states import (
     states_of,
@@ -34,7 +35,8 @@ from peftjax.methods.side._layer_states import (
     unit,
 )
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, Transform
 
 NAME = "sherl"
 DOWN_EPSILON, OUT_EPSILON = 1e-5, 1e-12
@@ -43,6 +45,15 @@ SMALLEST = 1e-8
 TEMPERATURE = 0.1
 
 
+@register(
+    kind="adapter",
+    paper="SHERL, Diao et al. 2024, arXiv 2407.07523",
+    trains="(D + 3) d a layer, and D d + 3 D + d + 2 for all, d = D / factor",
+    backward_keeps="D + d numbers a token and layer beside the blocks, and what the last layer keeps",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"factor": 2}, starts_as_base=False),
+)
 def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
     """The early layers merged without what they repeat, through the frozen last layer (arXiv 2407.07523).
 
@@ -56,11 +67,8 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with one
             stack of two blocks or more.
     """
-    if factor < 1:
-        raise PeftError(f"{NAME}: factor must be 1 or more, got {factor}")
-    if not 0.0 <= dropout < 1.0:
-        raise PeftError(f"{NAME}: dropout must be in [0, 1), got {dropout}")
-    config = {"factor": factor, "dropout": dropout}
+    positive(NAME, "factor", factor)
+    fraction(NAME, "dropout", dropout)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         stack = stacks_of(NAME, params)[0]
@@ -91,7 +99,7 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
         _require_one_stack(backbone)
         return dataclasses.replace(backbone, stack=LateStack(dropout, backbone.stack))
 
-    return Transform(NAME, config, init, apply, model)
+    return Transform(NAME, {}, init, apply, model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,16 +197,3 @@ def _last(model: Backbone, layers: Layer) -> Layer:
 
 def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "its form for two stacks has another encoder's output in the last layer")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=sherl,
-    paper="SHERL, Diao et al. 2024, arXiv 2407.07523",
-    trains="(D + 3) d a layer, and D d + 3 D + d + 2 for all, d = D / factor",
-    keeps="D + d numbers a token and layer beside the blocks, and what the last layer keeps",
-    mergeable=False,
-    example={"factor": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -30,8 +30,8 @@ from peftjax.backbone.rewriting import (
     require_scan,
     stacks_of,
 )
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import nearest
 from peftjax.methods.side._layer_states import (
     states_of,
     states_of_cached,
@@ -46,11 +46,21 @@ from peftjax.methods.side._unipt_network import (
     output,
 )
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "unipt"
 
 
+@register(
+    kind="adapter",
+    paper="UniPT: universal parallel tuning, Diao et al. 2024, arXiv 2308.14316",
+    trains="(D + 3) d a layer, and 2 D d + d² for all, d = D / factor",
+    backward_keeps="D + d numbers a token and layer beside the blocks, nothing in them",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"factor": 2}, starts_as_base=False),
+)
 def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
     """A parallel network beside the frozen backbone, whose output goes to its head (arXiv 2308.14316).
 
@@ -64,11 +74,8 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with one
             stack of blocks.
     """
-    if variant not in VARIANTS:
-        raise PeftError(f"{NAME}: variant {variant!r} is unknown; closest: {nearest(variant, VARIANTS)}")
-    if factor < 1:
-        raise PeftError(f"{NAME}: factor must be 1 or more, got {factor}")
-    config = {"factor": factor, "variant": variant}
+    one_of(NAME, "variant", variant, VARIANTS)
+    positive(NAME, "factor", factor)
     kind = VARIANTS[variant]
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
@@ -96,7 +103,7 @@ def unipt(*, factor: int = 2, variant: str = "vse") -> Transform:
         return dataclasses.replace(backbone, stack=ParallelStack(kind, backbone.stack))
 
     cut = GradientCut("use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, cut=cut)
+    return Transform(NAME, {}, init, apply, model, cut=cut)
 
 
 def _own_parts(kind: Variant, key: Array, layers: int, width: int, inner: int) -> Trainable:
@@ -178,16 +185,3 @@ class ParallelStack:
 
 def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "its form for two stacks was never released")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=unipt,
-    paper="UniPT: universal parallel tuning, Diao et al. 2024, arXiv 2308.14316",
-    trains="(D + 3) d a layer, and 2 D d + d² for all, d = D / factor",
-    keeps="D + d numbers a token and layer beside the blocks, nothing in them",
-    mergeable=False,
-    example={"factor": 2},
-    starts_as_base=False,
-    of_blocks=True,
-)

@@ -34,11 +34,13 @@ from peftjax.backbone.rewriting import (
     stacks_of,
 )
 from peftjax.core import tree
+from peftjax.core.checks import fraction, one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._layer_states import detached
 from peftjax.methods.side._vqt_head import Features, QueryHead
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Forward, GradientCut, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
@@ -47,6 +49,15 @@ NEEDS_A_CLASSIFIER = (
 )
 
 
+@register(
+    kind="adapter",
+    paper="visual query tuning, Tu et al. 2023, arXiv 2212.03220",
+    trains="T D a layer, and (E + L T D + 1) C for the head",
+    backward_keeps="keys and values of the tokens; nothing with passes=2",
+    mergeable=False,
+    of_blocks=True,
+    conformance=Conformance(example={"num_queries": 2}, starts_as_base=False, reads_classifier=True),
+)
 def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Transform:
     """Queries that read every frozen layer, and a linear head over all (arXiv 2212.03220).
 
@@ -62,13 +73,9 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         PeftError: for a setting out of range; in `init` and `model`, for what is not a backbone with a
             classifier and one stack of blocks.
     """
-    if num_queries < 1:
-        raise PeftError(f"vqt: num_queries must be 1 or more, got {num_queries}")
-    if passes not in (1, 2):
-        raise PeftError(f"vqt: passes must be 1 or 2, got {passes}")
-    if not 0.0 <= dropout < 1.0:
-        raise PeftError(f"vqt: dropout must be in [0, 1), got {dropout}")
-    config = {"num_queries": num_queries, "passes": passes, "dropout": dropout}
+    positive(NAME, "num_queries", num_queries)
+    one_of(NAME, "passes", passes, (1, 2))
+    fraction(NAME, "dropout", dropout)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         layers, width, read, classes = _sizes(params)
@@ -97,7 +104,7 @@ def vqt(*, num_queries: int = 1, passes: int = 1, dropout: float = 0.1) -> Trans
         return dataclasses.replace(backbone, stack=stack, head=QueryHead(backbone.head, NAME))
 
     cut = GradientCut("use pj.sherl, which trains the last layer too")
-    return Transform(NAME, config, init, apply, model, cut=cut)
+    return Transform(NAME, {}, init, apply, model, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,17 +214,3 @@ def _patch_inputs(params: Params, width: int) -> int:
 
 def _require_one_stack(owner: Backbone | Params) -> None:
     require_one_stack(NAME, owner, "it says nothing of queries in two stacks")
-
-
-METHOD = MethodInfo(
-    name=NAME,
-    factory=vqt,
-    paper="visual query tuning, Tu et al. 2023, arXiv 2212.03220",
-    trains="T D a layer, and (E + L T D + 1) C for the head",
-    keeps="keys and values of the tokens; nothing with passes=2",
-    mergeable=False,
-    example={"num_queries": 2},
-    starts_as_base=False,
-    of_blocks=True,
-    reads_classifier=True,
-)

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.sparse._allocation import allocate, capacities, scores
 from peftjax.transform.around import Own, require_together
@@ -73,16 +74,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "initial_sparsity", "beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise PeftError(f"budget: {name} must lie in [0, 1), got {getattr(self, name)}")
-        for name, least in (
-            ("total_steps", 1),
-            ("allocate_every", 1),
-            ("init_warmup", 0),
-            ("final_warmup", 0),
-        ):
-            if getattr(self, name) < least:
-                raise PeftError(f"budget: {name} must be at least {least}, got {getattr(self, name)}")
+            fraction("budget", name, getattr(self, name))
+        for name in ("total_steps", "allocate_every"):
+            positive("budget", name, getattr(self, name))
+        for name in ("init_warmup", "final_warmup"):
+            at_least("budget", name, getattr(self, name), 0)
         if self.epochs - self.final_warmup - self.init_warmup < 1:
             raise PeftError(
                 f"budget: {self.epochs} epochs of {self.allocate_every} steps leave no allocation between "

@@ -1,7 +1,7 @@
 """What SNELL and SNELLA share: factors, their start, thresholds, and the weight they make."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,31 +29,6 @@ class KernelizedTarget(Target):
 
     kernel_function: KernelFunction
     sparsity: float
-
-
-def checked_options(name: str, given: Mapping[str, Any], **choices: Sequence[str]) -> dict[str, Any]:
-    """The options, layer numbers as a list.
-
-    Raises:
-        PeftError: an option is out of range, or none of its choices.
-    """
-    options = dict(given)
-    for option, known in choices.items():
-        if options[option] not in known:
-            raise PeftError(f"{name}: {option} must be one of {', '.join(known)}, got {options[option]!r}")
-    for option in ("rank", "heads"):
-        if options[option] < 1:
-            raise PeftError(f"{name}: {option} must be positive, got {options[option]}")
-    if not 0.0 <= options["dropout"] < 1.0:
-        raise PeftError(f"{name}: dropout must lie in [0, 1), got {options['dropout']}")
-    if options["layers"] is not None and not isinstance(options["layers"], int):
-        options["layers"] = [int(layer) for layer in options["layers"]]
-    return options
-
-
-def coefficients(options: Mapping[str, Any]) -> tuple[float, ...]:
-    """The heads' fixed coefficients, of alternating sign."""
-    return tuple(options["coefficient"] * (-1.0) ** head for head in range(options["heads"]))
 
 
 def kernelized(

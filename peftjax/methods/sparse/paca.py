@@ -27,17 +27,26 @@ import numpy as np
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.indexing import put_rows
 from peftjax.weights.layout import Layout
 from peftjax.weights.rows import TrainedRows, rows_of
 
 
+@register(
+    kind="adapter",
+    paper="PaCA, Woo et al. 2025, arXiv 2503.01905",
+    trains="r·out",
+    backward_keeps="x[I], r numbers a token",
+    conformance=Conformance(example={"rank": 2, "alpha": 4.0}),
+)
 def paca(
     *,
     rank: int = 8,
@@ -67,22 +76,12 @@ def paca(
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks or rows that do not fit.
     """
-    if rank < 1 or alpha <= 0:
-        raise PeftError(f"paca: rank and alpha must be positive, got {rank} and {alpha}")
-    if isinstance(selection, str) and selection != "random":
-        raise PeftError(f"paca: selection must be 'random' or row numbers by pattern, got {selection!r}")
+    positive("paca", "rank", rank)
+    positive("paca", "alpha", alpha)
+    if isinstance(selection, str):
+        one_of("paca", "selection", selection, ("random",))
     given = {} if isinstance(selection, str) else {p: _numbers(rows) for p, rows in selection.items()}
-    config = {
-        "rank": rank,
-        "alpha": alpha,
-        "targets": targets,
-        "exclude": exclude,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "layouts": layouts,
-        "selection": selection if isinstance(selection, str) else {p: r.tolist() for p, r in given.items()},
-        "in_place": in_place,
-    }
+    config = {"selection": {p: rows.tolist() for p, rows in given.items()} or selection}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
@@ -171,13 +170,3 @@ def _numbers(rows: Any) -> np.ndarray:
     except ValueError:  # lists of different lengths
         return np.empty(0)
     return np.empty(0) if found.dtype == object else found
-
-
-METHOD = MethodInfo(
-    name="paca",
-    factory=paca,
-    paper="PaCA, Woo et al. 2025, arXiv 2503.01905",
-    trains="r·out",
-    keeps="x[I], r numbers a token",
-    example={"rank": 2, "alpha": 4.0},
-)

@@ -24,13 +24,14 @@ at (re-)selection, and the step lost at re-selection.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import at_least, one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries
@@ -39,7 +40,8 @@ from peftjax.methods.sparse._nuclear import Polar, penalized
 from peftjax.methods.sparse._reselect import KEEP, LIMIT, hold_dropped, limit_of, reselect
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import Advance, MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import NOWHERE, put_entries, take_entries
@@ -48,6 +50,14 @@ from peftjax.weights.sharding import whole
 from peftjax.weights.sparse_entries import SparseEntries
 
 
+@register(
+    kind="adapter",
+    paper="SaRA, Hu et al. 2025, arXiv 2409.06633",
+    trains="K of the entries",
+    backward_keeps="the input x",
+    of_steps=lambda steps: {"reselect_at": steps // 2},
+    conformance=Conformance(example={"density": 0.3}),
+)
 def sara(
     *,
     density: float | None = None,
@@ -81,17 +91,7 @@ def sara(
     """
     _check(density, threshold, penalty, polar, reselect_at)
     share = 0.05 if density is None and threshold is None else density
-    config = {
-        "density": share,
-        "threshold": threshold,
-        "penalty": penalty,
-        "polar": polar,
-        "reselect_at": reselect_at,
-        "targets": targets,
-        "exclude": exclude,
-        "layouts": layouts,
-        "in_place": in_place,
-    }
+    config = {"density": share}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
@@ -153,16 +153,11 @@ def _check(
 ) -> None:
     if density is not None and threshold is not None:
         raise PeftError("sara: give a density or a threshold, not both")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise PeftError(f"sara: density must lie in (0, 1], got {density}")
-    if threshold is not None and threshold <= 0.0:
-        raise PeftError(f"sara: threshold must be positive, got {threshold}")
-    if penalty < 0.0:
-        raise PeftError(f"sara: penalty must not be negative, got {penalty}")
-    if polar not in ("newton_schulz", "svd"):
-        raise PeftError(f"sara: polar must be 'newton_schulz' or 'svd', got {polar!r}")
-    if reselect_at is not None and reselect_at < 0:
-        raise PeftError(f"sara: reselect_at is the number of a step, from 0; got {reselect_at}")
+    positive_share("sara", "density", density)
+    positive("sara", "threshold", threshold)
+    at_least("sara", "penalty", penalty, 0)
+    one_of("sara", "polar", polar, get_args(Polar))
+    at_least("sara", "reselect_at", reselect_at, 0)
 
 
 def _smallest(path: str, layout: Layout, w: Array, density: float | None, threshold: float | None) -> Entries:
@@ -181,14 +176,3 @@ def _smallest(path: str, layout: Layout, w: Array, density: float | None, thresh
     flat = below.reshape(*layout.stack, -1)
     inside = jnp.take_along_axis(flat, rows * layout.matrix[1] + columns, axis=-1)
     return jnp.where(inside, rows, NOWHERE), columns
-
-
-METHOD = MethodInfo(
-    name="sara",
-    factory=sara,
-    paper="SaRA, Hu et al. 2025, arXiv 2409.06633",
-    trains="K of the entries",
-    keeps="the input x",
-    example={"density": 0.3},
-    of_steps=lambda steps: {"reselect_at": steps // 2},
-)

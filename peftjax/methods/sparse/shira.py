@@ -19,19 +19,21 @@ draws the same one for all weights of a shape; here each has its own. Weight dec
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core import tree
+from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
 from peftjax.transform.frozen import Frozen, Trainable
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
 from peftjax.weights.indexing import put_entries, take_entries
@@ -40,9 +42,15 @@ from peftjax.weights.sparse_entries import SparseEntries
 
 Mask = Literal["random", "struct", "magnitude", "gradient", "snip", "loaded"]
 _BY_GRADIENT = ("gradient", "snip")
-_MASKS = ("random", "struct", "magnitude", *_BY_GRADIENT, "loaded")
 
 
+@register(
+    kind="adapter",
+    paper="SHiRA, Bhardwaj et al. 2024, arXiv 2406.13175",
+    trains="K of the entries",
+    backward_keeps="the input x",
+    conformance=Conformance(example={"rank": 2}),
+)
 def shira(
     *,
     rank: int = 32,
@@ -76,16 +84,7 @@ def shira(
     """
     _check(rank, density, mask, gradients)
     given = tree.named_leaves(gradients) if gradients is not None else {}
-    config = {
-        "rank": rank,
-        "density": density,
-        "mask": "loaded" if mask in _BY_GRADIENT else mask,
-        "targets": targets,
-        "exclude": exclude,
-        "rank_pattern": rank_pattern,
-        "layouts": layouts,
-        "in_place": in_place,
-    }
+    config = {"mask": "loaded" if mask in _BY_GRADIENT else mask}
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
@@ -130,12 +129,9 @@ def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:
 
 
 def _check(rank: int, density: float | None, mask: str, gradients: Any) -> None:
-    if rank < 1:
-        raise PeftError(f"shira: rank must be positive, got {rank}")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise PeftError(f"shira: density must lie in (0, 1], got {density}")
-    if mask not in _MASKS:
-        raise PeftError(f"shira: mask {mask!r} is unknown; choose one of {', '.join(_MASKS)}")
+    positive("shira", "rank", rank)
+    positive_share("shira", "density", density)
+    one_of("shira", "mask", mask, get_args(Mask))
     if (mask in _BY_GRADIENT) != (gradients is not None):
         raise PeftError(
             f"shira: mask {mask!r} and gradients do not go together; gradients, from "
@@ -156,13 +152,3 @@ def _entries(
             raise PeftError(f"shira: gradients has no array of shape {leaf.shape} for {path!r}")
         scores = scores * gradients[path]
     return largest_entries(to_canonical(jnp.abs(scores), layout), layout, count)
-
-
-METHOD = MethodInfo(
-    name="shira",
-    factory=shira,
-    paper="SHiRA, Bhardwaj et al. 2024, arXiv 2406.13175",
-    trains="K of the entries",
-    keeps="the input x",
-    example={"rank": 2},
-)

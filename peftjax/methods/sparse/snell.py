@@ -27,25 +27,27 @@ and there is no DropPath, as a layer does not know which axis of its input count
 quantized base the update is a product of its own beside the base's.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax.numpy as jnp
 
 from peftjax.core import tree
+from peftjax.core.checks import fraction, one_of
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
 from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
-from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
+from peftjax.methods.sparse._kernelized import kernelized
+from peftjax.methods.sparse._options import KernelizedOptions
 from peftjax.transform.frozen import Frozen
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 Sparsity = float | Mapping[str, float]
 
-_MODES, _KERNELS = ("released", "paper", "hard"), ("distance", "linear", "sigmoid", "rbf")
 # The start of the scalars of each kernel that has them.
 _SCALARS = {
     "sigmoid": {"scale": 1.0, "rate": 1.0, "shift": -0.5},
@@ -53,63 +55,65 @@ _SCALARS = {
 }
 
 
-def snell(
-    *,
-    rank: int = 8,
-    heads: int = 2,
-    sparsity: Sparsity = 0.4,
-    kernel: Literal["distance", "linear", "sigmoid", "rbf"] = "distance",
-    mode: Literal["released", "paper", "hard"] = "released",
-    coefficient: float = 0.1,
-    targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    layers: int | Sequence[int] | None = None,
-    layers_pattern: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    layouts: Mapping[str, str] | None = None,
-    dropout: float = 0.0,
-) -> Transform:
-    """Sparse tuning with kernelized low-rank factors (arXiv 2411.01800).
+@dataclass(frozen=True, kw_only=True)
+class SnellOptions(KernelizedOptions):
+    """Those of `snell`.
 
-    Args:
-        rank: r, over all heads together.
-        heads: P; divides every rank.
+    Attributes:
         sparsity: s, the share of each matrix that is pruned, or shares by pattern; with `mode="released"` a
             weight whose share is 0 has no sparsifier.
         kernel: what takes the place of the distance.
         mode: the sparsifier.
-        coefficient: c.
-        targets: as in `lora`.
-        exclude: as in `lora`.
-        layers: as in `lora`.
-        layers_pattern: as in `lora`.
-        rank_pattern: as in `lora`.
-        layouts: as in `lora`.
-        dropout: on the input of the updates, when `apply` is given a key.
+    """
+
+    sparsity: Sparsity = 0.4
+    kernel: Literal["distance", "linear", "sigmoid", "rbf"] = "distance"
+    mode: Literal["released", "paper", "hard"] = "released"
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        one_of(caller, "kernel", self.kernel, ("distance", "linear", "sigmoid", "rbf"))
+        one_of(caller, "mode", self.mode, ("released", "paper", "hard"))
+        for level in self.shares.values():
+            fraction(caller, "sparsity", level)
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """The share that is pruned by pattern."""
+        return self.sparsity if isinstance(self.sparsity, Mapping) else {".*": self.sparsity}
+
+
+@register(
+    kind="adapter",
+    paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
+    trains="r·(in + out)",
+    backward_keeps="the input x (shared) and a threshold",
+    conformance=Conformance(example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0}, starts_as_base=False),
+)
+@takes(SnellOptions)
+def snell(options: SnellOptions) -> Transform:
+    """Sparse tuning with kernelized low-rank factors (arXiv 2411.01800).
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks, layers or patterns that do
             not fit the parameters.
     """
-    options = checked_options("snell", dict(locals()), mode=_MODES, kernel=_KERNELS)
-    kernel_function = KernelFunction(kernel, coefficients(options), mode)
-    patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
-    for share in patterns.values():
-        _check_share("snell", share)
+    patterns = options.shares
+    kernel_function = KernelFunction(options.kernel, options.coefficients, options.mode)
 
     def kernel_function_of(target: Target) -> tuple[KernelFunction, float]:
         share = tree.pattern_value(target.path, patterns, None)
         if share is None:
             raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
-        unsparsified = share == 0 and mode == "released"
+        unsparsified = share == 0 and options.mode == "released"
         return (replace(kernel_function, mode="none") if unsparsified else kernel_function), float(share)
 
     def check(paths: list[str]) -> None:
         tree.require_patterns_used("snell", patterns, paths)
 
-    return kernelized(
-        "snell", options, kernel_function_of, check=check, start_of_scalars=_SCALARS.get(kernel, {})
-    )
+    scalars = _SCALARS.get(options.kernel, {})
+    return kernelized("snell", vars(options), kernel_function_of, check=check, start_of_scalars=scalars)
 
 
 def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
@@ -126,7 +130,7 @@ def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
     """
     patterns = sparsity if isinstance(sparsity, Mapping) else {".*": sparsity}
     for share in patterns.values():
-        _check_share("set_sparsity", share)
+        fraction("set_sparsity", "sparsity", share)
     suffix = f"/{LEVEL}"
     levels = {
         name.removesuffix(suffix): level
@@ -142,19 +146,3 @@ def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
         if (share := tree.pattern_value(path, patterns, None)) is not None
     }
     return replace(frozen, state=tree.replace(frozen.state, new))
-
-
-def _check_share(who: str, share: Any) -> None:
-    if not 0.0 <= share < 1.0:
-        raise PeftError(f"{who}: sparsity must lie in [0, 1), got {share}")
-
-
-METHOD = MethodInfo(
-    name="snell",
-    factory=snell,
-    paper="SNELL, Shen et al. 2024, arXiv 2411.01800",
-    trains="r·(in + out)",
-    keeps="the input x (shared) and a threshold",
-    starts_as_base=False,
-    example={"rank": 2, "sparsity": 0.3, "coefficient": 2.0},
-)

@@ -23,46 +23,27 @@ released values. `mode="none"` is the released `mixk`: no sparsifier or budget.
 Differences: as in `snell`, and those of the budget.
 """
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from peftjax.core.tree import Targets
+from peftjax.core.checks import one_of
 from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods.sparse._budget import Budget, share_out, track_importance
-from peftjax.methods.sparse._kernelized import checked_options, coefficients, kernelized
+from peftjax.methods.sparse._kernelized import kernelized
+from peftjax.methods.sparse._options import KernelizedOptions
 from peftjax.transform.around import Around
-from peftjax.transform.transform import MethodInfo, Transform
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
 
 
-def snella(
-    *,
-    total_steps: int,
-    allocate_every: int | None = None,
-    rank: int = 8,
-    heads: int = 2,
-    sparsity: float = 0.55,
-    initial_sparsity: float = 0.01,
-    init_warmup: int = 0,
-    final_warmup: int = 1,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-    mode: Literal["released", "paper", "hard", "none"] = "released",
-    coefficient: float = 0.1,
-    targets: Targets = "all-linear",
-    exclude: Targets | None = None,
-    layers: int | Sequence[int] | None = None,
-    layers_pattern: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    layouts: Mapping[str, str] | None = None,
-    dropout: float = 0.0,
-) -> Transform:
-    """Sparse tuning with a mixed kernel and a shared budget (arXiv 2510.24037).
+@dataclass(frozen=True, kw_only=True)
+class SnellaOptions(KernelizedOptions):
+    """Those of `snella`.
 
-    Args:
+    Attributes:
         total_steps: optimizer steps of the training.
         allocate_every: steps between two allocations, the authors' epoch; None is a hundredth of them.
-        rank: r, over all heads together.
-        heads: P; divides every rank.
         sparsity: the share of all weights that is pruned in the end.
         initial_sparsity: the share of each matrix that is pruned at first.
         init_warmup: allocations at the beginning that are left out.
@@ -70,47 +51,64 @@ def snella(
         beta1: decay of the average importance.
         beta2: decay of its average deviation.
         mode: the sparsifier.
-        coefficient: c.
-        targets: as in `lora`.
-        exclude: as in `lora`.
-        layers: as in `lora`.
-        layers_pattern: as in `lora`.
-        rank_pattern: as in `lora`.
-        layouts: as in `lora`.
-        dropout: on the input of the updates, when `apply` is given a key.
+    """
+
+    total_steps: int
+    allocate_every: int | None = None
+    sparsity: float = 0.55
+    initial_sparsity: float = 0.01
+    init_warmup: int = 0
+    final_warmup: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    mode: Literal["released", "paper", "hard", "none"] = "released"
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range, but for those of the budget."""
+        super().require_valid(caller)
+        one_of(caller, "mode", self.mode, ("released", "paper", "hard", "none"))
+
+    @property
+    def budget(self) -> Budget:
+        """What the matrices compete for."""
+        every = max(1, self.total_steps // 100) if self.allocate_every is None else self.allocate_every
+        shares, warmups = (self.sparsity, self.initial_sparsity), (self.init_warmup, self.final_warmup)
+        return Budget(*shares, self.total_steps, every, *warmups, self.beta1, self.beta2)
+
+
+@register(
+    kind="adapter",
+    paper="SNELLA, Shen et al. 2025, arXiv 2510.24037",
+    trains="r·(in + out) + 3",
+    backward_keeps="the input x (shared), a threshold and three scalars",
+    of_steps=lambda steps: {"total_steps": steps},
+    conformance=Conformance(
+        example={
+            "rank": 2,
+            "coefficient": 1.0,
+            "initial_sparsity": 0.3,
+            "total_steps": 20,
+            "allocate_every": 5,
+        },
+        starts_as_base=False,
+    ),
+)
+@takes(SnellaOptions)
+def snella(options: SnellaOptions) -> Transform:
+    """Sparse tuning with a mixed kernel and a shared budget (arXiv 2510.24037).
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets, ranks or layers that do not fit the
             parameters.
     """
-    options = checked_options("snella", dict(locals()), mode=("released", "paper", "hard", "none"))
-    every = max(1, total_steps // 100) if allocate_every is None else allocate_every
-    budget = Budget(sparsity, initial_sparsity, total_steps, every, init_warmup, final_warmup, beta1, beta2)
-    kernel_function = KernelFunction("distance", coefficients(options), mode, mixed=True)
-    sparsified = mode != "none"
+    budget = options.budget
+    kernel_function = KernelFunction("distance", options.coefficients, options.mode, mixed=True)
+    sparsified = options.mode != "none"
     return kernelized(
         "snella",
-        options,
-        lambda target: (kernel_function, initial_sparsity),
+        vars(options),
+        lambda target: (kernel_function, options.initial_sparsity),
         start_of_scalars={"alpha": 1.0, "gamma": 1.0, "beta": 0.0},
         around=Around(updates=track_importance(budget)) if sparsified else None,
         advances=(share_out(budget),) if sparsified else (),
     )
-
-
-METHOD = MethodInfo(
-    name="snella",
-    factory=snella,
-    paper="SNELLA, Shen et al. 2025, arXiv 2510.24037",
-    trains="r·(in + out) + 3",
-    keeps="the input x (shared), a threshold and three scalars",
-    starts_as_base=False,
-    of_steps=lambda steps: {"total_steps": steps},
-    example={
-        "rank": 2,
-        "coefficient": 1.0,
-        "initial_sparsity": 0.3,
-        "total_steps": 20,
-        "allocate_every": 5,
-    },
-)
