@@ -29,6 +29,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "LLAMA_FOLDER").mkdir()
     tiny_decoder_folder.save_decoder(tmp_path / "LLAMA_FOLDER")
     monkeypatch.chdir(tmp_path)
+    # A page that shows how to register a method adds it for itself alone.
+    monkeypatch.setattr(pj.METHODS, "_known", dict(pj.METHODS._known))
     return tmp_path
 
 
