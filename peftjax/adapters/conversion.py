@@ -28,7 +28,7 @@ class Converted:
     """A LoRA in the place of another adapter.
 
     Attributes:
-        method: `lora`, scale 1; chained with `train` where other parameters than matrices changed.
+        method: `lora`, scale 1; chained with `unfreeze` where other parameters than matrices changed.
         trainable: its trainable; `method.init` on the same base gives the frozen part.
         errors: by path, `‖Δ − aᵀb‖ / ‖Δ‖` over the whole stack.
     """

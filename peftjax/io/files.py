@@ -81,7 +81,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a pipe or a device, which could be read for ever.
+    """Refuse a pipe or a device, which could be read forever.
 
     Raises:
         PeftError: there is something of that name that is neither a file nor a folder.

@@ -1,4 +1,4 @@
-"""The views that a model takes of a structured weight: a weight again, whose parts are views of its parts."""
+"""The views that a model takes of a structured weight: weights whose parts are views of its parts."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -330,5 +330,5 @@ def slice_features(w: Any, position: int, cut: range) -> Any:
 
 
 def reverse(w: Any, position: int) -> Any:
-    """An array, or a structured weight, the other way round along an axis."""
+    """An array, or a structured weight, reversed along an axis."""
     return w.reverse(position) if isinstance(w, Views) else lax.rev(w, (position,))

@@ -73,8 +73,8 @@ def normalize(
         fine: of x̂, for the gradient of `scale`; by default `code`.
     """
     y = _normalize(norm, x, *lax.stop_gradient((scale, bias)), code, r)
-    again = jax.checkpoint(partial(scaled, norm), prevent_cse=False)
-    return with_tangent_of(y, again(code if fine is None else fine, scale, bias))
+    recomputed = jax.checkpoint(partial(scaled, norm), prevent_cse=False)
+    return with_tangent_of(y, recomputed(code if fine is None else fine, scale, bias))
 
 
 def scaled(norm: Norm, code: Codes | Array, scale: Array, bias: Array | None) -> Array:
