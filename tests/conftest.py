@@ -25,6 +25,17 @@ MAPS = Path("/proc/self/maps")
 MANY = 20_000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-shapes", action="store_true", help="check annotations at every call: slower")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("peftjax", "annotations.checked")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drop compiled programs between files: they map pieces of memory, of which Linux allows 65,530."""

@@ -28,7 +28,7 @@ class Factors:
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None
-    untouched: np.ndarray | None  # the magnitudes of a layer that no one adapts
+    untouched: np.ndarray | None  # the magnitudes of a layer that nothing adapts
     shift: np.ndarray | None = None  # the bias of a layer that has none
 
 

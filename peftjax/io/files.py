@@ -39,7 +39,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the operating system refuses in the body is one sentence about `path`, a file or a folder.
+    """Raise a PeftError about `path`, a file or a folder, for what the system refuses in the body.
 
     Raises:
         PeftError: the disk or a quota is full, the folder read-only, a name too long.

@@ -89,7 +89,7 @@ def end_at_once(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def without_late_ends() -> Iterator[None]:
-    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
+    """Silence writes that end after Orbax has given up on them: it raises their error itself."""
     hook = sys.unraisablehook
 
     def heard(raised: Any) -> None:

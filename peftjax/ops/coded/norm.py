@@ -93,8 +93,8 @@ def _normalize(norm: Norm, *args: Any) -> Array:
     return with_backward(plain, forward, partial(_backward, norm, args[0].dtype))(*args)
 
 
-def _backward(norm: Norm, dtype: DTypeLike, kept: tuple, g: Array) -> tuple:
-    scale, code, r = kept
+def _backward(norm: Norm, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple:
+    scale, code, r = residuals
     unit = decode(code).astype(jnp.float32)
     t = g.astype(jnp.float32) * (norm.offset + scale.astype(jnp.float32))
     dx = t - unit * jnp.mean(t * unit, axis=-1, keepdims=True)

@@ -38,8 +38,8 @@ def recomputed_from_codes(
     return with_backward(plain, forward, partial(_backward, f))(x, codes, rest)
 
 
-def _backward(f: Function, kept: tuple, g: Array) -> tuple[Any, None, Any]:
-    codes, rest = kept
+def _backward(f: Function, residuals: tuple, g: Array) -> tuple[Any, None, Any]:
+    codes, rest = residuals
     leaves, structure = jax.tree.flatten(rest)
     floats = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating)]
 
