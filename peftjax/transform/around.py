@@ -120,9 +120,9 @@ def with_frozen(
     """`tx`, given what it has to see of `frozen`."""
 
     def update(
-        values: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
     ) -> tuple[Any, Any]:
-        return tx.update(values, state, params, frozen=None if frozen is None else view(frozen), **extra)
+        return tx.update(updates, state, params, frozen=None if frozen is None else view(frozen), **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
