@@ -25,15 +25,23 @@ MAPS = Path("/proc/self/maps")
 MANY = 20_000
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """`--check-shapes`, heard here because the conftest.py of a folder may import peftjax."""
     parser.addoption("--check-shapes", action="store_true", help="check annotations at every call: slower")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--check-shapes"):
+    config = pluginmanager.get_plugin("pytestconfig")
+    # The options are not parsed yet; to a process of xdist they are given parsed.
+    if "--check-shapes" in config.invocation_params.args or getattr(config.option, "check_shapes", False):
         from jaxtyping import install_import_hook
 
         install_import_hook("peftjax", "annotations.checked")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, so that the programs that they share are compiled once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

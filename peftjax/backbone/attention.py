@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from peftjax.weights.dropout import drop
@@ -131,8 +132,8 @@ def attend(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    mask: Bool[Array, "B S"] | None = None,
-    segments: Int[Array, "B S"] | None = None,
+    mask: Bool[ArrayLike, "B S"] | None = None,
+    segments: Int[ArrayLike, "B S"] | None = None,
     visible: Visibility = Visibility(),
     bias: Float[Array, "#B N T S"] | None = None,
     scale: float | None = None,
@@ -219,7 +220,7 @@ def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:
 
 
 def _all_of(
-    order: Bool[Array, "T S"] | None, *conditions: Bool[Array, "#B #T S"]
+    order: Bool[Array, "T S"] | None, *conditions: Bool[ArrayLike, "#B #T S"]
 ) -> Bool[Array, "#B 1 #T S"] | None:
     """The conjunction of the conditions given, with an axis for the heads."""
     allowed = None if order is None else order[None]

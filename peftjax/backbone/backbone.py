@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from peftjax.backbone.context import Context
+from peftjax.backbone.logits import Logits
 from peftjax.backbone.protocols import Batch, BlockModule, Cache, DropoutKey, Module, Params
 from peftjax.backbone.remat import BLOCK_INPUT, REMAT_POLICIES, read_remat
 from peftjax.core.errors import PeftError
@@ -191,7 +192,7 @@ class Backbone:
             same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}
             object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
 
-    def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array:
+    def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array | Logits:
         """Run embed, blocks and head.
 
         Args:
@@ -308,7 +309,7 @@ class Backbone:
         context: Context,
         *,
         key: DropoutKey = None,
-    ) -> Array:
+    ) -> Array | Logits:
         """The outputs from the hidden states after the last block."""
         variables = {"params": params["head"]}
         return self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from peftjax.backbone.context import Context
@@ -13,7 +13,7 @@ from peftjax.backbone.logits import Logits
 from peftjax.backbone.protocols import Params
 
 
-def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B D"]:
+def mean_pool(hidden: Float[Array, "B S D"], mask: Bool[ArrayLike, "B S"] | None) -> Float[Array, "B D"]:
     """The mean of the hidden states where `mask` is True, None is everywhere; zero for a row without any."""
     mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
     weights = mask.astype(hidden.dtype)

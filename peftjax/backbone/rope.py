@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from peftjax.backbone.context import Context, Rotation
 from peftjax.core.errors import PeftError
 
-Positions = Int[Array, "#B S"]
+Positions = Int[ArrayLike, "#B S"]
 Frequencies = Float[Array, " h"] | np.ndarray
 
 
