@@ -61,7 +61,7 @@ def layouts_of(
     leaves = tree.named_leaves(params)
     return {
         f"^{path}": _first_that_fits(fn, params, inputs, path, leaves)
-        for path in tree.select(params, targets, who="layouts_of", exclude=exclude)
+        for path in tree.select(params, targets, caller="layouts_of", exclude=exclude)
     }
 
 

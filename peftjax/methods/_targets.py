@@ -35,7 +35,7 @@ class Target:
 def find_targets(
     params: Any,
     *,
-    who: str,
+    caller: str,
     rank: int,
     targets: Targets,
     exclude: Targets | None,
@@ -52,24 +52,24 @@ def find_targets(
             used; a rank is not positive or larger than the matrix.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, who=who, exclude=exclude)
+    paths = tree.select(params, targets, caller=caller, exclude=exclude)
     if layers is not None:
         wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
-        _require_layers_exist(who, wanted, picked)
+        _require_layers_exist(caller, wanted, picked)
         paths = [path for path in paths if picked[path] != ()]
     else:
         picked = dict.fromkeys(paths)
     for patterns in (rank_pattern, layouts):
-        tree.require_patterns_used(who, patterns, paths)
+        tree.require_patterns_used(caller, patterns, paths)
     found = []
     for path in paths:
         layout = layout_of(path, leaves, layouts, one_way=one_way)
         own_rank = tree.pattern_value(path, rank_pattern, rank)
-        positive(who, "rank", own_rank, path=path)
+        positive(caller, "rank", own_rank, path=path)
         if own_rank > min(layout.matrix):
             raise PeftError(
-                f"{who}: rank {own_rank} is larger than {path!r}, a matrix of "
+                f"{caller}: rank {own_rank} is larger than {path!r}, a matrix of "
                 f"{layout.matrix[0]} x {layout.matrix[1]}; lower rank, set rank_pattern, or exclude it"
             )
         # Where the path tells the layer, a stack is one of experts, all of which it takes.
@@ -93,13 +93,15 @@ def _layers_of(
     return tuple(layer for layer in wanted if stack and 0 <= layer < stack[0])
 
 
-def _require_layers_exist(who: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]) -> None:
+def _require_layers_exist(
+    caller: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]
+) -> None:
     if not wanted:
-        raise PeftError(f"{who}: layers names no layer; give at least one number, or None for all")
+        raise PeftError(f"{caller}: layers names no layer; give at least one number, or None for all")
     held = {layer for layers in picked.values() for layer in layers}
     for layer in wanted:
         if layer not in held:
-            raise PeftError(f"{who}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}")
+            raise PeftError(f"{caller}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}")
 
 
 def key_for(key: Array, path: str) -> Array:

@@ -69,7 +69,7 @@ def adamp(
         weight_decay=weight_decay,
         wd_ratio=wd_ratio,
         layouts=layouts,
-        who="adamp",
+        caller="adamp",
     )
     return optax.chain(projected, optax.scale_by_learning_rate(learning_rate))
 

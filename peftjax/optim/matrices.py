@@ -28,7 +28,7 @@ def select_matrices(
     params: Any,
     targets: Targets,
     *,
-    who: str,
+    caller: str,
     exclude: Targets | None,
     strict: bool,
     eligible: Callable[[str, Any], bool] = naming.is_weight,
@@ -40,13 +40,13 @@ def select_matrices(
     """
     if not strict and targets == "all-linear" and exclude is None:
         try:
-            return tree.select(params, targets, who=who, eligible=eligible)
+            return tree.select(params, targets, caller=caller, eligible=eligible)
         except PeftError:
             return []
-    return tree.select(params, targets, who=who, exclude=exclude, eligible=eligible)
+    return tree.select(params, targets, caller=caller, exclude=exclude, eligible=eligible)
 
 
-def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) -> dict[str, Layout]:
+def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, caller: str) -> dict[str, Layout]:
     """The layout of every parameter that holds matrices, by path.
 
     A channel is an output, and of an embedding `[entries, width]` an entry ('oi').
@@ -55,13 +55,13 @@ def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) 
         params: the parameters.
         layouts: axes by the end of a name, as in `lora`; letters without 'i' or without 'o' ('so': stacked
             vectors) say that the parameter holds no matrix.
-        who: the optimizer that asks, for the errors.
+        caller: the optimizer that asks, for the errors.
 
     Raises:
         PeftError: letters do not fit a shape, or a pattern matches no parameter.
     """
     leaves = tree.named_leaves(params)
-    tree.require_patterns_used(who, layouts, list(leaves))
+    tree.require_patterns_used(caller, layouts, list(leaves))
     found = {}
     for path, leaf in leaves.items():
         letters = tree.pattern_value(path, layouts, None)

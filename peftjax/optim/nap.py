@@ -40,7 +40,7 @@ from peftjax.core.tree import Targets
 from peftjax.optim.matrices import is_matrix, matrix_layouts, select_matrices
 from peftjax.optim.updates import is_placeholder, require_params, widened
 
-_WHO = "normalize_and_project"
+_CALLER = "normalize_and_project"
 # Parameters on one sphere: each with the axes to sum over, the inputs first and then the outputs.
 _Sphere = dict[str, tuple[tuple[int, ...], ...]]
 
@@ -99,7 +99,7 @@ def normalize_and_project(
         return NapState({name: _norm(leaves, sphere) for name, sphere in found.items()}, inner.init(params))
 
     def update(grads: Any, state: NapState, params: Any = None, **extra: Any) -> tuple[Any, NapState]:
-        require_params(params, _WHO)
+        require_params(params, _CALLER)
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         weights, steps = tree.named_leaves(params), tree.named_leaves(updates)
         projected = {}
@@ -139,15 +139,17 @@ def _matrices(
     layouts: Mapping[str, str] | None,
     strict: bool,
 ) -> dict[str, _Sphere]:
-    paths = select_matrices(params, targets, who=_WHO, exclude=exclude, strict=strict, eligible=is_matrix)
-    found = matrix_layouts(params, layouts, who=_WHO)
+    paths = select_matrices(
+        params, targets, caller=_CALLER, exclude=exclude, strict=strict, eligible=is_matrix
+    )
+    found = matrix_layouts(params, layouts, caller=_CALLER)
     return {path: {path: (found[path].positions("i"), found[path].positions("o"))} for path in paths}
 
 
 def _pairs(params: Any, norms: Targets | None) -> dict[str, _Sphere]:
     if norms is None:
         return {}
-    scales = tree.select(params, norms, who=_WHO, eligible=_is_scale, names=_names_of_norm)
+    scales = tree.select(params, norms, caller=_CALLER, eligible=_is_scale, names=_names_of_norm)
     leaves, last = tree.named_leaves(params), ((-1,),)
     biases = {path: f"{tree.module_of(path)}/bias" for path in scales}
     return {

@@ -186,7 +186,7 @@ def natural_galore(
     one_of("natural_galore", "variant", variant, ("paper", "released"))
 
     def of_projected(params: Any) -> Any:
-        paths = select_matrices(params, targets, who="natural_galore", exclude=exclude, strict=strict)
+        paths = select_matrices(params, targets, caller="natural_galore", exclude=exclude, strict=strict)
         return tree.map_named(lambda path, _: path in paths, params)
 
     natural = optax.masked(scale_by_natural_gradient(history, damping, history_dtype), of_projected)

@@ -43,7 +43,7 @@ def remove_radial(
     weight_decay: ArrayLike = 0.0,
     wd_ratio: ArrayLike = 0.1,
     layouts: Mapping[str, str] | None = None,
-    who: str = "remove_radial",
+    caller: str = "remove_radial",
 ) -> optax.GradientTransformationExtraArgs:
     """Project the directions of `tx` by the equations above; a learning rate comes after.
 
@@ -55,7 +55,7 @@ def remove_radial(
         wd_ratio: the share of it that a projected matrix has.
         layouts: axes by the end of a name, e.g. `{"gates": "sio", "decay": "so"}`, where names do not tell
             them; without 'i' or without 'o' the parameter holds vectors.
-        who: the optimizer's name, for the errors.
+        caller: the optimizer's name, for the errors.
 
     Raises:
         PeftError: a layout does not fit or is not used, or an update without the parameters.
@@ -64,12 +64,12 @@ def remove_radial(
 
     def init(params: Any) -> Any:
         if not is_placeholder(params):
-            matrix_layouts(params, layouts, who=who)
+            matrix_layouts(params, layouts, caller=caller)
         return inner.init(params)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        require_params(params, who)
-        found = matrix_layouts(params, layouts, who=who)
+        require_params(params, caller)
+        found = matrix_layouts(params, layouts, caller=caller)
         directions, state = inner.update(grads, state, params, **extra)
 
         def one(path: str, direction: Array, gradient: Array, weight: Array) -> Array:

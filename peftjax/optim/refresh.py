@@ -93,7 +93,7 @@ def find_projected(
         PeftError: the targets or the layouts match nothing.
     """
     leaves = tree.named_leaves(params)
-    paths = select_matrices(params, targets, who="project", exclude=exclude, strict=strict)
+    paths = select_matrices(params, targets, caller="project", exclude=exclude, strict=strict)
     tree.require_patterns_used("project", layouts, paths)
     found = {}
     for path in paths:

@@ -81,7 +81,7 @@ def row_adamw(
     )
 
 
-def zero_rows(rows: Array, *, who: str) -> Change:
+def zero_rows(rows: Array, *, caller: str) -> Change:
     """For `change_moments`: what belongs to some rows of an array is set to zero.
 
     Moments have the array's shape, counts and factored moments a number for each row; a float array that
@@ -89,7 +89,7 @@ def zero_rows(rows: Array, *, who: str) -> Change:
 
     Args:
         rows: `[*stack, r]` truth values, of an array `[*stack, r, n]`.
-        who: the method, for the error.
+        caller: the method, for the error.
 
     Raises:
         PeftError: when called on integers that are no count, such as quantized moments of others than
@@ -99,8 +99,8 @@ def zero_rows(rows: Array, *, who: str) -> Change:
     def zero(field: str, values: Array) -> Array:
         if not field.endswith(".count") and not jnp.issubdtype(values.dtype, jnp.floating):
             raise PeftError(
-                f"{who}: the optimizer keeps {field or 'its state'!r} as {values.dtype}, whose rows cannot "
-                "be reset; use an optimizer with floating-point moments"
+                f"{caller}: the optimizer keeps {field or 'its state'!r} as {values.dtype}, whose rows "
+                "cannot be reset; use an optimizer with floating-point moments"
             )
         if values.shape[: rows.ndim] != rows.shape or values.ndim > rows.ndim + 1:
             return values

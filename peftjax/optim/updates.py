@@ -24,17 +24,17 @@ def is_placeholder(params: Any) -> bool:
     return not plain and jax.tree.structure(params).num_leaves == 0
 
 
-def require_known(who: str, **values: Any) -> None:
+def require_known(caller: str, **values: Any) -> None:
     """Raise a PeftError that names an option which shapes depend on, where it is an array or traced."""
     for name, value in values.items():
         if isinstance(value, jax.Array):
             raise PeftError(
-                f"{who}: {name} decides shapes and must be a Python number; under optax.inject_hyperparams "
-                f"name it in static_args"
+                f"{caller}: {name} decides shapes and must be a Python number; under "
+                f"optax.inject_hyperparams name it in static_args"
             )
 
 
-def require_params(params: Any, who: str) -> None:
+def require_params(params: Any, caller: str) -> None:
     """Raise a PeftError where an update was asked for without the parameters."""
     if params is None:
-        raise PeftError(f"{who}: give the parameters too, update(gradients, state, params)")
+        raise PeftError(f"{caller}: give the parameters too, update(gradients, state, params)")

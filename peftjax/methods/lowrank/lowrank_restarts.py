@@ -128,7 +128,7 @@ def lowrank_restarts(
 
     def plan_of(params: Params) -> list[Target]:
         found = find_targets(
-            params, who="lowrank_restarts", rank=1 if rank is None else rank, targets=targets,
+            params, caller="lowrank_restarts", rank=1 if rank is None else rank, targets=targets,
             exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern, layouts=layouts,
         )  # fmt: skip
         if rank is not None:

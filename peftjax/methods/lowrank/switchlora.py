@@ -124,7 +124,7 @@ def switchlora(
 
     def start(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_targets(
-            params, who="switchlora", rank=rank, alpha=alpha, rslora=False, alpha_pattern=None,
+            params, caller="switchlora", rank=rank, alpha=alpha, rslora=False, alpha_pattern=None,
             targets=targets, exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern,
             layouts=layouts,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def switchlora(
             slots, rows = _switched(schedule, target, slots, step, key_for(key, path))
             held[path], trained[path] = ({name: slots[name] for name in names} for names in (HELD, FACTORS))
             for name in FACTORS:
-                resets[path, name] = zero_rows(rows[name], who="switchlora")
+                resets[path, name] = zero_rows(rows[name], caller="switchlora")
         return replace(frozen, state=held), trained, optimizer.changed(resets)
 
     return Transform(

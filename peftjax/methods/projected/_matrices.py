@@ -24,9 +24,9 @@ HELD = (WEIGHT, *BASIS.values())
 """What the method holds of a projected weight, and changes at a refresh."""
 
 
-def find_matrices(params: Any, *, who: str, side: Compressed, **where: Any) -> list[Projected]:
+def find_matrices(params: Any, *, caller: str, side: Compressed, **where: Any) -> list[Projected]:
     """The targets (see `peftjax.methods._targets`) with the sides that are compressed."""
-    found = find_targets(params, who=who, layers=None, layers_pattern=None, **where)
+    found = find_targets(params, caller=caller, layers=None, layers_pattern=None, **where)
     return [Projected(t.path, t.layout, t.rank, sides_of(side, *t.layout.matrix)) for t in found]
 
 

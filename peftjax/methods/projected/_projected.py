@@ -62,7 +62,7 @@ def projected(
     scale, at_steps = float(options["scale"]), options["write"] == "step"
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
-        plan = find_matrices(params, who=name, side=side, **where)
+        plan = find_matrices(params, caller=name, side=side, **where)
         leaves = tree.named_leaves(params)
         held = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
         trainable = {t.path: {} if at_steps else nothing_learned(t, held[t.path]) for t in plan}

@@ -96,7 +96,7 @@ def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transfor
         return tree.select(
             params,
             targets,
-            who=name,
+            caller=name,
             exclude=exclude,
             eligible=_is_floating,
             names=naming.names_of_parameter,

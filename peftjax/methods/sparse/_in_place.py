@@ -47,7 +47,7 @@ Put = Callable[[Array, Place, Slots, Slots | None], Array]
 def find_weights(
     params: Any,
     *,
-    who: str,
+    caller: str,
     targets: Targets,
     exclude: Targets | None,
     layouts: Mapping[str, str] | None,
@@ -61,12 +61,12 @@ def find_weights(
             not an array.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, who=who, exclude=exclude)
-    tree.require_patterns_used(who, layouts, paths)
+    paths = tree.select(params, targets, caller=caller, exclude=exclude)
+    tree.require_patterns_used(caller, layouts, paths)
     for path in paths:
         if in_place and isinstance(leaves[path], Weight):
             raise PeftError(
-                f"{who}: {path!r} is a {type(leaves[path]).__name__}, which cannot be changed in place; "
+                f"{caller}: {path!r} is a {type(leaves[path]).__name__}, which cannot be changed in place; "
                 "set in_place=False"
             )
     return {path: layout_of(path, leaves, layouts, one_way=one_way) for path in paths}

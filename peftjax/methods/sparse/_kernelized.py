@@ -56,7 +56,7 @@ def kernelized(
     heads, dropout = options["heads"], options["dropout"]
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
-        targets = find_targets(params, who=name, **where)
+        targets = find_targets(params, caller=name, **where)
         if check is not None:
             check([target.path for target in targets])
         plan, trainable, state = [], {}, {}

@@ -86,7 +86,7 @@ def paca(
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
             params,
-            who="paca",
+            caller="paca",
             targets=targets,
             exclude=exclude,
             layouts=layouts,

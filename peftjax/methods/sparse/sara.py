@@ -95,7 +95,7 @@ def sara(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
-            params, who="sara", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+            params, caller="sara", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
         for path, layout in found.items():

@@ -88,7 +88,7 @@ def shira(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
-            params, who="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+            params, caller="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
         tree.require_patterns_used("shira", rank_pattern, list(found))
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
