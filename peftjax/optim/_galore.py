@@ -1,22 +1,17 @@
-"""GaLore: AdamW whose moments live in a slowly renewed low-rank subspace of each gradient matrix.
+"""GaLore: AdamW with its moments in a low-rank subspace of each gradient matrix, refreshed every T steps.
 
 Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv
 2403.03507. With P and R = P G of `peftjax.optim.projection`, at step t = 1, 2, ... for projected matrices
 
     m ← b1 m + (1 - b1) R     v ← b2 v + (1 - b2) R²     N = m / (√v + eps)
     W ← W - lr √(1 - b2ᵗ) / (1 - b1ᵗ) scale Pᵀ N
-    W ← W - lr wd W                                        of the W that the line before made
+    W ← W - lr wd W                                        with the W of the line before
 
-and the same with P = I and scale 1 for all others. So the learning rate of a projected matrix is scale · lr,
-and the decay is not scaled. `order='optax'` has eps inside the bias correction, √(v / (1 - b2ᵗ)) + eps, and
-the decay of the W before the step, as `optax.adamw`.
-
-Kept per matrix: r · min(in, out) numbers of P and 2 r · max(in, out) moments, where Adam keeps 2 · in · out.
-
-Defaults are the released code's (T = 200, scale = 0.25, eps = 1e-6; lr 0.01 and r 128 at 60 M parameters).
-The released code rounds P to the gradient's dtype, here it is float32; its `reverse_std` (`side='larger'`)
-fails at r = min(in, out) for some shapes. At r = min(in, out) this is not AdamW, which depends on the basis
-that it is written in; momentum alone would be the same.
+and the same with P = I and scale 1 for all others: the learning rate of a projected matrix is scale · lr, its
+decay is not scaled. `order='optax'` has eps inside the bias correction, √(v / (1 - b2ᵗ)) + eps, and decays
+the W before the step, as `optax.adamw`. Kept per matrix: r · min(in, out) numbers of P and 2 r · max(in, out)
+moments, instead of Adam's 2 · in · out. Defaults are the released code's (T = 200, scale = 0.25, eps = 1e-6);
+differences from it: `docs/guides/optimizers.md`.
 """
 
 from collections.abc import Callable, Mapping

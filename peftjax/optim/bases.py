@@ -10,13 +10,6 @@ G: ‖G - Pᵀ P G‖² is the sum of the squared singular values that are left 
   directions with a singular value below 3e-4 of the largest in float32.
 - `subspace_iteration`: randomized (Halko, Martinsson, Tropp 2011, arXiv 0909.4061), and needs G only through
   products with few vectors, as gradient passes give them without ever forming G.
-
-Decompositions take the matrices of a stack one after the other, so that their float32 copy and workspace are
-those of one matrix. The signs of the vectors are those the decomposition gives; `pointed` makes them a rule.
-
-Rows are made orthonormal by Householder's QR: unlike Cholesky's it never divides by a pivot, so that zero or
-dependent rows (a gradient that is all zero) still give orthonormal ones. Where rows are sharded it gathers
-`k x n` numbers, as many as the basis has, which every device needs anyway; all else is matrix products.
 """
 
 from collections.abc import Callable
@@ -155,6 +148,9 @@ def orthonormal_rows(rows: Array) -> Array:
     Raises:
         PeftError: more rows than they have entries.
     """
+    # Householder's QR never divides by a pivot, as Cholesky's does, so that zero or dependent rows (a
+    # gradient of zeros) still give orthonormal ones. Where rows are sharded it gathers `k x n` numbers, as many as the
+    # basis has, which every device needs anyway; all else is matrix products.
     k, n = rows.shape[-2:]
     if k > n:
         raise PeftError(f"orthonormal_rows: {k} rows of {n} entries cannot be orthonormal; lower the rank")
@@ -193,7 +189,10 @@ def _leading(gram: Array, rank: int) -> Array:
 
 
 def _one_by_one(fn: Callable[[Any], Array], arrays: Any) -> Array:
-    """`fn` on each matrix of the stack in turn; axis by axis, so that no sharded axes are merged."""
+    """`fn` on each matrix of the stack in turn; axis by axis, so that no sharded axes are merged.
+
+    In turn, so that the float32 copy and the workspace of a decomposition are those of one matrix.
+    """
     leaf = jax.tree.leaves(arrays)[0]
     for _ in range(leaf.ndim - 2):
         fn = _mapped(fn)

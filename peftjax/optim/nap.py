@@ -1,31 +1,16 @@
-"""NaP: normalize and project, every weight matrix back on the sphere of its first norm after every step.
+"""NaP: normalize and project, every weight matrix put back on the sphere of its first norm after each step.
 
 "Normalization and Effective Learning Rates in Reinforcement Learning", Lyle et al., NeurIPS 2024, arXiv
-2407.01800 (no released code). In a network with a normalization after every linear layer the outputs do not
-depend on the norms of the weights, but the effective learning rate does: it falls with ‖W‖² (SGD) or ‖W‖
-(Adam), and training makes ‖W‖ grow. For every matrix W `[in, out]` of a stack and an optimizer's step u,
+2407.01800 (no released code). For every matrix W `[in, out]` of a stack and an optimizer's update u,
 
     ρ = ‖W‖_F before the first step                W ← ρ (W + u) / ‖W + u‖_F
 
-The network must have the norms and, before them, no bias; this is the projection only. Where a norm does not
-follow, it is a trust region: the size of the weight is kept, the function is not. Details:
-
-- Weight decay of a projected matrix only shortens it before it is stretched again, a change of the effective
-  learning rate and no more: leave it out (`optax.adamw(mask=...)`).
-- The implicit fall of the learning rate is gone: give a schedule.
-- The readout has no norm behind it and is free, as are embeddings and convolutions unless named, vectors, and
-  factors of adapters.
-- A norm's scale g and offset b are not scale-invariant, but before an activation that is homogeneous (ReLU)
-  and another norm the pair is: `norms` names those for which ‖(g, b)‖ is kept, which is √n for (1, 0).
-- A matrix that begins as zero has no sphere and is free; a step that would make a matrix zero is not taken.
-
-State: ρ, one float32 per matrix. It is never measured again, so rounding does not add up: `W + u` is computed
-in float32 or wider, the projected step is returned in that dtype, and a bfloat16 weight is rounded once, when
-it is applied, which changes no number and so no norm by more than 2⁻⁸ of it. In Adam's
-steps, 10,000 on matrices of 32 and 64 a side and 2,000 on one of 256, |‖W‖/ρ - 1| was below 1.3e-7 in float32
-(64 x 64) and at most 1e-4 to 8e-4 in bfloat16, the most where steps are too small for most numbers to change,
-and level after the first two fifths. With the norm measured anew at every step it drifted to 1.2e-4 and
-2.2e-2. What changes the step afterwards leaves the sphere: this comes last.
+The network must have a normalization after every linear layer, and no bias before it. What is projected:
+linear weights; not the readout, embeddings and convolutions unless named, vectors, factors of adapters, or a
+matrix that starts as zero. `norms` names norms whose scale and offset are projected as one vector. State: ρ,
+one float32 per matrix, measured once. `W + u` is computed in float32 or wider. Apply this last: what changes
+the update afterwards leaves the sphere. Weight decay, the learning rate and rounding:
+`docs/guides/optimizers.md`.
 """
 
 from collections.abc import Mapping

@@ -6,22 +6,11 @@ them, and
 
     g~ = (λ I + H Hᵀ)⁻¹ g = H c,     (λ I + Hᵀ H) c = e_g
 
-since g is a column of H. The released code computes g / λ - H (I + Hᵀ H / λ)⁻¹ Hᵀ g / λ², the difference of
-two numbers that are ‖g‖² / λ times as large: 265 % wrong in float32 at ‖g‖² = 4e3, λ = 1e-3. The form
-above has no such difference.
-
 H is a ring of s slots, zero at first: empty slots change nothing. Hᵀ H changes in one row a step and is kept,
-so that a step costs 4 k s FLOPs and a Cholesky of s x s. Where λ is below 1e-6 of the trace of Hᵀ H, float32
-cannot tell it from rounding, and 1e-6 of the trace is taken: with λ itself, gradients that repeat at
-‖g‖² = 4e3 come out 8 times too large, and at 1e8 Cholesky fails. That starts at ‖H‖² of about 1e3.
-
-Kept per projected matrix of k numbers: s k of H and s² of Hᵀ H beside GaLore's. One-sided, at s = 20 and
-r = min(in, out) / 4, H is 5 · in · out numbers, more than Adam's moments of the whole matrix;
-`history_dtype=bfloat16` halves its bytes.
-
-Paper and released code differ: 'paper' projects one side (k = r · max(in, out)), 'released' both (k = r²).
-Both leave H as it is when the basis changes, so that for s - 1 steps it mixes two; `moments='reset'` clears
-it. The released code runs at λ = 1e-3 and s = 20 always.
+so that a step costs 4 k s FLOPs and a Cholesky of s x s. λ is at least 1e-6 of the trace of Hᵀ H. Kept per
+projected matrix of k numbers: s k of H and s² of Hᵀ H, beside GaLore's; `history_dtype=bfloat16` halves the
+bytes of H. Variants: 'paper' projects one side (k = r · max(in, out)), 'released' both (k = r²). s = 20 and
+λ = 1e-3 are fixed in the released code. Accuracy and memory: `docs/guides/optimizers.md`.
 """
 
 from collections.abc import Callable, Mapping

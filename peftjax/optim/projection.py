@@ -5,22 +5,13 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 
     P = the first r singular vectors of G's smaller side
 
-and at every step, with a transformation `inner` (of Adam, say) that sees R and has states of its size,
+and at every step, with a transformation `inner` (Adam's, say) that sees R and has states of its size,
 
     R = P G     N = inner(R)     update = scale · Pᵀ N          (or R = P Gᵀ, see `refresh`)
 
 All other parameters go through `inner` as they are, without the scale. States: P, r · min(in, out) numbers a
-matrix, and what `inner` keeps of r · max(in, out). The gradient that comes in is a whole one.
-
-The refresh costs a decomposition, and `jax.lax.cond` on the step count keeps its workspace in every step's
-program (under `vmap` it decomposes at every step). Two programs have neither:
-
-    step = jax.jit(train_step, static_argnames="refresh")  # which calls tx.update(..., refresh=refresh)
-    for n in range(steps):
-        state = step(state, batch, refresh=n % every == 0)
-
-Under `optax.inject_hyperparams` name rank as one of the `static_args`. `optax.MultiSteps` around it projects
-the accumulated gradient.
+matrix, and what `inner` keeps for r · max(in, out). The gradient that comes in is a whole one. A refresh
+needs a decomposition's workspace: `docs/guides/optimizers.md` says how to keep it out of the other steps.
 """
 
 from collections.abc import Mapping
@@ -133,12 +124,12 @@ def project(
         found, leaves = find(grads), tree.named_leaves(grads)
         matrices = {path: to_canonical(leaves[path], leaf.layout) for path, leaf in found.items()}
 
-        def renewed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
+        def refreshed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
             seen = dict(matrices)
             for path, total in gradient_sums(inner_state, _places(grads, found)).items():
                 seen[path] = seen[path] + of.back(total, old[path]).astype(seen[path].dtype)
             new = {
-                path: of.renew(seen[path], leaf, old[path], basis, state.count, signs)
+                path: of.refreshed_bases(seen[path], leaf, old[path], basis, state.count, signs)
                 for path, leaf in found.items()
             }
             return new, follow_bases(inner_state, moments, _places(grads, found), old, new)
@@ -146,9 +137,9 @@ def project(
         bases, inner_state = state.bases, state.inner
         if refresh is None:
             due = state.count % every == 0
-            bases, inner_state = lax.cond(due, renewed, lambda *kept: kept, bases, inner_state)
+            bases, inner_state = lax.cond(due, refreshed, lambda *kept: kept, bases, inner_state)
         elif refresh:
-            bases, inner_state = renewed(bases, inner_state)
+            bases, inner_state = refreshed(bases, inner_state)
         projected = {path: of.project(matrices[path], bases[path]).astype(dtype) for path in found}
         known = _known(grads if params is None else params, found, dtype)
         updates, inner_state = _inner_update(inner, tree.replace(grads, projected), inner_state, known, extra)

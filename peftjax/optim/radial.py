@@ -1,9 +1,7 @@
-"""No radial part in the step of a scale-invariant weight: the projection of AdamP and SGDP.
+"""No radial part in the update of a scale-invariant weight: the projection of AdamP and SGDP.
 
 "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", Heo et al., ICLR 2021,
-arXiv 2006.08217. Where the loss does not depend on a weight's norm (a normalization follows), the gradient
-is orthogonal to the weight, but momentum is not: it lengthens the weight, and so shrinks the effective step.
-Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer proposes,
+arXiv 2006.08217. Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer proposes,
 
     c_k = |cos(G_k, W_k)|            columns k, over `in` numbers             (one channel)
     c   = |cos(G, W)|                                                         (the layer)
@@ -12,11 +10,8 @@ Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer
     else                             D as it is,                                          ratio = 1
     direction: D + ratio · weight_decay · W
 
-The test is on this step's gradient, all channels or none. Every matrix of a stack (layer, expert) decides for
-itself; vectors, norms and biases, stacked or not, are never projected and have their whole decay. There is no
-state beside the optimizer's. All in float32 or wider.
-
-Factors of adapters are left alone: neither of two is scale-invariant.
+Every matrix of a stack decides for itself. Vectors, norms, biases (stacked or not) and factors of adapters
+are never projected and decay in full. No state beside the optimizer's; computed in float32 or wider.
 """
 
 import math

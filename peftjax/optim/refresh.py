@@ -1,4 +1,4 @@
-"""The bases of one gradient: which sides they compress, how they are renewed, and the way there and back.
+"""The bases of one gradient: which sides they compress, how they are refreshed, and the projection both ways.
 
     compress      bases                              projected gradient R           back
     input         P [*stack, r, in]                  P G       [*stack, r, out]     Pᵀ R
@@ -6,15 +6,8 @@
     both          P and Q                            P G Qᵀ    [*stack, r, r]       Pᵀ R Q
 
 'auto' takes, for a compressed side n, a kept side m and rank r: 'subspace' where n >= 512 and r <= n / 8,
-else 'gram' where n <= m, else 'svd'. Measured on one CPU core, float32, seconds for one matrix:
-
-    n x m           svd      gram     subspace, r = n/2, n/4, n/16
-    256 x 704       0.013    0.0033   0.0063   0.0024   0.0009
-    512 x 1376      0.078    0.017    0.034    0.014    0.0033
-    1024 x 2736     0.61     0.12     0.23     0.086    0.018
-    1376 x 512      0.078    0.14
-
-The subspace iteration starts at the basis before, with 8 more random rows, and makes 2 iterations.
+else 'gram' where n <= m, else 'svd'; `docs/results/projected.md` has the timings behind it. The subspace
+iteration starts at the previous basis, with 8 more random rows, and makes 2 iterations.
 """
 
 import zlib
@@ -149,7 +142,7 @@ def back(r: Array, bases: Bases) -> Array:
     return jnp.matmul(jnp.matrix_transpose(p), r, precision=_EXACT)
 
 
-def renew(
+def refreshed_bases(
     g: Array, leaf: Projected, before: Bases, method: Method, count: Array, signs: Signs = "largest"
 ) -> Bases:
     """The bases of a gradient `[*stack, in, out]`.

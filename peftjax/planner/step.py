@@ -3,18 +3,10 @@
     arguments  = weights + method state + trainable + optimizer + batch
     peak       = arguments + temporaries + (outputs - aliased)
 
-`aliased` are the outputs written over a donated argument: the new trainable and optimizer state. Gradients,
-and whatever the backward pass keeps, are among the temporaries: the most that is needed at one time, as XLA
-shares buffers between values that do not live together.
-The numbers are those of `compiled.memory_analysis()`:
-
-* GPU: `peak_memory_in_bytes` is the most that lives at one time, slightly below this peak: the temporaries
-  are one allocation, gaps included.
-* TPU: `temp_size_in_bytes` is HBM only. `peak_memory_in_bytes` also has what lies in the chip's VMEM, so it
-  is not used. Arguments include the filling of tiles: a [768, 8] array in tiles of 8 x 128 may take 16 times
-  its numbers. The program itself takes HBM too: `code`, on top of the peak.
-* CPU: `peak_memory_in_bytes` leaves the temporaries out, so it is not used. A CPU's compiler widens bfloat16
-  and fuses otherwise than an accelerator's: its temporaries stand for a CPU only.
+`aliased` are the outputs written over a donated argument: the new trainable and optimizer state. Gradients
+and the residuals of the backward pass are among the temporaries: the most that is needed at one time, as XLA
+shares buffers between values that do not live together. The numbers are those of
+`compiled.memory_analysis()`; `docs/guides/memory.md` says what each compiler's mean.
 """
 
 import math

@@ -6,20 +6,11 @@ Adaptation", ICLR 2025, arXiv 2409.06633.
     M = 1[|W| < θ]      W'[M] = p, W' = W elsewhere, first p = W[M]      dp = (dL/dW')[M] + λ (U Vᵀ)[M]
     with U Σ Vᵀ = W' ∘ M;  at step T:  M ← M ∘ 1[|W'| < θ], the others keep what they learned
 
-Trained: p, K numbers a weight; the current M is held beside the entries' places.
-Backward keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are
-scanned; with `in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added
-where p enters the model, so that it reaches p in any loop; it is that of the loss you differentiate, which
-should be a mean.
-
-Defaults: density 0.05 is about the paper's 50 of 860 million; λ = 5e-4 and T half of the steps are the
-released code's (`reselect_at`, which the command line sets and a loop of your own gives), which takes one
-random matrix's penalty a step where the paper, and this, take all. It costs some 36 products of a weight
-with its Gram matrix a step: penalty=0 turns it off. The paper selects from every tensor; here `targets`
-says from which weights. Weight decay pulls p to zero.
-
-Not copied from the release: the penalty that never reaches the trained vector, the absolute values written
-at (re-)selection, and the step lost at re-selection.
+Trained: p, K numbers a weight. `frozen.state` holds the current M and the indices of the entries. Backward
+keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are scanned; with
+`in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added where p enters
+the model, so that it reaches p in any loop. Defaults: density 0.05 is about the paper's 50 of 860 million;
+λ = 5e-4, and T = half of the steps (`reselect_at`), are the released code's. Weight decay pulls p to zero.
 """
 
 import math

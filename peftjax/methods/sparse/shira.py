@@ -5,17 +5,12 @@ Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13
     W' = W + S,   S[i_k, o_k] = v_k       K entries, fixed; v [K] trained, zero at first
     y = x·W'      dv_k = (xᵀ·g)[i_k, o_k]       dx = g·W'ᵀ
 
-Trained: K numbers a weight. S is sparse and of high rank. Backward keeps each adapted layer's input x,
-as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. W' and
-dW exist for one layer at a time where layers are scanned (XLA may make those of an unrolled program
-sooner); with `in_place` the base holds W' and no copy of a weight is made.
-v is float32 and added in float32, so that a step too small for a bfloat16 weight is not lost.
-
-Masks of the paper: 'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest
-|W|, the paper's WM); 'gradient' (largest |dL/dW|) and 'snip' (largest |W · dL/dW|), which take
-`gradients` from `mean_gradient`. The count is `rank · (in + out)`, LoRA's of that rank, with the 32 of
-Hugging Face's PEFT as default; or `density`, 0.01 to 0.02 in the paper. PEFT has the random mask only, and
-draws the same one for all weights of a shape; here each has its own. Weight decay pulls v to 0: W' to W.
+Trained: K numbers a weight, float32. S is sparse and of high rank. Backward keeps each adapted layer's input
+x, as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. Masks:
+'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest |W|, the paper's WM);
+'gradient' (largest |dL/dW|) and 'snip' (largest |W · dL/dW|), which take `gradients` from `mean_gradient`.
+Defaults: K = `rank · (in + out)`, LoRA's of that rank, with the 32 of Hugging Face's PEFT; or give `density`,
+0.01 to 0.02 in the paper.
 """
 
 from collections.abc import Mapping
