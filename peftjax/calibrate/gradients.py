@@ -1,4 +1,4 @@
-"""What a few batches say of weights by their gradients: one pass, two statistics."""
+"""Statistics of gradients over a few batches: the mean, and the Fisher information."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

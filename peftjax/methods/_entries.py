@@ -97,7 +97,7 @@ def _drawn(key: Array, n: int, m: int, count: int) -> Entries:
     """A sample whose cost is that of `count` numbers, however large the matrix.
 
     More pairs than needed are drawn; of the distinct ones `count` are taken at random, which leaves no
-    set more likely than another. Should there be too few, all are drawn again.
+    set more likely than another. Should there be too few, all are redrawn.
     """
     draws = count + count // 4 + 16
 

@@ -68,15 +68,15 @@ def galore(
         weight_decay: wd.
         decay_mask: which parameters decay, as in optax; all of them by default.
         order: 'released' or 'optax', of eps and decay.
-        side: compressed.
-        basis: how it is found.
-        signs: of its rows.
-        moments: what becomes of m and v on a refresh.
-        targets: projected; Adam's plain moments for all else.
-        exclude: the same forms; wins.
+        side: which side of each matrix is compressed, see `project`.
+        basis: how a basis is found, see `project`.
+        signs: of the rows of a basis, see `project`.
+        moments: what a refresh does to m and v: 'keep', 'rotate' or 'reset'.
+        targets: the matrices to project; all other parameters have plain Adam.
+        exclude: targets to leave out, in the same forms.
         layouts: axes by pattern.
         dtype: of P, m and v.
-        strict: refuse parameters in which 'all-linear' finds no matrix; by default they have Adam alone.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default all have plain Adam.
 
     Raises:
         PeftError: as `project`, or the order is neither.
@@ -109,7 +109,7 @@ def galore(
 def scale_by_adam(
     b1: ArrayLike, b2: ArrayLike, eps: ArrayLike | None, order: Order
 ) -> optax.GradientTransformation:
-    """Adam in one of the two orders; without eps, the one usual there.
+    """Adam in one of the two orders; eps is by default the usual one of that order.
 
     Raises:
         PeftError: the order is neither.

@@ -83,7 +83,7 @@ def subspace_iteration(
         iterations: 0 only rotates the start; 1 is enough for a warm one, 2 for a random one.
         rank: r, at most that many rows are returned; an integer or a pytree of them like `start`.
 
-    For a basis of the output side, give `left` and `right` in each other's place, starts `[*stack, k, out]`.
+    For a basis of the output side, exchange `left` and `right`, and give starts `[*stack, k, out]`.
 
     Returns:
         A pytree like `start` of `[*stack, min(rank, k), in]` in the start's dtype; rows that `left` and
@@ -115,7 +115,7 @@ def _rotated(q: Array, b: Array, rank: int) -> Array:
 
 
 def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -> Array:
-    """Where a subspace iteration begins: random rows, the first of them near a basis that is known.
+    """The start of a subspace iteration: random rows, the first of them near a basis that is known.
 
     Args:
         key: of the random numbers.
@@ -134,7 +134,7 @@ def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -
 
 
 def pointed(rows: Array) -> Array:
-    """The rows `[..., r, n]` with signs by which the entry of largest magnitude of each is positive."""
+    """The rows `[..., r, n]` with the signs that make the entry of largest magnitude of each positive."""
     largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=-1, keepdims=True), axis=-1)
     return jnp.where(largest < 0, -rows, rows)
 
@@ -149,8 +149,8 @@ def orthonormal_rows(rows: Array) -> Array:
         PeftError: more rows than they have entries.
     """
     # Householder's QR never divides by a pivot, as Cholesky's does, so that zero or dependent rows (a
-    # gradient of zeros) still give orthonormal ones. Where rows are sharded it gathers `k x n` numbers, as many as the
-    # basis has, which every device needs anyway; all else is matrix products.
+    # gradient of zeros) still give orthonormal ones. Where rows are sharded it gathers `k x n` numbers, as
+    # many as the basis has, which every device needs anyway; all else is matrix products.
     k, n = rows.shape[-2:]
     if k > n:
         raise PeftError(f"orthonormal_rows: {k} rows of {n} entries cannot be orthonormal; lower the rank")

@@ -1,4 +1,4 @@
-"""Which parameters are matrices, and along which axes: what optimizers that act per matrix ask.
+"""Which parameters are matrices, and along which axes, for optimizers that act on each matrix.
 
 A parameter of any rank is read as a stack of matrices, so that every layer and every expert is a matrix of
 its own, and heads or windows of convolutions belong to the inputs or the outputs (`weights/layout.py`).

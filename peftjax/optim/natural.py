@@ -33,7 +33,7 @@ from peftjax.optim.updates import require_known
 
 _FLOOR = 1e-6
 _SMALLEST = 1e-45
-"""Of what is positive in float32."""
+"""The smallest positive number of float32."""
 
 
 class NaturalState(NamedTuple):
@@ -53,7 +53,7 @@ def scale_by_natural_gradient(
     dtype: DTypeLike | None = None,
     stack_of: Callable[[str, Any], int] | None = None,
 ) -> optax.GradientTransformation:
-    """Multiply every gradient by `(λ I + H Hᵀ)⁻¹` of its own last gradients (arXiv 2410.16029).
+    """Multiply every gradient by `(λ I + H Hᵀ)⁻¹`, H its own last gradients (arXiv 2410.16029).
 
     Args:
         history: s, how many gradients are remembered, the current one included.
@@ -146,25 +146,25 @@ def natural_galore(
     """GaLore with the natural gradient of the projected matrices (equations above, arXiv 2410.16029).
 
     Args:
-        learning_rate: as are all options without an entry here, that of `galore`.
+        learning_rate: a number or a schedule.
         rank: r.
         variant: 'paper' projects the smaller side, 'released' both.
-        history: s; with `rank` static under `optax.inject_hyperparams`.
+        history: s, how many gradients are remembered; as `rank`, static under `optax.inject_hyperparams`.
         damping: λ.
         history_dtype: of H; by default `dtype`.
-        every: T.
+        every: T, steps between two refreshes.
         scale: of the steps of projected matrices.
         b1: decay of the average of g~.
         b2: decay of the average of g~².
         eps: added to √v.
         weight_decay: wd.
         decay_mask: which parameters decay.
-        order: of eps and decay.
-        basis: how it is found.
-        signs: of its rows.
-        moments: 'keep' or 'reset', of H too.
-        targets: projected; all else has plain Adam.
-        exclude: the same forms; wins.
+        order: 'released' or 'optax', of eps and decay.
+        basis: how a basis is found, see `project`.
+        signs: of the rows of a basis, see `project`.
+        moments: what a refresh does to m, v and H: 'keep' or 'reset'.
+        targets: the matrices to project; all other parameters have plain Adam.
+        exclude: targets to leave out, in the same forms.
         layouts: axes by pattern.
         dtype: of the bases, m and v.
         strict: refuse parameters in which 'all-linear' finds no matrix.

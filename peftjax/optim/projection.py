@@ -42,7 +42,7 @@ class ProjectionState(NamedTuple):
     bases: dict[str, of.Bases]
     """By path and side, `[*stack, r, in]` or `[*stack, r, out]`; zero before the first refresh."""
     inner: optax.OptState
-    """Of the parameters' structure, with `[*stack, r, ...]` in the place of projected ones."""
+    """Of the parameters' structure, with `[*stack, r, ...]` instead of projected ones."""
 
 
 def project(
@@ -67,8 +67,8 @@ def project(
     or without one (the first step needs one); None (the default) refreshes by the step count.
 
     Args:
-        inner: what makes updates of gradients. Of projected parameters it knows the shape R has, and no
-            values: chain weight decay after `project`.
+        inner: the transformation of the projected gradients. It is given the shapes of projected parameters
+            (those of R) and no values: chain weight decay after `project`.
         rank: r; of smaller matrices, their smaller side.
         every: T, steps between two refreshes.
         scale: of the updates of projected matrices.
@@ -77,10 +77,10 @@ def project(
             compresses its output.
         basis: how it is found: 'svd', 'gram', 'subspace', or 'auto' by size, see `refresh`.
         signs: of the rows of a basis: 'largest' makes the largest entry of each positive, as `pj.galore`
-            does, so that kept moments depend on no machine; 'decomposition' leaves them, as released.
-        moments: what becomes of inner's on a refresh: 'keep' (as released), 'reset' or 'rotate'.
+            does, so that kept moments do not depend on the machine; 'decomposition' leaves them, as released.
+        moments: what a refresh does to those of `inner`: 'keep' (as released), 'reset' or 'rotate'.
         targets: as in `lora`; matrices only, every matrix of a stack has a basis of its own.
-        exclude: the same forms; wins.
+        exclude: targets to leave out, in the same forms.
         layouts: axes by pattern.
         dtype: of the bases, and of the projected gradients that `inner` sees.
         strict: refuse parameters in which 'all-linear' finds no matrix; by default they go through `inner`.
@@ -157,7 +157,7 @@ def project(
 
 
 def _small(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
-    """The parameters with zeros of the projected shape in the place of projected ones."""
+    """The parameters with zeros of the projected shape instead of projected ones."""
     return tree.replace(params, {path: jnp.zeros(leaf.shape, dtype) for path, leaf in found.items()})
 
 
@@ -176,7 +176,7 @@ def _require_static(refresh: Any) -> None:
 
 
 def _known(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
-    """What inner is told of the parameters: of projected ones the shapes, since they have no values."""
+    """The parameters as `inner` is given them: of projected ones the shapes alone."""
     return tree.replace(
         params, {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in found.items()}
     )

@@ -46,27 +46,27 @@ _OVERSAMPLING, _ITERATIONS = 8, 2
 
 @dataclass(frozen=True)
 class Projected:
-    """What is known before training of one projected weight."""
+    """One projected weight: the static facts, known before training."""
 
     path: str
     layout: Layout
     rank: int
     sides: tuple[Side, ...]
-    """The compressed ones, 'input' first; of two, `first` is the one whose basis is found first."""
+    """The compressed sides, 'input' first."""
 
     @property
     def first(self) -> Side:
-        """The side that is decomposed; with two, the smaller."""
+        """The side whose basis is found first, by decomposition; of two, the smaller."""
         n_in, n_out = self.layout.matrix
         return self.sides[0] if len(self.sides) == 1 or n_in <= n_out else "output"
 
     def width(self, side: Side) -> int:
-        """The size of a side."""
+        """The size of the matrix on a side."""
         return self.layout.matrix[0 if side == "input" else 1]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the projected gradient."""
+        """The shape of the projected gradient."""
         kept = {("input",): self.width("output"), ("output",): self.width("input")}
         return (*self.layout.stack, self.rank, kept.get(self.sides, self.rank))
 
@@ -97,7 +97,7 @@ def find_projected(
 
 
 def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
-    """By role, not by the order of the axes; of a square matrix the input side, as released."""
+    """The compressed sides of a matrix `[in, out]`; of a square one the input side, as released."""
     if compress == "both":
         return ("input", "output")
     if compress == "smaller":
@@ -108,7 +108,7 @@ def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
 
 
 def require_options(rank: int, every: int, compress: str, method: str, signs: str) -> None:
-    """Raise a PeftError for an option that is none."""
+    """Raise a PeftError for an option out of range."""
     require_known("project", rank=rank)
     positive("project", "rank", rank)
     positive("project", "every", every)
@@ -123,7 +123,7 @@ def zero_bases(leaf: Projected, dtype: DTypeLike) -> Bases:
 
 
 def project(g: Array, bases: Bases) -> Array:
-    """R of `g [*stack, in, out]`, see the table above; computed and returned in float32."""
+    """R of `g [*stack, in, out]`, see the module; computed and returned in float32."""
     g = g.astype(jnp.float32)
     p, q = (bases[side].astype(jnp.float32) if side in bases else None for side in ("input", "output"))
     if p is None:
@@ -145,16 +145,16 @@ def back(r: Array, bases: Bases) -> Array:
 def refreshed_bases(
     g: Array, leaf: Projected, before: Bases, method: Method, count: Array, signs: Signs = "largest"
 ) -> Bases:
-    """The bases of a gradient `[*stack, in, out]`.
+    """The bases after a refresh by a gradient `[*stack, in, out]`.
 
     Of two, the second is the orthonormal rows of P G (or Q Gᵀ): the other singular vectors, up to signs.
 
     Args:
         g: the gradient.
-        leaf: the weight it is of.
-        before: the bases until now, where a subspace iteration starts.
-        method: see the module.
-        count: steps done; with the path it gives the random rows.
+        leaf: the weight whose gradient it is.
+        before: the previous bases, where a subspace iteration starts.
+        method: 'auto', 'svd', 'gram' or 'subspace', see the module.
+        count: steps done; with the path, the seed of the random rows.
         signs: of the rows: their largest entries positive, or as the decomposition gives them.
     """
     side = leaf.first

@@ -4,9 +4,9 @@
     update = m / (1-β1ⁿ) / (√(v / (1-β2ⁿ)) + ε)
 
 Where a method sets rows of the moments back to zero (SwitchLoRA, low-rank restarts), one count for all
-corrects the new ones as if they were old, and their first updates are (1-β1) / √(1-β2) times too large, 3.2
-with the usual betas. Here the count is reset with them. It also counts the steps of a row whose gradient is
-held at zero, as the released SwitchLoRA does. Without any reset this is `optax.scale_by_adam`.
+corrects the new moments as if they were old, and their first updates are (1-β1) / √(1-β2) times too large,
+3.2 with the usual betas. Here the count is reset with them. It also counts the steps of a row whose gradient
+is held at zero, as the released SwitchLoRA does. Without any reset this is `optax.scale_by_adam`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What every transformation here does with the gradients and parameters it is given."""
+"""What the transformations here share: dtypes, and errors for options and parameters."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the programs need that a method runs before a step."""
+"""The memory of the programs by which a method advances before a step."""
 
 from typing import Any
 

@@ -72,7 +72,7 @@ class MethodInfo:
         backward_keeps: the residuals for an adapted layer, beside those of the frozen model.
         mergeable: whether `merge` gives a model with the same outputs.
         quantized_base: whether it works on a base that is not a plain array.
-        replaces_base: whether `init` puts another array in the place of an adapted one.
+        replaces_base: whether `init` replaces an adapted array by another one.
         of_blocks: whether it rewrites the blocks of a backbone, and so works on no other model.
         of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
         conformance: what its tests have to know.
@@ -278,7 +278,7 @@ def build(config: Mapping[str, Any]) -> Transform:
 
 
 def describe(method: Transform) -> dict[str, Any]:
-    """What `build` makes the same method from again; plain JSON values.
+    """The configuration from which `build` makes the same method; plain JSON values.
 
     Examples:
         >>> pj.describe(pj.bitfit())

@@ -90,7 +90,7 @@ def lowrank_restarts(
     Raises:
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
             parameters, or a base that is not a plain array; in a restart for `reset="m,v,count"` with an
-            optimizer without counts of its arrays' own.
+            optimizer that has no count for each array.
     """
     positive("lowrank_restarts", "every", every)
     if density:
@@ -177,10 +177,10 @@ def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
 
 
 def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> Change:
-    """For sums of gradients of a factor before a restart: those of the factor after it.
+    """The change of accumulated gradients of a factor by a restart, for `change_moments`.
 
     They are products with the other factor, which became `M · other`; since the product of both factors is
-    what it was and the new ones are in balance, `M = diag(1 / singular values) · own' · ownᵀ`.
+    unchanged and the new ones are balanced, `M = diag(1 / singular values) · own' · ownᵀ`.
 
     Args:
         own: the factor `[*stack, r, n]` before and after.
@@ -199,7 +199,7 @@ def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> C
 
 
 def _reset(optimizer: OptimizerState, turns: Mapping[Slot, Change], reset: str) -> OptimizerState:
-    """The optimizer state with what `reset` says of those arrays zero, and sums of gradients turned."""
+    """The optimizer state without the moments that `reset` names, and accumulated gradients turned."""
     fields = set()
 
     def change(turned: Change) -> Change:

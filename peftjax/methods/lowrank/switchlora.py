@@ -83,7 +83,7 @@ def switchlora(
         rank: r, at least 2 and less than the smaller side of each weight.
         alpha: numerator of the scale.
         interval: steps between two exchanges of one vector, at first.
-        decay: the share of the training after which exchanges have become 0.3 times as many.
+        decay: the share of the training after which there are 0.3 times as many exchanges as at first.
         freeze_steps: for how many steps the counterpart of a new vector is not trained.
         init: how the factors start; 'lora' is the usual start, b = 0.
         train_rest: train all other floating-point parameters as they are.
@@ -150,7 +150,7 @@ def switchlora(
 
 
 def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:
-    """All that one weight has at the start.
+    """The slots of one weight at the start.
 
     Raises:
         PeftError: the base is not a plain array, or the rank leaves nothing to exchange.

@@ -1,8 +1,8 @@
 """How exact the gradients of a reversible stack are, on a given model, batch and adapter.
 
 The inverse of a reversible layer is exact up to rounding, and rounding errors grow with every layer that is
-inverted (see `meft`). Nothing of that shows in the loss, so it is measured: the gradients as training makes
-them beside those of the same network by ordinary backpropagation, which inverts nothing.
+inverted (see `meft`). Nothing of that shows in the loss, so it is measured: the gradients of training are
+compared with those of the same network by ordinary backpropagation, which inverts nothing.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class MeftReport:
     Attributes:
         anchor_every: as the method has it.
         reconstruction: for each stack ("blocks", and "encoder" where there is one) and reversible layer, the
-            largest absolute error of its inputs as backward makes them, 0 where they are kept.
+            largest absolute error of its inputs as backward recomputes them, 0 where they are kept.
         gradient_error: the largest relative error of the gradient of a trained parameter, in one layer.
         worst: the parameter that has it.
         bound: the largest gradient error that is accepted.

@@ -95,7 +95,7 @@ def start(
 
 
 def _between(key: Key[Array, ""], stack: BlockStack, used: int, width: int, params: Part) -> Part:
-    """The layers from the backbone's width down to the side's, and of the last stack up again."""
+    """The layers from the backbone's width down to the side's, and from that of the last stack back up."""
     down = {
         "first": linear_init(key_for(key, "first"), (stack.width, width)),
         "down": linear_init(key_for(key, "down"), (used, stack.width, width)),

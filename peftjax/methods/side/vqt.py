@@ -44,7 +44,7 @@ from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
-    "vqt puts a linear classifier over all layers in the place of the model's, and this model has none; "
+    "vqt puts a linear classifier over all layers instead of the model's, and this model has none; "
     "load it with head='classifier'"
 )
 

@@ -115,7 +115,7 @@ def paca(
                     frozen.state[place.path]["rows"],
                     place.layout,
                     place.scale,
-                    plan.written,
+                    plan.closed,
                 )
                 for place in plan.places
             },

@@ -65,12 +65,12 @@ def sara(
 
     Args:
         density: the share of each matrix that is trained; 0.05 where there is no threshold either.
-        threshold: θ, in place of a density: entries with |W| < θ. Needs the weights' values in `init`, so
+        threshold: θ, instead of a density: entries with |W| < θ. Needs the weights' values in `init`, so
             not under `jit`; a weight without such an entry is left alone, and the matrices of a stack
             are filled up to the largest count.
         penalty: λ of the nuclear norm.
         polar: how its gradient is found, 'newton_schulz' or (exactly) 'svd'.
-        reselect_at: the step, from 0, before whose update M is selected again; None never does.
+        reselect_at: the step, from 0, before which M is reduced to the entries below θ; None: never.
         targets: as in `lora`.
         exclude: the same forms; wins.
         layouts: axes by pattern.
@@ -113,7 +113,7 @@ def sara(
             if penalty > 0.0:
                 values = penalized(penalty, polar, place.layout, values, held[KEEP], *at)
             weights[place.path] = SparseEntries(
-                leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
+                leaves[place.path], values, *at, place.layout, in_place=frozen.plan.closed
             )
         return tree.replace(frozen.params, weights)
 

@@ -62,7 +62,7 @@ def shira(
 
     Args:
         rank: K is `rank · (in + out)` for each matrix; with 'struct', at most that.
-        density: K as a share of the matrix, in place of `rank`.
+        density: K as a share of the matrix, instead of `rank`.
         mask: how the entries are chosen; see above. A mask chosen by gradients is saved as 'loaded': the
             entries come from the saved adapter, and are drawn at random where there is none.
         gradients: for 'gradient' and 'snip', arrays of the targets' shapes, in a tree like the parameters
@@ -109,7 +109,7 @@ def shira(
                 kept["columns"],
                 place.layout,
                 added=True,
-                in_place=frozen.plan.written,
+                in_place=frozen.plan.closed,
             )
         return tree.replace(frozen.params, weights)
 

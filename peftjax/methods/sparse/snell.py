@@ -48,7 +48,7 @@ class SnellOptions(KernelizedOptions):
     Attributes:
         sparsity: s, the share of each matrix that is pruned, or shares by pattern; with `mode="released"` a
             weight whose share is 0 has no sparsifier.
-        kernel: what takes the place of the distance.
+        kernel: used instead of the distance.
         mode: the sparsifier.
     """
 
