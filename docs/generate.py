@@ -27,6 +27,7 @@ API = {
     "decode": ("Decoding step by step", "peftjax.generation.decode"),
     "planner": ("The planner", "peftjax.planner.step"),
     "fit": ("Training", "peftjax.train.loop"),
+    "testing": ("Checks for methods of your own", "peftjax.testing"),
 }
 """The reference pages beside that of `peftjax` itself: title and module."""
 

@@ -32,7 +32,7 @@ def mean_gradient(
         params: the base parameters.
         batches: a calibration set; more than one pass is not needed.
         targets: as in `lora`; those of the method it is for.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
 
     Raises:
         PeftError: nothing is matched, or there is no batch.
@@ -60,7 +60,7 @@ def fisher_information(
         params: the base parameters.
         batches: trees of arrays [B, ...]; LST's authors take 1024 examples of the task.
         targets: as in `lora`, by default all kernels and embeddings.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         per_example: square the gradient of each example, as a batch of one; else that of each batch, which
             is B times faster and another quantity: the gradients of a batch partly cancel.
 

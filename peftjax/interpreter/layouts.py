@@ -43,7 +43,7 @@ def layouts_of(
         params: its parameters, or their shapes.
         inputs: examples, or their shapes.
         targets: which weights, as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
 
     Returns:
         `{pattern: letters}` for the option `layouts` of a method.

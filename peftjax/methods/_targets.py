@@ -45,7 +45,19 @@ def find_targets(
     layouts: Mapping[str, str] | None,
     one_way: bool = False,
 ) -> list[Target]:
-    """Every weight that the options ask for; `one_way` as in `layout_of`.
+    """Every weight that the options ask for.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        rank: r of every weight that `rank_pattern` does not name.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        layers: as in `lora`.
+        layers_pattern: as in `lora`.
+        rank_pattern: as in `lora`.
+        layouts: as in `lora`.
+        one_way: whether it matters which side of a weight is the input, as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a pattern or a layer number is not

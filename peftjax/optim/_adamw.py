@@ -80,7 +80,14 @@ def scale_by_released_adam(
     *,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """`√(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + eps)`, in the gradient's shape and dtype (arXiv 2403.03507)."""
+    """`√(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + eps)`, in the gradient's shape and dtype (arXiv 2403.03507).
+
+    Args:
+        b1: decay of the average gradient m.
+        b2: decay of the average squared gradient v.
+        eps: added to √v.
+        state_dtype: of m and v in the state; by default the parameter's own.
+    """
 
     def init(params: Any) -> optax.ScaleByAdamState:
         return zero_moments(params, state_dtype)

@@ -73,7 +73,7 @@ def galore(
         signs: of the rows of a basis, see `project`.
         moments: what a refresh does to m and v: 'keep', 'rotate' or 'reset'.
         targets: the matrices to project; all other parameters have plain Adam.
-        exclude: targets to leave out, in the same forms.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of P, m and v.
         strict: refuse parameters in which 'all-linear' finds no matrix; by default all have plain Adam.
@@ -111,6 +111,12 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
     """Adam in one of the two orders; eps is by default the usual one of that order.
 
+    Args:
+        b1: decay of the average gradient.
+        b2: decay of the average squared gradient.
+        eps: by default 1e-6, and 1e-8 for the order of optax.
+        order: 'released' or 'optax'.
+
     Raises:
         PeftError: the order is neither.
     """
@@ -127,7 +133,15 @@ def step_and_decay(
     decay_mask: Mask,
     order: Order,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, then learning rate and weight decay in one of the two orders."""
+    """`tx`, then learning rate and weight decay in one of the two orders.
+
+    Args:
+        tx: from gradients to directions.
+        learning_rate: a number or a schedule.
+        weight_decay: wd.
+        decay_mask: which parameters decay, as in optax.
+        order: 'released' (decay of the updated weights) or 'optax' (of those before the step).
+    """
     rate = optax.scale_by_learning_rate(learning_rate)
     if order == "optax":
         return optax.chain(tx, optax.add_decayed_weights(weight_decay, decay_mask), rate)

@@ -33,7 +33,15 @@ def select_matrices(
     strict: bool,
     eligible: Callable[[str, Any], bool] = naming.is_weight,
 ) -> list[str]:
-    """The paths of the targeted matrices; none where 'all-linear' finds none, unless `strict`.
+    """The paths of the targeted matrices.
+
+    Args:
+        params: the parameters.
+        targets: as in `lora`.
+        caller: the optimizer's name, for the errors.
+        exclude: as in `lora`.
+        strict: raise where 'all-linear' finds none, instead of giving none.
+        eligible: `(path, leaf) -> bool`, which parameters can be meant.
 
     Raises:
         PeftError: as `tree.select`, for targets that are named.

@@ -54,7 +54,7 @@ def normalize_and_project(
         tx: the whole optimizer, learning rate included.
         targets: which matrices, as in `lora`; 'all-linear' leaves the readout, convolutions and embeddings
             free.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         norms: normalization modules, by name as `targets`, whose scale (with the bias where there is one)
             is kept on a sphere too.
         layouts: axes by the end of a name, where it does not tell them.

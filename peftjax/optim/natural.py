@@ -164,7 +164,7 @@ def natural_galore(
         signs: of the rows of a basis, see `project`.
         moments: what a refresh does to m, v and H: 'keep' or 'reset'.
         targets: the matrices to project; all other parameters have plain Adam.
-        exclude: targets to leave out, in the same forms.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of the bases, m and v.
         strict: refuse parameters in which 'all-linear' finds no matrix.

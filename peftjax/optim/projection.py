@@ -80,7 +80,7 @@ def project(
             does, so that kept moments do not depend on the machine; 'decomposition' leaves them, as released.
         moments: what a refresh does to those of `inner`: 'keep' (as released), 'reset' or 'rotate'.
         targets: as in `lora`; matrices only, every matrix of a stack has a basis of its own.
-        exclude: targets to leave out, in the same forms.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of the bases, and of the projected gradients that `inner` sees.
         strict: refuse parameters in which 'all-linear' finds no matrix; by default they go through `inner`.

@@ -65,7 +65,15 @@ def row_adamw(
     weight_decay: float = 1e-4,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a step count for each row; arguments as those of `optax.adamw`.
+    """AdamW with a step count for each row.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: β1.
+        b2: β2.
+        eps: ε, outside the root.
+        weight_decay: decoupled, times the learning rate.
+        mask: which parameters decay, as in `optax.adamw`.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((8, 16))}}

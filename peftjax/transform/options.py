@@ -48,6 +48,9 @@ def takes(
 
     Args:
         options: the dataclass, all fields by keyword, each described under `Attributes:` of its class.
+
+    Raises:
+        PeftError: in a call of the factory, for an option that it does not have or a value out of range.
     """
     signature = inspect.signature(options)
 

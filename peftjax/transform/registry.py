@@ -39,7 +39,7 @@ Kind = Literal["adapter", "selection", "companion", "rewrite", "optimizer"]
 GROUP = "peftjax.methods"
 """Of the entry points by which other packages add methods."""
 ALIASES = {"train": "unfreeze"}
-"""Names of earlier versions, which saved adapters have."""
+"""Names of earlier versions, by which saved adapters may call a method."""
 
 Options = ParamSpec("Options")
 
@@ -175,7 +175,8 @@ def register(
     """Add a factory to the registry, under its own name; the arguments are those of `MethodInfo`.
 
     The method that a call makes has the factory's name, and as its `config` the options of the call, defaults
-    included, but for arrays, which no file of options has. What the factory puts into `config` itself wins.
+    included, without arrays, which a file of options cannot hold. What the factory itself puts into `config`
+    wins.
 
     Raises:
         PeftError: another method has the name.

@@ -39,7 +39,15 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None,
     **where: Any,
 ) -> list[ScaledTarget]:
-    """The targets (see `peftjax.methods._targets`) with their scale `alpha / rank`, rsLoRA `alpha / √rank`.
+    """The targets with their scale `alpha / rank`, rsLoRA `alpha / √rank`.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        alpha: of every weight that `alpha_pattern` does not name.
+        rslora: whether the scale is rsLoRA's.
+        alpha_pattern: as in `lora`.
+        **where: the other arguments of `peftjax.methods._targets.find_targets`.
 
     Raises:
         PeftError: as that search; an alpha pattern matches nothing, or an alpha is not positive.

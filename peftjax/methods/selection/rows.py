@@ -41,7 +41,7 @@ def rows(
     Args:
         indices: row numbers, e.g. token ids.
         targets: as in `lora`; by default every parameter called 'embedding'.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern; the input axis ('i') is the one whose rows are meant.
 
     Raises:

@@ -99,6 +99,9 @@ def track_importance(budget: Budget) -> optax.GradientTransformationExtraArgs:
     """Average the importance of the factors over the steps; the updates stay as they are.
 
     Of weights that `optax.multi_transform` shares out, those of one group share a budget.
+
+    Raises:
+        PeftError: in `update`, without the parameters or with a part of a weight's factors.
     """
 
     def init(params: Own) -> Importance:

@@ -55,7 +55,16 @@ def find_weights(
     in_place: bool,
     one_way: bool = False,
 ) -> dict[str, Layout]:
-    """The layout of every weight that the options ask for, by path; `one_way` as in `layout_of`.
+    """The layout of every weight that the options ask for, by path.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        layouts: as in `lora`.
+        in_place: whether the weights are to be changed in place.
+        one_way: whether it matters which side of a weight is the input, as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; or a weight to be changed in place is

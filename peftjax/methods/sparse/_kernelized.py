@@ -51,6 +51,9 @@ def kernelized(
         start_of_scalars: the start of the kernel function's trained scalars.
         around: what it does around the optimizer.
         advances: what it does to itself before steps.
+
+    Raises:
+        PeftError: in `init`, for targets, ranks or layers that do not fit the parameters.
     """
     where = {option: options[option] for option in _WHERE}
     heads, dropout = options["heads"], options["dropout"]

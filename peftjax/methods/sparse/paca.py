@@ -60,7 +60,7 @@ def paca(
         rank: r, rows trained of each matrix; at most its inputs.
         alpha: numerator of s.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         rank_pattern: rank by pattern.
         alpha_pattern: alpha by pattern.
         layouts: axes by pattern.

@@ -72,7 +72,7 @@ def sara(
         polar: how its gradient is found, 'newton_schulz' or (exactly) 'svd'.
         reselect_at: the step, from 0, before which M is reduced to the entries below θ; None: never.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         in_place: the base may hold the adapted weights; see `Transform.close`.
 

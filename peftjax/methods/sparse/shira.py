@@ -68,7 +68,7 @@ def shira(
         gradients: for 'gradient' and 'snip', arrays of the targets' shapes, in a tree like the parameters
             or by path.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
         in_place: the base may hold the adapted weights; see `Transform.close`.
