@@ -46,11 +46,18 @@ class Model:
         forward: `(params, batch) -> outputs`, or a backbone.
         params: its parameters, none of them zeros or ones, so that every comparison can fail.
         batch: inputs.
+        name: of the model.
     """
 
     forward: Callable[..., Any]
     params: Params
     batch: Any
+    name: str = "model"
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The model itself, compiled."""
+        return jax.jit(self.forward)
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,6 @@ class Case:
     def at_trained(self) -> dict[str, Any]:
         """The step of the trained one."""
         return self.step(self.trained, self.frozen, self.model.batch)
-
-    @functools.cached_property
-    def plain(self) -> Callable[..., Any]:
-        """The model itself, compiled."""
-        return jax.jit(self.model.forward)
 
     @property
     def given(self) -> Any:
@@ -205,7 +207,7 @@ def check_method(
 
 def a_fresh_adapter_leaves_the_outputs_as_they_were(case: Case) -> None:
     """Unless it is said to start elsewhere."""
-    base = case.plain(case.model.params, case.model.batch).astype(jnp.float32)
+    base = case.model.compiled(case.model.params, case.model.batch).astype(jnp.float32)
     difference = float(jnp.abs(case.at_fresh["out"] - base).max())
     assert (difference < 1e-5) == case.starts_as_base, f"a fresh adapter moves the outputs by {difference}"
 
@@ -214,7 +216,7 @@ def a_trained_adapter_is_finite_and_changes_the_outputs(case: Case) -> None:
     """By more than rounding."""
     out = case.at_trained["out"]
     assert bool(jnp.isfinite(out).all()), "outputs are not finite"
-    difference = float(jnp.abs(out - case.plain(case.model.params, case.model.batch)).max())
+    difference = float(jnp.abs(out - case.model.compiled(case.model.params, case.model.batch)).max())
     assert difference > 1e-3, f"a trained adapter moves the outputs by {difference} only"
 
 
@@ -257,7 +259,7 @@ def the_merged_model_is_the_adapted_model_and_the_base_is_still_there(case: Case
     for path, leaf, base in pairs(merged, case.model.params):
         assert (leaf.shape, leaf.dtype) == (base.shape, base.dtype), path
     assert same(case.given, before), "merge has changed what it was given"
-    assert_close(case.plain(merged, case.model.batch), case.at_trained["out"])
+    assert_close(case.model.compiled(merged, case.model.batch), case.at_trained["out"])
 
 
 def an_adapter_comes_back_from_names_and_numpy_arrays(case: Case) -> None:

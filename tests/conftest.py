@@ -25,6 +25,14 @@ MAPS = Path("/proc/self/maps")
 MANY = 20_000
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, so that the programs that they share are compiled once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drop compiled programs between files: they map pieces of memory, of which Linux allows 65,530."""

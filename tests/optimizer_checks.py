@@ -59,28 +59,6 @@ def assert_resumes(tx: optax.GradientTransformation, folder: Any) -> None:
     optimizing.assert_resumes(tx, PARAMS, GRADS, folder)
 
 
-def assert_works_inside_optax(tx: optax.GradientTransformation) -> None:
-    """In a chain, for a part of the tree, and with accumulated gradients it makes the step it makes alone."""
-    want, _ = train(tx, PARAMS, range(1))
-    chained = optax.chain(optax.clip_by_global_norm(1e9), tx)
-    assert_close(train(chained, PARAMS, range(1))[0], want, 1e-6)
-    labels = {"blocks": "own", "head": "other"}
-    parts = optax.partition({"own": tx, "other": optax.set_to_zero()}, labels)
-    got, _ = train(parts, PARAMS, range(1))
-    assert_close(got, {**want, "head": PARAMS["head"]}, 1e-6)
-    _assert_accumulates(tx, want)
-
-
-def _assert_accumulates(tx: optax.GradientTransformation, want: Any) -> None:
-    several = optax.MultiSteps(tx, every_k_schedule=2)
-    grads, state = random_like(PARAMS, 100), several.init(PARAMS)
-    update = jax.jit(several.update)
-    updates, state = update(grads, state, PARAMS)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
-    updates, state = update(grads, state, PARAMS)
-    assert_close(optax.apply_updates(PARAMS, updates), want, 1e-6)
-
-
 def assert_keeps_dtypes(tx: optax.GradientTransformation) -> None:
     """Half precision stays, in the parameters and from state to state, and the step is float32's, rounded."""
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)

@@ -114,6 +114,19 @@ def by_name(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def with_frozen(
+    tx: optax.GradientTransformationExtraArgs, view: Callable[[Frozen], Frozen]
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, given what it has to see of `frozen`."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        return tx.update(updates, state, params, frozen=None if frozen is None else view(frozen), **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def on_slots(change: Callable[[str, Any], Any]) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies `change(slot, value)` to each array of each weight."""
 

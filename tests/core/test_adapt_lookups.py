@@ -39,7 +39,7 @@ def look_up(table, mode):
 
 def of_method(name):
     method = METHODS[name]
-    frozen, trainable = method.init(KEY, {"embedding": TABLE})
+    frozen, trainable = begun(method, {"embedding": TABLE})
     floats = noisy({"t": [x for x in jax.tree.leaves(trainable) if jnp.issubdtype(x.dtype, jnp.floating)]})
     moved = iter(floats["t"])
     return (

@@ -190,7 +190,7 @@ def test_it_trains_and_the_backbone_stays():
     method = pj.lst(reduction=2)
     frozen, trainable = jax.jit(method.init)(KEY, tiny.params)
     before = jax.tree.map(np.array, frozen)
-    tx = method.optimizer(optax.adam(1e-2))
+    tx = optax.adam(1e-2)
 
     def objective(outputs, batch):
         loss = jnp.mean(jnp.square(outputs - 1.0))
@@ -266,6 +266,25 @@ OTHERS = {
     "unfreeze": pj.unfreeze(["blocks/attention_norm/scale"]),
     "bitfit": pj.bitfit(),
 }
+
+
+def test_what_the_method_of_the_side_network_does_around_the_optimizer_is_done():
+    method = pj.lst(reduction=2, side=pj.lora_plus(rank=2, targets=".*layers.*kernel", ratio=4.0))
+    frozen, trainable = jax.jit(method.init)(KEY, backbone("llama").params)
+    tx = method.optimizer(optax.sgd(1.0))
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    updates, _ = tx.update(ones, tx.init(trainable), trainable, frozen=frozen)
+    for slots in updates.values():
+        assert float(slots["a"].max()) == -1.0
+        assert float(slots["b"].max()) == -4.0
+
+
+@pytest.mark.parametrize(
+    "side", [pj.galore(rank=2), pj.switchlora(total_steps=9), pj.shira(in_place=True)], ids=lambda m: m.name
+)
+def test_a_method_that_changes_itself_or_its_base_is_refused_for_the_side_network(side):
+    with pytest.raises(PeftError, match=f"lst: side='{side.name}' changes itself or its base between steps"):
+        pj.lst(side=side)
 
 
 @pytest.mark.parametrize("first", [True, False])

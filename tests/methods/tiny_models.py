@@ -1,14 +1,12 @@
 """The models every registered method is tested on, of width 8."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from support import KEY
 
@@ -16,6 +14,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
 from peftjax.models.decoder import DecoderConfig, decoder
+from peftjax.testing import Model, moved
 
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2
 # Of a backbone: what chooses among the layers below the last two needs some to choose from.
@@ -23,15 +22,6 @@ BLOCKS = 6
 TOKENS = jax.random.randint(KEY, (2, 5), 0, VOCABULARY)
 # Every weight a method may know how to adapt, for the methods whose default is 'all-linear'.
 EVERY_WEIGHT = r".*(kernel|embedding)"
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A model as a pure function, with parameters and a batch."""
-
-    forward: Callable[..., Any]
-    params: Any
-    batch: Any
 
 
 class Block(nn.Module):
@@ -113,7 +103,7 @@ class NnxStack(nnx.Module):
         return self.words.attend(scan(x, self.blocks))
 
 
-def _backbone(**changes: Any) -> Tiny:
+def _backbone(**changes: Any) -> Model:
     """A decoder of the library, pre-norm, whose classifier reads the last token."""
     # A key's bias has no gradient here either.
     block = BlockConfig(
@@ -140,7 +130,7 @@ def _backbone(**changes: Any) -> Tiny:
     return _tiny_backbone(decoder(config, head="classifier", **changes))
 
 
-def _encoder(head: str = "none") -> Tiny:
+def _encoder(head: str = "none") -> Model:
     """An encoder of the library, post-norm."""
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -153,31 +143,23 @@ def _encoder(head: str = "none") -> Tiny:
     return _tiny_backbone(bert(config, head=head))
 
 
-def _tiny_backbone(model: Backbone) -> Tiny:
-    return Tiny(model, moved(jax.jit(model.init)(KEY)), {"input_ids": TOKENS})
+def _tiny_backbone(model: Backbone) -> Model:
+    return Model(model, moved(jax.jit(model.init)(KEY)), {"input_ids": TOKENS})
 
 
-def moved(tree: Any, seed: int = 0) -> Any:
-    """The tree as after some steps of training: every number moved by its own random amount."""
-    noise = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape), leaf.dtype), tree
-    )
-
-
-def _linen(module: nn.Module, batch: jax.Array) -> Tiny:
+def _linen(module: nn.Module, batch: jax.Array) -> Model:
     # No parameter stays zero or one, so that every comparison can fail.
     params = moved(jax.jit(module.init)(KEY, batch)["params"])
-    return Tiny(lambda p, x: module.apply({"params": p}, x), params, batch)
+    return Model(lambda p, x: module.apply({"params": p}, x), params, batch)
 
 
-def _nnx() -> Tiny:
+def _nnx() -> Model:
     definition, state = nnx.split(NnxStack(nnx.Rngs(0)))
-    return Tiny(lambda state, tokens: nnx.merge(definition, state)(tokens), state, TOKENS)
+    return Model(lambda state, tokens: nnx.merge(definition, state)(tokens), state, TOKENS)
 
 
 @functools.cache
-def tiny(name: str) -> Tiny:
+def tiny(name: str) -> Model:
     """The model of that name, made once."""
     images = jax.random.normal(KEY, (2, 4, 4, 3))
     makers = {
@@ -194,7 +176,7 @@ def tiny(name: str) -> Tiny:
         "encoder": _encoder,
         "encoder classifier": lambda: _encoder("classifier"),
     }
-    return makers[name]()
+    return dataclasses.replace(makers[name](), name=name)
 
 
 MODELS = ("transformer", "vit", "convolutions", "nnx")

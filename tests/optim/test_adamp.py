@@ -12,13 +12,13 @@ from optimizer_checks import (
     assert_moves_as,
     assert_resumes,
     assert_sharded_equals_one_device,
-    assert_works_inside_optax,
     random_like,
     train,
 )
 from support import assert_close
 
 import peftjax as pj
+from peftjax.testing import check_optimizer
 
 OPTIMIZERS = {"adamp": pj.optim.adamp, "sgdp": pj.optim.sgdp}
 both = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -219,7 +219,7 @@ def test_an_update_without_parameters_is_an_error(make):
 def test_works_inside_optax_sharded_and_resumed(make, tmp_path):
     rate = optax.linear_schedule(1e-2, 2e-3, 4)
     tx = make(rate, weight_decay=0.1, delta=1.7)
-    assert_works_inside_optax(tx)
+    check_optimizer(tx)
     assert_sharded_equals_one_device(tx)
     assert_resumes(tx, tmp_path)
 

@@ -11,13 +11,13 @@ from optimizer_checks import (
     assert_keeps_dtypes,
     assert_resumes,
     assert_sharded_equals_one_device,
-    assert_works_inside_optax,
     random_like,
     train,
 )
 from support import assert_close
 
 import peftjax as pj
+from peftjax.testing import check_optimizer
 
 nap = pj.optim.normalize_and_project
 
@@ -191,7 +191,7 @@ SCHEDULED = nap(INJECTED, norms=["norm"])
 
 @pytest.mark.slow
 def test_works_inside_optax_sharded_and_resumed(tmp_path):
-    assert_works_inside_optax(SCHEDULED)
+    check_optimizer(SCHEDULED)
     assert_sharded_equals_one_device(SCHEDULED)
     assert_resumes(SCHEDULED, tmp_path)
 

@@ -29,6 +29,7 @@ from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.side._lst_ladder import BothStates, Ladder, SideEmbed
 from peftjax.methods.side._lst_start import require_plain, start
+from peftjax.transform.around import Around, with_frozen
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Forward, GradientCut, Transform
@@ -86,6 +87,11 @@ def lst(
             chain's `init` when another method trains something in the backbone but its head.
     """
     _check(reduction, side_layers, gate, temperature, init, scores)
+    if side is not None and (side.advances or side.placement is not None):
+        raise PeftError(
+            f"{NAME}: side={side.name!r} changes itself or its base between steps, which a side network "
+            "cannot; use a method such as pj.lora, pj.dora or pj.unfreeze"
+        )
     used = None if side_layers is None else sorted({int(layer) for layer in side_layers})
     config = {"side_layers": used, "init": "loaded" if init == "fisher" else init}
 
@@ -130,8 +136,11 @@ def lst(
             encoder = dataclasses.replace(encoder, head=BothStates(encoder.head, backbone_dropout))
         return dataclasses.replace(_laddered(backbone, **ladder, merge_last=merge_last), encoder=encoder)
 
+    around = None if side is None else side.around
+    if around is not None:
+        around = Around(*(with_frozen(tx, _restored) for tx in (around.gradients, around.updates)))
     cut = GradientCut(f"let it change the side network: {NAME}(side=...)")
-    return Transform(NAME, config, init_side, apply, model, cut=cut)
+    return Transform(NAME, config, init_side, apply, model, around=around, cut=cut)
 
 
 def _laddered(backbone: Backbone, *, reduction: int, **settings: Any) -> Backbone:
