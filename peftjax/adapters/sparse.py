@@ -7,7 +7,7 @@ patches that undo it, bit by bit, for they hold what was there:
     params, undo = switch(params, undo, patches(*second))   another one
     params, _    = switch(params, undo, {})                 back to the base
 
-Only the touched places are written, where `params` lies: the cost does not grow with the weights.
+Only the changed rows or entries are written, in place: the cost does not grow with the weights.
 """
 
 from collections.abc import Mapping

@@ -35,7 +35,7 @@ from peftjax.weights.canonical import to_canonical, to_logical
 
 
 class ProjectionState(NamedTuple):
-    """The state of `project`; `optax.tree.map_params` takes `bases` as one part that is of no parameter."""
+    """The state of `project`; `optax.tree.map_params` treats `bases` as belonging to no parameter."""
 
     count: Array
     """Steps done, int32 `[]`."""

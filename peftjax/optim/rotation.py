@@ -68,7 +68,7 @@ def follow_bases(
 
 
 def gradient_sums(opt_state: Any, places: Mapping[str, Path]) -> dict[str, Array]:
-    """What windows have gathered of projected gradients, by parameter; empty where nothing accumulates."""
+    """The projected gradients that a window has accumulated, by parameter; empty where there is none."""
     path_of, found = {place: path for path, place in places.items()}, {}
 
     def reading(place: Path) -> Change:
@@ -86,7 +86,7 @@ def gradient_sums(opt_state: Any, places: Mapping[str, Path]) -> dict[str, Array
 def require_rotatable(
     opt_state: Any, places: Mapping[str, Path], found: Mapping[str, Projected], dtype: Any
 ) -> None:
-    """Raise a PeftError that names the first part of a state which has no known way to turn."""
+    """Raise a PeftError that names the first part of a state that cannot be rotated."""
     shapes = {
         path: {
             side: jax.ShapeDtypeStruct((*own.layout.stack, own.rank, own.width(side)), dtype)

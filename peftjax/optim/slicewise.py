@@ -26,7 +26,7 @@ _Part = Callable[[Any], Any]
 class Cut:
     """How the axis of `[n, ...]` is cut: as `[groups, parts, n / groups / parts, ...]`, by its second axis.
 
-    So where n lies on as many devices as divide `groups`, each has a piece of every slice.
+    Where n is sharded over a number of devices that divides `groups`, each has a piece of every slice.
     """
 
     groups: int = 1
@@ -139,7 +139,7 @@ def _run_one(
 
 
 def _pick(leaves: Leaves, owners: Iterable[int | None], chosen: Container[int], part: _Part) -> Leaves:
-    """A part of the chosen parameters' leaves, nothing of the other parameters', and all that is no one's."""
+    """Slices of the chosen parameters' leaves, empty ones of the others', and all leaves of none."""
     return [
         leaf if owner is None else part(leaf) if owner in chosen else _empty(leaf)
         for leaf, owner in zip(leaves, owners)

@@ -17,8 +17,7 @@ def widened(x: Array) -> Array:
 def is_placeholder(params: Any) -> bool:
     """Whether `init` was called by `optax.tree.map_params`, with a node of its own that has no leaves.
 
-    What a state has per parameter by name is then one leaf: there are no names, and it is no copy of the
-    parameters.
+    Such a state has one leaf where it would have one for each parameter by its name.
     """
     plain = params is None or isinstance(params, (dict, list, tuple))
     return not plain and jax.tree.structure(params).num_leaves == 0

@@ -97,7 +97,7 @@ def _of_scan(
 
 
 def _of_primitive(eqn: Any, platform: str) -> Flops | None:
-    """The FLOPs of what has a formula or a name of its own."""
+    """The FLOPs of a primitive that has a formula here, or is named as uncounted."""
     name, params = eqn.primitive.name, eqn.params
     match name:
         case "dot_general":

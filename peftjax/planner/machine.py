@@ -33,8 +33,8 @@ LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu would else ask of the cloud's metadata server, which does not bear on the topology; and that no
-process keeps others from compiling."""
+"""What libtpu would otherwise ask the cloud's metadata server for, without effect on the topology; and a
+setting that lets several processes compile at once."""
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class Transform:
         return through_parts(self.parts, "begin", frozen, trainable)
 
     def end(self, frozen: Frozen, trainable: Trainable) -> Both:
-        """What a step leaves: what `begin` opened, closed."""
+        """What a step ends with: closed, where `begin` opened it."""
         if self.placement is None or self.placement.stays_closed:
             return frozen, trainable
         if not self.parts:
@@ -231,7 +231,7 @@ class Transform:
 
 
 def part_of(frozen: Frozen, name: str, params: Params) -> Frozen:
-    """What one method of a chain has of the chain's `frozen`."""
+    """The part of a chain's `frozen` that belongs to one of its methods."""
     return Frozen(params, frozen.state[name], dict(frozen.plan)[name])
 
 
@@ -245,7 +245,7 @@ def through_parts(parts: Mapping[str, Transform], hook: str, frozen: Frozen, tra
 
 
 def changing_state(method: Transform, state: State) -> State:
-    """What of `frozen.state` the method's advances change, and a checkpoint has to have; else nothing."""
+    """The arrays of `frozen.state` that the method's advances change, which a checkpoint has to hold."""
     if method.parts:
         found = {name: changing_state(part, state[name]) for name, part in method.parts.items()}
         return {name: own for name, own in found.items() if own}

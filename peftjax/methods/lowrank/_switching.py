@@ -109,7 +109,7 @@ def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
     in_a, in_b, place = (done + each) % rank, (done + rank // 2 + each) % rank, (done + each) % places
 
     def exchanged(live: Array, pool: Array, rows: Array) -> tuple[Array, Array, Array]:
-        """The factor, its pool, and what its rows lost."""
+        """The factor, its pool, and the old rows minus the new ones."""
         old, new = live[rows], pool[place]
         now = jnp.where(on[:, None], new, old)
         back = jnp.where(on[:, None], old, new)

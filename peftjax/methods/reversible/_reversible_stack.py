@@ -116,7 +116,7 @@ class ReversibleStack:
         return run
 
     def empty_cache(self, model: Backbone, params: Params, hidden: Array, context: Context) -> Cache:
-        """As of the stack it stands for: keys and values are one stream's, F's or G's."""
+        """The cache of the replaced stack: keys and values are one stream's, F's or G's."""
         return self.replaced.empty_cache(model, params, hidden, context)
 
     def run_cached(

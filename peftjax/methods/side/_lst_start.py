@@ -132,7 +132,7 @@ def _embedded(embed: Part, scores: Part, width: int, reduction: int) -> Kept:
 
 
 def _has_positions(embed: Part) -> bool:
-    """Whether positions are embedded; a backbone whose are not turns queries and keys by them."""
+    """Whether positions are embedded; otherwise they rotate queries and keys."""
     return any("position" in name for name in embed)
 
 

@@ -135,7 +135,7 @@ class LateStack:
     def empty_cache(
         self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> Cache:
-        """That of the blocks."""
+        """The cache of the blocks."""
         return self.inner.empty_cache(model, params, hidden, context)
 
     def run_cached(
