@@ -1,10 +1,13 @@
-"""What every method, weight and optimizer here must do, as checks for anybody's own.
+"""Checks of what every method, weight and optimizer of this library does, for those of other packages.
+
+    import peftjax as pj
+    import peftjax.testing
 
     pj.testing.check_method(my_method(rank=2))
     pj.testing.check_weight(MyWeight(...))
     pj.testing.check_optimizer(my_optimizer(1e-3))
 
-Each raises an `AssertionError` that says what is not as it must be. The suite of this project runs the same.
+Each raises an `AssertionError` that says what failed. The tests of this project run the same checks.
 """
 
 import dataclasses
@@ -25,6 +28,8 @@ from peftjax.train.step import Training, divided, training
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
+
+__all__ = ["Case", "Model", "check_method", "check_optimizer", "check_weight", "small_model"]
 
 KEY = jax.random.key(7)
 RATE = 1e-3
@@ -156,7 +161,7 @@ def step_of(method: Transform, forward: Callable[..., Any]) -> Callable[..., dic
 
 
 def begun(method: Transform, params: Params) -> tuple[Frozen, Trainable]:
-    """What `init` gives, as a loop has it that has advanced the method."""
+    """What `init` gives, marked as advanced, so that it can be applied."""
     frozen, trainable = method.init(KEY, params)
     return dataclasses.replace(frozen, advanced=True), trainable
 
@@ -169,7 +174,7 @@ def case_of(
     mergeable: bool = True,
     starts_as_base: bool = True,
 ) -> Case:
-    """The method on the model; without `compiled` operation by operation. Facts as of `Case`.
+    """The method on the model, its step compiled or not; the facts are those of `Case`.
 
     Raises:
         PeftError: the method finds nothing to adapt in the model.
@@ -183,7 +188,7 @@ def case_of(
 def check_method(
     method: Transform, model: Model | None = None, *, mergeable: bool = True, starts_as_base: bool = True
 ) -> None:
-    """Check that a method does what every one of this library does.
+    """Check that a method does what every method of this library does.
 
     Args:
         method: made with options for a small model.
@@ -192,7 +197,7 @@ def check_method(
         starts_as_base: whether a fresh adapter leaves the model's outputs as they were.
 
     Raises:
-        AssertionError: it does not; the message says what.
+        AssertionError: it does not; the message says what failed.
         PeftError: it does not fit the model.
     """
     case = case_of(method, model or small_model(), mergeable=mergeable, starts_as_base=starts_as_base)
@@ -366,7 +371,7 @@ def check_weight(weight: Weight, *, tolerance: float = 1e-5) -> None:
         tolerance: of the largest number, in float32.
 
     Raises:
-        AssertionError: it does not; the message says what.
+        AssertionError: it does not; the message says what failed.
     """
     matrix = weight.dense()
     assert (matrix.shape, matrix.dtype) == (tuple(weight.shape), weight.dtype), "shape or dtype of dense()"
@@ -420,18 +425,18 @@ def _acts_as_dense(name: str, use: Callable[..., Any], weight: Weight, x: jax.Ar
 
 
 def check_optimizer(tx: optax.GradientTransformation, params: Any | None = None) -> None:
-    """Check that an optimizer may stand wherever one of optax does.
+    """Check that an optimizer can be used wherever one of optax can.
 
-    Its state has the same structure, shapes and dtypes after each step, updates those of the parameters; the
-    loss of a parabola falls; it makes the same step in a chain, for a part of the parameters and with
-    gradients that are gathered over steps; and a state that was stored as arrays goes on bit by bit.
+    Its state has the same structure, shapes and dtypes after each step, its updates those of the parameters;
+    the loss of a parabola falls; it makes the same step in a chain, for a part of the parameters and with
+    gradients that are accumulated over steps; and a state that was stored as arrays goes on bit by bit.
 
     Args:
         tx: the optimizer, with a learning rate that is small enough for numbers of size one.
         params: by default a stack of matrices with biases and norms, as the library's backbones have.
 
     Raises:
-        AssertionError: it may not; the message says what.
+        AssertionError: it cannot; the message says what failed.
     """
     params = _parameters() if params is None else params
     grads = [moved(jax.tree.map(jnp.zeros_like, params), seed) for seed in range(1, 4)]

@@ -25,10 +25,10 @@ from peftjax.weights.layout import layout_of
 
 @dataclass(frozen=True)
 class Converted:
-    """A LoRA in the place of another adapter.
+    """A LoRA instead of another adapter.
 
     Attributes:
-        method: `lora`, scale 1; chained with `train` where other parameters than matrices changed.
+        method: `lora`, scale 1; chained with `unfreeze` where other parameters than matrices changed.
         trainable: its trainable; `method.init` on the same base gives the frozen part.
         errors: by path, `‖Δ − aᵀb‖ / ‖Δ‖` over the whole stack.
     """

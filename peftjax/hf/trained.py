@@ -143,7 +143,7 @@ def _adapting(
 
 
 def on_residuals(config: Mapping[str, Any], plan: Any, trainable: Trainable) -> set[str]:
-    """The parameters whose base the method put another in the place of."""
+    """The parameters whose base the method replaced."""
     if config["name"] == "chain":
         pairs = zip(config["methods"], plan)
         return set().union(*(on_residuals(method, own, trainable[name]) for method, (name, own) in pairs))
