@@ -35,6 +35,17 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-shapes", action="store_true", help="check annotations at every call: slower")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("peftjax", "annotations.checked")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Drop compiled programs between files: they take memory, and map it in pieces (Linux allows 65,530)."""
