@@ -392,7 +392,7 @@ def check_weight(weight: Weight, *, tolerance: float = 1e-5) -> None:
     held = 0
     for name, (use, x) in uses.items():
         try:
-            held += _acts_as_dense(name, use, weight, x, 2e-2 if "bfloat16" in name else tolerance)
+            held += _acts_as_dense(name, use, weight, x, 5e-2 if "bfloat16" in name else tolerance)
         except PeftError:
             continue  # a use that it has no rule for
     assert held, "no use of it works: neither products nor lookups"

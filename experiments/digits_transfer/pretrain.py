@@ -19,7 +19,7 @@ KNOWN = CLASSES // 2
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """How long and on what, and what of."""
+    """The model to pre-train, and for how long on what."""
 
     width: int = 128
     """Width of the model; its feed-forward layers are twice as wide."""

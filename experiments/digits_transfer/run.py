@@ -24,7 +24,7 @@ A ViT of the library (2 blocks, width 128, 17 tokens) is trained from scratch on
 0-4, once. Every contender then adapts it to 5-9. A seed decides on which images are trained and validated on,
 how the new classifier and the adapter start, and the order of the batches; the pre-trained model and the test
 images are the same for all. Every contender has the same steps, batches and optimizer; its learning rate is
-the one of a grid, the same for all, with the best validation accuracy over all seeds. The same command again
+the one of a grid, the same for all, with the best validation accuracy over all seeds. Repeating the command
 leaves out the contenders that the output folder's runs.json has. The recorded runs of `blocks` had other work
 beside them, so the times of their steps were taken out of the record.
 """
@@ -54,7 +54,7 @@ from peftjax.core import tree
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Who is compared, the model, the task and where the results go."""
+    """The contenders, the model, the task and where the results go."""
 
     contenders: Group = "plain"
     """Which methods."""

@@ -24,7 +24,7 @@ Expected, the accuracy on dev.tsv:
 A seed decides on how the new classifier and the adapter start and on the order of the batches. The learning
 rate of a contender is the one, out of the same few for all, with which seed 0 is best on texts held out of
 train.tsv; the other seeds run at that one. Accuracy is that on dev.tsv after the last step. The same command
-again goes on with a comparison that was stopped: every finished run is in the output folder's runs.json. The
+continues a comparison that was stopped: every finished run is in the output folder's runs.json. The
 recorded runs had other work beside them, so the times of their steps were taken out of the record;
 `experiments.step_time.run` measures them side by side.
 """
@@ -62,7 +62,7 @@ from peftjax.train.data.files import file_dataset
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Who is trained on what."""
+    """The contenders, their data and the length of a run."""
 
     train: Path
     """SST-2's train.tsv."""

@@ -1,4 +1,4 @@
-"""Who is compared: a method with its optimizer, made for a setting."""
+"""The contenders of a comparison: a method with its optimizer, made for a setting."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def sparse(sizes: Sizes) -> tuple[Contender, ...]:
 
     DoRA trains the columns' lengths beside its factors: the feed-forward layers, about half of all numbers,
     get a rank less. PaCA trains the output side only, hence twice the rank; its scale is 1. The rank of SNELL
-    and SNELLA is even, for two heads. What is not given is at the methods' defaults; SaRA selects again
+    and SNELLA is even, for two heads. What is not given is at the methods' defaults; SaRA selects anew
     after half of the steps, as its authors do.
     """
     rank, density = sizes.rank, sizes.density

@@ -1,4 +1,4 @@
-"""What the compiler says that training steps need, of models and contenders; nothing is run."""
+"""The memory that training steps need, by the compiler, for models and contenders; nothing is run."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
     except PeftError as error:
         return {"reason": str(error)}
     found = dataclasses.asdict(plan)
-    resident = sum(found["bytes"][kind] for kind in ("weights", "method_state", "trainable", "optimizer"))
+    persistent = sum(found["bytes"][kind] for kind in ("weights", "method_state", "trainable", "optimizer"))
     weights = nbytes(jax.tree.leaves(params))
     return {
         **found,
         "peak": plan.bytes.peak,
         "model": weights,
-        "beside": resident - weights,
-        "working": plan.bytes.peak - resident,
+        "beside": persistent - weights,
+        "working": plan.bytes.peak - persistent,
         "batch": model.batch,
         "jax": jax.__version__,
         "commit": commit(),

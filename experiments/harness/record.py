@@ -25,7 +25,7 @@ RUNS = "runs.json"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Finished runs, found again by what identifies them."""
+    """Finished runs, recalled by what identifies them."""
 
     file: Path
     settings: Mapping[str, Any]

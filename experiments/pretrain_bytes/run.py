@@ -28,7 +28,7 @@ the same number of steps: Adam without weight decay, gradients (as the optimizer
 ones, or those of factors) clipped to norm 1, a learning rate that rises over a tenth of the steps and falls
 along a cosine to a tenth of its peak. The peak of a contender is the best one on the held-out part with seed
 0: of three, and of more where the best of them is the first or last, a factor apart. The other seeds run at
-that one. The same command again goes on with a comparison that was stopped: every finished run is in the
+that one. The same command continues a comparison that was stopped: every finished run is in the
 output folder's runs.json.
 """
 
@@ -58,7 +58,7 @@ from peftjax.train.step import TrainingState
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Who is trained on what."""
+    """The contenders, their data and the length of a run."""
 
     data: Path
     """A folder of .txt files."""

@@ -1,1 +1,1 @@
-"""What a new projection costs, how much of the gradient it keeps, and what it does to the loss."""
+"""The cost of a new projection of GaLore, the share of the gradient it keeps, and its effect on the loss."""

@@ -202,7 +202,7 @@ def measure_losses(options: run.Options, rate: float, folder: Path) -> dict[str,
 
 
 def main(options: Options) -> None:
-    """Measure all, and write it; finished runs are not run again."""
+    """Measure all, and write it; finished runs are not repeated."""
     results = {
         **provenance("jax", "optax"),
         "oversampling": OVERSAMPLING,

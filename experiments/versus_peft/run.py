@@ -16,7 +16,7 @@ Expected, peftjax divided by peft, and the accuracy of both:
     | sst2 | peft on SST-2 | 82.5 ± 1.0 % |
 
 In the race every contender runs in a process of its own and all start from one checkpoint. A round is one
-step of each, the order turned round every time; while one works the others wait. A round counts when no other
+step of each, the order reversed every time; while one works the others wait. A round counts when no other
 process used more than `--noise` cores during any of its steps. A ratio is the median over the rounds of the
 ratio of two steps of the same round. Memory is the highest resident set of the process minus the one after
 loading the model. `experiments.versus_peft.sst2` says how accuracies are compared.

@@ -146,10 +146,10 @@ class Block(Sublayers, nn.Module):
 def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
     """Products are linear, so backward needs their inputs only: the norm (or activation) is recomputed.
 
-    A block that keeps codes recomputes nothing, since it does not keep what that would be made of.
+    A block that keeps codes recomputes nothing: it does not keep the inputs that this would need.
     """
-    again = recompute_module(part)
-    return lambda block, *inputs: (again if block.config.residuals is None else part)(block, *inputs)
+    recomputed = recompute_module(part)
+    return lambda block, *inputs: (recomputed if block.config.residuals is None else part)(block, *inputs)
 
 
 @_recomputed

@@ -1,4 +1,4 @@
-"""What differs between the transformer blocks of the families, and the norm they choose by it."""
+"""What differs between the transformer blocks of the families, and the norm that it chooses."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class BlockConfig:
         init_std: deviation of new kernels.
         scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
         residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
-        offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" makes
-            nothing again but norms and activations.
+        offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" recomputes
+            norms and activations only.
     """
 
     width: int

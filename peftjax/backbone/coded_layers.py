@@ -29,7 +29,7 @@ from peftjax.ops.coded.activation import GRIDS, activate
 from peftjax.ops.coded.bits import Bits
 from peftjax.ops.coded.linear import Input, product_at
 from peftjax.ops.coded.norm import Norm, normalize, scaled, statistics
-from peftjax.ops.coded.recompute import again_from_codes
+from peftjax.ops.coded.recompute import recomputed_from_codes
 from peftjax.quantize import Codes, decode
 from peftjax.quantize.affine import encode
 
@@ -148,7 +148,7 @@ def activated(
     if own == 32:
         return kept_as_codes(dropout(recompute(product)(*inner)), bits)
     codes = tuple(bits.codes(x, own) for x in inner)
-    y = again_from_codes(product, inner, tuple(own for own, _ in codes))
+    y = recomputed_from_codes(product, inner, tuple(own for own, _ in codes))
     if bits.inputs == 32 or dropout.is_on():
         return kept_as_codes(dropout(y), bits)
     return Input(y, Partial(functools.partial(_of_codes, product), *(entering for _, entering in codes)))
@@ -168,4 +168,4 @@ def attended(bits: Bits, f: Callable[..., Array], x: tuple[Array, ...], rest: tu
         return recompute(f)(*x, *rest)
     flat = tuple(part.reshape(*part.shape[:2], -1) for part in x)
     codes = tuple(encode(part, bits.attention, group=bits.group) for part in flat)
-    return again_from_codes(f, flat, codes, rest)
+    return recomputed_from_codes(f, flat, codes, rest)

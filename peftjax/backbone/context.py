@@ -17,7 +17,7 @@ Rotation = tuple[Float[Array, "#B S h"], Float[Array, "#B S h"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the blocks of a stack share; change it with `dataclasses.replace`. None is what there is not.
+    """What the blocks of a stack share, None where a model has no such thing; change it with `replace`.
 
     Attributes:
         mask: [B, K], True where a key is a token: of the S tokens, with a cache of its T slots. None is all.

@@ -32,7 +32,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 """`jax.checkpoint` policies by name: what a block's backward pass may read instead of recomputing it.
 
 `save_attention` keeps what enters a block, as every policy does, and what its attention gives, so that
-attention, the one part whose cost grows with the square of the length, is not run again; the rest is
+attention, the one part whose cost grows with the square of the length, is not recomputed; the rest is
 recomputed token by token. `offload_attention` keeps the two in the host's memory (MEMO, arXiv
 2407.12117), and with a share, as in "offload_attention:0.3", also the rest for the first three tenths of
 each row's tokens: `read_remat`.

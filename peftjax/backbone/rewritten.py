@@ -11,7 +11,7 @@ from peftjax.backbone.protocols import BlockModule, Module, Sublayers
 
 @dataclasses.dataclass(frozen=True)
 class RewrittenModule:
-    """It stands where a Linen module does, whose parameters and settings it has.
+    """It takes the place of a Linen module and has that module's parameters and settings.
 
     Attributes:
         inner: the module as it was.
@@ -35,7 +35,7 @@ class RewrittenBlock(Sublayers, RewrittenModule):
     `apply` runs the same methods with the same variables, caches and rngs as a Linen block's. In a method
     `inner` is bound, so that `self.inner.attention_branch(...)` is the branch as it was, and what the method
     added to the parameters is `self.added`. What is not overridden is `inner`'s, whose `config`, `dtype`
-    and rngs it has too. A rewritten block can be rewritten again.
+    and rngs it has too. A rewritten block can itself be rewritten.
 
     Attributes:
         inner: a block, or a rewritten one.

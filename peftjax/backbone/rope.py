@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and the ways its frequencies are scaled."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and the scalings of its frequencies."""
 
 from __future__ import annotations
 

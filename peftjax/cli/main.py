@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """What a library logs of an exception that it raises too: its line alone, and of an interrupt nothing."""
+    """Log exceptions that a library also raises without their traceback, and interrupts not at all."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     record.exc_info = record.exc_text = None
     return not isinstance(error, KeyboardInterrupt)

@@ -71,7 +71,7 @@ def split_scan(params: dict[str, Any], values: Sequence[Any]) -> tuple[list, lis
 def custom_jvp_rule(params: dict[str, Any], still: Sequence[bool]) -> tuple[Any, Sequence[Any], list[bool]]:
     """The jaxpr of a custom JVP rule, its constants and which output tangents it leaves out as zero.
 
-    The jaxpr takes the primals (without the call's constants) and one tangent for each that is not still.
+    The jaxpr takes the primals (without the call's constants) and one tangent for each differentiated primal.
     """
     jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*still)
     return jaxpr, consts, list(zeros)

@@ -5,8 +5,8 @@ The tangent of such a function is the transpose of its backward pass:
 
     forward  (y, k) = f(x)        backward  x̄ = B(k) ȳ        tangent  ẏ = B(k)ᵀ ẋ
 
-as one equation that reverse mode turns into the backward pass again. So a gradient and its residuals are
-unchanged, and derivatives of it are those of B.
+It is one equation, which reverse mode transposes back into B: gradients and their residuals are unchanged,
+and higher derivatives are those of B.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ def with_backward(
 
     Args:
         fn: of trees of arrays.
-        forward: `(*args) -> (outputs, residuals)`. What it makes the outputs with is differentiated
-            again by a second derivative.
+        forward: `(*args) -> (outputs, residuals)`. A second derivative differentiates how it computes the
+            outputs.
         backward: `(residuals, cotangents) -> cotangents of each of args`; None for what has none.
-        linear: what of `backward` is linear in the cotangents, or the one that forward mode should be the
-            transpose of; by default all of it.
+        linear: the part of `backward` that is linear in the cotangents, whose transpose forward mode is; by
+            default all of it.
     """
 
     @jax.custom_jvp

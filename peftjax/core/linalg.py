@@ -90,7 +90,7 @@ def rebalance(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Of one matrix. Several programs of batched decompositions at once stop XLA's CPU runtime for good."""
+    """Of one matrix. Several programs of batched decompositions at once deadlock XLA's CPU runtime."""
     a, b = pair
     svd = svd_of_product(a.astype(jnp.float32), b.astype(jnp.float32))
     new_a, new_b = balanced(svd)

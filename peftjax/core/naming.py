@@ -1,4 +1,4 @@
-"""What the names of parameters tell, in the words of Flax, Equinox and Haiku."""
+"""What the names of parameters say about them, as Flax, Equinox and Haiku name them."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 # Module names under which models keep their output layer: 'all-linear' leaves it alone.
 OUTPUT_LAYERS = ("head", "heads", "lm_head", "classifier", "score", "logits", "output_layer")
-# Parameters of a module that multiply an activation, in the words of Flax, Equinox and Haiku.
+# Parameters of a module that multiply an activation, as Flax, Equinox and Haiku name them.
 WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
 # Names under which layers or experts are stacked along a leading axis.
 STACKS = ("blocks", "layers", "experts", "scan")

@@ -9,7 +9,7 @@ import regex
 
 from peftjax.core.errors import PeftError
 
-# What one match, and what all matches of a pattern that take long, may take in seconds.
+# Limits in seconds: of one match, and of all slow matches of a pattern together.
 _SECONDS = 0.5
 _SECONDS_OF_ALL = 1.0
 _LONG = 0.01

@@ -1,4 +1,4 @@
-"""Operations of our own that are one equation in a jaxpr, and what JAX makes of them."""
+"""Operations of peftjax that are one equation in a jaxpr: their lowerings, derivatives and batching."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -35,7 +35,7 @@ def by_platform(
     *,
     always: bool = False,
 ) -> Callable[..., list[Any]]:
-    """A function whose body is picked when the program it is part of is lowered for a platform.
+    """A function whose body is chosen when the program around it is lowered for a platform.
 
     Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
     is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
@@ -83,7 +83,7 @@ def transpose_of(pull: Pull, linear: Pull, residuals: Any, tangents: Any, output
     """The tangents of some outputs: what a linear map makes of tangents, given as the map's transpose.
 
     It is one equation, which reverse mode turns into `pull` and which keeps the residuals alone. Forward
-    mode runs the transpose of `linear`, and so does what differentiates the tangents again.
+    mode, and every higher derivative, runs the transpose of `linear`.
 
     Args:
         pull: `(residuals, *cotangents of the outputs) -> cotangents, one for each of the tangents`.

@@ -53,7 +53,7 @@ class Adapted:
     def filled(self, slots: Mapping[str, jax.Array], chosen: list[int] | None) -> dict[str, jax.Array]:
         """The trainable of this parameter: `slots`, as `init` gave it, with the file's numbers.
 
-        Ranks are filled up with zeros, scales folded into `b`; a layer without an adapter gets zeros,
+        Ranks are padded with zeros, scales folded into `b`; a layer without an adapter gets zeros,
         and keeps the magnitudes of `init`. `chosen` are the layers that the method adapts.
         """
         values = {name: np.array(slot) for name, slot in slots.items()}

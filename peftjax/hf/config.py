@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a LoRA adapter: its fields, what they say of a module, and which we can read."""
+"""`adapter_config.json` of a LoRA adapter: its fields, what they say of a module, and which are read."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ VARIANTS = (
     "use_qalora",
     "velora_config",
 )
-# Starts after which the base is the model's own; the others put a residual in its place.
+# Initializations that leave the base as it is; the others replace it by a residual.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # The output layers that PEFT trains and saves by itself for a task, by the end of their name.
 TASK_MODULES = {
@@ -224,7 +224,7 @@ def read_config(folder: Path) -> LoraConfig:
 
     Raises:
         PeftError: there is none; it is of another method than LoRA and its relatives, of a variant that
-            we have not, or of a start that needs the base's residual.
+            we have not, or of an initialization that needs the base's residual.
     """
     file = folder / CONFIG
     if not file.is_file():

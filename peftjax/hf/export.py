@@ -66,7 +66,7 @@ def export_peft(
 
     LoRA, rsLoRA, LoRA+, LoRA-FA and DoRA are written as they are, one module a layer of a stack; rows
     of zeros in both factors are left out. PiSSA and OLoRA, whose base is a residual, become the LoRA of
-    twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `train` trains are
+    twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `unfreeze` trains are
     `modules_to_save`, biases as PEFT writes them, `rows` of a table `trainable_token_indices`. Of a `prefix`
     the keys and values are written that its MLP gives; PEFT's means the same on decoders with rotary
     positions and no window.

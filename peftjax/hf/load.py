@@ -42,9 +42,9 @@ def import_peft(
     """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
 
     The method is `prefix`, without an MLP, or `lora`, `rslora` or `dora`, in a chain with `rows` for each
-    table that `trainable_token_indices` trains rows of, and with `train` where the file holds parameters
+    table that `trainable_token_indices` trains rows of, and with `unfreeze` where the file holds parameters
     trained as they are. Layers of one of our stacks may have different ranks, different scales or no adapter:
-    ranks are filled up with rows of zeros in both factors, which stay zero in training, and scales go into
+    ranks are padded with rows of zeros in both factors, which stay zero in training, and scales go into
     `b`. A rank larger than the matrix is brought down to it, with the same product.
 
     Args:
@@ -59,8 +59,9 @@ def import_peft(
             those that are not the base's, so that they go with the adapter.
 
     Raises:
-        PeftError: the adapter is of another method or of a variant that we have not, or its start needs
-            the base's residual; a tensor has no place in the model, another shape, or is missing.
+        PeftError: the adapter is of another method or of a variant that we have not, or its
+            initialization needs the base's residual; a tensor has no place in the model, another shape, or
+            is missing.
     """
     folder = Path(path)
     if is_prefix(folder):

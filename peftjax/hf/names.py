@@ -108,7 +108,7 @@ class Names:
         return known, slot
 
     def _called(self, name: str) -> list[str]:
-        """What a class calls in place of a module that it never calls."""
+        """What a class calls instead of a module that it never calls."""
         tied = {slot.path for slot in self.tied.values()}
         return [module_of(other) for path in tied for other in self.sharing(path)] or [module_of(name)]
 

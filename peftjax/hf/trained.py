@@ -28,7 +28,7 @@ class Factors:
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None
-    untouched: np.ndarray | None  # the magnitudes of a layer that no one adapts
+    untouched: np.ndarray | None  # the magnitudes of a layer that nothing adapts
     shift: np.ndarray | None = None  # the bias of a layer that has none
 
 
@@ -143,7 +143,7 @@ def _adapting(
 
 
 def on_residuals(config: Mapping[str, Any], plan: Any, trainable: Trainable) -> set[str]:
-    """The parameters whose base the method replaced."""
+    """The parameters whose base the method replaced by another."""
     if config["name"] == "chain":
         pairs = zip(config["methods"], plan)
         return set().union(*(on_residuals(method, own, trainable[name]) for method, (name, own) in pairs))

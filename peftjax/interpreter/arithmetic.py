@@ -1,4 +1,4 @@
-"""Equations that scale, shift, mask or measure a weight: the result is a weight again, or its lengths."""
+"""Equations that scale, shift, mask or measure a weight: the result is a weight, or its lengths."""
 
 from typing import Any
 

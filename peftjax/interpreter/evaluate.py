@@ -25,7 +25,7 @@ ControlRule = Callable[["Evaluator", Any, list[Any]], Sequence[Any] | None]
 
 @dataclass(frozen=True)
 class Rules:
-    """What becomes of an equation, by the name of its primitive.
+    """How equations on weights are evaluated, by the name of the primitive.
 
     Attributes:
         control: of equations that hold other jaxprs.

@@ -17,7 +17,7 @@ def gathered(
     sizes: tuple[int, ...],
     options: dict[str, Any],
 ) -> Any:
-    """`lax.gather` of a weight: a weight again where members of a stack are taken, else an array.
+    """`lax.gather` of a weight: a weight where members of a stack are taken, else an array.
 
     None where there is no lookup of this kind.
     """

@@ -1,4 +1,4 @@
-"""Find out how a model reads its weights, where their names do not tell."""
+"""How a model reads its weights, found by tracing it where their names do not tell."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar

@@ -18,9 +18,9 @@ def call_once_traced(
 ) -> list[Any]:
     """Call the jaxpr of an equation through `wrap`, such as `jax.jit`, traced once for equal structures.
 
-    JAX traces a function again for operands of another structure, and the name of a weight is part of its
+    JAX retraces a function for operands of another structure, and the name of a weight is part of its
     structure. So that twenty layers are one function, the weights go in under the names of their places,
-    and what comes out has the parameters' names again.
+    and what comes out gets the parameters' names back.
 
     Raises:
         PeftError: what evaluating the jaxpr raises, with the parameters' own names.

@@ -1,4 +1,4 @@
-"""One weight used several times drops out its input by another mask each time."""
+"""A weight that is used several times gets a new dropout mask for each use."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Equations that only look at a weight another way: the result is a structured weight again.
+"""Views of a weight, such as transposes and slices: the result is a structured weight too.
 
 Single rows, and rows that the model adds to activations, are plain arrays.
 """

@@ -145,7 +145,7 @@ def save(checkpoints: Checkpoints, state: RunState, score: float | None = None) 
 
 @contextmanager
 def _writing(directory: object) -> Iterator[None]:
-    """What the operating system refuses Orbax, now or in the background since the last call, is named."""
+    """Raise a PeftError for what the system refuses Orbax, now or in the background since the last call."""
     try:
         yield
     except Exception as error:

@@ -39,7 +39,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the operating system refuses in the body is one sentence about `path`, a file or a folder.
+    """Raise a PeftError about `path`, a file or a folder, for what the system refuses in the body.
 
     Raises:
         PeftError: the disk or a quota is full, the folder read-only, a name too long.
@@ -81,7 +81,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a pipe or a device, which could be read for ever.
+    """Refuse a pipe or a device, which could be read forever.
 
     Raises:
         PeftError: there is something of that name that is neither a file nor a folder.

@@ -103,9 +103,9 @@ def _require_free(descriptor: int, directory: Path) -> None:
 
 
 def _held(pid: list[str], directory: Path) -> PeftError:
-    who = f"process {pid[0]}" if pid and pid[0].isdecimal() else "another process"
+    holder = f"process {pid[0]}" if pid and pid[0].isdecimal() else "another process"
     return PeftError(
-        f"{who} is at work in {directory}: wait until it has ended, or choose another output folder"
+        f"{holder} is at work in {directory}: wait until it has ended, or choose another output folder"
     )
 
 
@@ -114,7 +114,7 @@ def _words(descriptor: int) -> list[str]:
 
 
 def _signature() -> str:
-    """The id of this process, when it started, since ids are given again, and the machine's name."""
+    """The id of this process, when it started, since ids are reused, and the machine's name."""
     return f"{os.getpid()} {_start_of(os.getpid())} {socket.gethostname()}"
 
 
@@ -134,7 +134,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _is_file(descriptor: int, file: Path) -> bool:
-    """Whether the open file is still the one of that name, and was not removed by the one who held it."""
+    """Whether the open file is still the one of that name: the process that held it removes it."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Marker:
-    """What Orbax checks when it reads `_CHECKPOINT_METADATA` again, which no checksum covers."""
+    """What Orbax checks when it rereads `_CHECKPOINT_METADATA`, which no checksum covers."""
 
     item_handlers: dict[str, str] | str | None = None
     metrics: dict[str, Any] | None = None

@@ -315,14 +315,14 @@ def read_windows(values: Mapping[str, Any], layer_types: Sequence[str]) -> tuple
     Raises:
         PeftError: for another type, another number of them than of layers, or no width of a window.
     """
-    who, types = values["model_type"], values.get("layer_types") or layer_types
+    model_type, types = values["model_type"], values.get("layer_types") or layer_types
     for name in types:
-        require_known(who, "layer_types", name, LAYER_TYPES)
+        require_known(model_type, "layer_types", name, LAYER_TYPES)
     if len(types) != values["num_hidden_layers"]:
-        raise PeftError(f"{who}: {len(types)} layer_types for {values['num_hidden_layers']} layers")
+        raise PeftError(f"{model_type}: {len(types)} layer_types for {values['num_hidden_layers']} layers")
     window = values.get("sliding_window")
     if SLIDING in types and (not isinstance(window, int) or window < 1):
-        raise PeftError(f"{who}: sliding_window must be a positive integer, not {window!r}")
+        raise PeftError(f"{model_type}: sliding_window must be a positive integer, not {window!r}")
     return tuple(window if name == SLIDING else None for name in types)
 
 

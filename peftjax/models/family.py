@@ -120,32 +120,34 @@ def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def require_known(who: str, name: str, value: Any, known: Iterable[str]) -> None:
+def require_known(caller: str, name: str, value: Any, known: Iterable[str]) -> None:
     """Raise a PeftError with the nearest names unless `value` is one of the `known`."""
     if value not in known:
-        raise PeftError(f"{who}: {name} {value!r} is not supported; closest: {nearest(str(value), known)}")
+        raise PeftError(f"{caller}: {name} {value!r} is not supported; closest: {nearest(str(value), known)}")
 
 
-def require_settings(who: str, values: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+def require_settings(caller: str, values: Mapping[str, Any], required: Mapping[str, Any]) -> None:
     """Raise a PeftError for a setting in `values` that is not the only one a backbone computes."""
     for name, only in required.items():
         if values.get(name, only) != only:
-            raise PeftError(f"config.json sets {name} to {values[name]!r}; {who} here supports {only!r} only")
+            raise PeftError(
+                f"config.json sets {name} to {values[name]!r}; {caller} here supports {only!r} only"
+            )
 
 
-def require_size(who: str, name: str, size: Any) -> None:
+def require_size(caller: str, name: str, size: Any) -> None:
     """Raise a PeftError unless `size` is a positive integer."""
     if not isinstance(size, int) or size < 1:
-        raise PeftError(f"{who}: {name} must be a positive integer, not {size!r}")
+        raise PeftError(f"{caller}: {name} must be a positive integer, not {size!r}")
 
 
-def require_rate(who: str, name: str, rate: Any) -> None:
+def require_rate(caller: str, name: str, rate: Any) -> None:
     """Raise a PeftError unless `rate` is a dropout rate."""
     if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-        raise PeftError(f"{who}: {name} must be a number in [0, 1), not {rate!r}")
+        raise PeftError(f"{caller}: {name} must be a number in [0, 1), not {rate!r}")
 
 
-def require_length(who: str, length: int, longest: int) -> None:
+def require_length(caller: str, length: int, longest: int) -> None:
     """Raise a PeftError when `length` is more than the `longest` sequence that has positions."""
     if length > longest:
-        raise PeftError(f"input_ids has {length} positions; this {who} has {longest}: truncate the inputs")
+        raise PeftError(f"input_ids has {length} positions; this {caller} has {longest}: truncate the inputs")

@@ -107,8 +107,8 @@ def llama_config(
     Raises:
         PeftError: for a setting this backbone does not compute, and as `DecoderConfig`.
     """
-    who = values["model_type"]
-    require_settings(who, values, REQUIRED)
+    model_type = values["model_type"]
+    require_settings(model_type, values, REQUIRED)
     blocks = {
         "width": values["hidden_size"],
         "num_heads": values["num_attention_heads"],
@@ -128,9 +128,9 @@ def llama_config(
         "init_std": values["initializer_range"],
         **(block or {}),
     }
-    require_known(who, "activation", blocks["activation"], ACTIVATIONS)
+    require_known(model_type, "activation", blocks["activation"], ACTIVATIONS)
     config = {
-        "model_type": who,
+        "model_type": model_type,
         "vocab_size": values["vocab_size"],
         "num_layers": values["num_hidden_layers"],
         "block": BlockConfig(**blocks),

@@ -150,8 +150,8 @@ def load(
     for path in set(loaded.fresh) - set(fresh):
         empty = jnp.zeros(shapes[path].shape, param_dtype)
         leaves[path] = jax.device_put(empty, place(path, empty.shape))
-    again = copies(family, model, tensors)
-    unused = [name for name in loaded.unused if family.canonical(name) not in again]
+    repeated = copies(family, model, tensors)
+    unused = [name for name in loaded.unused if family.canonical(name) not in repeated]
     if unused:
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     return model, {"head": {}, **unflatten_dict(leaves, sep="/")}

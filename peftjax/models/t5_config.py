@@ -85,19 +85,19 @@ class T5Config:
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
-        who = self.model_type
+        model_type = self.model_type
         positions = ("relative_attention_num_buckets", "relative_attention_max_distance")
         for name in (*SIZES, "num_decoder_layers", *positions):
-            require_size(who, name, getattr(self, name))
+            require_size(model_type, name, getattr(self, name))
         for name in ("dropout_rate", "classifier_dropout"):
-            require_rate(who, name, getattr(self, name))
+            require_rate(model_type, name, getattr(self, name))
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or farthest <= buckets // 2:
             raise PeftError(
-                f"{who}: relative_attention_num_buckets {buckets} must be at least 4 and less than twice "
-                f"relative_attention_max_distance {farthest}"
+                f"{model_type}: relative_attention_num_buckets {buckets} must be at least 4 and less than "
+                f"twice relative_attention_max_distance {farthest}"
             )
-        require_known(who, "feed_forward_proj", self.activation, ACTIVATIONS)
+        require_known(model_type, "feed_forward_proj", self.activation, ACTIVATIONS)
 
     def block(self, *, decoder: bool) -> BlockConfig:
         """The blocks of one of the stacks."""
@@ -134,13 +134,13 @@ def read_config(values: Mapping[str, Any]) -> T5Config:
     Raises:
         PeftError: for a setting this backbone does not compute, and as `T5Config`.
     """
-    who = values["model_type"]
-    require_settings(who, values, REQUIRED)
+    model_type = values["model_type"]
+    require_settings(model_type, values, REQUIRED)
     for name in SIZES:
         if name not in values:
-            raise PeftError(f"{who}: config.json has no {name}")
-    default = "gated-gelu" if who == "mt5" else "relu"
-    gated, activation = _feed_forward(who, values.get("feed_forward_proj", default))
+            raise PeftError(f"{model_type}: config.json has no {name}")
+    default = "gated-gelu" if model_type == "mt5" else "relu"
+    gated, activation = _feed_forward(model_type, values.get("feed_forward_proj", default))
     eos = values.get("eos_token_id", 1)
     tied = values.get("tie_word_embeddings") is not False
     names = {field.name for field in dataclasses.fields(T5Config)}
@@ -151,20 +151,22 @@ def read_config(values: Mapping[str, Any]) -> T5Config:
         "num_decoder_layers": values.get("num_decoder_layers") or values["num_layers"],
         "tied": tied,
         # mT5 never scales; transformers 5 writes whether T5 does, since it calls every T5 tied.
-        "scaled_output": who == "t5" and values.get("scale_decoder_outputs", tied),
+        "scaled_output": model_type == "t5" and values.get("scale_decoder_outputs", tied),
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        "decoder_start_token_id": values.get("decoder_start_token_id", 0 if who == "mt5" else None),
+        "decoder_start_token_id": values.get("decoder_start_token_id", 0 if model_type == "mt5" else None),
         "labels": read_labels(values),
         "values": dict(values),
     }
     return T5Config(**settings)
 
 
-def _feed_forward(who: str, setting: str) -> tuple[bool, str]:
+def _feed_forward(model_type: str, setting: str) -> tuple[bool, str]:
     """Whether it is gated, and the activation, of `ACTIVATION` or `gated-ACTIVATION`."""
     kind, _, activation = setting.rpartition("-")
     if kind not in ("", "gated"):
-        raise PeftError(f"{who}: feed_forward_proj {setting!r} is neither an activation nor 'gated-' and one")
+        raise PeftError(
+            f"{model_type}: feed_forward_proj {setting!r} is neither an activation nor 'gated-' and one"
+        )
     return kind == "gated", "gelu_new" if setting == "gated-gelu" else activation
 
 

@@ -5,17 +5,13 @@ Dettmers et al., ICLR 2022, arXiv 2110.02861. With the blocks B of an array x an
     scale_B = the number of x in B that is largest in size, with its sign     code_i = nearest(x_i / scale_B)
     x_i ≈ scale_B v(code_i)
 
-The release's scale is the size alone. With the sign the largest number of a block is always the map's 1,
-which has no negative: it is kept exactly, and coding what was decoded gives the same codes and scales again.
+The release's scale has no sign. With it the largest number of a block is always the map's 1, which has no
+negative: it is kept exactly, and encoding a decoded array gives the same codes and scales.
 
-Codes have the array's own shape and scales `[..., blocks]`, blocks of consecutive numbers of the last axis,
-so both shard as the array does. An axis n is cut into equal blocks of at most `block_size` and more than half
-of it where n can be; of the possible lengths that with the most factors of two in the number of blocks (256
-of 4096, 172 of 11008), so that sharding the axis cuts through no block. Else the last block is shorter.
-
-A last axis shorter than `block_size / 4` is read together with the axes before it, as many as are needed: one
-scale for each short row would cost more than a quarter of what the codes do. Where such axes are sharded, the
-blocks lie across shards, and coding moves numbers between devices.
+Codes have the array's shape, scales `[..., blocks]`: both shard as the array does. A last axis shorter than
+`block_size / 4` is read together with as many axes before it as are needed, since a scale for each short row
+would take more than a quarter of the codes' memory. Where those axes are sharded, blocks span shards, and
+encoding moves numbers between devices. `block_length` says how an axis is cut.
 """
 
 import math
@@ -119,7 +115,11 @@ def merged_axes(shape: tuple[int, ...], block_size: int) -> int:
 
 
 def block_length(n: int, block_size: int) -> int:
-    """Numbers per block of a row of n; see the module."""
+    """Numbers per block of a row of n: equal blocks where n allows, which sharding the row does not cut.
+
+    Of the lengths between half of `block_size` and all of it that divide n, that with the most factors of two
+    in the number of blocks (256 of 4096, 172 of 11008); else `block_size`, and the last block is shorter.
+    """
     if n <= block_size:
         return max(n, 1)
     even = [b for b in range(block_size // 2 + 1, block_size + 1) if n % b == 0]

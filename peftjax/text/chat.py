@@ -72,7 +72,7 @@ def compile_template(
 
 
 class _Worker:
-    """The process of one template; one that ended is started again for the next conversation."""
+    """The process of one template; one that ended is restarted for the next conversation."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -164,7 +164,7 @@ def load_tokenizer(
 
 @contextlib.contextmanager
 def _named_failures(what: str) -> Iterator[None]:
-    """Make what the `tokenizers` library raises a sentence: a bare Exception, or a panic of its Rust code."""
+    """Raise a PeftError for what the `tokenizers` library raises: a bare Exception, or a panic in Rust."""
     try:
         yield
     except (PeftError, KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -198,7 +198,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def require_numbers(values: Mapping[str, Any]) -> None:
-    """Check the numbers among the options of a command, which mean the same in all of them; None is none.
+    """Check the numbers among the options of a command, which mean the same in all; None is not given.
 
     Raises:
         PeftError: names the first that cannot be, and what it can be.

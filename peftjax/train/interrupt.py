@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ends_within(say_last: Callable[[], None], grace: float = GRACE) -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted` in the body; if that is not heard in time, the process ends.
+    """SIGINT and SIGTERM raise `Interrupted` in the body; if it does not end in time, the process is ended.
 
     Python runs its handlers between two of its own instructions, so never during a long call of the
     compiler or of a file system. The wake-up descriptor is written to by the operating system's own
@@ -72,7 +72,7 @@ def ends_within(say_last: Callable[[], None], grace: float = GRACE) -> Iterator[
 
 
 def what_is_saved(output: Path) -> str:
-    """A sentence's end on the newest finished checkpoint of a run, as it is on the disk now."""
+    """The end of a sentence on the newest finished checkpoint of a run on disk."""
     saved = [folder for folder in step_folders(output / "checkpoints") if (folder / COMPLETE).exists()]
     if not saved:
         return f"no checkpoint in {output} yet; the same command starts again"
@@ -89,7 +89,7 @@ def end_at_once(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def without_late_ends() -> Iterator[None]:
-    """Say nothing of writes that end when Orbax has given up on them: it raises their error itself."""
+    """Silence writes that end after Orbax has given up on them: it raises their error itself."""
     hook = sys.unraisablehook
 
     def heard(raised: Any) -> None:

@@ -79,7 +79,7 @@ def fit(
         batches: endless training batches whose iterator has `get_state` and `set_state`.
         held_out: makes the evaluation batches, anew for each evaluation; None never evaluates.
         config: the options; `validate` and `with_defaults` have passed.
-        steps: when what happens, from `plan_steps`.
+        steps: when to log, evaluate and save, from `plan_steps`.
         key: the run's key; step t uses `fold_in(key, t)`.
         directory: for checkpoints (`checkpoints/`), metrics and identity; None writes nothing.
         identity: of the run, from `run_identity`, compared with what `directory` belongs to.
@@ -157,7 +157,7 @@ def fit(
 
 
 def _moved(method: Transform, state: TrainingState) -> PyTree[Array]:
-    """What a run moves: the trainable, and with it what a method changes of its own state."""
+    """What changes in a run: the trainable, and what a method changes of its own state."""
     changing = changing_state(method, state.frozen.state)
     return {"trainable": state.trainable, "state": changing} if changing else state.trainable
 

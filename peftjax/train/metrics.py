@@ -37,7 +37,7 @@ def open_metrics(directory: Path | None, step: int, *, tensorboard: bool) -> Ite
     with ExitStack() as stack:
         board = stack.enter_context(_open_board(directory / "tensorboard", step)) if tensorboard else None
         with writing(path):
-            # Without a buffer, which would be written once more, and fail again, when the file is closed.
+            # Without a buffer, which would be flushed, and fail a second time, when the file is closed.
             file = stack.enter_context(path.open("ab", buffering=0))
 
         def write(step: int, values: Values) -> None:

@@ -13,7 +13,7 @@ from peftjax.transform.transform import Transform
 
 
 def with_new_head(method: Transform, model: Backbone, params: Params) -> Transform:
-    """The method, and plain training of what the head has new, as far as the method leaves it."""
+    """The method, and plain training of the new parameters of the head that the method leaves frozen."""
     prefix = FAMILIES[model.config.model_type].heads[model.head_name].task_weights
     if prefix is None:
         return method
@@ -33,7 +33,7 @@ def start_at_probe(
 
     Fine-tuning from the probe moves the features less than from a random head (Kumar et al., ICLR
     2022, arXiv 2202.10054). A head that the method adapts instead of training it stays as it is: its
-    frozen part could not be drawn again from the seed.
+    frozen part could not be redrawn from the seed.
     """
     frozen, _ = jax.eval_shape(method.init, jax.random.key(0), params)
     head = {f"head/classifier/{name}": value for name, value in weights.items()}

@@ -1,4 +1,4 @@
-"""Trained adapters put to use: evaluated on data, merged into a checkpoint."""
+"""Trained adapters from files: evaluated on data, or merged into a checkpoint."""
 
 import dataclasses
 import shutil

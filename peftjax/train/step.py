@@ -1,6 +1,6 @@
-"""The one training step: gradient, update, and what a method does to itself when it is due.
+"""The one training step: gradient, update, and the method's advance when it is due.
 
-Everything here that trains (`fit`, `pj.plan`, the experiments, the conformance checks) runs this step.
+All training in peftjax (`fit`, `pj.plan`, the experiments, the conformance checks) runs this step.
 """
 
 import inspect
@@ -139,7 +139,7 @@ class Training:
         return TrainingState(state.step + 1, frozen, trainable, opt_state, state.key), metrics
 
     def advance(self, state: TrainingState, batch: Batch) -> TrainingState:
-        """What the method does to itself before the next step, on that step's batch; part of `step`."""
+        """The method's advance before the next step, on that step's batch; part of `step`."""
         frozen = replace(state.frozen, advanced=True)
         for number, advance in enumerate(self.method.advances):
             for part in range(advance.parts(frozen)) if advance.due(state.step) else ():

@@ -104,7 +104,7 @@ def _require_way(w: Weight, rule: Contraction) -> None:
 
 
 def _looked_up(indices: Array, w: Weight, rule: Gather) -> Array:
-    """Rows of w, those outside it as the lookup's mode says: once for all parts, which see valid numbers.
+    """Rows of w; the lookup's mode is applied here, once for all parts, which see valid numbers only.
 
     A row that is filled in reaches no part: neither its fill value nor the (masked, perhaps undefined)
     cotangent that comes back for it.

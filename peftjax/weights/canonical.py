@@ -37,7 +37,7 @@ def side_to_logical(v: Array, layout: Layout, side: Side) -> Array:
 
 
 def result_of_dot(y: Array, rule: Dot, layout: Layout, side: Side) -> Array:
-    """The axes of a `dot_general`'s result in their place, from a product with canonical factors.
+    """A product with canonical factors with its axes in the order of the `dot_general`'s result.
 
     y: `[batch, stack axes that x has not, free axes of x, output axes in canonical order]`, outputs
     being the axes of the side that x did not meet.

@@ -1,4 +1,4 @@
-"""What weights share whose axes are not those of their parts."""
+"""Base of the weights whose axes are not those of their parts."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -9,7 +9,7 @@ from peftjax.weights.base import Weight
 
 
 class Composed(Weight):
-    """A weight made of others of other axes: what is said of its own (a sharding) holds for no part."""
+    """A weight made of others with other axes, so that a sharding of its own axes applies to none of them."""
 
     def on_base(self, fn: Callable[[Any], Any]) -> Self:
         """The weight itself."""

@@ -151,7 +151,7 @@ class Concatenated(Composed):
         return self._with(parts, position)
 
     def reverse(self, position: int) -> Self | None:
-        """Every part the other way round; along their own axis, the last one first."""
+        """Every part reversed; along their own axis, the last one first."""
         parts = [reverse(part, position) for part in self.parts]
         return self._with(parts[::-1] if position == self.position else parts, self.position)
 

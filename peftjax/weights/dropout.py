@@ -16,7 +16,7 @@ def drop(x: Array, rate: float, key: Array) -> Array:
 
 
 def key_for_input(keys: Array, x: Array) -> Array:
-    """One key for the mask of a whole input, another for each example of a `vmap` over that input.
+    """One key for the mask of a whole input, or one for each example of a `vmap` over that input.
 
     A stack has a key for each of its matrices. A mask of the input's shape covers the axes that it shares
     with the stack, so that the first key is enough.

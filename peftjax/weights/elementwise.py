@@ -52,8 +52,8 @@ class Sum(Weight):
 class Masked(Weight):
     """`w = base ∘ factor`, such as a mask of pruned entries.
 
-    It has no thin form: each layer merges it, and its backward pass does so again and keeps the layer's
-    input and the parts. The gradient of the parts is read off the layer's dense one, which ends there.
+    It has no thin form: each layer merges it. The backward pass recomputes the merge and keeps the layer's
+    input and the parts; their gradient is taken from the dense one, which lives for one layer only.
     """
 
     base: Any = logical()

@@ -25,8 +25,8 @@ def with_gradient_at(take: Take, scale: float, w: Array, values: Array, places: 
     def forward(w: Array, values: Array, places: tuple[Array, ...]) -> tuple[Array, Any]:
         return with_gradient_at(take, scale, w, values, places), (values, places)
 
-    def backward(kept: Any, g: Array) -> tuple[Array, Array, None]:
-        values, places = kept
+    def backward(residuals: Any, g: Array) -> tuple[Array, Array, None]:
+        values, places = residuals
         return g, scale * take(g, *places).astype(values.dtype), None
 
     return with_backward(lambda w, values, places: w, forward, backward)(w, values, places)
@@ -38,8 +38,8 @@ def with_gradient_through(product: Any, y: Array, z: Array, values: Array) -> Ar
     def forward(y: Array, z: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
         return with_gradient_through(product, y, z, values), (z, values)
 
-    def backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
-        z, values = kept
+    def backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None, Array]:
+        z, values = residuals
         _, pull = jax.vjp(lambda values: product(z, values).astype(g.dtype), values)
         return g, None, pull(g)[0]
 

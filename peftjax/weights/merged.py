@@ -1,4 +1,4 @@
-"""A weight of which axes of several kinds became one, as JAX's `vmap` and gradients of convolutions do."""
+"""A weight with axes of several kinds merged into one, as by `vmap` and by gradients of convolutions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -147,7 +147,7 @@ class Merged(Composed):
         return None if base is None else _merged(base, self.counts)
 
     def reverse(self, position: int) -> Any:
-        """All axes that became this one, the other way round."""
+        """All axes that became this one, reversed."""
         base: Weight | None = self.base
         for p in self._positions(position):
             base = None if base is None else base.reverse(p)

@@ -171,7 +171,7 @@ class Mixture(Composed):
         return _mixed(base, self.coefficients, self.new)
 
     def reverse(self, position: int) -> "Mixture | None":
-        """The experts, or the coefficients, the other way round."""
+        """The experts, or the coefficients, reversed."""
         if self.new[position]:
             return _mixed(self.base, lax.rev(self.coefficients, (self._of_coefficients(position),)), self.new)
         return _mixed(self.base.reverse(self._of_base(position)), self.coefficients, self.new)

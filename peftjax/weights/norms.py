@@ -20,8 +20,8 @@ from peftjax.weights.scaled import Scaled
 def squared_norms(w: Any, layout: Layout, side: Side) -> Array:
     """The sums of squares over all members of a side, float32 `[*stack, members of the other side]`.
 
-    Differentiable by every part of the weight; a weight whose parts do not tell them is merged, and again in
-    the backward pass.
+    Differentiable by every part of the weight; a weight whose parts do not tell them is merged, which
+    the backward pass recomputes.
     """
     if isinstance(w, LowRank):
         first, second = (w.a, w.b) if side == "i" else (w.b, w.a)

@@ -220,8 +220,10 @@ def _thin_product(dims: Any, precision: Any, preferred: Any, z: Array, second: A
     )
 
 
-def _thin_backward(dims: Any, precision: Any, preferred: Any, kept: Any, g: Array) -> tuple[Array, Array]:
-    z, second = kept
+def _thin_backward(
+    dims: Any, precision: Any, preferred: Any, residuals: Any, g: Array
+) -> tuple[Array, Array]:
+    z, second = residuals
     _, pull = jax.vjp(lambda z: _thin_product(dims, precision, preferred, z, second), z)
     (_, (rank,)), (of_z, of_second) = dims
     free = tuple(n for n in range(z.ndim - 1) if n not in of_z)

@@ -23,7 +23,7 @@ class SparseEntries(Weight):
     the base's (or the compute) dtype. Pairs are distinct; a row past the end is no entry.
 
     The dense weight is made for a layer's product and recomputed in the backward pass, which keeps the
-    layer's input; the gradient of the values is read off the layer's dense one. In a scan over layers, one
+    layer's input; the gradient of the values is taken from the layer's dense one. In a scan over layers, one
     layer at a time; a compiler may make those of an unrolled program sooner. With `in_place` the base holds
     the trained entries already, and no dense copy is made.
     """

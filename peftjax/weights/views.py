@@ -1,4 +1,4 @@
-"""The views that a model takes of a structured weight: a weight again, whose parts are views of its parts."""
+"""The views that a model takes of a structured weight: weights whose parts are views of its parts."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from peftjax.weights.layout import Layout, Side
 
 
 class Views(Opaque, abc.ABC):
-    """What has a layout, and parts that follow its views by the roles of their fields.
+    """A weight with a layout, and with parts that follow its views by the roles of their fields.
 
     Each view is None where the weight has no such view without being densified.
     """
@@ -301,7 +301,7 @@ def _moved_first(place: int, first: int) -> int:
 
 
 def _for_part(part: Array, options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    """How members of a stack are taken of one part: outside of it, floats are zero and others anything.
+    """How members of a stack are taken from one part: past its end, floats are zero and others arbitrary.
 
     The base alone has the fill value, so that an undefined one reaches no gradient of the parts.
     """
@@ -330,5 +330,5 @@ def slice_features(w: Any, position: int, cut: range) -> Any:
 
 
 def reverse(w: Any, position: int) -> Any:
-    """An array, or a structured weight, the other way round along an axis."""
+    """An array, or a structured weight, reversed along an axis."""
     return w.reverse(position) if isinstance(w, Views) else lax.rev(w, (position,))

@@ -11,7 +11,7 @@ from support import KEY, all_but_slow, assert_close
 import peftjax as pj
 from peftjax.core.derivatives import with_backward
 from peftjax.ops.coded.activation import GRIDS, activate
-from peftjax.ops.coded.recompute import again_from_codes
+from peftjax.ops.coded.recompute import recomputed_from_codes
 from peftjax.ops.reversible import Coupling, reversible
 from peftjax.quantize.affine import encode
 
@@ -168,7 +168,7 @@ def test_operations_that_keep_codes_have_the_transpose_of_their_backward_pass():
     codes = (encode(x, 8, group=32),)
     for f in (
         lambda x: activate(x, jax.nn.silu, GRIDS["silu"], group=32),
-        lambda x: again_from_codes(jnp.tanh, (x,), codes),
+        lambda x: recomputed_from_codes(jnp.tanh, (x,), codes),
     ):
         _, pull = jax.vjp(f, x)
         for seed in range(3):

@@ -8,7 +8,7 @@ from support import KEY, assert_close
 
 import peftjax as pj
 from peftjax.ops.coded.linear import Input, product_at
-from peftjax.ops.coded.recompute import again_from_codes
+from peftjax.ops.coded.recompute import recomputed_from_codes
 from peftjax.planner.residuals import kept_arrays
 from peftjax.quantize import decode
 from peftjax.quantize.affine import encode
@@ -60,10 +60,10 @@ def test_a_structured_weight_gets_the_gradients_of_the_decoded_input():
     assert_close(total(layer, X), total(plain, SEEN), 1e-5)
 
 
-def test_made_again_from_codes():
+def test_recomputed_from_codes():
     f = lambda x, y, rest: jnp.sin(x) * y * rest["scale"] + rest["number"]
     rest = {"scale": jnp.float32(2.0), "number": jnp.int32(1), "key": KEY}
-    run = lambda x, y, scale: again_from_codes(
+    run = lambda x, y, scale: recomputed_from_codes(
         f, (x, y), (encode(x, 4), encode(y, 32)), ({**rest, "scale": scale},)
     )
     value, pull = jax.vjp(run, X, X + 1, rest["scale"])

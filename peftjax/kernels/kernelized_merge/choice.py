@@ -1,20 +1,16 @@
 """Which implementation an operation takes, decided where it is known: when a program is lowered.
 
 `auto`: the Mosaic kernels on a TPU and the Triton kernels on an NVIDIA GPU, in a program for one device or
-in a device's own code (`shard_map`); the reference on a CPU, and wherever XLA is to partition the
-program, which it can do with jnp but not with a kernel. It is the platform and the device count of the
-program that count, not the machine's: a program compiled ahead of time for another topology has that
-topology's kernels. Each operation is a primitive of JAX with these lowerings. The custom gradient lies
-around it, so that forward and backward choose on their own, and vmap makes a longer stack.
+in a device's own code (`shard_map`); the reference on a CPU and in a program that XLA partitions, which it
+can do with jnp but not with a kernel. The program's platform and devices decide, not the machine's, so a
+program compiled ahead of time gets the kernels of its topology. Under `jax.export` it is the reference:
+a stored program must run with later versions, which the code of a kernel does not promise.
 
-`pallas`: the kernels everywhere, on a CPU the Mosaic ones interpreted; a program that XLA is to partition
-is then an error of JAX. `reference`: jnp everywhere.
+`pallas`: the kernels everywhere, on a CPU the Mosaic ones interpreted; JAX refuses a partitioned program.
+`reference`: jnp everywhere, and so under mesh axes of type Explicit, whose shardings are part of the types.
 
-`jax.export` gets the reference under `auto`, for one platform or several: a stored program must run with
-later versions, and the code of a kernel promises nothing of that kind.
-
-Mesh axes of type Explicit always take the reference: they are known while tracing, and shardings are
-then part of the types.
+Each operation is a JAX primitive with these lowerings, inside the custom gradient: forward and backward
+choose separately, and vmap makes a longer stack.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The operations as walks over tiles: no distances, update or mask of a whole matrix but the result."""
+"""The operations as walks over tiles: of a whole matrix only the result is stored, no distances or mask."""
 
 from collections.abc import Callable, Mapping
 from math import prod
@@ -50,7 +50,7 @@ def backward(
 def threshold(
     run: Run, a: Array, b: Array, scalars: Mapping[str, Array], level: Array, kernel_function: KernelFunction
 ) -> Array:
-    """`reference.threshold` with kernels: |dW| is made anew in every pass, and never stored."""
+    """`reference.threshold` with kernels: |dW| is recomputed in every pass, and never stored."""
     given, names = _given(run, a, b, scalars, kernel_function)
 
     def count(candidates: Array) -> selection.Counted:

@@ -34,7 +34,7 @@ def tiles(size: Sizes, block: Sizes) -> Sizes:
 
 
 def padded(given: Mapping[str, Array], size: Sizes, block: Sizes) -> dict[str, Array]:
-    """All but g filled up with zeros to whole tiles, and to the block's rank."""
+    """All but g padded with zeros to whole tiles, and to the block's rank."""
     whole = {axis: count * block[axis] for axis, count in tiles(size, block).items()} | {"q": block["q"]}
 
     def fill(name: str, array: Array) -> Array:
@@ -61,7 +61,7 @@ def made(walk: Pass, given: Mapping[str, Array], size: Sizes, block: Sizes) -> l
 
 
 def cut(walk: Pass, outputs: list[Array], size: Sizes) -> list[Array]:
-    """The outputs without what was filled up."""
+    """The outputs without the padding."""
     ends = [tuple(slice(size.get(axis, axis)) for axis in output.axes) for output in walk.outputs]
     return [array[(slice(None), *end)] for array, end in zip(outputs, ends)]
 

@@ -72,7 +72,7 @@ def _select(count: Count, place: Array, bits_per_pass: int) -> Array:
     steps = jnp.arange(1, 2**bits_per_pass, dtype=jnp.int32)
 
     def narrow(i: Array, found: Array) -> Array:
-        # The last pass may look again at bits that are decided: their candidates are all too large.
+        # The last pass may revisit bits that are decided: their candidates are all too large.
         shift = jnp.maximum(31 - bits_per_pass * (i + 1), 0)
         below = count(found[..., None] + (steps << shift)).below
         passed = jnp.sum(below <= place[..., None], -1, dtype=jnp.int32)

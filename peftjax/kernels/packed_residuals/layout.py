@@ -4,7 +4,7 @@
     byte j of a group = code j  |  code (j + g/2) << 4
 
 Both codes of a byte are of one group, so a shard of the last axis that holds whole groups holds whole bytes.
-A last axis that is not G g long is filled up with its last value, which no group's range feels.
+A last axis that is not G g long is padded with its last value, which changes no group's range.
 """
 
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ def quantize(x: Array, noise: Array | None = None, *, group: int, fine: bool) ->
 def dequantize(
     codes: Array, low: Array, step: Array, fine: Array | None = None, *, width: int, dtype: DTypeLike
 ) -> list[Array]:
-    """What `quantize` gave as `[..., width]` of `dtype` again."""
+    """Decode what `quantize` gave to `[..., width]` of `dtype`."""
     count = low.shape[-1]
     c, f = (
         None if part is None else layout.split(part.reshape(*part.shape[:-1], count, -1))

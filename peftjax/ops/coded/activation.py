@@ -54,8 +54,8 @@ def activate(x: Array, f: Function, grid: Grid | None, *, group: int = GROUP) ->
     return with_backward(f, forward, partial(_backward, grid, group, x.dtype))(x)
 
 
-def _backward(grid: Grid | None, group: int, dtype: DTypeLike, kept: Array, g: Array) -> tuple[Array]:
+def _backward(grid: Grid | None, group: int, dtype: DTypeLike, residuals: Array, g: Array) -> tuple[Array]:
     width = g.shape[-1]
     if grid is None:
-        return (jnp.where(jnp.unpackbits(kept, axis=-1, count=width), g, 0).astype(dtype),)
-    return ((g.astype(jnp.float32) * grid.decode(kept, width, group=group)).astype(dtype),)
+        return (jnp.where(jnp.unpackbits(residuals, axis=-1, count=width), g, 0).astype(dtype),)
+    return ((g.astype(jnp.float32) * grid.decode(residuals, width, group=group)).astype(dtype),)

@@ -73,8 +73,8 @@ def normalize(
         fine: of x̂, for the gradient of `scale`; by default `code`.
     """
     y = _normalize(norm, x, *lax.stop_gradient((scale, bias)), code, r)
-    again = jax.checkpoint(partial(scaled, norm), prevent_cse=False)
-    return with_tangent_of(y, again(code if fine is None else fine, scale, bias))
+    recomputed = jax.checkpoint(partial(scaled, norm), prevent_cse=False)
+    return with_tangent_of(y, recomputed(code if fine is None else fine, scale, bias))
 
 
 def scaled(norm: Norm, code: Codes | Array, scale: Array, bias: Array | None) -> Array:
@@ -93,8 +93,8 @@ def _normalize(norm: Norm, *args: Any) -> Array:
     return with_backward(plain, forward, partial(_backward, norm, args[0].dtype))(*args)
 
 
-def _backward(norm: Norm, dtype: DTypeLike, kept: tuple, g: Array) -> tuple:
-    scale, code, r = kept
+def _backward(norm: Norm, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple:
+    scale, code, r = residuals
     unit = decode(code).astype(jnp.float32)
     t = g.astype(jnp.float32) * (norm.offset + scale.astype(jnp.float32))
     dx = t - unit * jnp.mean(t * unit, axis=-1, keepdims=True)

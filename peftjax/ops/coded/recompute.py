@@ -17,7 +17,7 @@ from peftjax.quantize import Codes, decode
 Function = Callable[..., Array]
 
 
-def again_from_codes(
+def recomputed_from_codes(
     f: Function, x: tuple[Array, ...], codes: tuple[Codes | Array, ...], rest: tuple[Any, ...] = ()
 ) -> Array:
     """`f(*x, *rest)`, of which backward keeps `codes`, those of `x`, and `rest`.
@@ -33,13 +33,13 @@ def again_from_codes(
         return f(*x, *rest)
 
     def forward(x: tuple[Array, ...], codes: Any, rest: tuple[Any, ...]) -> tuple[Array, tuple]:
-        return again_from_codes(f, x, codes, rest), (codes, rest)
+        return recomputed_from_codes(f, x, codes, rest), (codes, rest)
 
     return with_backward(plain, forward, partial(_backward, f))(x, codes, rest)
 
 
-def _backward(f: Function, kept: tuple, g: Array) -> tuple[Any, None, Any]:
-    codes, rest = kept
+def _backward(f: Function, residuals: tuple, g: Array) -> tuple[Any, None, Any]:
+    codes, rest = residuals
     leaves, structure = jax.tree.flatten(rest)
     floats = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating)]
 

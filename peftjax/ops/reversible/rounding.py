@@ -1,4 +1,4 @@
-"""What rounding makes of the inverse of a reversible stack."""
+"""The error that rounding adds to the inverse of a reversible stack."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +15,7 @@ from peftjax.ops.reversible.stack import Branch
 def inverse_errors(
     f: Branch, g: Branch, pair: Pair, shared: Any, layers: Any, coupling: Coupling, *, every: int = 0
 ) -> Float[Array, " L"]:
-    """The largest absolute error of each layer's inputs as the backward pass makes them; see `reversible`."""
+    """The largest absolute error of each layer's recomputed inputs; see `reversible`."""
 
     def of(layer: Any) -> Iterator[Callable[[Array], Array]]:
         return (partial(branch, shared, layer) for branch in (f, g))

@@ -21,7 +21,7 @@ def filled_columns(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
 
 
 def warn_of_unused(source: object, columns: Iterable[str], used: Collection[str | None]) -> None:
-    """Name the columns of `source` that nothing is made of, in one line."""
+    """Warn, in one line, of the columns of `source` that are not used."""
     if unused := [name for name in columns if name not in used]:
         plural = "s" if len(unused) > 1 else ""
         logger.warning("%s: not used: the column%s %s", source, plural, ", ".join(map(repr, unused)))
@@ -46,7 +46,7 @@ def check_header(names: Sequence[str], source: object) -> None:
 def pick_column(
     columns: Sequence[str], asked: str | None, guesses: Sequence[str], role: str, source: str
 ) -> str:
-    """The column named `asked`, or without a wish the first of `guesses` that exists.
+    """The column named `asked`; by default the first of `guesses` that exists.
 
     Raises:
         PeftError: no such column; the sentence lists the columns that exist.

@@ -1,4 +1,4 @@
-"""What a run decides on before it starts, and what its task does in it."""
+"""What is decided before a run starts, and what its task does in it."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

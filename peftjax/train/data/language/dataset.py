@@ -1,4 +1,4 @@
-"""A language-modelling data set, and the options that make one from a file."""
+"""A language-modeling data set, and the options that make one from a file."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""A language-modelling data set from a file: which source it is, and what is held out."""
+"""A language-modeling data set from a file: which source it is, and what is held out."""
 
 import logging
 from collections.abc import Sequence
