@@ -15,7 +15,7 @@ from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
 from peftjax.models.decoder import DecoderConfig, decoder
 from peftjax.models.vit import ViTConfig, vit
-from peftjax.testing import Model, moved
+from peftjax.testing.model import Model, moved
 
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 20}
 

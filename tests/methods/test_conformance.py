@@ -21,17 +21,17 @@ from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, tiny
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.testing import (
+from peftjax.testing.comparisons import pairs
+from peftjax.testing.methods import (
     METHOD_CHECKS,
     START_CHECKS,
     Case,
     begun,
     case_of,
-    moved,
     only_decays,
-    pairs,
     step_of,
 )
+from peftjax.testing.model import moved
 
 # A parameter of the smallest models that a method may leave as it is.
 NORM = {"words": "norm/scale", "backbone": "head/norm/scale"}
