@@ -10,8 +10,8 @@ from docstrings import markdown_to_rst  # noqa: E402
 
 project = "peftjax"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-# methods/ holds notes, which the generated pages have in them; rooms.md is part of the architecture.
-exclude_patterns = ["_build", "methods", "reference/rooms.md"]
+# methods/ holds notes, which the generated pages have in them; structure.md is part of the architecture.
+exclude_patterns = ["_build", "methods", "reference/structure.md"]
 html_theme = "furo"
 html_title = "peftjax"
 html_theme_options = {"source_view_link": "", "footer_icons": []}

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import docstrings
-import rooms
+import structure
 import tables
 
 import peftjax as pj
@@ -27,6 +27,7 @@ API = {
     "decode": ("Decoding step by step", "peftjax.generation.decode"),
     "planner": ("The planner", "peftjax.planner.step"),
     "fit": ("Training", "peftjax.train.loop"),
+    "testing": ("Checks for methods of your own", "peftjax.testing"),
 }
 """The reference pages beside that of `peftjax` itself: title and module."""
 
@@ -42,7 +43,7 @@ def write_pages(docs: Path) -> None:
     _write(out / "api" / "index.md", api_index())
     for name, (title, module) in API.items():
         _write(out / "api" / f"{name}.md", _automodule(title, module))
-    _write(out / "rooms.md", rooms.table())
+    _write(out / "structure.md", structure.table())
     _results(out / "results")
 
 

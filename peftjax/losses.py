@@ -42,7 +42,7 @@ def cross_entropy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[
 
 
 def accuracy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
-    """Weighted part of the examples whose largest logit is the label's; arguments as above.
+    """Weighted share of the examples whose largest logit is the label's; arguments as above.
 
     Examples:
         >>> float(pj.losses.accuracy(jnp.array([[2.0, 0.0], [0.0, 1.0]]), {"labels": jnp.array([0, 0])}))
@@ -158,7 +158,7 @@ _chunked_sums.defvjp(_sums_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
 def _chunks(hidden: Float[Array, "B S D"], *by_token: Array) -> tuple[Array, ...]:
-    """The arrays cut along the sequence, [chunks, B, s, ...], the last chunk filled up with zeros."""
+    """The arrays cut along the sequence, [chunks, B, s, ...], the last chunk padded with zeros."""
     batch, length = hidden.shape[:2]
     size = max(1, min(length, CHUNK // batch))
     count = -(-length // size)

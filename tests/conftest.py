@@ -6,6 +6,8 @@ compiles a program to run it once: what XLA decides (fusion, memory, FLOPs) stay
 caller's wins.
 """
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -21,8 +23,8 @@ xla_client.CompileOptions()  # reads the flags, once; libtpu, which reads them l
 os.environ["XLA_FLAGS"] = FLAGS
 jax.config.update("jax_num_cpu_devices", 8)
 
-MAPS = Path("/proc/self/maps")
-MANY = 20_000
+MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
+MANY, LARGE = 20_000, 1_200_000_000
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -46,7 +48,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drop compiled programs between files: they map pieces of memory, of which Linux allows 65,530."""
+    """Drop compiled programs between files: they take memory, and map it in pieces (Linux allows 65,530)."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+    if MAPS.exists() and (_mapped() > MANY or _resident() > LARGE):
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mapped() -> int:
+    return MAPS.read_bytes().count(b"\n")
+
+
+def _resident() -> int:
+    return int(PAGES.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

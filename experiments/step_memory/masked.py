@@ -47,7 +47,7 @@ def masked(share: float = 0.01) -> pj.Transform:
     """Train a random `share` of the entries of all linear layers; weight decay would move the others."""
 
     def init(key: Array, params: Any) -> tuple[pj.Frozen, dict[str, Array]]:
-        paths = tree.select(params, "all-linear", who="masked")
+        paths = tree.select(params, "all-linear", caller="masked")
         taken, rest = tree.partition(params, paths)
         keys = jax.random.split(key, len(paths))
         masks = {path: jax.random.bernoulli(k, share, taken[path].shape) for path, k in zip(paths, keys)}

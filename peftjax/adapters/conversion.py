@@ -25,7 +25,7 @@ from peftjax.weights.layout import layout_of
 
 @dataclass(frozen=True)
 class Converted:
-    """A LoRA in the place of another adapter.
+    """A LoRA instead of another adapter.
 
     Attributes:
         method: `lora`, scale 1; chained with `unfreeze` where other parameters than matrices changed.

@@ -1,4 +1,4 @@
-"""A trained adapter as a folder: its numbers, and the options that make its method again."""
+"""A trained adapter as a folder: its numbers, and the options that its method is made from."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def save_adapter(
 
     Args:
         folder: made if absent.
-        method: the method, made again from its options when loaded.
+        method: the method, built from its options when loaded.
         frozen: its frozen part, of which only the state is written.
         trainable: the adapter.
         seed: `init` was given `jax.random.key(seed)`.

@@ -2,7 +2,7 @@
 
     aᵀb  =  [a; a']ᵀ [b; 0]        a' as in a fresh LoRA (for a lookup table [a; 0]ᵀ [b; b'])
 
-A direction whose factors are both zero has no gradient, and would stay zero for ever.
+A direction whose factors are both zero has no gradient, and would stay zero.
 """
 
 import jax

@@ -5,9 +5,9 @@ patches that undo it, bit by bit, for they hold what was there:
 
     params, undo = switch(params, {}, patches(*first))      fused
     params, undo = switch(params, undo, patches(*second))   another one
-    params, _    = switch(params, undo, {})                 the base again
+    params, _    = switch(params, undo, {})                 back to the base
 
-Only the touched places are written, where `params` lies: the cost does not grow with the weights.
+Only the changed rows or entries are written, in place: the cost does not grow with the weights.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def patches(method: Transform, frozen: Frozen, trainable: Trainable, *, weight: 
         method: the adapter's.
         frozen: its frozen part, with the base weights it was made for.
         trainable: the adapter.
-        weight: `W + weight · (W' − W)` is put in the place of W'.
+        weight: `W + weight · (W' − W)` is put in, instead of W'.
 
     Raises:
         PeftError: the adapter changes more than rows or entries of arrays.

@@ -1,4 +1,4 @@
-"""What a few batches say of weights by their gradients: one pass, two statistics."""
+"""Statistics of gradients over a few batches: the mean, and the Fisher information."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,12 +32,12 @@ def mean_gradient(
         params: the base parameters.
         batches: a calibration set; more than one pass is not needed.
         targets: as in `lora`; those of the method it is for.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
 
     Raises:
         PeftError: nothing is matched, or there is no batch.
     """
-    paths = tree.select(params, targets, who="mean_gradient", exclude=exclude)
+    paths = tree.select(params, targets, caller="mean_gradient", exclude=exclude)
     total, count = _summed("mean_gradient", loss, params, batches, paths, lambda g: g)
     return {path: value / count for path, value in total.items()}
 
@@ -60,14 +60,14 @@ def fisher_information(
         params: the base parameters.
         batches: trees of arrays [B, ...]; LST's authors take 1024 examples of the task.
         targets: as in `lora`, by default all kernels and embeddings.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         per_example: square the gradient of each example, as a batch of one; else that of each batch, which
             is B times faster and another quantity: the gradients of a batch partly cancel.
 
     Raises:
         PeftError: nothing is matched, or there is no batch.
     """
-    paths = tree.select(params, targets, who="fisher_information", exclude=exclude)
+    paths = tree.select(params, targets, caller="fisher_information", exclude=exclude)
     return _summed("fisher_information", loss, params, batches, paths, jnp.square, per_example=per_example)[0]
 
 

@@ -249,7 +249,7 @@ def select(
     tree: Any,
     targets: Targets,
     *,
-    who: str,
+    caller: str,
     exclude: Targets | None = None,
     eligible: Callable[[str, Any], bool] | None = None,
     names: Callable[[str], tuple[str, ...]] = names_of_weight,
@@ -261,7 +261,7 @@ def select(
         targets: a regular expression that must match a whole name; or a list of exact names or path
             suffixes (whole components: 'head' is not 'my_head'); or 'all-linear': every linear layer
             but the output layer (`OUTPUT_LAYERS`, outside layers), convolutions and embeddings.
-        who: the method that asks, for the errors.
+        caller: the method that asks, for the errors.
         exclude: the same two forms; wins over `targets`.
         eligible: which parameters may be hit at all; by default matrices.
         names: the names under which a leaf may be asked for.
@@ -278,7 +278,7 @@ def select(
     rest = {path: names(path) for path in leaves if path not in candidates}
     if not candidates:
         raise PeftError(
-            f"{who}: the tree has no parameter this method can adapt{_why(leaves, list(leaves), others)}"
+            f"{caller}: the tree has no parameter this method can adapt{_why(leaves, list(leaves), others)}"
         )
     known = list(dict.fromkeys(name for all_names in candidates.values() for name in all_names))
     hits = [
@@ -290,10 +290,10 @@ def select(
                 unfit = [path for path, own in rest.items() if any(_has_suffix(name, part) for name in own)]
                 if unfit:
                     raise PeftError(
-                        f"{who}: target {part!r} has nothing to adapt{_why(leaves, unfit, others)}"
+                        f"{caller}: target {part!r} has nothing to adapt{_why(leaves, unfit, others)}"
                     )
                 raise PeftError(
-                    f"{who}: target {part!r} matched no parameter; closest: {nearest(part, known)}"
+                    f"{caller}: target {part!r} matched no parameter; closest: {nearest(part, known)}"
                 )
     if not hits:
         unfit = [
@@ -302,18 +302,20 @@ def select(
             if targets != "all-linear" and _matches(path, own, targets, leaves[path])
         ]
         if unfit:
-            raise PeftError(f"{who}: pattern {targets!r} has nothing to adapt{_why(leaves, unfit, others)}")
+            raise PeftError(
+                f"{caller}: pattern {targets!r} has nothing to adapt{_why(leaves, unfit, others)}"
+            )
         raise PeftError(
-            f"{who}: pattern {targets!r} matched no parameter; closest: {nearest(str(targets), known)}"
+            f"{caller}: pattern {targets!r} matched no parameter; closest: {nearest(str(targets), known)}"
         )
     if exclude is None:
         return hits
     kept = [path for path in hits if not _matches(path, candidates[path], exclude, leaves[path])]
     if not kept:
-        raise PeftError(f"{who}: exclude {exclude!r} removes every parameter that {targets!r} matched")
+        raise PeftError(f"{caller}: exclude {exclude!r} removes every parameter that {targets!r} matched")
     if len(kept) == len(hits):
         raise PeftError(
-            f"{who}: exclude {exclude!r} matched none of the targets; closest: "
+            f"{caller}: exclude {exclude!r} matched none of the targets; closest: "
             f"{nearest(str(exclude), [name for path in hits for name in candidates[path]])}"
         )
     return kept
@@ -339,12 +341,12 @@ def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
     return default
 
 
-def require_patterns_used(who: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]) -> None:
+def require_patterns_used(caller: str, patterns: Mapping[str, Any] | None, paths: Sequence[str]) -> None:
     """Raise a PeftError that names the first key of a rank or alpha pattern which matches no target."""
     for key in patterns or {}:
         if not any(pattern_value(path, {key: True}, False) for path in paths):
             known = [name for path in paths for name in names_of_weight(path)]
-            raise PeftError(f"{who}: pattern {key!r} matched no target; closest: {nearest(key, known)}")
+            raise PeftError(f"{caller}: pattern {key!r} matched no target; closest: {nearest(key, known)}")
 
 
 def _require_known(paths: Iterable[str], known: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def layouts_of(
         params: its parameters, or their shapes.
         inputs: examples, or their shapes.
         targets: which weights, as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
 
     Returns:
         `{pattern: letters}` for the option `layouts` of a method.
@@ -61,7 +61,7 @@ def layouts_of(
     leaves = tree.named_leaves(params)
     return {
         f"^{path}": _first_that_fits(fn, params, inputs, path, leaves)
-        for path in tree.select(params, targets, who="layouts_of", exclude=exclude)
+        for path in tree.select(params, targets, caller="layouts_of", exclude=exclude)
     }
 
 

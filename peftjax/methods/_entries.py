@@ -17,7 +17,7 @@ from peftjax.weights.sharding import whole
 Entries = tuple[Array, Array]
 
 
-def entry_count(who: str, path: str, layout: Layout, rank: int, density: float | None) -> int:
+def entry_count(caller: str, path: str, layout: Layout, rank: int, density: float | None) -> int:
     """K: the density's share of a matrix, or `rank · (in + out)`, as many numbers as LoRA has.
 
     Raises:
@@ -27,7 +27,7 @@ def entry_count(who: str, path: str, layout: Layout, rank: int, density: float |
     count = rank * (n + m) if density is None else max(1, round(density * n * m))
     if count > n * m:
         raise PeftError(
-            f"{who}: {count} entries do not fit {path!r}, a matrix of {n} x {m}; lower rank, give a "
+            f"{caller}: {count} entries do not fit {path!r}, a matrix of {n} x {m}; lower rank, give a "
             "density, or exclude it"
         )
     return count
@@ -44,7 +44,7 @@ def largest_entries(scores: Array, layout: Layout, count: int) -> Entries:
     return _unstacked(_largest(whole(scores).reshape(-1, *layout.matrix), count), layout)
 
 
-def structured_entries(who: str, path: str, layout: Layout, count: int) -> Entries:
+def structured_entries(caller: str, path: str, layout: Layout, count: int) -> Entries:
     """Every f-th row and column and the diagonal, f the smallest number with at most `count` entries.
 
     Raises:
@@ -59,7 +59,7 @@ def structured_entries(who: str, path: str, layout: Layout, count: int) -> Entri
     f = next((f for f in range(1, max(n, m) + 1) if size(f) <= count), None)
     if f is None:
         raise PeftError(
-            f"{who}: a structured mask of {path!r} needs {size(max(n, m))} entries, and has {count}; "
+            f"{caller}: a structured mask of {path!r} needs {size(max(n, m))} entries, and has {count}; "
             "raise rank or density"
         )
     row, column = np.ogrid[:n, :m]
@@ -97,7 +97,7 @@ def _drawn(key: Array, n: int, m: int, count: int) -> Entries:
     """A sample whose cost is that of `count` numbers, however large the matrix.
 
     More pairs than needed are drawn; of the distinct ones `count` are taken at random, which leaves no
-    set more likely than another. Should there be too few, all are drawn again.
+    set more likely than another. Should there be too few, all are redrawn.
     """
     draws = count + count // 4 + 16
 

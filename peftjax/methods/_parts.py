@@ -21,7 +21,7 @@ Layers = int | Sequence[int] | None
 class Part(Protocol):
     """What a method adds to the blocks of a stack.
 
-    What it trains lies under names that no other part of the method has. Zeros in the place of what it adds
+    What it trains lies under names that no other part of the method has. Zeros instead of what it adds
     to a layer leave the layer as it was: they fill the layers that the method does not take.
     """
 

@@ -1,4 +1,4 @@
-"""What methods of pre-training share: weights that leave the frozen parameters, and the rest beside them."""
+"""What methods of pre-training share: weights that leave the frozen parameters, and the other parameters."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,10 +16,10 @@ REST = "value"
 def without_targets(
     params: Params, paths: Collection[str], *, train_rest: bool
 ) -> tuple[dict[str, dict[str, Any]], Params]:
-    """Holes for the named weights and, with `train_rest`, for every other floating-point array.
+    """Take the named weights and, with `train_rest`, every other floating-point array out of the parameters.
 
     Returns:
-        `{path: {"value": array}}` of those others, and the parameters with the holes.
+        `{path: {"value": array}}` of those others, and the parameters with holes for all of them.
     """
     others = tree.not_parameters(params)
     rest = {

@@ -35,7 +35,7 @@ class Target:
 def find_targets(
     params: Any,
     *,
-    who: str,
+    caller: str,
     rank: int,
     targets: Targets,
     exclude: Targets | None,
@@ -45,31 +45,43 @@ def find_targets(
     layouts: Mapping[str, str] | None,
     one_way: bool = False,
 ) -> list[Target]:
-    """Every weight that the options ask for; `one_way` as in `layout_of`.
+    """Every weight that the options ask for.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        rank: r of every weight that `rank_pattern` does not name.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        layers: as in `lora`.
+        layers_pattern: as in `lora`.
+        rank_pattern: as in `lora`.
+        layouts: as in `lora`.
+        one_way: whether it matters which side of a weight is the input, as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a pattern or a layer number is not
             used; a rank is not positive or larger than the matrix.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, who=who, exclude=exclude)
+    paths = tree.select(params, targets, caller=caller, exclude=exclude)
     if layers is not None:
         wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
-        _require_layers_exist(who, wanted, picked)
+        _require_layers_exist(caller, wanted, picked)
         paths = [path for path in paths if picked[path] != ()]
     else:
         picked = dict.fromkeys(paths)
     for patterns in (rank_pattern, layouts):
-        tree.require_patterns_used(who, patterns, paths)
+        tree.require_patterns_used(caller, patterns, paths)
     found = []
     for path in paths:
         layout = layout_of(path, leaves, layouts, one_way=one_way)
         own_rank = tree.pattern_value(path, rank_pattern, rank)
-        positive(who, "rank", own_rank, path=path)
+        positive(caller, "rank", own_rank, path=path)
         if own_rank > min(layout.matrix):
             raise PeftError(
-                f"{who}: rank {own_rank} is larger than {path!r}, a matrix of "
+                f"{caller}: rank {own_rank} is larger than {path!r}, a matrix of "
                 f"{layout.matrix[0]} x {layout.matrix[1]}; lower rank, set rank_pattern, or exclude it"
             )
         # Where the path tells the layer, a stack is one of experts, all of which it takes.
@@ -93,13 +105,15 @@ def _layers_of(
     return tuple(layer for layer in wanted if stack and 0 <= layer < stack[0])
 
 
-def _require_layers_exist(who: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]) -> None:
+def _require_layers_exist(
+    caller: str, wanted: tuple[int, ...], picked: Mapping[str, tuple[int, ...]]
+) -> None:
     if not wanted:
-        raise PeftError(f"{who}: layers names no layer; give at least one number, or None for all")
+        raise PeftError(f"{caller}: layers names no layer; give at least one number, or None for all")
     held = {layer for layers in picked.values() for layer in layers}
     for layer in wanted:
         if layer not in held:
-            raise PeftError(f"{who}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}")
+            raise PeftError(f"{caller}: no target lies in layer {layer}; targets: {tree.nearest('', picked)}")
 
 
 def key_for(key: Array, path: str) -> Array:

@@ -3,11 +3,11 @@
 Heo et al., ICLR 2021, arXiv 2006.08217, as released. For every parameter W with gradient G, at step t,
 
     m ← b1 m + (1 - b1) G     v ← b2 v + (1 - b2) G²
-    D = m / (1 - b1ᵗ) / (√v / √(1 - b2ᵗ) + eps)              nesterov: b1 m + (1 - b1) G in the place of m
+    D = m / (1 - b1ᵗ) / (√v / √(1 - b2ᵗ) + eps)              nesterov: b1 m + (1 - b1) G instead of m
     W ← W - lr (projected D + ratio wd W)
 
-With `delta=0` it is AdamW. Defaults are those of the release. It pays where norms follow weights, as in
-networks of convolutions; few weights of a pre-norm transformer are scale-invariant.
+With `delta=0` it is AdamW. Defaults are those of the release. It helps where normalizations follow weights,
+as in convolutional networks; few weights of a pre-norm transformer are scale-invariant.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ def adamp(
         weight_decay=weight_decay,
         wd_ratio=wd_ratio,
         layouts=layouts,
-        who="adamp",
+        caller="adamp",
     )
     return optax.chain(projected, optax.scale_by_learning_rate(learning_rate))
 

@@ -5,7 +5,7 @@
 
     m ← b1 m + (1 - b1) G     v ← b2 v + (1 - b2) G²     N = m / (√v + eps)
     W ← W - lr √(1 - b2ᵗ) / (1 - b1ᵗ) N
-    W ← W - lr wd W                                        of the W that the line before made
+    W ← W - lr wd W                                        with the W of the line before
 
 `optax.adamw` has eps after the bias correction, `√(v / (1 - b2ᵗ)) + eps`: its eps is 1 / √(1 - b2ᵗ) times
 as large against the same gradient (31.6 at t = 1 for b2 = 0.999); and it decays the W from before the step.
@@ -80,7 +80,14 @@ def scale_by_released_adam(
     *,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """`√(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + eps)`, in the gradient's shape and dtype (arXiv 2403.03507)."""
+    """`√(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + eps)`, in the gradient's shape and dtype (arXiv 2403.03507).
+
+    Args:
+        b1: decay of the average gradient m.
+        b2: decay of the average squared gradient v.
+        eps: added to √v.
+        state_dtype: of m and v in the state; by default the parameter's own.
+    """
 
     def init(params: Any) -> optax.ScaleByAdamState:
         return zero_moments(params, state_dtype)
@@ -109,7 +116,7 @@ class DecayState(NamedTuple):
 def decay_updated_weights(
     learning_rate: optax.ScalarOrSchedule, weight_decay: ArrayLike
 ) -> optax.GradientTransformation:
-    """Decay what a step made: `u ← u - lr wd (W + u)`, so that `W + u` becomes `(1 - lr wd)(W + u)`.
+    """Decay the updated weights: `u ← u - lr wd (W + u)`, so that `W + u` becomes `(1 - lr wd)(W + u)`.
 
     The last of a chain: u must already be the step, learning rate and sign included.
 

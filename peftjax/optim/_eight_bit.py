@@ -8,9 +8,9 @@ transformation with state s and moments m in it, between steps only codes are ke
 The step itself uses the new moments before they are coded, as the release does. A moment of N numbers takes
 N + 4 N / block bytes instead of 4 N: AdamW's state 2.03 bytes a parameter instead of 8.
 
-Differences to the release: blocks of at most 256 numbers lie within a row of the last axis (the release cuts
-the flattened array), the scale of a first moment has a sign, and a second moment that is not zero is never
-coded as zero.
+Differences from the release: blocks of at most 256 numbers lie within a row of the last axis (the release
+cuts the flattened array), the scale of a first moment has a sign, and a second moment that is not zero is
+never coded as zero.
 """
 
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ def eight_bit(
                 jnp.zeros((), jnp.int32), key, jax.tree.unflatten(jax.tree.structure(state), coded)
             )
 
-        # Compiled, so that the float32 moments are never there.
+        # Compiled, so that the float32 moments never exist as a whole.
         shardings = shardings_like(jax.eval_shape(start, params), params)
         return jax.jit(start, out_shardings=shardings)(params)
 

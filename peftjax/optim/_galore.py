@@ -1,22 +1,17 @@
-"""GaLore: AdamW whose moments live in a slowly renewed low-rank subspace of each gradient matrix.
+"""GaLore: AdamW with its moments in a low-rank subspace of each gradient matrix, refreshed every T steps.
 
 Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv
 2403.03507. With P and R = P G of `peftjax.optim.projection`, at step t = 1, 2, ... for projected matrices
 
     m ← b1 m + (1 - b1) R     v ← b2 v + (1 - b2) R²     N = m / (√v + eps)
     W ← W - lr √(1 - b2ᵗ) / (1 - b1ᵗ) scale Pᵀ N
-    W ← W - lr wd W                                        of the W that the line before made
+    W ← W - lr wd W                                        with the W of the line before
 
-and the same with P = I and scale 1 for all others. So the learning rate of a projected matrix is scale · lr,
-and the decay is not scaled. `order='optax'` has eps inside the bias correction, √(v / (1 - b2ᵗ)) + eps, and
-the decay of the W before the step, as `optax.adamw`.
-
-Kept per matrix: r · min(in, out) numbers of P and 2 r · max(in, out) moments, where Adam keeps 2 · in · out.
-
-Defaults are the released code's (T = 200, scale = 0.25, eps = 1e-6; lr 0.01 and r 128 at 60 M parameters).
-The released code rounds P to the gradient's dtype, here it is float32; its `reverse_std` (`side='larger'`)
-fails at r = min(in, out) for some shapes. At r = min(in, out) this is not AdamW, which depends on the basis
-that it is written in; momentum alone would be the same.
+and the same with P = I and scale 1 for all others: the learning rate of a projected matrix is scale · lr, its
+decay is not scaled. `order='optax'` has eps inside the bias correction, √(v / (1 - b2ᵗ)) + eps, and decays
+the W before the step, as `optax.adamw`. Kept per matrix: r · min(in, out) numbers of P and 2 r · max(in, out)
+moments, instead of Adam's 2 · in · out. Defaults are the released code's (T = 200, scale = 0.25, eps = 1e-6);
+differences from it: `docs/guides/optimizers.md`.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,15 +68,15 @@ def galore(
         weight_decay: wd.
         decay_mask: which parameters decay, as in optax; all of them by default.
         order: 'released' or 'optax', of eps and decay.
-        side: compressed.
-        basis: how it is found.
-        signs: of its rows.
-        moments: what becomes of m and v on a refresh.
-        targets: projected; Adam's plain moments for all else.
-        exclude: the same forms; wins.
+        side: which side of each matrix is compressed, see `project`.
+        basis: how a basis is found, see `project`.
+        signs: of the rows of a basis, see `project`.
+        moments: what a refresh does to m and v: 'keep', 'rotate' or 'reset'.
+        targets: the matrices to project; all other parameters have plain Adam.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of P, m and v.
-        strict: refuse parameters in which 'all-linear' finds no matrix; by default they have Adam alone.
+        strict: refuse parameters in which 'all-linear' finds no matrix; by default all have plain Adam.
 
     Raises:
         PeftError: as `project`, or the order is neither.
@@ -114,7 +109,13 @@ def galore(
 def scale_by_adam(
     b1: ArrayLike, b2: ArrayLike, eps: ArrayLike | None, order: Order
 ) -> optax.GradientTransformation:
-    """Adam in one of the two orders; without eps, the one usual there.
+    """Adam in one of the two orders; eps is by default the usual one of that order.
+
+    Args:
+        b1: decay of the average gradient.
+        b2: decay of the average squared gradient.
+        eps: by default 1e-6, and 1e-8 for the order of optax.
+        order: 'released' or 'optax'.
 
     Raises:
         PeftError: the order is neither.
@@ -132,7 +133,15 @@ def step_and_decay(
     decay_mask: Mask,
     order: Order,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, then learning rate and weight decay in one of the two orders."""
+    """`tx`, then learning rate and weight decay in one of the two orders.
+
+    Args:
+        tx: from gradients to directions.
+        learning_rate: a number or a schedule.
+        weight_decay: wd.
+        decay_mask: which parameters decay, as in optax.
+        order: 'released' (decay of the updated weights) or 'optax' (of those before the step).
+    """
     rate = optax.scale_by_learning_rate(learning_rate)
     if order == "optax":
         return optax.chain(tx, optax.add_decayed_weights(weight_decay, decay_mask), rate)

@@ -71,7 +71,7 @@ def sgdp(
         weight_decay=weight_decay / (1 - momentum),
         wd_ratio=wd_ratio,
         layouts=layouts,
-        who="sgdp",
+        caller="sgdp",
     )
     return optax.chain(projected, optax.scale_by_learning_rate(learning_rate))
 

@@ -10,13 +10,6 @@ G: ‖G - Pᵀ P G‖² is the sum of the squared singular values that are left 
   directions with a singular value below 3e-4 of the largest in float32.
 - `subspace_iteration`: randomized (Halko, Martinsson, Tropp 2011, arXiv 0909.4061), and needs G only through
   products with few vectors, as gradient passes give them without ever forming G.
-
-Decompositions take the matrices of a stack one after the other, so that their float32 copy and workspace are
-those of one matrix. The signs of the vectors are those the decomposition gives; `pointed` makes them a rule.
-
-Rows are made orthonormal by Householder's QR: unlike Cholesky's it never divides by a pivot, so that zero or
-dependent rows (a gradient that is all zero) still give orthonormal ones. Where rows are sharded it gathers
-`k x n` numbers, as many as the basis has, which every device needs anyway; all else is matrix products.
 """
 
 from collections.abc import Callable
@@ -90,7 +83,7 @@ def subspace_iteration(
         iterations: 0 only rotates the start; 1 is enough for a warm one, 2 for a random one.
         rank: r, at most that many rows are returned; an integer or a pytree of them like `start`.
 
-    For a basis of the output side, give `left` and `right` in each other's place, starts `[*stack, k, out]`.
+    For a basis of the output side, exchange `left` and `right`, and give starts `[*stack, k, out]`.
 
     Returns:
         A pytree like `start` of `[*stack, min(rank, k), in]` in the start's dtype; rows that `left` and
@@ -122,7 +115,7 @@ def _rotated(q: Array, b: Array, rank: int) -> Array:
 
 
 def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -> Array:
-    """Where a subspace iteration begins: random rows, the first of them near a basis that is known.
+    """The start of a subspace iteration: random rows, the first of them near a basis that is known.
 
     Args:
         key: of the random numbers.
@@ -141,7 +134,7 @@ def start_rows(key: Array, shape: tuple[int, ...], known: Array | None = None) -
 
 
 def pointed(rows: Array) -> Array:
-    """The rows `[..., r, n]` with signs by which the entry of largest magnitude of each is positive."""
+    """The rows `[..., r, n]` with the signs that make the entry of largest magnitude of each positive."""
     largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=-1, keepdims=True), axis=-1)
     return jnp.where(largest < 0, -rows, rows)
 
@@ -155,6 +148,9 @@ def orthonormal_rows(rows: Array) -> Array:
     Raises:
         PeftError: more rows than they have entries.
     """
+    # Householder's QR never divides by a pivot, as Cholesky's does, so that zero or dependent rows (a
+    # gradient of zeros) still give orthonormal ones. Where rows are sharded it gathers `k x n` numbers, as
+    # many as the basis has, which every device needs anyway; all else is matrix products.
     k, n = rows.shape[-2:]
     if k > n:
         raise PeftError(f"orthonormal_rows: {k} rows of {n} entries cannot be orthonormal; lower the rank")
@@ -193,7 +189,10 @@ def _leading(gram: Array, rank: int) -> Array:
 
 
 def _one_by_one(fn: Callable[[Any], Array], arrays: Any) -> Array:
-    """`fn` on each matrix of the stack in turn; axis by axis, so that no sharded axes are merged."""
+    """`fn` on each matrix of the stack in turn; axis by axis, so that no sharded axes are merged.
+
+    In turn, so that the float32 copy and the workspace of a decomposition are those of one matrix.
+    """
     leaf = jax.tree.leaves(arrays)[0]
     for _ in range(leaf.ndim - 2):
         fn = _mapped(fn)

@@ -1,4 +1,4 @@
-"""Where the state of an optimizer with codes lies: with the parameters that it mirrors."""
+"""The sharding of an optimizer's state with codes: that of the parameters that it mirrors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def shardings_like(state: Any, params: Any) -> Any:
     """The sharding of each leaf of a state (of shapes); None where no parameter has one.
 
     Codes shard as the parameter does, their scales as its leading axes and, where it cuts through no block,
-    its last one. What mirrors no parameter, or not its shape, is on every device whole.
+    its last one. What mirrors no parameter, or not its shape, is replicated.
     """
     known = {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     meshes = [leaf.sharding for leaf in known.values() if _is_named(leaf)]

@@ -1,4 +1,4 @@
-"""Whether a function treats every number of its arrays by itself."""
+"""Whether a function is elementwise, read from its jaxpr."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"
 
 
 def is_elementwise(fn: Callable[..., Any], *args: Any) -> bool:
-    """Whether each number that `fn` makes follows from scalars and the numbers at its own place alone.
+    """Whether each number of the outputs of `fn` depends on scalars and the numbers at the same index alone.
 
     Reads the jaxpr of `fn` on the arguments (arrays or shapes): on arrays of more than one number only
-    operations that are known to be elementwise. So a False may be wrong, a True is not, but for arrays of
-    different parameters of one shape, which it does not tell apart.
+    operations that are known to be elementwise. So False may be wrong; True is right, except that arrays of
+    different parameters of one shape are not told apart.
     """
     return _is_elementwise(jax.make_jaxpr(fn)(*args).jaxpr)
 

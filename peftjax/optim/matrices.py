@@ -1,4 +1,4 @@
-"""Which parameters are matrices, and along which axes: what optimizers that act per matrix ask.
+"""Which parameters are matrices, and along which axes, for optimizers that act on each matrix.
 
 A parameter of any rank is read as a stack of matrices, so that every layer and every expert is a matrix of
 its own, and heads or windows of convolutions belong to the inputs or the outputs (`weights/layout.py`).
@@ -28,25 +28,33 @@ def select_matrices(
     params: Any,
     targets: Targets,
     *,
-    who: str,
+    caller: str,
     exclude: Targets | None,
     strict: bool,
     eligible: Callable[[str, Any], bool] = naming.is_weight,
 ) -> list[str]:
-    """The paths of the targeted matrices; none where 'all-linear' finds none, unless `strict`.
+    """The paths of the targeted matrices.
+
+    Args:
+        params: the parameters.
+        targets: as in `lora`.
+        caller: the optimizer's name, for the errors.
+        exclude: as in `lora`.
+        strict: raise where 'all-linear' finds none, instead of giving none.
+        eligible: `(path, leaf) -> bool`, which parameters can be meant.
 
     Raises:
         PeftError: as `tree.select`, for targets that are named.
     """
     if not strict and targets == "all-linear" and exclude is None:
         try:
-            return tree.select(params, targets, who=who, eligible=eligible)
+            return tree.select(params, targets, caller=caller, eligible=eligible)
         except PeftError:
             return []
-    return tree.select(params, targets, who=who, exclude=exclude, eligible=eligible)
+    return tree.select(params, targets, caller=caller, exclude=exclude, eligible=eligible)
 
 
-def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) -> dict[str, Layout]:
+def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, caller: str) -> dict[str, Layout]:
     """The layout of every parameter that holds matrices, by path.
 
     A channel is an output, and of an embedding `[entries, width]` an entry ('oi').
@@ -55,13 +63,13 @@ def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, who: str) 
         params: the parameters.
         layouts: axes by the end of a name, as in `lora`; letters without 'i' or without 'o' ('so': stacked
             vectors) say that the parameter holds no matrix.
-        who: the optimizer that asks, for the errors.
+        caller: the optimizer that asks, for the errors.
 
     Raises:
         PeftError: letters do not fit a shape, or a pattern matches no parameter.
     """
     leaves = tree.named_leaves(params)
-    tree.require_patterns_used(who, layouts, list(leaves))
+    tree.require_patterns_used(caller, layouts, list(leaves))
     found = {}
     for path, leaf in leaves.items():
         letters = tree.pattern_value(path, layouts, None)

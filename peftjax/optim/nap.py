@@ -1,31 +1,16 @@
-"""NaP: normalize and project, every weight matrix back on the sphere of its first norm after every step.
+"""NaP: normalize and project, every weight matrix put back on the sphere of its first norm after each step.
 
 "Normalization and Effective Learning Rates in Reinforcement Learning", Lyle et al., NeurIPS 2024, arXiv
-2407.01800 (no released code). In a network with a normalization after every linear layer the outputs do not
-depend on the norms of the weights, but the effective learning rate does: it falls with ‖W‖² (SGD) or ‖W‖
-(Adam), and training makes ‖W‖ grow. For every matrix W `[in, out]` of a stack and an optimizer's step u,
+2407.01800 (no released code). For every matrix W `[in, out]` of a stack and an optimizer's update u,
 
     ρ = ‖W‖_F before the first step                W ← ρ (W + u) / ‖W + u‖_F
 
-The network must have the norms and, before them, no bias; this is the projection only. Where a norm does not
-follow, it is a trust region: the size of the weight is kept, the function is not. Details:
-
-- Weight decay of a projected matrix only shortens it before it is stretched again, a change of the effective
-  learning rate and no more: leave it out (`optax.adamw(mask=...)`).
-- The implicit fall of the learning rate is gone: give a schedule.
-- The readout has no norm behind it and is free, as are embeddings and convolutions unless named, vectors, and
-  factors of adapters.
-- A norm's scale g and offset b are not scale-invariant, but before an activation that is homogeneous (ReLU)
-  and another norm the pair is: `norms` names those for which ‖(g, b)‖ is kept, which is √n for (1, 0).
-- A matrix that begins as zero has no sphere and is free; a step that would make a matrix zero is not taken.
-
-State: ρ, one float32 per matrix. It is never measured again, so rounding does not add up: `W + u` is computed
-in float32 or wider, the projected step is returned in that dtype, and a bfloat16 weight is rounded once, when
-it is applied, which changes no number and so no norm by more than 2⁻⁸ of it. In Adam's
-steps, 10,000 on matrices of 32 and 64 a side and 2,000 on one of 256, |‖W‖/ρ - 1| was below 1.3e-7 in float32
-(64 x 64) and at most 1e-4 to 8e-4 in bfloat16, the most where steps are too small for most numbers to change,
-and level after the first two fifths. With the norm measured anew at every step it drifted to 1.2e-4 and
-2.2e-2. What changes the step afterwards leaves the sphere: this comes last.
+The network must have a normalization after every linear layer, and no bias before it. What is projected:
+linear weights; not the readout, embeddings and convolutions unless named, vectors, factors of adapters, or a
+matrix that starts as zero. `norms` names norms whose scale and offset are projected as one vector. State: ρ,
+one float32 per matrix, measured once. `W + u` is computed in float32 or wider. Apply this last: what changes
+the update afterwards leaves the sphere. Weight decay, the learning rate and rounding:
+`docs/guides/optimizers.md`.
 """
 
 from collections.abc import Mapping
@@ -40,7 +25,7 @@ from peftjax.core.tree import Targets
 from peftjax.optim.matrices import is_matrix, matrix_layouts, select_matrices
 from peftjax.optim.updates import is_placeholder, require_params, widened
 
-_WHO = "normalize_and_project"
+_CALLER = "normalize_and_project"
 # Parameters on one sphere: each with the axes to sum over, the inputs first and then the outputs.
 _Sphere = dict[str, tuple[tuple[int, ...], ...]]
 
@@ -69,7 +54,7 @@ def normalize_and_project(
         tx: the whole optimizer, learning rate included.
         targets: which matrices, as in `lora`; 'all-linear' leaves the readout, convolutions and embeddings
             free.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         norms: normalization modules, by name as `targets`, whose scale (with the bias where there is one)
             is kept on a sphere too.
         layouts: axes by the end of a name, where it does not tell them.
@@ -99,7 +84,7 @@ def normalize_and_project(
         return NapState({name: _norm(leaves, sphere) for name, sphere in found.items()}, inner.init(params))
 
     def update(grads: Any, state: NapState, params: Any = None, **extra: Any) -> tuple[Any, NapState]:
-        require_params(params, _WHO)
+        require_params(params, _CALLER)
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         weights, steps = tree.named_leaves(params), tree.named_leaves(updates)
         projected = {}
@@ -139,15 +124,17 @@ def _matrices(
     layouts: Mapping[str, str] | None,
     strict: bool,
 ) -> dict[str, _Sphere]:
-    paths = select_matrices(params, targets, who=_WHO, exclude=exclude, strict=strict, eligible=is_matrix)
-    found = matrix_layouts(params, layouts, who=_WHO)
+    paths = select_matrices(
+        params, targets, caller=_CALLER, exclude=exclude, strict=strict, eligible=is_matrix
+    )
+    found = matrix_layouts(params, layouts, caller=_CALLER)
     return {path: {path: (found[path].positions("i"), found[path].positions("o"))} for path in paths}
 
 
 def _pairs(params: Any, norms: Targets | None) -> dict[str, _Sphere]:
     if norms is None:
         return {}
-    scales = tree.select(params, norms, who=_WHO, eligible=_is_scale, names=_names_of_norm)
+    scales = tree.select(params, norms, caller=_CALLER, eligible=_is_scale, names=_names_of_norm)
     leaves, last = tree.named_leaves(params), ((-1,),)
     biases = {path: f"{tree.module_of(path)}/bias" for path in scales}
     return {

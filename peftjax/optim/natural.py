@@ -6,22 +6,11 @@ them, and
 
     g~ = (λ I + H Hᵀ)⁻¹ g = H c,     (λ I + Hᵀ H) c = e_g
 
-since g is a column of H. The released code computes g / λ - H (I + Hᵀ H / λ)⁻¹ Hᵀ g / λ², the difference of
-two numbers that are ‖g‖² / λ times as large: 265 % wrong in float32 at ‖g‖² = 4e3, λ = 1e-3. The form
-above has no such difference.
-
 H is a ring of s slots, zero at first: empty slots change nothing. Hᵀ H changes in one row a step and is kept,
-so that a step costs 4 k s FLOPs and a Cholesky of s x s. Where λ is below 1e-6 of the trace of Hᵀ H, float32
-cannot tell it from rounding, and 1e-6 of the trace is taken: with λ itself, gradients that repeat at
-‖g‖² = 4e3 come out 8 times too large, and at 1e8 Cholesky fails. That starts at ‖H‖² of about 1e3.
-
-Kept per projected matrix of k numbers: s k of H and s² of Hᵀ H beside GaLore's. One-sided, at s = 20 and
-r = min(in, out) / 4, H is 5 · in · out numbers, more than Adam's moments of the whole matrix;
-`history_dtype=bfloat16` halves its bytes.
-
-Paper and released code differ: 'paper' projects one side (k = r · max(in, out)), 'released' both (k = r²).
-Both leave H as it is when the basis changes, so that for s - 1 steps it mixes two; `moments='reset'` clears
-it. The released code runs at λ = 1e-3 and s = 20 always.
+so that a step costs 4 k s FLOPs and a Cholesky of s x s. λ is at least 1e-6 of the trace of Hᵀ H. Kept per
+projected matrix of k numbers: s k of H and s² of Hᵀ H, beside GaLore's; `history_dtype=bfloat16` halves the
+bytes of H. Variants: 'paper' projects one side (k = r · max(in, out)), 'released' both (k = r²). s = 20 and
+λ = 1e-3 are fixed in the released code. Accuracy and memory: `docs/guides/optimizers.md`.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +33,7 @@ from peftjax.optim.updates import require_known
 
 _FLOOR = 1e-6
 _SMALLEST = 1e-45
-"""Of what is positive in float32."""
+"""The smallest positive number of float32."""
 
 
 class NaturalState(NamedTuple):
@@ -64,7 +53,7 @@ def scale_by_natural_gradient(
     dtype: DTypeLike | None = None,
     stack_of: Callable[[str, Any], int] | None = None,
 ) -> optax.GradientTransformation:
-    """Multiply every gradient by `(λ I + H Hᵀ)⁻¹` of its own last gradients (arXiv 2410.16029).
+    """Multiply every gradient by `(λ I + H Hᵀ)⁻¹`, H its own last gradients (arXiv 2410.16029).
 
     Args:
         history: s, how many gradients are remembered, the current one included.
@@ -157,25 +146,25 @@ def natural_galore(
     """GaLore with the natural gradient of the projected matrices (equations above, arXiv 2410.16029).
 
     Args:
-        learning_rate: as are all options without an entry here, that of `galore`.
+        learning_rate: a number or a schedule.
         rank: r.
         variant: 'paper' projects the smaller side, 'released' both.
-        history: s; with `rank` static under `optax.inject_hyperparams`.
+        history: s, how many gradients are remembered; as `rank`, static under `optax.inject_hyperparams`.
         damping: λ.
         history_dtype: of H; by default `dtype`.
-        every: T.
+        every: T, steps between two refreshes.
         scale: of the steps of projected matrices.
         b1: decay of the average of g~.
         b2: decay of the average of g~².
         eps: added to √v.
         weight_decay: wd.
         decay_mask: which parameters decay.
-        order: of eps and decay.
-        basis: how it is found.
-        signs: of its rows.
-        moments: 'keep' or 'reset', of H too.
-        targets: projected; all else has plain Adam.
-        exclude: the same forms; wins.
+        order: 'released' or 'optax', of eps and decay.
+        basis: how a basis is found, see `project`.
+        signs: of the rows of a basis, see `project`.
+        moments: what a refresh does to m, v and H: 'keep' or 'reset'.
+        targets: the matrices to project; all other parameters have plain Adam.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of the bases, m and v.
         strict: refuse parameters in which 'all-linear' finds no matrix.
@@ -186,7 +175,7 @@ def natural_galore(
     one_of("natural_galore", "variant", variant, ("paper", "released"))
 
     def of_projected(params: Any) -> Any:
-        paths = select_matrices(params, targets, who="natural_galore", exclude=exclude, strict=strict)
+        paths = select_matrices(params, targets, caller="natural_galore", exclude=exclude, strict=strict)
         return tree.map_named(lambda path, _: path in paths, params)
 
     natural = optax.masked(scale_by_natural_gradient(history, damping, history_dtype), of_projected)

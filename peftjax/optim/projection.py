@@ -5,22 +5,13 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 
     P = the first r singular vectors of G's smaller side
 
-and at every step, with a transformation `inner` (of Adam, say) that sees R and has states of its size,
+and at every step, with a transformation `inner` (Adam's, say) that sees R and has states of its size,
 
     R = P G     N = inner(R)     update = scale · Pᵀ N          (or R = P Gᵀ, see `refresh`)
 
 All other parameters go through `inner` as they are, without the scale. States: P, r · min(in, out) numbers a
-matrix, and what `inner` keeps of r · max(in, out). The gradient that comes in is a whole one.
-
-The refresh costs a decomposition, and `jax.lax.cond` on the step count keeps its workspace in every step's
-program (under `vmap` it decomposes at every step). Two programs have neither:
-
-    step = jax.jit(train_step, static_argnames="refresh")  # which calls tx.update(..., refresh=refresh)
-    for n in range(steps):
-        state = step(state, batch, refresh=n % every == 0)
-
-Under `optax.inject_hyperparams` name rank as one of the `static_args`. `optax.MultiSteps` around it projects
-the accumulated gradient.
+matrix, and what `inner` keeps for r · max(in, out). The gradient that comes in is a whole one. A refresh
+needs a decomposition's workspace: `docs/guides/optimizers.md` says how to keep it out of the other steps.
 """
 
 from collections.abc import Mapping
@@ -44,14 +35,14 @@ from peftjax.weights.canonical import to_canonical, to_logical
 
 
 class ProjectionState(NamedTuple):
-    """The state of `project`; `optax.tree.map_params` takes `bases` as one part that is of no parameter."""
+    """The state of `project`; `optax.tree.map_params` treats `bases` as belonging to no parameter."""
 
     count: Array
     """Steps done, int32 `[]`."""
     bases: dict[str, of.Bases]
     """By path and side, `[*stack, r, in]` or `[*stack, r, out]`; zero before the first refresh."""
     inner: optax.OptState
-    """Of the parameters' structure, with `[*stack, r, ...]` in the place of projected ones."""
+    """Of the parameters' structure, with `[*stack, r, ...]` instead of projected ones."""
 
 
 def project(
@@ -76,8 +67,8 @@ def project(
     or without one (the first step needs one); None (the default) refreshes by the step count.
 
     Args:
-        inner: what makes updates of gradients. Of projected parameters it knows the shape R has, and no
-            values: chain weight decay after `project`.
+        inner: the transformation of the projected gradients. It is given the shapes of projected parameters
+            (those of R) and no values: chain weight decay after `project`.
         rank: r; of smaller matrices, their smaller side.
         every: T, steps between two refreshes.
         scale: of the updates of projected matrices.
@@ -86,10 +77,10 @@ def project(
             compresses its output.
         basis: how it is found: 'svd', 'gram', 'subspace', or 'auto' by size, see `refresh`.
         signs: of the rows of a basis: 'largest' makes the largest entry of each positive, as `pj.galore`
-            does, so that kept moments depend on no machine; 'decomposition' leaves them, as released.
-        moments: what becomes of inner's on a refresh: 'keep' (as released), 'reset' or 'rotate'.
+            does, so that kept moments do not depend on the machine; 'decomposition' leaves them, as released.
+        moments: what a refresh does to those of `inner`: 'keep' (as released), 'reset' or 'rotate'.
         targets: as in `lora`; matrices only, every matrix of a stack has a basis of its own.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         dtype: of the bases, and of the projected gradients that `inner` sees.
         strict: refuse parameters in which 'all-linear' finds no matrix; by default they go through `inner`.
@@ -133,12 +124,12 @@ def project(
         found, leaves = find(grads), tree.named_leaves(grads)
         matrices = {path: to_canonical(leaves[path], leaf.layout) for path, leaf in found.items()}
 
-        def renewed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
+        def refreshed(old: dict[str, of.Bases], inner_state: Any) -> tuple[dict[str, of.Bases], Any]:
             seen = dict(matrices)
             for path, total in gradient_sums(inner_state, _places(grads, found)).items():
                 seen[path] = seen[path] + of.back(total, old[path]).astype(seen[path].dtype)
             new = {
-                path: of.renew(seen[path], leaf, old[path], basis, state.count, signs)
+                path: of.refreshed_bases(seen[path], leaf, old[path], basis, state.count, signs)
                 for path, leaf in found.items()
             }
             return new, follow_bases(inner_state, moments, _places(grads, found), old, new)
@@ -146,9 +137,9 @@ def project(
         bases, inner_state = state.bases, state.inner
         if refresh is None:
             due = state.count % every == 0
-            bases, inner_state = lax.cond(due, renewed, lambda *kept: kept, bases, inner_state)
+            bases, inner_state = lax.cond(due, refreshed, lambda *kept: kept, bases, inner_state)
         elif refresh:
-            bases, inner_state = renewed(bases, inner_state)
+            bases, inner_state = refreshed(bases, inner_state)
         projected = {path: of.project(matrices[path], bases[path]).astype(dtype) for path in found}
         known = _known(grads if params is None else params, found, dtype)
         updates, inner_state = _inner_update(inner, tree.replace(grads, projected), inner_state, known, extra)
@@ -166,7 +157,7 @@ def project(
 
 
 def _small(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
-    """The parameters with zeros of the projected shape in the place of projected ones."""
+    """The parameters with zeros of the projected shape instead of projected ones."""
     return tree.replace(params, {path: jnp.zeros(leaf.shape, dtype) for path, leaf in found.items()})
 
 
@@ -185,7 +176,7 @@ def _require_static(refresh: Any) -> None:
 
 
 def _known(params: Any, found: Mapping[str, of.Projected], dtype: DTypeLike) -> Any:
-    """What inner is told of the parameters: of projected ones the shapes, since they have no values."""
+    """The parameters as `inner` is given them: of projected ones the shapes alone."""
     return tree.replace(
         params, {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in found.items()}
     )

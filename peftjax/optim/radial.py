@@ -1,9 +1,7 @@
-"""No radial part in the step of a scale-invariant weight: the projection of AdamP and SGDP.
+"""No radial part in the update of a scale-invariant weight: the projection of AdamP and SGDP.
 
 "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", Heo et al., ICLR 2021,
-arXiv 2006.08217. Where the loss does not depend on a weight's norm (a normalization follows), the gradient
-is orthogonal to the weight, but momentum is not: it lengthens the weight, and so shrinks the effective step.
-Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer proposes,
+arXiv 2006.08217. Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer proposes,
 
     c_k = |cos(G_k, W_k)|            columns k, over `in` numbers             (one channel)
     c   = |cos(G, W)|                                                         (the layer)
@@ -12,11 +10,8 @@ Of a matrix W `[in, out]` with gradient G, and the direction D that an optimizer
     else                             D as it is,                                          ratio = 1
     direction: D + ratio · weight_decay · W
 
-The test is on this step's gradient, all channels or none. Every matrix of a stack (layer, expert) decides for
-itself; vectors, norms and biases, stacked or not, are never projected and have their whole decay. There is no
-state beside the optimizer's. All in float32 or wider.
-
-Factors of adapters are left alone: neither of two is scale-invariant.
+Every matrix of a stack decides for itself. Vectors, norms, biases (stacked or not) and factors of adapters
+are never projected and decay in full. No state beside the optimizer's; computed in float32 or wider.
 """
 
 import math
@@ -43,7 +38,7 @@ def remove_radial(
     weight_decay: ArrayLike = 0.0,
     wd_ratio: ArrayLike = 0.1,
     layouts: Mapping[str, str] | None = None,
-    who: str = "remove_radial",
+    caller: str = "remove_radial",
 ) -> optax.GradientTransformationExtraArgs:
     """Project the directions of `tx` by the equations above; a learning rate comes after.
 
@@ -55,7 +50,7 @@ def remove_radial(
         wd_ratio: the share of it that a projected matrix has.
         layouts: axes by the end of a name, e.g. `{"gates": "sio", "decay": "so"}`, where names do not tell
             them; without 'i' or without 'o' the parameter holds vectors.
-        who: the optimizer's name, for the errors.
+        caller: the optimizer's name, for the errors.
 
     Raises:
         PeftError: a layout does not fit or is not used, or an update without the parameters.
@@ -64,12 +59,12 @@ def remove_radial(
 
     def init(params: Any) -> Any:
         if not is_placeholder(params):
-            matrix_layouts(params, layouts, who=who)
+            matrix_layouts(params, layouts, caller=caller)
         return inner.init(params)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        require_params(params, who)
-        found = matrix_layouts(params, layouts, who=who)
+        require_params(params, caller)
+        found = matrix_layouts(params, layouts, caller=caller)
         directions, state = inner.update(grads, state, params, **extra)
 
         def one(path: str, direction: Array, gradient: Array, weight: Array) -> Array:

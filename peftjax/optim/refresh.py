@@ -1,4 +1,4 @@
-"""The bases of one gradient: which sides they compress, how they are renewed, and the way there and back.
+"""The bases of one gradient: which sides they compress, how they are refreshed, and the projection both ways.
 
     compress      bases                              projected gradient R           back
     input         P [*stack, r, in]                  P G       [*stack, r, out]     Pᵀ R
@@ -6,15 +6,8 @@
     both          P and Q                            P G Qᵀ    [*stack, r, r]       Pᵀ R Q
 
 'auto' takes, for a compressed side n, a kept side m and rank r: 'subspace' where n >= 512 and r <= n / 8,
-else 'gram' where n <= m, else 'svd'. Measured on one CPU core, float32, seconds for one matrix:
-
-    n x m           svd      gram     subspace, r = n/2, n/4, n/16
-    256 x 704       0.013    0.0033   0.0063   0.0024   0.0009
-    512 x 1376      0.078    0.017    0.034    0.014    0.0033
-    1024 x 2736     0.61     0.12     0.23     0.086    0.018
-    1376 x 512      0.078    0.14
-
-The subspace iteration starts at the basis before, with 8 more random rows, and makes 2 iterations.
+else 'gram' where n <= m, else 'svd'; `docs/results/projected.md` has the timings behind it. The subspace
+iteration starts at the previous basis, with 8 more random rows, and makes 2 iterations.
 """
 
 import zlib
@@ -53,27 +46,27 @@ _OVERSAMPLING, _ITERATIONS = 8, 2
 
 @dataclass(frozen=True)
 class Projected:
-    """What is known before training of one projected weight."""
+    """One projected weight: the static facts, known before training."""
 
     path: str
     layout: Layout
     rank: int
     sides: tuple[Side, ...]
-    """The compressed ones, 'input' first; of two, `first` is the one whose basis is found first."""
+    """The compressed sides, 'input' first."""
 
     @property
     def first(self) -> Side:
-        """The side that is decomposed; with two, the smaller."""
+        """The side whose basis is found first, by decomposition; of two, the smaller."""
         n_in, n_out = self.layout.matrix
         return self.sides[0] if len(self.sides) == 1 or n_in <= n_out else "output"
 
     def width(self, side: Side) -> int:
-        """The size of a side."""
+        """The size of the matrix on a side."""
         return self.layout.matrix[0 if side == "input" else 1]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the projected gradient."""
+        """The shape of the projected gradient."""
         kept = {("input",): self.width("output"), ("output",): self.width("input")}
         return (*self.layout.stack, self.rank, kept.get(self.sides, self.rank))
 
@@ -93,7 +86,7 @@ def find_projected(
         PeftError: the targets or the layouts match nothing.
     """
     leaves = tree.named_leaves(params)
-    paths = select_matrices(params, targets, who="project", exclude=exclude, strict=strict)
+    paths = select_matrices(params, targets, caller="project", exclude=exclude, strict=strict)
     tree.require_patterns_used("project", layouts, paths)
     found = {}
     for path in paths:
@@ -104,7 +97,7 @@ def find_projected(
 
 
 def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
-    """By role, not by the order of the axes; of a square matrix the input side, as released."""
+    """The compressed sides of a matrix `[in, out]`; of a square one the input side, as released."""
     if compress == "both":
         return ("input", "output")
     if compress == "smaller":
@@ -115,7 +108,7 @@ def sides_of(compress: Compressed, n_in: int, n_out: int) -> tuple[Side, ...]:
 
 
 def require_options(rank: int, every: int, compress: str, method: str, signs: str) -> None:
-    """Raise a PeftError for an option that is none."""
+    """Raise a PeftError for an option out of range."""
     require_known("project", rank=rank)
     positive("project", "rank", rank)
     positive("project", "every", every)
@@ -130,7 +123,7 @@ def zero_bases(leaf: Projected, dtype: DTypeLike) -> Bases:
 
 
 def project(g: Array, bases: Bases) -> Array:
-    """R of `g [*stack, in, out]`, see the table above; computed and returned in float32."""
+    """R of `g [*stack, in, out]`, see the module; computed and returned in float32."""
     g = g.astype(jnp.float32)
     p, q = (bases[side].astype(jnp.float32) if side in bases else None for side in ("input", "output"))
     if p is None:
@@ -149,19 +142,19 @@ def back(r: Array, bases: Bases) -> Array:
     return jnp.matmul(jnp.matrix_transpose(p), r, precision=_EXACT)
 
 
-def renew(
+def refreshed_bases(
     g: Array, leaf: Projected, before: Bases, method: Method, count: Array, signs: Signs = "largest"
 ) -> Bases:
-    """The bases of a gradient `[*stack, in, out]`.
+    """The bases after a refresh by a gradient `[*stack, in, out]`.
 
     Of two, the second is the orthonormal rows of P G (or Q Gᵀ): the other singular vectors, up to signs.
 
     Args:
         g: the gradient.
-        leaf: the weight it is of.
-        before: the bases until now, where a subspace iteration starts.
-        method: see the module.
-        count: steps done; with the path it gives the random rows.
+        leaf: the weight whose gradient it is.
+        before: the previous bases, where a subspace iteration starts.
+        method: 'auto', 'svd', 'gram' or 'subspace', see the module.
+        count: steps done; with the path, the seed of the random rows.
         signs: of the rows: their largest entries positive, or as the decomposition gives them.
     """
     side = leaf.first

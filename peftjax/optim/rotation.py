@@ -1,4 +1,4 @@
-"""What becomes of an optimizer's moments when the basis they are written in changes.
+"""What a refresh does to an optimizer's moments, which are coordinates in the basis that changes.
 
 With T = P' Pᵀ [r, r], the new basis in terms of the old one, for moments `[*stack, r, n]`:
 
@@ -6,11 +6,11 @@ With T = P' Pᵀ [r, r], the new basis in terms of the old one, for moments `[*s
     'reset'     m' = 0, v' = 0               step counts, and so the bias correction, go on
     'rotate'    m' = T m, v' = (T ∘ T) v     what m and a diagonal v are in the new basis
 
-With two bases the same happens on the other axis. Which arrays are first and which second moments their
-fields say (`moment_fields`); 'rotate' refuses all that is neither. The gradients of an unfinished window
+With two bases the same happens on the other axis. `moment_fields` knows by the names of fields which arrays
+are first and which second moments; 'rotate' refuses all else. The gradients of an unfinished window
 (`optax.MultiSteps`, `optax.apply_every`) become `T g` under all three: they are added to gradients in the new
 basis. The new basis is therefore one of the new gradient and this sum together (`gradient_sums`); what the
-sum still has outside of it is lost. Renew between two windows where that matters.
+sum has outside of it is lost. Refresh between two windows where that matters.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def follow_bases(
 
     Args:
         opt_state: of any transformation.
-        moments: what becomes of them.
+        moments: 'keep', 'reset' or 'rotate'.
         places: the way to each projected array in what the transformation was given, by parameter.
         before: the old bases.
         after: the new ones.
@@ -68,7 +68,7 @@ def follow_bases(
 
 
 def gradient_sums(opt_state: Any, places: Mapping[str, Path]) -> dict[str, Array]:
-    """What windows have gathered of projected gradients, by parameter; empty where nothing accumulates."""
+    """The projected gradients that a window has accumulated, by parameter; empty where there is none."""
     path_of, found = {place: path for path, place in places.items()}, {}
 
     def reading(place: Path) -> Change:
@@ -86,7 +86,7 @@ def gradient_sums(opt_state: Any, places: Mapping[str, Path]) -> dict[str, Array
 def require_rotatable(
     opt_state: Any, places: Mapping[str, Path], found: Mapping[str, Projected], dtype: Any
 ) -> None:
-    """Raise a PeftError that names the first part of a state which has no known way to turn."""
+    """Raise a PeftError that names the first part of a state that cannot be rotated."""
     shapes = {
         path: {
             side: jax.ShapeDtypeStruct((*own.layout.stack, own.rank, own.width(side)), dtype)

@@ -4,9 +4,9 @@
     update = m / (1-β1ⁿ) / (√(v / (1-β2ⁿ)) + ε)
 
 Where a method sets rows of the moments back to zero (SwitchLoRA, low-rank restarts), one count for all
-corrects the new ones as if they were old, and their first updates are (1-β1) / √(1-β2) times too large, 3.2
-with the usual betas. Here the count is reset with them. It also counts the steps of a row whose gradient is
-held at zero, as the released SwitchLoRA does. Without any reset this is `optax.scale_by_adam`.
+corrects the new moments as if they were old, and their first updates are (1-β1) / √(1-β2) times too large,
+3.2 with the usual betas. Here the count is reset with them. It also counts the steps of a row whose gradient
+is held at zero, as the released SwitchLoRA does. Without any reset this is `optax.scale_by_adam`.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,15 @@ def row_adamw(
     weight_decay: float = 1e-4,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a step count for each row; arguments as those of `optax.adamw`.
+    """AdamW with a step count for each row.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: β1.
+        b2: β2.
+        eps: ε, outside the root.
+        weight_decay: decoupled, times the learning rate.
+        mask: which parameters decay, as in `optax.adamw`.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
@@ -81,7 +89,7 @@ def row_adamw(
     )
 
 
-def zero_rows(rows: Array, *, who: str) -> Change:
+def zero_rows(rows: Array, *, caller: str) -> Change:
     """For `change_moments`: what belongs to some rows of an array is set to zero.
 
     Moments have the array's shape, counts and factored moments a number for each row; a float array that
@@ -89,7 +97,7 @@ def zero_rows(rows: Array, *, who: str) -> Change:
 
     Args:
         rows: `[*stack, r]` truth values, of an array `[*stack, r, n]`.
-        who: the method, for the error.
+        caller: the method, for the error.
 
     Raises:
         PeftError: when called on integers that are no count, such as quantized moments of others than
@@ -99,8 +107,8 @@ def zero_rows(rows: Array, *, who: str) -> Change:
     def zero(field: str, values: Array) -> Array:
         if not field.endswith(".count") and not jnp.issubdtype(values.dtype, jnp.floating):
             raise PeftError(
-                f"{who}: the optimizer keeps {field or 'its state'!r} as {values.dtype}, whose rows cannot "
-                "be reset; use an optimizer with floating-point moments"
+                f"{caller}: the optimizer keeps {field or 'its state'!r} as {values.dtype}, whose rows "
+                "cannot be reset; use an optimizer with floating-point moments"
             )
         if values.shape[: rows.ndim] != rows.shape or values.ndim > rows.ndim + 1:
             return values

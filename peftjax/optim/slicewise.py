@@ -1,6 +1,6 @@
 """An elementwise optimizer step on large arrays, one slice of their leading axis at a time.
 
-What is decoded lives in the body of a loop: of a stacked parameter `[L, in, out]` one layer's moments are in
+Codes are decoded in the body of a loop: of a stacked parameter `[L, in, out]` one layer's moments are in
 float32 at once. The loop writes codes and updates where the old codes and the gradient lie, so a step whose
 state is donated needs no second copy of either.
 """
@@ -26,7 +26,7 @@ _Part = Callable[[Any], Any]
 class Cut:
     """How the axis of `[n, ...]` is cut: as `[groups, parts, n / groups / parts, ...]`, by its second axis.
 
-    So where n lies on as many devices as divide `groups`, each has a piece of every slice.
+    Where n is sharded over a number of devices that divides `groups`, each has a piece of every slice.
     """
 
     groups: int = 1
@@ -78,7 +78,7 @@ def run_slicewise(
 ) -> tuple[Leaves, Leaves]:
     """`step`, slice by slice for each parameter that is cut.
 
-    A step on one parameter gets arrays of no numbers, `[0, ...]`, in the places of all others, so that the
+    A step on one parameter gets empty arrays, `[0, ...]`, instead of all others, so that the
     trees, and what depends on paths and numbers of axes (masks), stay what they are.
 
     Args:
@@ -87,7 +87,7 @@ def run_slicewise(
         state: leaves of the state.
         params: one per parameter.
         key: of the step's noise; every slice has its own.
-        owners: for each leaf of the state, the place of the parameter whose leading axis it has, or None.
+        owners: for each leaf of the state, the index of the parameter whose leading axis it has, or None.
         cuts: of each parameter; those in one part are stepped on together.
     """
     whole = frozenset(place for place, cut in enumerate(cuts) if cut.parts == 1)
@@ -139,7 +139,7 @@ def _run_one(
 
 
 def _pick(leaves: Leaves, owners: Iterable[int | None], chosen: Container[int], part: _Part) -> Leaves:
-    """A part of the chosen parameters' leaves, nothing of the other parameters', and all that is no one's."""
+    """Slices of the chosen parameters' leaves, empty ones of the others', and all leaves of none."""
     return [
         leaf if owner is None else part(leaf) if owner in chosen else _empty(leaf)
         for leaf, owner in zip(leaves, owners)

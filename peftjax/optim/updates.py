@@ -1,4 +1,4 @@
-"""What every transformation here does with the gradients and parameters it is given."""
+"""What the transformations here share: dtypes, and errors for options and parameters."""
 
 from typing import Any
 
@@ -17,24 +17,23 @@ def widened(x: Array) -> Array:
 def is_placeholder(params: Any) -> bool:
     """Whether `init` was called by `optax.tree.map_params`, with a node of its own that has no leaves.
 
-    What a state has per parameter by name is then one leaf: there are no names, and it is no copy of the
-    parameters.
+    Such a state has one leaf where it would have one for each parameter by its name.
     """
     plain = params is None or isinstance(params, (dict, list, tuple))
     return not plain and jax.tree.structure(params).num_leaves == 0
 
 
-def require_known(who: str, **values: Any) -> None:
+def require_known(caller: str, **values: Any) -> None:
     """Raise a PeftError that names an option which shapes depend on, where it is an array or traced."""
     for name, value in values.items():
         if isinstance(value, jax.Array):
             raise PeftError(
-                f"{who}: {name} decides shapes and must be a Python number; under optax.inject_hyperparams "
-                f"name it in static_args"
+                f"{caller}: {name} decides shapes and must be a Python number; under "
+                f"optax.inject_hyperparams name it in static_args"
             )
 
 
-def require_params(params: Any, who: str) -> None:
+def require_params(params: Any, caller: str) -> None:
     """Raise a PeftError where an update was asked for without the parameters."""
     if params is None:
-        raise PeftError(f"{who}: give the parameters too, update(gradients, state, params)")
+        raise PeftError(f"{caller}: give the parameters too, update(gradients, state, params)")

@@ -1,4 +1,4 @@
-"""What the programs need that a method runs before a step."""
+"""The memory of the programs by which a method advances before a step."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def peaks_between(run: Training, inputs: tuple[Any, Any, Any, Any], machine: Mac
     Args:
         run: the training.
         inputs: shapes of trainable, optimizer state, frozen and batch on the machine.
-        machine: what for.
+        machine: what to compile for.
 
     Raises:
         PeftError: the machine's compiler refuses one.

@@ -12,7 +12,7 @@ def compile_for(machine: Machine, traced: Any, refused: str) -> Any:
     """The compiled program of `jax.jit(...).trace(...)`.
 
     Args:
-        machine: what for.
+        machine: what to compile for.
         traced: the program.
         refused: the beginning of the error.
 

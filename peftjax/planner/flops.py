@@ -2,7 +2,7 @@
 
     product        2 · |lhs| · (free axes of rhs)          `dot_general`, `ragged_dot` (all rows in a group)
     convolution    2 · N · (C_in / groups) · C_out · Π (pairs of place and tap that meet an input)
-    scan           length · body;   remat: as often as it is traced, so what is made again counts again
+    scan           length · body;   remat: as often as it is traced, so what is recomputed counts again
     cond           the branch of the platform where the platform chooses, else the largest
     while          its condition and body once: the number of turns is not known
     pallas_call    its `cost_estimate`, else the grid's size · body
@@ -97,7 +97,7 @@ def _of_scan(
 
 
 def _of_primitive(eqn: Any, platform: str) -> Flops | None:
-    """The FLOPs of what has a formula or a name of its own."""
+    """The FLOPs of a primitive that has a formula here, or is named as uncounted."""
     name, params = eqn.primitive.name, eqn.params
     match name:
         case "dot_general":

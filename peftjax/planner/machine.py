@@ -5,16 +5,9 @@
     "v5e:2x2", "v6e:4x4", ...    one chip of a TPU topology: "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2",
                                  "tpu7x:2x2x1" and larger
 
-A TPU needs its compiler, `pip install libtpu`. A GPU needs NVIDIA's, which pip can install alone, without the
-libraries a real GPU needs (0.6 GB instead of several; the version of the two plugins must be that of jax):
-
-    pip install --no-deps jax-cuda13-pjrt==JAX jax-cuda13-plugin==JAX
-    pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
-
-Without cuDNN, cuDNN's attention does not compile; nothing in peftjax uses it. Where no accelerator is there,
-start Python with `JAX_PLATFORMS=cpu`: jax reads it when it makes its first backend, and else looks for the
-hardware of every compiler that is installed. No other variable is needed: those of libtpu are set here while
-it starts, and autotuning (which needs a GPU) is turned off for the one compilation.
+A TPU needs its compiler, a GPU NVIDIA's; both install without the hardware, see `docs/guides/memory.md`. The
+variables of libtpu are set here while it starts, and autotuning (which needs a GPU) is turned off for the one
+compilation. Without cuDNN, cuDNN's attention does not compile; nothing in peftjax uses it.
 """
 
 import os
@@ -40,8 +33,8 @@ LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu would else ask of the cloud's metadata server, which does not bear on the topology; and that no
-process keeps others from compiling."""
+"""What libtpu would otherwise ask the cloud's metadata server for, without effect on the topology; and a
+setting that lets several processes compile at once."""
 
 
 @dataclass(frozen=True)

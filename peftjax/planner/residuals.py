@@ -1,4 +1,4 @@
-"""What the backward pass keeps, read from the traced program: nothing is run or compiled."""
+"""The residuals of the backward pass, read from the traced program: nothing is run or compiled."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from peftjax.core import compat
 
 
 def kept_arrays(fn: Callable[..., Any], trainable: Any, *inputs: Any) -> list[jax.core.ShapedArray]:
-    """The arrays that `jax.vjp(fn, trainable, *inputs)` keeps beside what it is given.
+    """The arrays that `jax.vjp(fn, trainable, *inputs)` keeps, but for its inputs.
 
     An array that is itself an input (a weight, a token), with its gradient or without, is not counted, and
     one that is kept for several operations is counted once. Of layers that are scanned, one array has the

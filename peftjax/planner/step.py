@@ -3,18 +3,10 @@
     arguments  = weights + method state + trainable + optimizer + batch
     peak       = arguments + temporaries + (outputs - aliased)
 
-`aliased` are the outputs written over a donated argument: the new trainable and optimizer state. Gradients,
-and whatever the backward pass keeps, are among the temporaries: the most that is needed at one time, as XLA
-shares buffers between values that do not live together.
-The numbers are those of `compiled.memory_analysis()`:
-
-* GPU: `peak_memory_in_bytes` is the most that lives at one time, slightly below this peak: the temporaries
-  are one allocation, gaps included.
-* TPU: `temp_size_in_bytes` is HBM only. `peak_memory_in_bytes` also has what lies in the chip's VMEM, so it
-  is not used. Arguments include the filling of tiles: a [768, 8] array in tiles of 8 x 128 may take 16 times
-  its numbers. The program itself takes HBM too: `code`, on top of the peak.
-* CPU: `peak_memory_in_bytes` leaves the temporaries out, so it is not used. A CPU's compiler widens bfloat16
-  and fuses otherwise than an accelerator's: its temporaries stand for a CPU only.
+`aliased` are the outputs written over a donated argument: the new trainable and optimizer state. Gradients
+and the residuals of the backward pass are among the temporaries: the most that is needed at one time, as XLA
+shares buffers between values that do not live together. The numbers are those of
+`compiled.memory_analysis()`; `docs/guides/memory.md` says what each compiler's mean.
 """
 
 import math
@@ -51,14 +43,14 @@ class Bytes:
 
     Attributes:
         weights: the frozen parameters.
-        method_state: what else the method holds: indices, a frozen factor, weights that it moves by itself.
+        method_state: what else the method holds: indices, a frozen factor, weights that its advance changes.
         trainable: what is trained.
         optimizer: the optimizer's state.
         batch: the batch.
         arguments: all of the above, as the compiler counts it.
-        temporaries: what the step holds while it works, gradients and kept activations included.
+        temporaries: what the step holds while it works, gradients and residuals included.
         outputs: all that the step returns.
-        aliased: the part of `outputs` in the place of a donated argument.
+        aliased: the part of `outputs` that is written over a donated argument.
         code: the program, where it lies in the device's memory (TPU); not in `peak`.
         host: temporaries in the host's memory, which a policy such as "offload_attention" puts there; not in
             `peak`.
@@ -91,9 +83,9 @@ class Plan:
         target: the target's name.
         device: the device's own name.
         bytes: memory by kind.
-        kept: what the forward pass leaves for the backward pass, as traced, without the step's own inputs:
-            activations, in bytes. `bytes.temporaries` has them too, and what one layer needs while it works.
-        flops: of the products of one step, what is made again included; see `peftjax.planner.flops`.
+        kept: the residuals of the backward pass, as traced, without the step's own inputs: activations, in
+            bytes. `bytes.temporaries` has them too, and what one layer needs while it works.
+        flops: of the products of one step, what is recomputed included; see `peftjax.planner.flops`.
         uncounted: operations that `flops` leaves out.
         trainable_parameters: how many numbers are trained.
         compile_seconds: what the compiler took for the step.
@@ -158,8 +150,8 @@ def plan(
     """Compile one training step of `method` for `target` and read what it needs.
 
     The step is that of `pj.training`, with nothing random in it (no dropout). The weights of a method in
-    place hold the trained values; writing them is a program of its own and not in the plan. What a method
-    does to itself before a step is compiled too.
+    place hold the trained values; writing them is a program of its own and not in the plan. A method's
+    advances are compiled too.
 
     Args:
         method: the method.

@@ -13,11 +13,11 @@ from peftjax.core import tree
 from peftjax.losses import Batch, classification, mean
 from peftjax.models.vocabulary import require_ids
 from peftjax.train.config import TrainConfig
+from peftjax.train.evaluate import make_evaluate
 from peftjax.train.loop import FitResult, fit
 from peftjax.train.new_head import with_new_head
 from peftjax.train.open import open_model
 from peftjax.train.output_folder import run_identity
-from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.task import Run
 from peftjax.transform.frozen import Frozen, Trainable

@@ -17,9 +17,9 @@ from peftjax.losses import classification
 from peftjax.models.load import load, save, stored_dtypes
 from peftjax.train.adapter_info import Info, read_info
 from peftjax.train.config import Task, require_numbers
+from peftjax.train.evaluate import make_evaluate
 from peftjax.train.open import LANGUAGE_HEAD, BaseModel, find_base
 from peftjax.train.options import DataOptions
-from peftjax.train.step import make_evaluate
 from peftjax.train.tasks import TASKS
 from peftjax.train.tasks.find import check_data
 

@@ -4,7 +4,7 @@ All training in peftjax (`fit`, `pj.plan`, the experiments, the conformance chec
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,8 +28,6 @@ Sums = tuple[Mapping[str, Float[Array, ""]], Float[Array, ""]]
 """Sums over a batch, "loss" among them, and the weight that they are divided by."""
 Loss = Callable[..., Float[Array, ""] | Sums]
 """`(params, batch) -> mean loss of the batch`, or `Sums`. One that takes `key` too is given one in a step."""
-Evaluate = Callable[[Trainable, Frozen, Iterable[Batch]], dict[str, float]]
-"""`(trainable, frozen, batches) -> means over all examples`."""
 Moved = dict[str, Any]
 """The fields of `Frozen` that a program returns anew, and may write over."""
 ADVANCED = ("state",)
@@ -351,33 +349,6 @@ def model_loss(forward: Forward, objective: Objective, *, model_dropout: bool = 
         return objective(forward(params, batch, key=key), batch)
 
     return with_dropout if model_dropout else loss
-
-
-def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:
-    """Evaluation without dropout: the objective's means, every example counted once by weight.
-
-    The function raises a PeftError when no example counts.
-    """
-
-    @jax.jit
-    def sums_of(trainable: Trainable, frozen: Frozen, batch: Batch) -> Sums:
-        return objective(adapt(forward)(method.apply(frozen, trainable), batch), batch)
-
-    def evaluate(trainable: Trainable, frozen: Frozen, batches: Iterable[Batch]) -> dict[str, float]:
-        frozen = replace(frozen, advanced=True)  # a method that has not begun may be evaluated
-        totals, weights = {}, 0.0
-        for batch in batches:
-            sums, weight = jax.device_get(sums_of(trainable, frozen, batch))
-            weights += float(weight)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        if not weights > 0:
-            raise PeftError(
-                "no example of the evaluation counts: there is no batch, or every weight in them is 0"
-            )
-        return {name: total / weights for name, total in totals.items()}
-
-    return evaluate
 
 
 def divided(frozen: Frozen, names: Collection[str]) -> tuple[Moved, Frozen]:

@@ -18,7 +18,7 @@ class Frozen:
     Attributes:
         params: the parameters, with a `Hole` where a plain leaf is trained.
         state: arrays of the method's own, of any dtype, by parameter path: indices, projectors, pools, whole
-            weights that it moves by itself. Its `advance` alone changes them.
+            weights that it changes. Only its `advance` changes them.
         plan: the method's static decisions (which leaf, which axes, which rank), hashable.
         advanced: False until the first `advance` of a method that has any.
     """

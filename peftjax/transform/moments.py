@@ -23,7 +23,7 @@ def change_moments(opt_state: Any, changes: Mapping[Path, Change]) -> Any:
 
     Optax keeps such state in trees like the trainable's: an array at `...mu[path][slot]` belongs to the
     trained array at `[path][slot]`, in whatever wrappers `mu` lies. Moments in eight bits are decoded,
-    changed and coded again, unless the change gives them back as they are.
+    changed and encoded, unless the change returns them as they are.
 
     Args:
         opt_state: of any transformation over the trainable.

@@ -56,7 +56,7 @@ class OptimizerState:
     def restarted(self) -> "OptimizerState":
         """Every part of the state that has arrays of the trained ones' size as at the start of a training.
 
-        Moments and the counts that correct them begin again; schedules of the learning rate go on.
+        Moments and the counts that correct them are reset; schedules of the learning rate go on.
         """
         paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(self.trainable)}
 

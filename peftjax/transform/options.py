@@ -29,13 +29,13 @@ class Checked(Protocol):
 Options = TypeVar("Options", bound=Checked)
 
 _LARGEST = 1_000_000
-"""Of whole numbers: ranks, widths and layers are below it, and no memory is asked for more."""
+"""The bound of whole numbers: ranks, widths and layers are below it, so that no array outgrows memory."""
 _COUNTS = ("total_steps", "every", "reselect_at", "allocate_every", "init_warmup", "final_warmup")
 _COUNTS += ("freeze_steps", "indices")
 """Options that count steps or rows, which may be as many as 32 bits hold."""
 _LARGEST_FLOAT = 1e9
 _DEEPEST = 40
-"""Levels of lists and mappings in a configuration: no more than functions can follow."""
+"""The most levels of lists and mappings in a configuration, well within Python's limit of recursion."""
 
 
 def takes(
@@ -48,6 +48,9 @@ def takes(
 
     Args:
         options: the dataclass, all fields by keyword, each described under `Attributes:` of its class.
+
+    Raises:
+        PeftError: in a call of the factory, for an option that it does not have or a value out of range.
     """
     signature = inspect.signature(options)
 
@@ -109,7 +112,7 @@ def methods_among(factory: Callable[..., Any], options: Mapping[str, Any]) -> li
 
 
 def require_shallow(config: Any) -> None:
-    """Raise a PeftError where a configuration has methods in methods without an end."""
+    """Raise a PeftError where the methods of a configuration nest too deeply."""
     left = [(config, 0)]
     while left:
         value, depth = left.pop()

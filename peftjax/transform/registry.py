@@ -39,7 +39,7 @@ Kind = Literal["adapter", "selection", "companion", "rewrite", "optimizer"]
 GROUP = "peftjax.methods"
 """Of the entry points by which other packages add methods."""
 ALIASES = {"train": "unfreeze"}
-"""Names of earlier versions, which saved adapters have."""
+"""Names of earlier versions, by which saved adapters may call a method."""
 
 Options = ParamSpec("Options")
 
@@ -72,7 +72,7 @@ class MethodInfo:
         backward_keeps: the residuals for an adapted layer, beside those of the frozen model.
         mergeable: whether `merge` gives a model with the same outputs.
         quantized_base: whether it works on a base that is not a plain array.
-        replaces_base: whether `init` puts another array in the place of an adapted one.
+        replaces_base: whether `init` replaces an adapted array by another one.
         of_blocks: whether it rewrites the blocks of a backbone, and so works on no other model.
         of_steps: options that follow from how many optimizer steps a run has; the command line gives them.
         conformance: what its tests have to know.
@@ -175,7 +175,8 @@ def register(
     """Add a factory to the registry, under its own name; the arguments are those of `MethodInfo`.
 
     The method that a call makes has the factory's name, and as its `config` the options of the call, defaults
-    included, but for arrays, which no file of options has. What the factory puts into `config` itself wins.
+    included, without arrays, which a file of options cannot hold. What the factory itself puts into `config`
+    wins.
 
     Raises:
         PeftError: another method has the name.
@@ -278,7 +279,7 @@ def build(config: Mapping[str, Any]) -> Transform:
 
 
 def describe(method: Transform) -> dict[str, Any]:
-    """What `build` makes the same method from again; plain JSON values.
+    """The configuration from which `build` makes the same method; plain JSON values.
 
     Examples:
         >>> pj.describe(pj.bitfit())

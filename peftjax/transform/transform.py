@@ -27,7 +27,7 @@ Both = tuple[Frozen, Trainable]
 
 @dataclass(frozen=True)
 class Advance:
-    """One thing that a method does to itself before a step: a new projection, a restart, an exchange.
+    """One thing that a method does to itself before a step: a refresh of its projection, an exchange of rows.
 
     Attributes:
         due: `step -> bool`, asked before the step with that number, counted from 0.
@@ -53,7 +53,7 @@ class Placement:
     Attributes:
         close: `(frozen, trainable) -> (frozen, trainable)`, the trained values put into the base. What
             `trainable` need not hold then, it does not.
-        open: likewise, the values beside the base again, which is as it was, bit by bit.
+        open: the inverse, the values beside the base, which is bit for bit as it was.
         stays_closed: whether a step trains the values in the base. Else a step begins with `open`.
     """
 
@@ -81,7 +81,7 @@ class Transform:
 
     Attributes:
         name: the method's name in the registry.
-        config: the options it was made with; with the name, enough to make it again.
+        config: the options it was made with; with the name, enough to make the same one.
         init: `(key, params) -> (frozen, trainable)`; neither the trainable nor the method's state shares an
             array with `params`, so that a step may donate them.
         apply: `(frozen, trainable, key=None) -> params`, a tree that may hold structured weights; the
@@ -91,7 +91,7 @@ class Transform:
         around: what it does to the gradients and updates of its own part of the trainable.
         advances: what it does to itself before steps, each when it is due.
         placement: where its trained values lie between steps, if not beside the base.
-        cut: where the gradient of others ends.
+        cut: which parameters of the base get no gradient beside it.
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
         parts: the methods of a chain by their names in it.
@@ -184,7 +184,7 @@ class Transform:
         return through_parts(self.parts, "begin", frozen, trainable)
 
     def end(self, frozen: Frozen, trainable: Trainable) -> Both:
-        """What a step leaves: what `begin` opened, closed."""
+        """What a step ends with: closed, where `begin` opened it."""
         if self.placement is None or self.placement.stays_closed:
             return frozen, trainable
         if not self.parts:
@@ -231,7 +231,7 @@ class Transform:
 
 
 def part_of(frozen: Frozen, name: str, params: Params) -> Frozen:
-    """What one method of a chain has of the chain's `frozen`."""
+    """The part of a chain's `frozen` that belongs to one of its methods."""
     return Frozen(params, frozen.state[name], dict(frozen.plan)[name])
 
 
@@ -245,7 +245,7 @@ def through_parts(parts: Mapping[str, Transform], hook: str, frozen: Frozen, tra
 
 
 def changing_state(method: Transform, state: State) -> State:
-    """What of `frozen.state` the method's advances change, and a checkpoint has to have; else nothing."""
+    """The arrays of `frozen.state` that the method's advances change, which a checkpoint has to hold."""
     if method.parts:
         found = {name: changing_state(part, state[name]) for name, part in method.parts.items()}
         return {name: own for name, own in found.items() if own}
@@ -303,7 +303,7 @@ def _once_advanced(name: str, apply: Callable[..., Params]) -> Callable[..., Par
 
 
 def _merged(leaf: Any) -> jax.Array:
-    """The array that a leaf stands for, in its dtype: a weight of 16 bits made in float32, rounded once."""
+    """The array that a leaf stands for, in its dtype: of a weight of 16 bits in float32, rounded once."""
     if not isinstance(leaf, Weight) or jnp.dtype(leaf.dtype).itemsize >= 4:
         return dense(leaf)
     return dense(leaf.cast(jnp.float32)).astype(leaf.dtype)

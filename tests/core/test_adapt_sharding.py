@@ -87,7 +87,7 @@ def test_gspmd_in_place(name):
     trainable = jax.device_put(trainable, NamedSharding(mesh, P()))
     shardings = [leaf.sharding for leaf in jax.tree.leaves(spread)]
     frozen, trainable = jax.jit(method.close, donate_argnums=0)(method.init(KEY, spread)[0], trainable)
-    assert frozen.plan.written
+    assert frozen.plan.closed
     for leaf, before in zip(jax.tree.leaves(frozen.params), shardings):
         assert leaf.sharding.is_equivalent_to(before, leaf.ndim)
     x = jax.device_put(X, NamedSharding(mesh, P("data")))

@@ -77,7 +77,7 @@ def test_every_place_of_a_pattern_names_it():
     params = {"up": {"kernel": jnp.zeros((4, 4))}}
     for options in ({"targets": "(u"}, {"targets": "all-linear", "exclude": "(u"}):
         with pytest.raises(PeftError, match=r"'\(u' is no regular expression"):
-            tree.select(params, who="lora", **options)
+            tree.select(params, caller="lora", **options)
     with pytest.raises(PeftError, match=r"'\(u' is no regular expression"):
         tree.pattern_value("up/kernel", {"(u": 3}, 1)
 

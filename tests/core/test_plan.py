@@ -60,7 +60,7 @@ def test_the_kinds_of_arguments_are_what_the_compiler_is_given(target):
     sizes = found.bytes
     kinds = (sizes.weights, sizes.method_state, sizes.trainable, sizes.optimizer, sizes.batch)
     assert sum(kinds) == sizes.arguments
-    assert 0 <= sizes.outputs - sizes.aliased <= 1024  # the loss; all else is in the place of an argument
+    assert 0 <= sizes.outputs - sizes.aliased <= 1024  # the loss; all else is written over an argument
     assert sizes.peak == sizes.arguments + sizes.temporaries + sizes.outputs - sizes.aliased
     factors = 2 * L * 4 * (D + F)
     assert found.trainable_parameters == factors + D * 10

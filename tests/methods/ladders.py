@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_t5
 from support import KEY
-from tiny_models import TOKENS, Tiny, moved
+from tiny_models import TOKENS
 
 import peftjax as pj
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
 from peftjax.models.decoder import DecoderConfig, decoder
 from peftjax.models.vit import ViTConfig, vit
+from peftjax.testing.model import Model, moved
 
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 20}
 
@@ -41,11 +42,11 @@ def _bert(**changes):
 
 
 @functools.cache
-def backbone(name: str) -> Tiny:
+def backbone(name: str) -> Model:
     """A backbone of that family with three layers, of width 16."""
     if name == "t5":
         model, params = tiny_t5.make()
-        return Tiny(model, params, tiny_t5.token_batch())
+        return Model(model, params, tiny_t5.token_batch())
     if name == "vit":
         model = vit(ViTConfig(hidden_size=16, **SIZES, image_size=(4, 4), patch_size=(2, 2)))
         batch = {"pixel_values": jax.random.normal(KEY, (2, 3, 4, 4))}
@@ -59,7 +60,7 @@ def backbone(name: str) -> Tiny:
             "fused": lambda: _llama(rotary=False, fused_qkv=True, num_kv_heads=4),
         }
         model, batch = makers[name](), {"input_ids": TOKENS}
-    return Tiny(model, moved(jax.jit(model.init)(KEY)), batch)
+    return Model(model, moved(jax.jit(model.init)(KEY)), batch)
 
 
 def adapted(name: str, **options):

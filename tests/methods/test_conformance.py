@@ -8,7 +8,6 @@ One program is compiled for each method and model. What needs another program ru
 """
 
 import copy
-import functools
 import json
 import re
 
@@ -22,17 +21,17 @@ from tiny_models import BACKBONES, CLASSIFIERS, EVERY_WEIGHT, MODELS, tiny
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.testing import (
+from peftjax.testing.comparisons import pairs
+from peftjax.testing.methods import (
     METHOD_CHECKS,
     START_CHECKS,
     Case,
     begun,
     case_of,
-    moved,
     only_decays,
-    pairs,
     step_of,
 )
+from peftjax.testing.model import moved
 
 # A parameter of the smallest models that a method may leave as it is.
 NORM = {"words": "norm/scale", "backbone": "head/norm/scale"}
@@ -54,7 +53,6 @@ def models_of(name: str) -> tuple[str, ...]:
     return BACKBONES if pj.METHODS[name].of_blocks else MODELS
 
 
-@functools.cache
 def made(method_name: str, model_name: str) -> Case | str:
     model, info = tiny(model_name), pj.METHODS[method_name]
     facts = {"mergeable": info.mergeable, "starts_as_base": info.conformance.starts_as_base}
@@ -89,7 +87,8 @@ def cases():
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
 
-@pytest.fixture(params=cases())
+# Of the whole file, so that all tests of a case run one after the other, and its programs go with it.
+@pytest.fixture(scope="module", params=cases())
 def case(request):
     found = made(*request.param)
     if isinstance(found, str):
@@ -97,20 +96,16 @@ def case(request):
     return found
 
 
-@pytest.fixture(params=pj.METHODS)
+@pytest.fixture(scope="module", params=list(pj.METHODS))
 def smallest(request):
     return made(request.param, smallest_of(request.param))
 
 
-@pytest.fixture(params=all_but_slow(pj.METHODS, ANEW))
-def anew(request):
-    """`smallest`, for what needs a program of its own: by default of one method of each kind of weight."""
-    return made(request.param, smallest_of(request.param))
-
-
-@pytest.fixture(params=[name for name, info in pj.METHODS.items() if info.mergeable])
-def mergeable(request):
-    return made(request.param, smallest_of(request.param))
+with_a_program_of_its_own = pytest.mark.parametrize("smallest", all_but_slow(pj.METHODS, ANEW), indirect=True)
+"""By default of one method of each kind of weight."""
+mergeable = pytest.mark.parametrize(
+    "smallest", [name for name, info in pj.METHODS.items() if info.mergeable], indirect=True
+)
 
 
 def cosine(left, right):
@@ -154,37 +149,40 @@ def test_an_unknown_option_is_an_error_that_names_it(name):
 # Forward.
 
 
-def test_one_row_of_another_length(anew):
-    batch = jax.tree.map(lambda tokens: tokens[:1, :3], anew.model.batch)
-    run = pj.adapt(anew.method.model(anew.model.forward))
-    out = run(anew.method.apply(anew.frozen, anew.trained), batch)
-    whole = jax.eval_shape(anew.model.forward, anew.model.params, batch)
+@with_a_program_of_its_own
+def test_one_row_of_another_length(smallest):
+    batch = jax.tree.map(lambda tokens: tokens[:1, :3], smallest.model.batch)
+    run = pj.adapt(smallest.method.model(smallest.model.forward))
+    out = run(smallest.method.apply(smallest.frozen, smallest.trained), batch)
+    whole = jax.eval_shape(smallest.model.forward, smallest.model.params, batch)
     assert out.shape == whole.shape
-    if anew.mergeable:
-        merged = anew.method.merge(anew.frozen, anew.trained)
-        assert_close(out, anew.model.compiled(merged, batch))
+    if smallest.mergeable:
+        merged = smallest.method.merge(smallest.frozen, smallest.trained)
+        assert_close(out, smallest.model.compiled(merged, batch))
 
 
 # Training.
 
 
-def test_remat_gives_the_same_step(anew):
-    step = step_of(anew.method, tiny(f"{anew.model.name} remat").forward)
+@with_a_program_of_its_own
+def test_remat_gives_the_same_step(smallest):
+    step = step_of(smallest.method, tiny(f"{smallest.model.name} remat").forward)
     assert_close(
-        step(anew.trained, anew.frozen, anew.model.batch),
-        anew.at_trained,
+        step(smallest.trained, smallest.frozen, smallest.model.batch),
+        smallest.at_trained,
     )
 
 
-def test_bfloat16_computation(anew):
-    step = step_of(anew.method, tiny(f"{anew.model.name} bf16").forward)
+@with_a_program_of_its_own
+def test_bfloat16_computation(smallest):
+    step = step_of(smallest.method, tiny(f"{smallest.model.name} bf16").forward)
     got, want = (
-        step(anew.trained, anew.frozen, anew.model.batch),
-        anew.at_trained,
+        step(smallest.trained, smallest.frozen, smallest.model.batch),
+        smallest.at_trained,
     )
-    run = pj.adapt(anew.method.model(tiny(f"{anew.model.name} bf16").forward))
-    params = anew.method.apply(anew.frozen, anew.trained)
-    assert jax.eval_shape(run, params, anew.model.batch).dtype == jnp.bfloat16
+    run = pj.adapt(smallest.method.model(tiny(f"{smallest.model.name} bf16").forward))
+    params = smallest.method.apply(smallest.frozen, smallest.trained)
+    assert jax.eval_shape(run, params, smallest.model.batch).dtype == jnp.bfloat16
     assert_close(got["out"], want["out"], 5e-2)
     found = []
     for path, grad, wanted in pairs(got["grads"], want["grads"]):
@@ -196,13 +194,14 @@ def test_bfloat16_computation(anew):
     assert cosine(*map(np.concatenate, zip(*found))) > 0.99
 
 
-def test_bfloat16_parameters(mergeable):
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mergeable.model.params)
-    frozen, trainable = mergeable.method.init(KEY, params)
-    merged = mergeable.method.merge(frozen, moved(trainable))
+@mergeable
+def test_bfloat16_parameters(smallest):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), smallest.model.params)
+    frozen, trainable = smallest.method.init(KEY, params)
+    merged = smallest.method.merge(frozen, moved(trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
-    if mergeable.starts_as_base:
-        assert_close(mergeable.method.merge(frozen, trainable), params, 1e-2)
+    if smallest.starts_as_base:
+        assert_close(smallest.method.merge(frozen, trainable), params, 1e-2)
 
 
 def test_sixteen_bits_are_merged_in_float32_and_rounded_once():
@@ -238,24 +237,25 @@ def test_training_a_plain_parameter_beside_it(smallest):
         assert_close(out, smallest.model.compiled(merged, smallest.model.batch))
 
 
-def test_on_a_base_that_is_not_a_plain_array(anew, request):
+@with_a_program_of_its_own
+def test_on_a_base_that_is_not_a_plain_array(smallest, request):
     """One that no one trains, as a quantized one is."""
     targets = r".*(attention|feed_forward|words|up|down).*(kernel|embedding)"
-    lora, own, batch = pj.lora(rank=2, targets=targets), anew.method, anew.model.batch
-    base, adapter = lora.init(KEY, anew.model.params)
+    lora, own, batch = pj.lora(rank=2, targets=targets), smallest.method, smallest.model.batch
+    base, adapter = lora.init(KEY, smallest.model.params)
     adapter = moved(adapter)
     try:
         frozen, trainable = begun(own, lora.apply(base, adapter))
     except PeftError as error:
-        info = pj.METHODS[request.node.callspec.params["anew"]]
+        info = pj.METHODS[request.node.callspec.params["smallest"]]
         if info.quantized_base or not re.search(r"LowRank|earlier method", str(error)):
             raise
         return
     trained = moved(trainable)
-    out = pj.adapt(own.model(anew.model.forward))(own.apply(frozen, trained), batch)
-    if anew.mergeable:
-        wanted = anew.model.compiled(own.merge(frozen, trained), batch)
+    out = pj.adapt(own.model(smallest.model.forward))(own.apply(frozen, trained), batch)
+    if smallest.mergeable:
+        wanted = smallest.model.compiled(own.merge(frozen, trained), batch)
     else:
         dense = own.apply(begun(own, lora.merge(base, adapter))[0], trained)
-        wanted = own.model(anew.model.forward)(dense, batch)
+        wanted = own.model(smallest.model.forward)(dense, batch)
     assert_close(out, wanted)

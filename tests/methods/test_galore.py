@@ -208,11 +208,11 @@ def test_weights_do_not_change_at_a_refresh():
     run, state = started(galore(basis="subspace"), optax.adamw(RATE, weight_decay=DECAY))
     for batch in BATCHES[:5]:
         state, _ = run.step(state, batch)
-    renewed = advanced(run, state, 6, BATCHES[5])
-    assert_close(merged(run, renewed), merged(run, state), 1e-6)
-    for path, held in renewed.frozen.state.items():
+    refreshed = advanced(run, state, 6, BATCHES[5])
+    assert_close(merged(run, refreshed), merged(run, state), 1e-6)
+    for path, held in refreshed.frozen.state.items():
         assert float(jnp.abs(state.trainable[path]["z"]).max()) > 1e-3
-        assert float(jnp.abs(renewed.trainable[path]["z"]).max()) == 0.0, path
+        assert float(jnp.abs(refreshed.trainable[path]["z"]).max()) == 0.0, path
         if "p" in held:
             gram = jnp.einsum("...rn,...qn->...rq", held["p"], held["p"])
             assert_close(gram, jnp.broadcast_to(jnp.eye(RANK), gram.shape), 1e-5)
@@ -225,9 +225,9 @@ def moments_after(moments):
     run, state = started(method, optax.adam(RATE))
     for batch in BATCHES[:2]:
         state, _ = run.step(state, batch)
-    renewed = advanced(run, state, EVERY, BATCHES[2])
-    new, old = (here.frozen.state["up/kernel"]["p"] for here in (renewed, state))
-    return new @ old.T, *(adam_of(here.opt_state) for here in (state, renewed))
+    refreshed = advanced(run, state, EVERY, BATCHES[2])
+    new, old = (here.frozen.state["up/kernel"]["p"] for here in (refreshed, state))
+    return new @ old.T, *(adam_of(here.opt_state) for here in (state, refreshed))
 
 
 def adam_of(opt_state):
@@ -258,9 +258,9 @@ def test_a_refresh_in_the_middle_of_a_window_turns_the_sum_into_the_new_basis(mo
     method = pj.galore(rank=2, every=EVERY, side=side, moments=moments, train_rest=False)
     run, state = started(method, optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation())
     state, _ = resting(run).step(state, BATCHES[0])
-    renewed = advanced(run, state, EVERY, BATCHES[1])
-    before, now = (s.opt_state.optimizer.acc_grads["up/kernel"]["z"] for s in (state, renewed))
-    old, new = (s.frozen.state["up/kernel"] for s in (state, renewed))
+    refreshed = advanced(run, state, EVERY, BATCHES[1])
+    before, now = (s.opt_state.optimizer.acc_grads["up/kernel"]["z"] for s in (state, refreshed))
+    old, new = (s.frozen.state["up/kernel"] for s in (state, refreshed))
     wanted = new["p"] @ old["p"].T @ before
     if side == "both":
         wanted = wanted @ old["q"] @ new["q"].T

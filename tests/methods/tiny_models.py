@@ -14,7 +14,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.models.bert import BertConfig, bert
 from peftjax.models.decoder import DecoderConfig, decoder
-from peftjax.testing import Model, moved
+from peftjax.testing.model import Model, moved
 
 VOCABULARY, WIDTH, LAYERS = 11, 8, 2
 # Of a backbone: what chooses among the layers below the last two needs some to choose from.

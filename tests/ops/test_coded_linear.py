@@ -1,4 +1,4 @@
-"""Products whose weight's gradient is taken at codes of the input, and functions made again from codes."""
+"""Products whose weight's gradient is taken at codes of the input, and functions recomputed from codes."""
 
 import jax
 import jax.numpy as jnp

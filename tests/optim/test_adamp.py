@@ -18,6 +18,7 @@ from optimizer_checks import (
 from support import assert_close
 
 import peftjax as pj
+from peftjax.core.tree import map_named
 from peftjax.testing import check_optimizer
 
 OPTIMIZERS = {"adamp": pj.optim.adamp, "sgdp": pj.optim.sgdp}
@@ -154,7 +155,7 @@ def test_vectors_decay_in_full_and_projected_matrices_by_the_ratio(make):
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
     decay = 0.1 * 0.01 / (1 - 0.9 if make is pj.optim.sgdp else 1)
     kernels = lambda path, w: -decay * w * (0.25 if path.endswith("kernel") else 1.0)
-    assert_close(updates, pj.tree.map_named(kernels, PARAMS), 1e-8)
+    assert_close(updates, map_named(kernels, PARAMS), 1e-8)
 
 
 @both

@@ -17,6 +17,7 @@ from optimizer_checks import (
 from support import assert_close
 
 import peftjax as pj
+from peftjax.core.tree import named_leaves, replace
 from peftjax.testing import check_optimizer
 
 nap = pj.optim.normalize_and_project
@@ -26,7 +27,7 @@ def norms_of(tree):
     """The norm of every matrix of every stack, in float64."""
     return {
         path: np.sqrt(np.square(np.asarray(leaf, np.float64)).sum((-2, -1)))
-        for path, leaf in pj.tree.named_leaves(tree).items()
+        for path, leaf in named_leaves(tree).items()
         if path.endswith("kernel")
     }
 
@@ -149,7 +150,7 @@ def test_sgd_goes_where_sgd_with_rates_scaled_by_the_norm_goes():
 
 
 def test_a_norm_and_its_bias_share_a_sphere_and_layers_do_not():
-    params = pj.tree.replace(PARAMS, {"blocks/norm/bias": jnp.zeros((2, 8))})
+    params = replace(PARAMS, {"blocks/norm/bias": jnp.zeros((2, 8))})
     moved, _ = train(nap(optax.adam(0.3), norms=r".*norm"), params, range(2))
     length = lambda tree: sum(jnp.sum(x**2, 1) for x in tree["blocks"]["norm"].values())
     np.testing.assert_allclose(length(moved), length(params), rtol=1e-6)

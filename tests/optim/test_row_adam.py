@@ -44,7 +44,7 @@ def test_a_row_that_was_reset_goes_on_as_a_new_one_and_the_others_as_they_were()
     tx = optim.scale_by_row_adam()
     _, state = run(tx, 7)
     kept, _ = tx.update(gradient(7), state)
-    state = change_moments(state, {("x", "a"): zero_rows(ROWS, who="test")})
+    state = change_moments(state, {("x", "a"): zero_rows(ROWS, caller="test")})
     updates, state = tx.update(gradient(7), state)
     fresh, _ = tx.update(gradient(7), tx.init(PARAMS))
     wanted = jnp.where(ROWS[..., None], fresh["x"]["a"], kept["x"]["a"])
@@ -57,14 +57,14 @@ def test_a_row_that_was_reset_goes_on_as_a_new_one_and_the_others_as_they_were()
 def test_one_count_for_all_makes_the_first_update_after_a_reset_too_large():
     tx = optax.scale_by_adam()
     _, state = run(tx, 5000)
-    state = change_moments(state, {("x", "a"): zero_rows(ROWS, who="test")})
+    state = change_moments(state, {("x", "a"): zero_rows(ROWS, caller="test")})
     updates, _ = tx.update(gradient(0), state)
     size = jnp.abs(updates["x"]["a"])[ROWS]
     np.testing.assert_allclose(size, 0.1 / 0.001**0.5, rtol=0.01)
 
 
 def test_numbers_that_rows_share_stay_and_quantized_ones_are_refused():
-    zero = zero_rows(ROWS, who="test")
+    zero = zero_rows(ROWS, caller="test")
     np.testing.assert_array_equal(zero("v_row", jnp.ones((2, 3))), ~ROWS)
     np.testing.assert_array_equal(zero("v_col", jnp.ones((2, 4))), 1.0)
     np.testing.assert_array_equal(zero("v", jnp.ones(1)), 1.0)

@@ -144,7 +144,7 @@ def test_real_method_resumes(tmp_path):
 
 @pytest.mark.parametrize("name", all_but_slow(("paca", "shira", "sara"), ()))
 def test_in_place_resumes_and_equals_the_form_that_is_not(tmp_path, name):
-    """The written base is made again from the checkpoint; the caller's arrays stay as they were."""
+    """The base in place is restored from the checkpoint; the caller's arrays stay as they were."""
     given = {"paca": {"rank": 4}, "shira": {"rank": 2}, "sara": {"density": 0.5, "reselect_at": 3}}[name]
     head = {"kernel": jax.random.normal(jax.random.key(3), (16, 3)), "bias": jnp.zeros(3)}
     params = {**tiny.base(), "head": head}

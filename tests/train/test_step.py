@@ -11,7 +11,8 @@ from support import KEY
 import peftjax as pj
 from peftjax.losses import accuracy, classification, cross_entropy
 from peftjax.train.data.batches import make_batch
-from peftjax.train.step import divided, make_evaluate, model_loss
+from peftjax.train.evaluate import make_evaluate
+from peftjax.train.step import divided, model_loss
 
 
 def deterministic(params, batch, *, key=None):

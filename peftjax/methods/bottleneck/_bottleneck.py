@@ -130,11 +130,11 @@ class Adapters:
     attention: Bottleneck | None = None
     feed_forward: Bottleneck | None = None
 
-    def require_valid(self, who: str) -> None:
+    def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
         for bottleneck in (self.attention, self.feed_forward):
             if bottleneck is not None:
-                bottleneck.require_valid(who)
+                bottleneck.require_valid(caller)
 
     def init(self, key: Key[Array, ""], stack: BlockStack) -> dict[str, Any]:
         """A bottleneck's parameters by its branch."""

@@ -74,7 +74,7 @@ def mam(
 
 
 def without_mlp(method: Transform, trainable: Trainable) -> tuple[Transform, Trainable]:
-    """The same `prefix` or `mam` with the keys and values themselves as the trainable, and no MLP.
+    """The same `prefix` or `mam` without its MLP: keys and values themselves are the trainable.
 
     `method.init` on the same base gives the frozen part. The outputs are the same and the file is smaller.
 

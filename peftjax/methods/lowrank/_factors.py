@@ -33,23 +33,31 @@ class ScaledTarget(Target):
 def find_targets(
     params: Any,
     *,
-    who: str,
+    caller: str,
     alpha: float,
     rslora: bool,
     alpha_pattern: Mapping[str, float] | None,
     **where: Any,
 ) -> list[ScaledTarget]:
-    """The targets (see `peftjax.methods._targets`) with their scale `alpha / rank`, rsLoRA `alpha / √rank`.
+    """The targets with their scale `alpha / rank`, rsLoRA `alpha / √rank`.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        alpha: of every weight that `alpha_pattern` does not name.
+        rslora: whether the scale is rsLoRA's.
+        alpha_pattern: as in `lora`.
+        **where: the other arguments of `peftjax.methods._targets.find_targets`.
 
     Raises:
         PeftError: as that search; an alpha pattern matches nothing, or an alpha is not positive.
     """
     found = []
-    plain = _targets.find_targets(params, who=who, **where)
-    tree.require_patterns_used(who, alpha_pattern, [target.path for target in plain])
+    plain = _targets.find_targets(params, caller=caller, **where)
+    tree.require_patterns_used(caller, alpha_pattern, [target.path for target in plain])
     for target in plain:
         own_alpha = tree.pattern_value(target.path, alpha_pattern, alpha)
-        positive(who, "alpha", own_alpha, path=target.path)
+        positive(caller, "alpha", own_alpha, path=target.path)
         scale = own_alpha / (math.sqrt(target.rank) if rslora else target.rank)
         found.append(ScaledTarget(**vars(target), scale=scale))
     return found
@@ -104,7 +112,7 @@ def zeros(target: Target) -> tuple[Float[Array, "*stack r n"], Float[Array, "*st
     )
 
 
-def plain_matrices(who: str, target: Target, leaf: Any) -> Float[Array, "*stack n m"]:
+def plain_matrices(caller: str, target: Target, leaf: Any) -> Float[Array, "*stack n m"]:
     """The target's matrices in float32, for a start that needs their values.
 
     Raises:
@@ -112,11 +120,11 @@ def plain_matrices(who: str, target: Target, leaf: Any) -> Float[Array, "*stack 
     """
     if isinstance(leaf, Weight):
         raise PeftError(
-            f"{who}: {target.path!r} is a {type(leaf).__name__}; this start needs a plain "
+            f"{caller}: {target.path!r} is a {type(leaf).__name__}; this start needs a plain "
             "floating-point base, so put it before the method that rewrote it"
         )
     if target.layers is not None and len(target.layers) < target.layout.stack[0]:
-        raise PeftError(f"{who}: {target.path!r} is stacked; this start takes all of its layers")
+        raise PeftError(f"{caller}: {target.path!r} is stacked; this start takes all of its layers")
     return to_canonical(whole(leaf), target.layout).astype(jnp.float32)
 
 

@@ -31,7 +31,7 @@ class LowRankOptions:
         targets: a regular expression over whole names, a list of names or path suffixes, or
             'all-linear'. A weight answers to its own path and, called 'kernel', 'weight' or
             'embedding', to its module's.
-        exclude: the same forms; wins over `targets`.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layers: only these layers, by the number in the path or along the stacked axis.
         layers_pattern: the name of the list of layers, where paths hold several numbers.
         rank_pattern: rank by pattern; the first key that matches the end of a name wins.

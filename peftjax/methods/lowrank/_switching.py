@@ -1,4 +1,4 @@
-"""The vectors that SwitchLoRA exchanges: how many in a step, which ones, and what becomes of the weight.
+"""The vectors that SwitchLoRA exchanges: how many in a step, which ones, and the change of the weight.
 
     θ(t) = 0.3^((t+1) / T0),   T0 = decay · T         expected number a matrix and step: r θ(t) / interval
 
@@ -36,7 +36,7 @@ class Schedule:
 
     Attributes:
         interval: steps between two exchanges of one vector, at first.
-        decay: T0 as a share of the run; at step T0 exchanges have become 0.3 times as many.
+        decay: T0 as a share of the run; at step T0 there are 0.3 times as many exchanges as at first.
         total_steps: T.
         freeze_steps: for how many steps the counterpart of a new vector is not trained.
 
@@ -66,7 +66,7 @@ class Schedule:
         return rank / self.interval * 0.3**after
 
     def most(self, rank: int) -> int:
-        """The largest number that any step can have."""
+        """The largest number of exchanges in a step."""
         return min(rank // 2, math.floor(rank / self.interval) + 1)
 
 
@@ -109,7 +109,7 @@ def switch(schedule: Schedule, slots: Slots, count: Array) -> Switched:
     in_a, in_b, place = (done + each) % rank, (done + rank // 2 + each) % rank, (done + each) % places
 
     def exchanged(live: Array, pool: Array, rows: Array) -> tuple[Array, Array, Array]:
-        """The factor, its pool, and what its rows lost."""
+        """The factor, its pool, and the old rows minus the new ones."""
         old, new = live[rows], pool[place]
         now = jnp.where(on[:, None], new, old)
         back = jnp.where(on[:, None], old, new)

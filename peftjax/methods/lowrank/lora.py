@@ -97,7 +97,7 @@ def low_rank(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         plan = find_targets(
-            params, who=name, rank=options.rank, alpha=options.alpha, targets=options.targets,
+            params, caller=name, rank=options.rank, alpha=options.alpha, targets=options.targets,
             exclude=options.exclude, layers=options.layers, layers_pattern=options.layers_pattern,
             rank_pattern=options.rank_pattern, alpha_pattern=options.alpha_pattern,
             layouts=options.layouts, rslora=rslora, one_way=one_way,

@@ -6,14 +6,12 @@ Fine-tuning", arXiv 2308.03303.
     y = x·W + s · (x·aᵀ)·b        a frozen, b trained
 
 Trained: r·out numbers a weight. Backward keeps, per adapted layer, only the thin x·aᵀ. `a` is part of
-the frozen state: nothing can make it trainable later. A lookup table starts with a ~ N(0, 1) and b = 0, the
-other way round than in LoRA, whose a = 0 would stay zero here.
-
-The paper's second version steps along the b whose product is nearest to the gradient G of the whole weight:
+`frozen.state`: nothing can make it trainable later. With `nearest_gradient=True`, the paper's second version,
+b takes the step whose product is nearest to the gradient G of the whole weight:
 
     ∇b ← (a·aᵀ)⁻¹ ∇b / s²        the minimum of ‖G - s aᵀ·δb‖ over δb, since ∇b = s a·G
 
-with `nearest_gradient=True`, and 1e-8 on the diagonal, as in the optimizer that Hugging Face's PEFT has.
+with 1e-8 on the diagonal, as in the optimizer that Hugging Face's PEFT has. Defaults are those of LoRA.
 """
 
 from dataclasses import dataclass, replace

@@ -1,45 +1,17 @@
 """Low-rank restarts: pre-training with factored weights that are rebalanced every few hundred steps.
 
 Paper: Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic
-Advances and Benchmarking", 2025, arXiv 2505.22922.
+Advances and Benchmarking", 2025, arXiv 2505.22922; `density`: SLTrain, Han et al. 2024, arXiv 2406.02214.
 
-    W = aᵀb      y = (x·aᵀ)·b                        a [r, in], b [r, out]
-    every T steps:  a, b = rebalance(a, b)           W unchanged, aaᵀ = bbᵀ = diag(singular values)
-                    first moments of a and b = 0
+    W = aᵀb + S      y = (x·aᵀ)·b + x·S              a [r, in], b [r, out], S sparse (density = 0: none)
+    every T steps:   a, b = rebalance(a, b)          aᵀb unchanged, aaᵀ = bbᵀ = diag(singular values)
+                     first moments of a and b = 0
 
-With `density` (SLTrain, Han et al. 2024, arXiv 2406.02214) W = aᵀb + S, S with that share of its entries at
-random fixed places, trained, and not touched by a restart.
-
-Trained: a and b, r·(in + out) numbers a weight; there is no dense W anywhere, neither frozen nor in a step.
-All that is not factored (embeddings, norms, biases, head) is trained as it is, unless `train_rest=False`.
-Backward keeps, per weight, the layer's input x (shared) and the thin x·aᵀ. `merge` forms the dense weights.
-With `density` a layer forms its own W, as SLTrain does, and again in the backward pass, which keeps x.
-
-Start: of the dense W that `init` is given,
-
-    "random"    entries of a and b ~ N(0, std(W) / √r): aᵀb has the variance of W (then balanced)
-    "spectral"  the singular values and vectors of W up to r, balanced: for a trained W
-
-and the entries of S as those that make W's own there.
-
-Truncating a matrix of independent entries loses the rest of its spectrum: at a quarter of the smaller side
-62% of the squares of a square one are left (the standard deviation falls to 0.79) and 47% of a 64 x 172 one
-(0.69), measured on a fresh Llama block. In training that block's model of 3 layers for 400 steps on letters
-of a Markov chain the two starts did not differ beyond their seeds (held-out loss 3.13 and 3.18 over three
-seeds, each from 2.96 to 3.22, at the best of four rates); "random" is the default because it keeps the scale
-that the model's initialization chose.
-
-After a restart an optimizer with one global step count (optax's) takes the new moments for old ones: with
-"m" its first update is (1 - β1) of the usual size and grows over some 1 / (1 - β1) steps, a warm-up; with
-"m,v" it is (1 - β1) / √(1 - β2) of it, 3.2 with the usual betas. With `pj.optim.row_adamw`, whose counts
-belong to the arrays, "m,v,count" makes it that of a fresh Adam. Gradients of an unfinished window
-(`optax.MultiSteps`) become those of the new factors, whatever is reset.
-
-Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there). The paper resets the
-momentum; its abstract and the published summaries, all that this was written from, do not say whether second
-moments and step counts go too, and there is no released code: `reset="m"` is the literal reading. Factors are
-float32 whatever the dtype of W; a restart then moves W by 1e-6 of its norm (measured, r = 128), and by 2e-3
-where a user casts them to bfloat16.
+Trained: a and b, r·(in + out) numbers a weight, the entries of S, and, unless `train_rest=False`, all that is
+not factored. There is no dense W, neither frozen nor in a step, but one layer's where density is not 0.
+Backward keeps, per weight, the layer's input x (shared) and, without S, the thin x·aᵀ. `merge` forms the
+dense weights. Defaults: T = 200 is the paper's, r a quarter of the smaller side (512 of 2048 there), float32
+factors; `reset="m"` is the literal reading of the paper, which has no released code.
 """
 
 import dataclasses
@@ -118,7 +90,7 @@ def lowrank_restarts(
     Raises:
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
             parameters, or a base that is not a plain array; in a restart for `reset="m,v,count"` with an
-            optimizer without counts of its arrays' own.
+            optimizer that has no count for each array.
     """
     positive("lowrank_restarts", "every", every)
     if density:
@@ -128,7 +100,7 @@ def lowrank_restarts(
 
     def plan_of(params: Params) -> list[Target]:
         found = find_targets(
-            params, who="lowrank_restarts", rank=1 if rank is None else rank, targets=targets,
+            params, caller="lowrank_restarts", rank=1 if rank is None else rank, targets=targets,
             exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern, layouts=layouts,
         )  # fmt: skip
         if rank is not None:
@@ -205,10 +177,10 @@ def _random(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
 
 
 def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> Change:
-    """For sums of gradients of a factor before a restart: those of the factor after it.
+    """The change of accumulated gradients of a factor by a restart, for `change_moments`.
 
     They are products with the other factor, which became `M · other`; since the product of both factors is
-    what it was and the new ones are in balance, `M = diag(1 / singular values) · own' · ownᵀ`.
+    unchanged and the new ones are balanced, `M = diag(1 / singular values) · own' · ownᵀ`.
 
     Args:
         own: the factor `[*stack, r, n]` before and after.
@@ -227,7 +199,7 @@ def _gradients_turned(own: tuple[Array, Array], other: tuple[Array, Array]) -> C
 
 
 def _reset(optimizer: OptimizerState, turns: Mapping[Slot, Change], reset: str) -> OptimizerState:
-    """The optimizer state with what `reset` says of those arrays zero, and sums of gradients turned."""
+    """The optimizer state without the moments that `reset` names, and accumulated gradients turned."""
     fields = set()
 
     def change(turned: Change) -> Change:

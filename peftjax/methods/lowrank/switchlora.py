@@ -6,35 +6,12 @@ arXiv 2406.06564.
     y = x·W + s · (x·aᵀ)·b                  a [r, in], b [r, out], s = alpha / r, alpha = 1
     exchange of row i of `a` with c:        W ← W + s (a_i - c)ᵀ b_i,   pool ← a_i,   a_i ← c
 
-and the same for `b`: the function does not change, and over time W takes up changes of any rank. The
-counterpart of a new vector (b_i for a_i) is not trained for `freeze_steps` steps, its moments are set to zero
-and, where the optimizer counts steps for each row (`pj.optim.row_adamw`, the released optimizer), its count
-too. The new vector keeps the moments of the row. How many are exchanged, and which: `_switching.py`.
-
-Trained: a and b, and all that is not targeted (embeddings, norms, biases, head) unless `train_rest=False`.
-Held beside the parameters: W, the pools (min(in, out) - r vectors each), for how many steps each row is
-frozen and the number of exchanges. Backward keeps, per weight, the layer's input x (shared) and the thin
-x·aᵀ.
-
-An exchange lies before a step's gradient. In the released code it lies between the gradient and the
-optimizer's step; the function being the same, so is the gradient of every row that is trained in that step:
-that of a_i is s G b_i, of the same b_i, and that of its counterpart, which would differ, is not used.
-
-Start, as released: with g = √(1/3), entries of a and its pool ~ U(±√3 σ_a), of b and its pool ~ U(±√3 σ_b),
-σ_a = (√out r / in^1.5)^¼ √g, σ_b = (r / √(in out))^¼ √g, so that s aᵀb has the entries of a usual start,
-g / √in. W becomes W - s aᵀb: the model starts as it was given. `init="lora"`: U(±1/√in) and b = 0,
-the released `origin_lora`.
-
-Differences from the released code:
-- A frozen row is held: neither does weight decay move it. There only its gradient is zero.
-- Gradients of frozen rows are zero before the given optimizer, clipping by the global norm included; there
-  clipping comes first, and counts them.
-- At most min(in, out) - r vectors are exchanged at once; there, in one of almost full rank, the stale copy
-  of a live vector can be taken.
-- The pools lie in the memory of the device, there in the host's; they hold no copies of the live vectors.
-- The README's 3 in "interval three times as long" is 1 / 0.3, as in the code.
-W keeps its dtype. In bfloat16 each exchange rounds it anew: after 533 exchanges in a 256 x 256 matrix the
-model's weight had moved by 5% of its norm, in float32 by 1e-6. Give float32 parameters.
+and the same for `b`: the function does not change, and W takes up changes of any rank. The counterpart of a
+new vector (b_i for a_i) is held for `freeze_steps` steps, with its moments and, in `pj.optim.row_adamw`, its
+step count reset; the new vector keeps the moments of its row. The schedule is in `_switching.py`.
+Trained: a and b, and, unless `train_rest=False`, all that is not targeted. `frozen.state` holds W, the pools
+(min(in, out) - r vectors each), the remaining frozen steps of each row and the number of exchanges.
+Backward keeps, per weight, the layer's input x (shared) and the thin x·aᵀ. Defaults are the released code's.
 """
 
 from collections.abc import Mapping
@@ -106,7 +83,7 @@ def switchlora(
         rank: r, at least 2 and less than the smaller side of each weight.
         alpha: numerator of the scale.
         interval: steps between two exchanges of one vector, at first.
-        decay: the share of the training after which exchanges have become 0.3 times as many.
+        decay: the share of the training after which there are 0.3 times as many exchanges as at first.
         freeze_steps: for how many steps the counterpart of a new vector is not trained.
         init: how the factors start; 'lora' is the usual start, b = 0.
         train_rest: train all other floating-point parameters as they are.
@@ -124,7 +101,7 @@ def switchlora(
 
     def start(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         plan = find_targets(
-            params, who="switchlora", rank=rank, alpha=alpha, rslora=False, alpha_pattern=None,
+            params, caller="switchlora", rank=rank, alpha=alpha, rslora=False, alpha_pattern=None,
             targets=targets, exclude=exclude, layers=None, layers_pattern=None, rank_pattern=rank_pattern,
             layouts=layouts,
         )  # fmt: skip
@@ -159,7 +136,7 @@ def switchlora(
             slots, rows = _switched(schedule, target, slots, step, key_for(key, path))
             held[path], trained[path] = ({name: slots[name] for name in names} for names in (HELD, FACTORS))
             for name in FACTORS:
-                resets[path, name] = zero_rows(rows[name], who="switchlora")
+                resets[path, name] = zero_rows(rows[name], caller="switchlora")
         return replace(frozen, state=held), trained, optimizer.changed(resets)
 
     return Transform(
@@ -173,7 +150,7 @@ def switchlora(
 
 
 def _slots(key: Array, target: ScaledTarget, leaf: Any, init: str) -> dict[str, Array]:
-    """All that one weight has at the start.
+    """The slots of one weight at the start.
 
     Raises:
         PeftError: the base is not a plain array, or the rank leaves nothing to exchange.

@@ -21,17 +21,17 @@ WEIGHT, SHRINK, Z = "weight", "shrink", "z"
 BASIS: dict[Side, str] = {"input": "p", "output": "q"}
 """The slots of the bases."""
 HELD = (WEIGHT, *BASIS.values())
-"""What the method holds of a projected weight, and changes at a refresh."""
+"""The arrays of `frozen.state` of a projected weight, changed by a refresh."""
 
 
-def find_matrices(params: Any, *, who: str, side: Compressed, **where: Any) -> list[Projected]:
+def find_matrices(params: Any, *, caller: str, side: Compressed, **where: Any) -> list[Projected]:
     """The targets (see `peftjax.methods._targets`) with the sides that are compressed."""
-    found = find_targets(params, who=who, layers=None, layers_pattern=None, **where)
+    found = find_targets(params, caller=caller, layers=None, layers_pattern=None, **where)
     return [Projected(t.path, t.layout, t.rank, sides_of(side, *t.layout.matrix)) for t in found]
 
 
 def start_slots(name: str, key: Array, target: Projected, leaf: Any, dtype: Any) -> dict[str, Array]:
-    """What is held of a target: its weight, and projectors before its first gradient is known, random ones.
+    """The state of a target at the start: its weight, and random projectors until the first gradient.
 
     Raises:
         PeftError: the leaf is a structured weight.
@@ -50,7 +50,7 @@ def start_slots(name: str, key: Array, target: Projected, leaf: Any, dtype: Any)
 
 
 def nothing_learned(target: Projected, held: Slots) -> dict[str, Array]:
-    """What is trained of a target when the weight has all that was learned: z of zero, a shrink of one."""
+    """The trainable of a target right after a refresh: z of zero, a shrink of one."""
     basis = held[BASIS[target.first]]
     return {
         SHRINK: jnp.ones(target.layout.stack, jnp.float32),
@@ -63,13 +63,13 @@ def weight_of(target: Projected, held: Slots, trained: Slots, scale: float) -> L
     if Z not in trained:
         return held[WEIGHT]
     a, b = factors_of(target, held, trained[Z])
-    # An optimizer's decay shrinks W: that is no gradient's.
+    # Only an optimizer's decay changes the shrink: it gets no gradient.
     base = Scaled(held[WEIGHT], lax.stop_gradient(trained[SHRINK]), target.layout)
     return LowRank(base, a, b, target.layout, scale)
 
 
 def factors_of(target: Projected, held: Slots, z: Array) -> tuple[Array, Array]:
-    """`a [*stack, r, in]` and `b [*stack, r, out]` with `aᵀb` what z stands for."""
+    """`a [*stack, r, in]` and `b [*stack, r, out]` with `aᵀb = pᵀz` (or `zᵀq`, or `pᵀ z q`)."""
     p, q = (held.get(name) for name in BASIS.values())
     if q is None:
         return p, z
@@ -85,8 +85,8 @@ def bases_in(slots: Mapping[str, Slots]) -> dict[str, dict[Side, Array]]:
     }
 
 
-def settled(target: Projected, held: Slots, trained: Slots, scale: float) -> dict[str, Array]:
-    """What is held with all that z has gathered in the weight, matrix after matrix, in place if donated."""
+def folded(target: Projected, held: Slots, trained: Slots, scale: float) -> dict[str, Array]:
+    """The state with z folded into the weight, matrix after matrix, in place if donated."""
     a, b = factors_of(target, held, trained[Z])
     stack = target.layout.stack
     parts = (trained[SHRINK], a, b)

@@ -16,7 +16,7 @@ class ProjectedOptions:
 
     Attributes:
         rank: r; at most the smaller side of each weight.
-        every: T, steps between two projectors.
+        every: T, steps between two refreshes of the projection.
         scale: of the projected update; the learning rate of these weights is scale · lr.
         basis: how a projector is found: 'svd' and 'gram' decompose the gradient, 'subspace' iterates on
             products with it; 'auto' chooses by size as `peftjax.optim.refresh` says.
@@ -28,8 +28,8 @@ class ProjectedOptions:
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
         train_rest: train all other floating-point parameters as they are; else they are frozen.
-        write: when what is learned is put into the weights: at each 'refresh', or at each 'step', which holds
-            no Z between steps.
+        write: when Z is folded into the weights: at each 'refresh', or at each 'step', which holds no Z
+            between steps.
         dtype: of projectors and Z, and so of the optimizer's state: 'float32' or 'bfloat16'.
     """
 

@@ -2,11 +2,11 @@
 
     W_t = c·W + scale · PᵀZ        W, P fixed between two refreshes, Z trained from 0, c from 1
 
-The gradient of Z is scale · P G, and the optimizer is given P G. No array of the size of W is made or changed
-by a step. Weight decay acts on Z and on c alike, so that an optimizer's decoupled decay is that of W
-itself. A refresh, before steps 0, T, 2T, ..., puts `scale · PᵀZ` into W and takes the P of the next batch's
-gradient (`_refresh.py`). With `write="step"` Z and c are no part of what lies between steps: opened, a step
-begins with Z = 0 and c = 1, closed, it ends with both in W, matrix after matrix, in place.
+The gradient of Z is scale · P G, and the optimizer is given P G. No step makes or changes an array of the
+size of W. Weight decay acts on Z and on c alike, so that an optimizer's decoupled decay is that of W itself.
+A refresh, before steps 0, T, 2T, ..., folds c and `scale · PᵀZ` into W and takes the P of the next batch's
+gradient (`_refresh.py`). With `write="step"` there is no Z or c between steps: `open` begins a step with
+Z = 0 and c = 1, `close` ends it with both folded into W, matrix after matrix, in place.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ from peftjax.methods.projected._matrices import (
     Z,
     bases_in,
     find_matrices,
+    folded,
     nothing_learned,
-    settled,
     start_slots,
     weight_of,
 )
@@ -40,7 +40,7 @@ from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Placement, Transform
 
 Write = Literal["refresh", "step"]
-"""When what is learned is put into the weights."""
+"""When Z is folded into the weights."""
 
 
 def projected(
@@ -62,7 +62,7 @@ def projected(
     scale, at_steps = float(options["scale"]), options["write"] == "step"
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
-        plan = find_matrices(params, who=name, side=side, **where)
+        plan = find_matrices(params, caller=name, side=side, **where)
         leaves = tree.named_leaves(params)
         held = {t.path: start_slots(name, key, t, leaves[t.path], options["dtype"]) for t in plan}
         trainable = {t.path: {} if at_steps else nothing_learned(t, held[t.path]) for t in plan}
@@ -80,9 +80,9 @@ def projected(
     def close_some(
         frozen: Frozen, trainable: Trainable, targets: tuple[Projected, ...]
     ) -> tuple[Frozen, Trainable]:
-        """With z in the weights of the targets, where there is one."""
+        """The state with z folded into the weights of the targets, where there is one."""
         targets = [target for target in targets if Z in trainable[target.path]]
-        held = {t.path: settled(t, frozen.state[t.path], trainable[t.path], scale) for t in targets}
+        held = {t.path: folded(t, frozen.state[t.path], trainable[t.path], scale) for t in targets}
         left = {t.path: {} if at_steps else nothing_learned(t, held[t.path]) for t in targets}
         return replace(frozen, state={**frozen.state, **held}), {**trainable, **left}
 

@@ -1,9 +1,9 @@
-"""New bases from the gradient of one batch, which is whole for some parameters at a time or not at all.
+"""The refresh of the bases by the gradient of one batch, never formed for all parameters at a time.
 
 The leading singular subspace of a gradient G is found by one of
 
-- 'subspace': randomized subspace iteration from the basis before. What it needs of G are products with a few
-  vectors, and they are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
+- 'subspace': randomized subspace iteration from the previous basis. It needs products of G with a few
+  vectors, and these are gradients of factors: with `y = x·W + (x·qᵀ)·b` at b = 0, dL/db = q G, and with
   `y = x·W + (x·aᵀ)·w` at a = 0, dL/da = w Gᵀ. That is 2·iterations + 1 gradient passes.
 - 'svd', 'gram': exactly, one gradient pass. A whole gradient takes less memory than the rows of an iteration
   where the rank is more than about an eighth of the side; 'auto' is 'gram' there.
@@ -51,8 +51,8 @@ def new_bases(
         loss: `params -> scalar`.
         params: all parameters; those of the targets are arrays.
         targets: whose bases are wanted.
-        slots: theirs, with the bases before.
-        basis: how.
+        slots: theirs, with the previous bases.
+        basis: how they are found.
         iterations: of a subspace iteration.
         key: of its random rows.
     """
@@ -80,7 +80,7 @@ def new_bases(
 def with_gradients(
     loss: Loss, targets: Sequence[Projected], gathered: Mapping[str, tuple[Mapping[str, Array], Array]]
 ) -> Loss:
-    """The loss with gradients that are known already added to its own, by a term linear in the weights.
+    """The loss plus a term linear in the weights whose gradient is one that was accumulated before.
 
     Args:
         loss: `params -> scalar`.

@@ -6,28 +6,12 @@ Paper: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank 
     G = dL/dW [in, out],   P [r, in] the leading left singular vectors of G at every T-th step
     W ← W − lr · scale · Pᵀ N,        N the inner optimizer's update for P G [r, out]
 
-(the input side compressed; the output side likewise, with Q [r, out] and G Qᵀ). The smaller side is the one
-that is compressed, of a square matrix the input side. Everything else (embeddings, norms, output layer) is
-trained as it is, by the same optimizer.
-
-Between two refreshes this trains `W + scale · PᵀZ` in Z alone, from Z = 0 (`projected.py`): its gradient is
-P G by products with r rows, and no step makes an array `[in, out]`. Backward keeps x·Pᵀ, r numbers a token,
-and not the input x (on an output side it keeps x). The optimizer is any of optax, `pj.optim.eight_bit` around
-it included, and it sees P G: `optax.clip_by_global_norm` clips the norm of the projected gradients (the full
-norm is never known), accumulation adds them up, decoupled weight decay is that of W. What else an optimizer
-reads of a parameter it reads of Z, which begins as zero: give Adafactor `multiply_by_parameter_scale=False`.
-
-State for W: P and Z, r·in + r·out numbers, and the optimizer's for r·out. Z holds what has been learned since
-the refresh in its own dtype, so that in bfloat16 no step is lost to the rounding of W, as it is in the
-authors' code; it is r·out numbers that their code does not have. With `write="step"` there is no Z either:
-every step puts `scale · PᵀZ` into W, matrix after matrix and in place, at 2·r·in·out FLOPs, and in bfloat16
-with that rounding. A refresh costs one to five gradient passes; those of 'subspace' form no gradient of a
-weight either (`refresh.py`).
-
-Defaults: T = 200 and scale 0.25 are the authors' for pre-training (scale 4, r = 4 or 8, T = 500 for tuning a
-classifier); r = 128 is that of their 60M model. Their Adam has eps 1e-6 outside of the bias correction and
-decays the updated weight: `pj.optim.adamw` is that one, `optax.adamw` the usual one. Moments are kept as they
-are at a refresh, as released; 'rotate' turns them into the new basis, 'reset' begins anew.
+The smaller side is compressed (of a square matrix the input side; an output side has Q [r, out] and G Qᵀ).
+Between two refreshes this trains Z [r, out] in `W + scale · PᵀZ`, from Z = 0; its gradient is P G, and no
+step makes an array `[in, out]`. All other parameters are trained as they are, by the same optimizer.
+Trained: r·out numbers of Z a weight. State: P, r·in numbers, and the optimizer's for r·out. Backward keeps
+x·Pᵀ, r numbers a token, on an output side the input x. Defaults: T = 200 and scale 0.25 are the authors' for
+pre-training, r = 128 that of their 60M model; moments are kept as they are at a refresh, as released.
 """
 
 from dataclasses import dataclass

@@ -6,16 +6,10 @@ arXiv 2410.16029.
     g = vec(P G),   H = [the last s of them, g included]
     g~ = (λ I + H Hᵀ)⁻¹ g = H c,     (λ I + Hᵀ H) c = e_last
 
-and the optimizer is given g~ in the place of g (`peftjax.optim.natural` has the form and its accuracy).
-Everything else is GaLore's, so that no step forms a gradient `[in, out]` either.
-
-Kept for W beside GaLore's state: s · r · max(in, out) numbers of H, ten times Adam's moments of the same
-projection at s = 20: at r = 4 it is nothing, at r of pre-training (a quarter of the width) it is more than
-Adam keeps for the whole of W. `variant="released"` projects both sides, where H is s · r².
-
-Defaults: s = 20 and λ = 1e-3 are fixed in the authors' code, whose variant projects both sides while their
-paper projects one. H is not turned or cleared at a refresh there, and mixes two bases for s - 1 steps;
-`moments="reset"` clears it.
+and the optimizer is given g~ instead of g (form and accuracy: `peftjax.optim.natural`). Everything else, what
+is trained and what backward keeps included, is GaLore's: no step forms a gradient `[in, out]` either.
+State beside GaLore's: s · r · max(in, out) numbers of H, s · r² with `variant="released"`, which projects
+both sides. Defaults: s = 20 and λ = 1e-3 are fixed in the authors' code.
 """
 
 from dataclasses import dataclass

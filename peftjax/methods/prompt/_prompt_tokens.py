@@ -76,7 +76,7 @@ class PromptStack:
         return out[:, :length]
 
     def empty_cache(self, *_: Any) -> Any:
-        """Raise: a stack that is not causal does not generate."""
+        """Raise a PeftError: a stack that is not causal does not generate."""
         raise PeftError(f"{self.name}: prompts are for encoders, which do not generate")
 
     run_cached = empty_cache

@@ -127,7 +127,7 @@ class Prefix:
 
 
 def keys_and_values(trained: Mapping[str, Any]) -> dict[str, Array]:
-    """The `keys` and `values` [layers, P, K H] that what is trained of one kind of attention stands for."""
+    """The `keys` and `values` [layers, P, K H] from the trainable of one kind of attention."""
     if "embedding" not in trained:
         return dict(trained)
     inner, output = trained["inner"], trained["output"]

@@ -159,7 +159,7 @@ def _bits(residuals: Mapping[str, int]) -> Bits:
 def _biases(params: Params) -> list[str]:
     """The paths of the biases that are still there to be trained.
 
-    A key's shifts all scores of a row alike, but for rotary positions: its gradient is nothing but rounding.
+    Without rotary positions a key's bias shifts all scores of a row alike: its gradient is only rounding.
     """
     paths = []
     for path, leaf in tree.named_leaves(params).items():

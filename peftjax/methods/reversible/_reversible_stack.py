@@ -18,7 +18,7 @@ from peftjax.methods.bottleneck._bottleneck import BRANCHES, Bottleneck
 from peftjax.ops.reversible import Coupling, Pair, inverse_errors, reversible
 
 Part = Literal["block", "attention", "feed_forward", "adapter"]
-"""What a branch is: a layer or one of its sublayers, or the bottleneck that stands alone."""
+"""What a branch is: a layer, one of its sublayers, or a bottleneck alone."""
 ADAPTER = "adapter"
 
 
@@ -35,7 +35,7 @@ class ReversibleStack:
         g: G.
         coupling: of the streams.
         every: layers between two kept pairs; 0 keeps the last alone.
-        adapter: the bottleneck that stands alone, where F or G is one.
+        adapter: the bottleneck, where F or G is a bottleneck alone.
         num_reversible: how many of the layers, from the lowest on; None is all.
         replaced: the stack it is used instead of, whose cache it uses.
     """
@@ -80,7 +80,7 @@ class ReversibleStack:
     def reconstruction(
         self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> Float[Array, " R"]:
-        """The largest absolute error of each reversible layer's inputs as backward makes them."""
+        """The largest absolute error of each reversible layer's inputs as backward recomputes them."""
         lower, _ = self._halves(model, model.layers(params))
         if lower is None:
             return jnp.zeros(0)
@@ -116,7 +116,7 @@ class ReversibleStack:
         return run
 
     def empty_cache(self, model: Backbone, params: Params, hidden: Array, context: Context) -> Cache:
-        """As of the stack it stands for: keys and values are one stream's, F's or G's."""
+        """The cache of the replaced stack: keys and values are one stream's, F's or G's."""
         return self.replaced.empty_cache(model, params, hidden, context)
 
     def run_cached(

@@ -1,8 +1,8 @@
 """How exact the gradients of a reversible stack are, on a given model, batch and adapter.
 
 The inverse of a reversible layer is exact up to rounding, and rounding errors grow with every layer that is
-inverted (see `meft`). Nothing of that shows in the loss, so it is measured: the gradients as training makes
-them beside those of the same network by ordinary backpropagation, which inverts nothing.
+inverted (see `meft`). The loss does not show them, so they are measured: the gradients of training are
+compared with those of the same network by ordinary backpropagation, which inverts nothing.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class MeftReport:
     Attributes:
         anchor_every: as the method has it.
         reconstruction: for each stack ("blocks", and "encoder" where there is one) and reversible layer, the
-            largest absolute error of its inputs as backward makes them, 0 where they are kept.
+            largest absolute error of its inputs as backward recomputes them, 0 where they are kept.
         gradient_error: the largest relative error of the gradient of a trained parameter, in one layer.
         worst: the parameter that has it.
         bound: the largest gradient error that is accepted.
@@ -53,7 +53,7 @@ class MeftReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the gradients are exact enough; not where an error is not a number."""
+        """Whether the gradients are exact enough; False where an error is NaN."""
         return self.gradient_error < self.bound
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ def meft_check(
 def warn_of_inexact(
     method: Transform, model: Forward, frozen: Frozen, trainable: Trainable, batch: Any, loss: Loss
 ) -> str | None:
-    """What a run says before its first step, where the gradients are not exact enough."""
+    """The warning of a run before its first step, where the gradients are not exact enough."""
     forward = _reversible(method, model)
     if _stack_of(forward).is_exact:
         return None
@@ -211,7 +211,7 @@ def largest_error(
     ]
     floor = FLOOR * max((size for *_, size in pairs), default=0.0)
     errors = {name: float(off / max(size, floor, np.finfo(np.float64).tiny)) for name, off, size in pairs}
-    # What is not a number is the worst there is.
+    # NaN is the worst error.
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return errors[worst], worst
 

@@ -38,7 +38,7 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
         targets: a regular expression over whole names, or a list of names or path suffixes; a module's
             name stands for every parameter in it, so `["classifier"]` is the classifier's kernel and
             bias (and never those of `my_classifier`).
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
 
     Raises:
         PeftError: in `init`, when nothing, or only part of a list, is matched, or a match is a
@@ -56,7 +56,14 @@ def unfreeze(targets: Targets, *, exclude: Targets | None = None) -> Transform:
     conformance=Conformance(example={"targets": r".*bias"}),
 )
 def freeze(targets: Targets) -> Transform:
-    """Train every floating-point parameter but the matched ones; `targets` as in `unfreeze`."""
+    """Train every floating-point parameter but the matched ones.
+
+    Args:
+        targets: the parameters that stay frozen, as in `unfreeze`.
+
+    Raises:
+        PeftError: in `init`, when the rest is empty, or has a structured weight.
+    """
     return _selection("freeze", ".*", targets)
 
 
@@ -68,7 +75,11 @@ def freeze(targets: Targets) -> Transform:
     quantized_base=False,
 )
 def full() -> Transform:
-    """Train every floating-point parameter."""
+    """Train every floating-point parameter.
+
+    Raises:
+        PeftError: in `init`, when there is none, or one is a structured weight.
+    """
     return _selection("full", ".*", None)
 
 
@@ -79,7 +90,11 @@ def full() -> Transform:
     backward_keeps="nothing for a linear layer",
 )
 def bitfit() -> Transform:
-    """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them."""
+    """Train the biases (arXiv 2106.10199): every parameter called 'bias', or as Haiku calls them.
+
+    Raises:
+        PeftError: in `init`, when there is none, or one is a structured weight.
+    """
 
     def find(params: Any) -> list[str]:
         found = tree.biases(params)
@@ -96,7 +111,7 @@ def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transfor
         return tree.select(
             params,
             targets,
-            who=name,
+            caller=name,
             exclude=exclude,
             eligible=_is_floating,
             names=naming.names_of_parameter,

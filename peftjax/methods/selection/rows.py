@@ -41,7 +41,7 @@ def rows(
     Args:
         indices: row numbers, e.g. token ids.
         targets: as in `lora`; by default every parameter called 'embedding'.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern; the input axis ('i') is the one whose rows are meant.
 
     Raises:
@@ -54,7 +54,7 @@ def rows(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         leaves = tree.named_leaves(params)
-        paths = tree.select(params, targets, who="rows", exclude=exclude)
+        paths = tree.select(params, targets, caller="rows", exclude=exclude)
         tree.require_patterns_used("rows", layouts, paths)
         plan = tuple((path, layout_of(path, leaves, layouts)) for path in paths)
         trainable = {}

@@ -1,6 +1,6 @@
-"""The stack of `lst`, a backbone's blocks that a smaller network reads, and what stands before and after it.
+"""The stack of `lst`: a backbone's blocks and the side network that reads them; with its embeddings and head.
 
-That is the head of an encoder whose states come in pairs, and embeddings with a table of their own.
+The head is that of an encoder whose states come in pairs; the embeddings have a table of their own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Ladder:
         return self._end(side, side_params, stream, last, end_key)
 
     def empty_cache(self, model: Backbone, params: Params, hidden: Array, context: Context) -> Params:
-        """A cache of each of the two."""
+        """The caches of the backbone and of the side network."""
         side, side_params = self.side_of(model, params)
         context, side_context = self._contexts(context)
         shorter = dataclasses.replace(model, num_layers=self._depth(model))
@@ -169,7 +169,7 @@ class Ladder:
         return model.num_layers if whole else self._used(model)[-1] + 1
 
     def _contexts(self, context: Context) -> tuple[Context, Context]:
-        """What the backbone's blocks share, and what the side's do."""
+        """The contexts of the backbone's blocks and of the side network's."""
         context, bias = dataclasses.replace(context, side_bias=None), context.side_bias
         # Every r-th angle of a head is the angles of a head r times smaller.
         turns = context.rotation, context.local_rotation
@@ -219,7 +219,7 @@ class Ladder:
     def _join(
         self, stream: Float[Array, "B S d"], down: Params, feature: Float[Array, "B S D"], gate: Any
     ) -> Float[Array, "B S d"]:
-        """The stream with what comes down from the backbone."""
+        """The side stream mixed with the projected state of the backbone."""
 
         @recompute
         def joined(stream: Array, down: Params, feature: Array, gate: Any) -> Array:
@@ -290,7 +290,7 @@ class SideEmbed(RewrittenModule):
     dropout: bool
 
     def apply(self, variables: Any, batch: Batch, *, rngs: Any = None) -> Any:
-        """As of a Linen module."""
+        """As `apply` of a Linen module."""
         params = {name: own for name, own in variables["params"].items() if name != self.name}
         rngs = rngs if self.dropout else {}
         hidden, context = self.inner.apply({"params": params}, batch, rngs=rngs)

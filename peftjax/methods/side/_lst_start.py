@@ -95,7 +95,7 @@ def start(
 
 
 def _between(key: Key[Array, ""], stack: BlockStack, used: int, width: int, params: Part) -> Part:
-    """The layers from the backbone's width down to the side's, and of the last stack up again."""
+    """The layers from the backbone's width down to the side's, and from that of the last stack back up."""
     down = {
         "first": linear_init(key_for(key, "first"), (stack.width, width)),
         "down": linear_init(key_for(key, "down"), (used, stack.width, width)),
@@ -132,7 +132,7 @@ def _embedded(embed: Part, scores: Part, width: int, reduction: int) -> Kept:
 
 
 def _has_positions(embed: Part) -> bool:
-    """Whether positions are embedded; a backbone whose are not turns queries and keys by them."""
+    """Whether positions are embedded; otherwise they rotate queries and keys."""
     return any("position" in name for name in embed)
 
 

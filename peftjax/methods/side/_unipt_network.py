@@ -52,7 +52,7 @@ def narrow_states(
             return linear(down, jax.nn.relu(state))
         return linear_norm(down, norm, state, EPSILON)
 
-    # A layer at a time, so that backward makes again what one layer needs.
+    # A layer at a time, so that backward recomputes what one layer needs.
     tokens = jax.lax.map(lambda xs: narrow(*xs), (own["down"], own.get("down_norm"), states))
     of_last = narrow(own["last"], own.get("last_norm"), last)
     if not kind.of_clip:

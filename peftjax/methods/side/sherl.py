@@ -1,10 +1,10 @@
-"""SHERL: what the early layers of a frozen backbone say, said once, goes through its last layer.
+"""SHERL: the early layers of a frozen backbone, merged without redundancy, go through its last layer.
 
 Diao et al. 2024, arXiv 2407.07523. From the states H_0 ... H_{L-1} [B, S, D] before each layer, detached,
 with d = D / factor; s and t run over the layers below the guide g = X_{L-1}, for every token apart:
 
     X_s = LN(H_s W_s + b_s)  [B, S, d]
-    r_s = Σ_t relu(cos(X_s, X_t))                 what the layers say alike, 1 or more
+    r_s = Σ_t relu(cos(X_s, X_t))                 how redundant layer s is, 1 or more
     e_s = relu(w · (X_s * g) + b) / r_s           p_s = e_s / (Σ_t e_t + 1e-8)
     z   = Σ_s p_s X_s + g
     u   = LN(relu(z) W_o + b_o) + tanh(γ / 0.1) H_{L-1}
@@ -104,7 +104,7 @@ def sherl(*, factor: int = 2, dropout: float = 0.1) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class LateStack:
-    """The frozen blocks, of which the last one reads what the others have said.
+    """The frozen blocks, of which the last one reads the merged states of the others.
 
     Attributes:
         dropout: rate on what enters it beside H_{L-1}, where there is a key.
@@ -135,7 +135,7 @@ class LateStack:
     def empty_cache(
         self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> Cache:
-        """That of the blocks."""
+        """The cache of the blocks."""
         return self.inner.empty_cache(model, params, hidden, context)
 
     def run_cached(
@@ -159,7 +159,7 @@ class LateStack:
             gate = jnp.tanh(own["gamma"] / TEMPERATURE).astype(last.dtype)
             return dropout(update, self.dropout, own.get("key")) + gate * last
 
-        # A layer at a time, so that backward makes again what one layer needs.
+        # A layer at a time, so that backward recomputes what one layer needs.
         narrowed = jax.lax.map(lambda xs: narrow(*xs), (own["down"], own["down_norm"], states))
         return widen(own, merge(own["confidence"], narrowed), states[-1])
 

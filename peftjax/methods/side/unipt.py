@@ -151,7 +151,7 @@ class ParallelStack:
     def empty_cache(
         self, model: Backbone, params: Params, hidden: Float[Array, "B S D"], context: Context
     ) -> dict[str, Any]:
-        """That of the blocks, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
+        """The blocks' cache, and zeros for T_l [n, B, T, d] and, where its mean is read, Q [B, T, d]."""
         inner, slots = params[NAME]["confidence"].shape[0], context.mask.shape[1]
         count = model.num_layers + self.kind.of_clip
         cache = {

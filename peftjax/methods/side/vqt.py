@@ -44,7 +44,7 @@ from peftjax.transform.transform import Forward, GradientCut, Transform
 
 NAME = "vqt"
 NEEDS_A_CLASSIFIER = (
-    "vqt puts a linear classifier over all layers in the place of the model's, and this model has none; "
+    "vqt puts a linear classifier over all layers instead of the model's, and this model has none; "
     "load it with head='classifier'"
 )
 
@@ -190,7 +190,7 @@ class QueryStack:
         )
 
     def empty_cache(self, *_: Any) -> Any:
-        """Raise: a classifier does not generate."""
+        """Raise a PeftError: a classifier does not generate."""
         raise PeftError("vqt classifies and has no next tokens; use another method to generate")
 
     run_cached = empty_cache
@@ -207,7 +207,7 @@ def _sizes(params: Params) -> tuple[int, int, int, int]:
 
 
 def _patch_inputs(params: Params, width: int) -> int:
-    """Numbers in a patch of the image; of text there are none, and D stands for them."""
+    """Numbers in a patch of the image; D for text, which has no patches."""
     kernel = tree.named_leaves(params["embed"]).get("patch_conv/kernel")
     return width if kernel is None else math.prod(kernel.shape[:-1])
 

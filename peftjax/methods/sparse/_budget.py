@@ -1,28 +1,18 @@
 """SNELLA's budget: a number of kept weights, shared between matrices by importance.
 
 Shen et al., "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025,
-arXiv 2510.24037. After every step, with the parameters θ it made and the gradient g it was made from,
+arXiv 2510.24037. After every step, with the new parameters θ and the gradient g of that step,
 
     I = |θ g|     Ī ← β1 Ī + (1-β1) I     Ū ← β2 Ū + (1-β2) |I - Ī|     for both factors, elementwise
     score_l = mean(Ī Ū over a_l) + mean(Ī Ū over b_l)                    one per matrix l of every stack
 
-Before epoch e = 1, 2, ... of E (an epoch is `allocate_every` steps) the volume is shared out:
+Before epoch e = w_i + 1, ... of E (an epoch is `allocate_every` steps) the volume is shared out:
 
     kept(e) = kept_end + (kept_start - kept_end)(1 - (e - w_i) / (E - w_f - w_i))³,    kept = 1 - sparsity
     v_l = min(n_l m_l, λ score_l),  Σ_l v_l = kept(e) Σ_l n_l m_l,  level_l = 1 - v_l / (n_l m_l)
 
-and nothing changes while e <= w_i. The released allocator (per-layer floors, then a loop that hands out the
-rest) has faults that are not repeated here:
-
-- all scores zero: it crashes; here the scores are equal then;
-- its loop can run forever when a volume is above 2²⁴, float32's integers; here volumes are shares of the
-  whole, and λ comes from one sort, so any size will do;
-- scores so small that their product is 0 in float32 look alike; here they are scaled before;
-- some scores zero and the others' matrices full: its rest goes nowhere (0/0); here to the matrices left;
-- without a final warm-up its last epoch ends short of the target; here the final warm-up is 1 by
-  default, with which the last allocation is exactly the target's (0 is the released schedule).
-
-Ī and Ū are part of the optimizer's state, the levels of the method's.
+Ī and Ū are part of the optimizer's state, the levels of `frozen.state`. `docs/methods/snella.md` has the
+differences from the released allocator.
 """
 
 from dataclasses import dataclass, replace
@@ -109,6 +99,9 @@ def track_importance(budget: Budget) -> optax.GradientTransformationExtraArgs:
     """Average the importance of the factors over the steps; the updates stay as they are.
 
     Of weights that `optax.multi_transform` shares out, those of one group share a budget.
+
+    Raises:
+        PeftError: in `update`, without the parameters or with a part of a weight's factors.
     """
 
     def init(params: Own) -> Importance:

@@ -1,7 +1,8 @@
-"""What the methods that exchange a part of each weight share: their plan and the in-place form.
+"""What the methods that train a part of each weight share: their plan and the in-place form.
 
 In place, the base holds the adapted weights when it is closed: its memory is that of the base plus the
-trained values. `original` (frozen) keeps what lay at the trained places, so that opening it is exact.
+trained values. `original`, in `frozen.state`, keeps the base's values at the trained places, so that
+opening is exact.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ Slots = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Place:
-    """A weight of which a part is trained: static facts, known before training."""
+    """A weight of which a part is trained: the static facts, known before training."""
 
     path: str
     layout: Layout
@@ -34,10 +35,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """All the weights, and whether they hold the trained values."""
+    """All the weights, and whether the base holds the trained values."""
 
     places: tuple[Place, ...]
-    written: bool = False
+    closed: bool = False
 
 
 Put = Callable[[Array, Place, Slots, Slots | None], Array]
@@ -47,47 +48,56 @@ Put = Callable[[Array, Place, Slots, Slots | None], Array]
 def find_weights(
     params: Any,
     *,
-    who: str,
+    caller: str,
     targets: Targets,
     exclude: Targets | None,
     layouts: Mapping[str, str] | None,
     in_place: bool,
     one_way: bool = False,
 ) -> dict[str, Layout]:
-    """The layout of every weight that the options ask for, by path; `one_way` as in `layout_of`.
+    """The layout of every weight that the options ask for, by path.
+
+    Args:
+        params: the parameters.
+        caller: the method's name, for the errors.
+        targets: as in `lora`.
+        exclude: as in `lora`.
+        layouts: as in `lora`.
+        in_place: whether the weights are to be changed in place.
+        one_way: whether it matters which side of a weight is the input, as in `layout_of`.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; or a weight to be changed in place is
             not an array.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, who=who, exclude=exclude)
-    tree.require_patterns_used(who, layouts, paths)
+    paths = tree.select(params, targets, caller=caller, exclude=exclude)
+    tree.require_patterns_used(caller, layouts, paths)
     for path in paths:
         if in_place and isinstance(leaves[path], Weight):
             raise PeftError(
-                f"{who}: {path!r} is a {type(leaves[path]).__name__}, which cannot be changed in place; "
+                f"{caller}: {path!r} is a {type(leaves[path]).__name__}, which cannot be changed in place; "
                 "set in_place=False"
             )
     return {path: layout_of(path, leaves, layouts, one_way=one_way) for path in paths}
 
 
 def in_the_base(put: Put) -> Placement:
-    """The placement of a method in place, from what puts its values into one array."""
+    """The placement of a method in place, from the function that puts its values into one array."""
 
-    def written(frozen: Frozen, trainable: Trainable | None) -> Frozen:
+    def with_values(frozen: Frozen, trainable: Trainable | None) -> Frozen:
         leaves = tree.named_leaves(frozen.params)
         new = {}
         for place in frozen.plan.places:
             slots = None if trainable is None else trainable[place.path]
             new[place.path] = put(leaves[place.path], place, frozen.state[place.path], slots)
-        plan = replace(frozen.plan, written=trainable is not None)
+        plan = replace(frozen.plan, closed=trainable is not None)
         return replace(frozen, params=tree.replace(frozen.params, new), plan=plan)
 
     def close(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
-        return written(frozen, trainable), trainable
+        return with_values(frozen, trainable), trainable
 
     def open_base(frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
-        return written(frozen, None) if frozen.plan.written else frozen, trainable
+        return with_values(frozen, None) if frozen.plan.closed else frozen, trainable
 
     return Placement(open_base, close, stays_closed=True)

@@ -45,18 +45,21 @@ def kernelized(
 
     Args:
         name: the method's name.
-        options: all of them, checked: what the transform can be made from again.
+        options: all of them, checked.
         kernel_function_of: the kernel function of a target and the share that is pruned at the start.
-        check: what to ask of the paths of the targets, before anything is made.
+        check: called with the paths of the targets before anything is computed; raises for what does not fit.
         start_of_scalars: the start of the kernel function's trained scalars.
         around: what it does around the optimizer.
-        advances: what it does to itself.
+        advances: what it does to itself before steps.
+
+    Raises:
+        PeftError: in `init`, for targets, ranks or layers that do not fit the parameters.
     """
     where = {option: options[option] for option in _WHERE}
     heads, dropout = options["heads"], options["dropout"]
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
-        targets = find_targets(params, who=name, **where)
+        targets = find_targets(params, caller=name, **where)
         if check is not None:
             check([target.path for target in targets])
         plan, trainable, state = [], {}, {}

@@ -1,7 +1,7 @@
-"""Which trained entries are still trained: chosen again once, and held by the optimizer. Static shapes.
+"""Which entries are still trained: reduced once, the others held fixed by the optimizer. Static shapes.
 
-Before the chosen step: keep ← keep and |value| < limit, and the optimizer starts again. Entries that are not
-kept are updated by exactly zero.
+Before the chosen step: keep ← keep and |value| < limit, and the optimizer's moments are reset. Entries that
+are not kept are updated by exactly zero.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Loss
 
 KEEP, LIMIT = "keep", "limit"
-"""What is held of a weight: which entries are trained, and what a value must be smaller than."""
+"""The arrays of `frozen.state` of a weight: which entries are trained, and the bound on a value."""
 
 
 def limit_of(values: Array, keep: Array, threshold: float | None) -> Array:
@@ -28,7 +28,7 @@ def limit_of(values: Array, keep: Array, threshold: float | None) -> Array:
 
 
 def hold_dropped() -> optax.GradientTransformationExtraArgs:
-    """Zero at the entries that are not kept."""
+    """Zero the updates of the entries that are not kept."""
 
     def init(params: Own) -> optax.EmptyState:
         require_together("sara", params)
@@ -56,10 +56,9 @@ def reselect(
     key: Array,
     part: int,
 ) -> tuple[Frozen, Trainable, OptimizerState]:
-    """Keep the entries that have stayed small, and restart the optimizer of all that is trained.
+    """Keep the entries that have stayed small, and reset the optimizer's moments of all that is trained.
 
-    The restart resets what it has of the size of the trained values (moments, with the count that corrects
-    them); schedules of the learning rate go on.
+    The count that corrects them is reset too; schedules of the learning rate go on.
     """
     held = {
         path: {**own, KEEP: own[KEEP] & (jnp.abs(trainable[path]["values"]) < own[LIMIT])}

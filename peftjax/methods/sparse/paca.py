@@ -9,13 +9,8 @@ Paper: Woo et al., "PaCA: Partial Connection Adaptation for Efficient Fine-Tunin
 Trained: θ, r·out numbers a weight. Backward keeps, per adapted layer, x[I], r numbers a token: never x,
 never W', never dW; dθ is summed in float32. (x stays where another operation keeps it: flash attention
 keeps its output, a gated activation its factors.) With `in_place`, the base holds W' and forward is
-x·W' alone.
-
-With Adam the rows move by s · learning rate a step, with SGD by s². The defaults r = 8, alpha = 8 are the
-released code's. Weight decay pulls the pre-trained rows themselves towards zero: use none, as the authors
-do. The released code draws I at random, as here; refreshes its weight only before some of the training
-steps, so that evaluation may miss the last one; and keeps θ in the base's dtype. Here every forward is θ's,
-and θ is float32.
+x·W' alone. Defaults: r = 8, alpha = 8 are the released code's. Weight decay pulls the pre-trained rows
+themselves towards zero: use none, as the authors do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +60,7 @@ def paca(
         rank: r, rows trained of each matrix; at most its inputs.
         alpha: numerator of s.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         rank_pattern: rank by pattern.
         alpha_pattern: alpha by pattern.
         layouts: axes by pattern.
@@ -86,7 +81,7 @@ def paca(
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
             params,
-            who="paca",
+            caller="paca",
             targets=targets,
             exclude=exclude,
             layouts=layouts,
@@ -120,7 +115,7 @@ def paca(
                     frozen.state[place.path]["rows"],
                     place.layout,
                     place.scale,
-                    plan.written,
+                    plan.closed,
                 )
                 for place in plan.places
             },

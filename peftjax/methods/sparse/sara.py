@@ -6,20 +6,11 @@ Adaptation", ICLR 2025, arXiv 2409.06633.
     M = 1[|W| < θ]      W'[M] = p, W' = W elsewhere, first p = W[M]      dp = (dL/dW')[M] + λ (U Vᵀ)[M]
     with U Σ Vᵀ = W' ∘ M;  at step T:  M ← M ∘ 1[|W'| < θ], the others keep what they learned
 
-Trained: p, K numbers a weight; the current M is held beside the entries' places.
-Backward keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are
-scanned; with `in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added
-where p enters the model, so that it reaches p in any loop; it is that of the loss you differentiate, which
-should be a mean.
-
-Defaults: density 0.05 is about the paper's 50 of 860 million; λ = 5e-4 and T half of the steps are the
-released code's (`reselect_at`, which the command line sets and a loop of your own gives), which takes one
-random matrix's penalty a step where the paper, and this, take all. It costs some 36 products of a weight
-with its Gram matrix a step: penalty=0 turns it off. The paper selects from every tensor; here `targets`
-says from which weights. Weight decay pulls p to zero.
-
-Not copied from the release: the penalty that never reaches the trained vector, the absolute values written
-at (re-)selection, and the step lost at re-selection.
+Trained: p, K numbers a weight. `frozen.state` holds the current M and the indices of the entries. Backward
+keeps each adapted layer's input x; W' and dW exist for one layer at a time where layers are scanned; with
+`in_place` the base holds W' and no copy of a weight is made. The penalty's gradient is added where p enters
+the model, so that it reaches p in any loop. Defaults: density 0.05 is about the paper's 50 of 860 million;
+λ = 5e-4, and T = half of the steps (`reselect_at`), are the released code's. Weight decay pulls p to zero.
 """
 
 import math
@@ -74,14 +65,14 @@ def sara(
 
     Args:
         density: the share of each matrix that is trained; 0.05 where there is no threshold either.
-        threshold: θ, in place of a density: entries with |W| < θ. Needs the weights' values in `init`, so
+        threshold: θ, instead of a density: entries with |W| < θ. Needs the weights' values in `init`, so
             not under `jit`; a weight without such an entry is left alone, and the matrices of a stack
             are filled up to the largest count.
         penalty: λ of the nuclear norm.
         polar: how its gradient is found, 'newton_schulz' or (exactly) 'svd'.
-        reselect_at: the step, from 0, before whose update M is selected again; None never does.
+        reselect_at: the step, from 0, before which M is reduced to the entries below θ; None: never.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         layouts: axes by pattern.
         in_place: the base may hold the adapted weights; see `Transform.close`.
 
@@ -95,7 +86,7 @@ def sara(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
-            params, who="sara", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+            params, caller="sara", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
         for path, layout in found.items():
@@ -122,7 +113,7 @@ def sara(
             if penalty > 0.0:
                 values = penalized(penalty, polar, place.layout, values, held[KEEP], *at)
             weights[place.path] = SparseEntries(
-                leaves[place.path], values, *at, place.layout, in_place=frozen.plan.written
+                leaves[place.path], values, *at, place.layout, in_place=frozen.plan.closed
             )
         return tree.replace(frozen.params, weights)
 

@@ -5,17 +5,12 @@ Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13
     W' = W + S,   S[i_k, o_k] = v_k       K entries, fixed; v [K] trained, zero at first
     y = x·W'      dv_k = (xᵀ·g)[i_k, o_k]       dx = g·W'ᵀ
 
-Trained: K numbers a weight. S is sparse and of high rank. Backward keeps each adapted layer's input x,
-as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. W' and
-dW exist for one layer at a time where layers are scanned (XLA may make those of an unrolled program
-sooner); with `in_place` the base holds W' and no copy of a weight is made.
-v is float32 and added in float32, so that a step too small for a bfloat16 weight is not lost.
-
-Masks of the paper: 'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest
-|W|, the paper's WM); 'gradient' (largest |dL/dW|) and 'snip' (largest |W · dL/dW|), which take
-`gradients` from `mean_gradient`. The count is `rank · (in + out)`, LoRA's of that rank, with the 32 of
-Hugging Face's PEFT as default; or `density`, 0.01 to 0.02 in the paper. PEFT has the random mask only, and
-draws the same one for all weights of a shape; here each has its own. Weight decay pulls v to 0: W' to W.
+Trained: K numbers a weight, float32. S is sparse and of high rank. Backward keeps each adapted layer's input
+x, as full fine-tuning does (an entry may need any column): what is saved is the optimizer's state. Masks:
+'random'; 'struct' (every f-th row and column, and the diagonal); 'magnitude' (largest |W|, the paper's WM);
+'gradient' (largest |dL/dW|) and 'snip' (largest |W · dL/dW|), which take `gradients` from `mean_gradient`.
+Defaults: K = `rank · (in + out)`, LoRA's of that rank, with the 32 of Hugging Face's PEFT; or give `density`,
+0.01 to 0.02 in the paper.
 """
 
 from collections.abc import Mapping
@@ -67,13 +62,13 @@ def shira(
 
     Args:
         rank: K is `rank · (in + out)` for each matrix; with 'struct', at most that.
-        density: K as a share of the matrix, in place of `rank`.
+        density: K as a share of the matrix, instead of `rank`.
         mask: how the entries are chosen; see above. A mask chosen by gradients is saved as 'loaded': the
             entries come from the saved adapter, and are drawn at random where there is none.
         gradients: for 'gradient' and 'snip', arrays of the targets' shapes, in a tree like the parameters
             or by path.
         targets: as in `lora`.
-        exclude: the same forms; wins.
+        exclude: what to leave out, in the same forms; wins over `targets`.
         rank_pattern: rank by pattern.
         layouts: axes by pattern.
         in_place: the base may hold the adapted weights; see `Transform.close`.
@@ -88,7 +83,7 @@ def shira(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         found = find_weights(
-            params, who="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
+            params, caller="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
         tree.require_patterns_used("shira", rank_pattern, list(found))
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
@@ -114,7 +109,7 @@ def shira(
                 kept["columns"],
                 place.layout,
                 added=True,
-                in_place=frozen.plan.written,
+                in_place=frozen.plan.closed,
             )
         return tree.replace(frozen.params, weights)
 

@@ -1,4 +1,4 @@
-"""SNELL: sparse tuning whose sparse update is made again from two low-rank factors in every step.
+"""SNELL: sparse tuning whose sparse update is recomputed from two low-rank factors in every step.
 
 Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024, arXiv 2411.01800.
 
@@ -8,23 +8,9 @@ Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024
     y = x·(W + dW^s)
 
 Trained: a and b, r·(n + m) numbers a weight as in LoRA, but dW is of high rank and sparse; `sigmoid` and
-`rbf` train scale, rate and shift too, from a start at which the kernel is 0 at 0 (ours: none is published;
-with an even number of heads the shifts cancel). t and the factor beside dW are constants in backward,
-as in the released code. Backward keeps the layer's input x (shared) and t; distances, dW and masks are
-made again. The threshold is selected once a step, outside of what is made again.
-
-Start: a ~ U(-1/√(n q), 1/√(n q)), b likewise with m, so the start is near the base and not at it. Defaults:
-P = 2 and c = 0.1 are the released code's; s is searched per task in the paper, 0.4 is the median of the
-19 released values for VTAB.
-
-s = 0 is another model than s → 0+: with `mode="released"` the released code then has no sparsifier at all
-("KLoRA", dW itself instead of dW·|dW|), and so has a weight whose option is 0 here. `set_sparsity` changes
-levels and never the model: its 0 prunes the smallest entry and keeps the factor |dW|.
-
-Differences from the released code: it drops 10 % of the inputs of every layer's update but the attention
-output's, and 10 % of the updates by sample (DropPath); here `dropout` is for all targets and off by default,
-and there is no DropPath, as a layer does not know which axis of its input counts samples. In bfloat16 or on a
-quantized base the update is a product of its own beside the base's.
+`rbf` train scale, rate and shift too. Backward keeps the layer's input x (shared) and t; distances, dW and
+masks are recomputed. t and the factor beside dW are constants in backward, as in the released code. Defaults:
+P = 2 and c = 0.1 are the released code's, s = 0.4 the median of its 19 values for VTAB.
 """
 
 from collections.abc import Mapping
@@ -62,7 +48,7 @@ class SnellOptions(KernelizedOptions):
     Attributes:
         sparsity: s, the share of each matrix that is pruned, or shares by pattern; with `mode="released"` a
             weight whose share is 0 has no sparsifier.
-        kernel: what takes the place of the distance.
+        kernel: used instead of the distance.
         mode: the sparsifier.
     """
 

@@ -8,19 +8,10 @@ Paper: Shen et al., "Kernelized Sparse Fine-Tuning with Bi-level Parameter Compe
     dW^s = dW · |dW| · 1[|dW| > t],  t = quantile(|dW|, sparsity_l)      (other modes: see `snell`)
     y = x·(W + dW^s)
 
-Trained: a, b and the scalars alpha, gamma, beta, r·(n + m) + 3 numbers a weight. The levels `sparsity`
-`[*stack]`, one a matrix, are set before an epoch from importance averages of twice the factors' size
-(`_budget.py` has the schedule, and the faults of the released allocator). Backward keeps what SNELL keeps.
-
-alpha = gamma = 1 and beta = 0 at the start: the update is then a nearly constant, small positive matrix.
-gamma may cross 0 in training; the division is plain, as released. The authors do not decay the three
-scalars; a rewrite of the optimizer cannot reach into its decay, so give `optax.adamw` a `mask` that is
-False at them.
-
-Defaults: heads, coefficient and betas are the released code's; initial_sparsity 0.01 is that of its VTAB
-scripts and 100 epochs are theirs; the target is chosen per task there, and 0.55 is the median of the 11
-released values. `mode="none"` is the released `mixk`: no sparsifier or budget.
-Differences: as in `snell`, and those of the budget.
+Trained: a, b and the scalars alpha, gamma, beta, r·(n + m) + 3 numbers a weight. `frozen.state` holds the
+levels `sparsity [*stack]`, set before an epoch from importance averages of twice the factors' size
+(`_budget.py`). Backward keeps what SNELL keeps. Defaults: heads, coefficient and betas are the released
+code's, initial_sparsity 0.01 and 100 epochs its VTAB scripts', 0.55 the median of its 11 targets.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,43 @@
+"""Evaluation of a model with an adapter, over batches."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import jax
+
+from peftjax.core.errors import PeftError
+from peftjax.interpreter import adapt
+from peftjax.losses import Batch, Objective
+from peftjax.train.step import Forward, Sums
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.transform import Transform
+
+Evaluate = Callable[[Trainable, Frozen, Iterable[Batch]], dict[str, float]]
+"""`(trainable, frozen, batches) -> means over all examples`."""
+
+
+def make_evaluate(forward: Forward, method: Transform, objective: Objective) -> Evaluate:
+    """Evaluation without dropout: the objective's means, every example counted once by weight.
+
+    The function raises a PeftError when no example counts.
+    """
+
+    @jax.jit
+    def sums_of(trainable: Trainable, frozen: Frozen, batch: Batch) -> Sums:
+        return objective(adapt(forward)(method.apply(frozen, trainable), batch), batch)
+
+    def evaluate(trainable: Trainable, frozen: Frozen, batches: Iterable[Batch]) -> dict[str, float]:
+        frozen = replace(frozen, advanced=True)  # a method that has not begun may be evaluated
+        totals, weights = {}, 0.0
+        for batch in batches:
+            sums, weight = jax.device_get(sums_of(trainable, frozen, batch))
+            weights += float(weight)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        if not weights > 0:
+            raise PeftError(
+                "no example of the evaluation counts: there is no batch, or every weight in them is 0"
+            )
+        return {name: total / weights for name, total in totals.items()}
+
+    return evaluate
