@@ -10,6 +10,7 @@ from jax import lax
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
+from peftjax.testing.methods import begun
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 
