@@ -349,7 +349,7 @@ def test_the_activation_is_the_models():
         ({"beta": -1.0}, "beta must be positive"),
         ({"anchor_every": -1}, "anchor_every must be 0 or more"),
         ({"num_reversible": -1}, "num_reversible must be 0 or more"),
-        ({"size": 0}, "1 wide or more"),
+        ({"size": 0}, "the width of the bottleneck must be positive, got 0"),
     ],
 )
 def test_a_setting_out_of_range(options, message):

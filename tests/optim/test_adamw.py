@@ -116,7 +116,7 @@ def test_works_inside_optax_sharded_and_resumed(tmp_path):
 
 
 def test_errors_name_the_remedy():
-    with pytest.raises(pj.PeftError, match="'released' or 'optax', got 'torch'"):
+    with pytest.raises(pj.PeftError, match="order must be one of released, optax, got 'torch'"):
         pj.optim.adamw(1e-3, order="torch")
     with pytest.raises(pj.PeftError, match="leave out state_dtype"):
         pj.optim.adamw(1e-3, order="optax", state_dtype="float32")
