@@ -175,8 +175,8 @@ def register(
     """Add a factory to the registry, under its own name; the arguments are those of `MethodInfo`.
 
     The method that a call makes has the factory's name, and as its `config` the options of the call, defaults
-    included, without arrays, which a file of options cannot hold. What the factory itself puts into `config`
-    wins.
+    included; arrays, which a file of options cannot hold, are None there. What the factory itself puts into
+    `config` wins.
 
     Raises:
         PeftError: another method has the name.
@@ -190,7 +190,7 @@ def register(
             method = factory(*args, **options)
             given = signature.bind(*args, **options)
             given.apply_defaults()
-            kept = {option: value for option, value in given.arguments.items() if not _is_data(value)}
+            kept = {option: None if _is_data(v) else v for option, v in given.arguments.items()}
             own = method.config if method.name == name else {}  # not that of a method it is made of
             return replace(method, name=name, config=_plain({**kept, **own}))
 

@@ -69,7 +69,7 @@ def interrupted(process, lines, reader, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_while_the_step_compiles(train, tmp_path, number):
     process, lines, reader = train("--steps", "4")
-    until(lambda: any("Compiling jit(step)" in line for line in lines))
+    until(lambda: any("Compiling jit(run_step)" in line for line in lines))
     last = interrupted(process, lines, reader, number)
     assert f"interrupted: no checkpoint in {tmp_path / 'run'} yet; the same command starts again" in last
 
