@@ -80,10 +80,10 @@ ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows"
 
 
 def cases():
-    """Every method on its models; all but the smallest are long tests, but for one method of each kind."""
+    """Every method on its models; all but the smallest are long tests, but for those of LoRA."""
     for name in pj.METHODS:
         for number, model in enumerate(models_of(name)):
-            slow = [pytest.mark.slow] if number and name not in ANEW else []
+            slow = [pytest.mark.slow] if number and name != "lora" else []
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
 
