@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import peftjax as pj
 from peftjax.core import tree
+from peftjax.testing.comparisons import assert_close
+from peftjax.testing.model import KEY
 
-KEY = jax.random.key(7)
 _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "scatter-add")
 
 
@@ -35,16 +35,6 @@ def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
     keys = jax.random.split(key, len(leaves))
     moved = [leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
     return jax.tree.unflatten(structure, moved)
-
-
-def assert_close(actual: Any, wanted: Any, tolerance: float = 1e-5) -> None:
-    """Every pair of leaves equal to `tolerance` of the largest wanted number."""
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted))
-    for (path, left), right in pairs:
-        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-        bound = tolerance * max(1.0, float(np.abs(right).max(initial=0.0)))
-        np.testing.assert_allclose(left, right, rtol=0, atol=bound, err_msg=str(path))
 
 
 def assert_equals_merged(

@@ -17,8 +17,9 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.losses import Batch, classification
 from peftjax.train.config import TrainConfig
 from peftjax.train.evaluate import make_evaluate
+from peftjax.train.gradient import Metrics
 from peftjax.train.optimizer import make_optimizer
-from peftjax.train.step import Metrics, TrainingState, model_loss
+from peftjax.train.step import TrainingState, model_loss
 
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 """The optimizer of a peak learning rate, which is an array in its state: another one compiles nothing."""

@@ -8,7 +8,8 @@ import jax
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.losses import Batch, Objective
-from peftjax.train.step import Forward, Sums
+from peftjax.train.gradient import Sums
+from peftjax.train.step import Forward
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import Transform
 

@@ -21,11 +21,12 @@ from peftjax.losses import Batch, Objective, classification
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.evaluate import Evaluate, make_evaluate
+from peftjax.train.gradient import Metrics
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.output_folder import claim_folder
 from peftjax.train.progress import show_progress
-from peftjax.train.step import Forward, Metrics, Training, TrainingState, model_loss, training
+from peftjax.train.step import Forward, Training, TrainingState, model_loss, training
 from peftjax.train.throughput import Throughput, peak_memory
 from peftjax.transform.frozen import Frozen
 from peftjax.transform.transform import Transform, changing_state, with_changing_state

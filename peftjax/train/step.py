@@ -3,8 +3,7 @@
 All training in peftjax (`fit`, `pj.plan`, the experiments, the conformance checks) runs this step.
 """
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,22 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
-from peftjax.losses import Batch, Objective, mean
+from peftjax.losses import Batch, Objective
+from peftjax.train.gradient import Loss, Metrics, Sums, gradient_of_batch, loss_of_batch
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Transform
 
 Forward = Callable[..., Any]
 """`(params, batch, *, key=None) -> outputs`."""
-Metrics = dict[str, Float[Array, ""]]
-Sums = tuple[Mapping[str, Float[Array, ""]], Float[Array, ""]]
-"""Sums over a batch, "loss" among them, and the weight that they are divided by."""
-Loss = Callable[..., Float[Array, ""] | Sums]
-"""`(params, batch) -> mean loss of the batch`, or `Sums`. One that takes `key` too is given one in a step."""
 Moved = dict[str, Any]
 """The fields of `Frozen` that a program returns anew, and may write over."""
 ADVANCED = ("state",)
@@ -172,7 +167,9 @@ class Training:
             key: of the step.
         """
         frozen = _joined(moved, fixed)
-        gradients, metrics = self._gradients(trainable, frozen, batch, key)
+        gradients, metrics = gradient_of_batch(
+            self.method, self.loss, self.accumulation, trainable, frozen, batch, key
+        )
         if self.grad_norm:
             metrics["grad_norm"] = optax.tree.norm(gradients)
         frozen, trainable = self.method.begin(frozen, trainable)
@@ -197,7 +194,13 @@ class Training:
         frozen = _joined(moved, fixed)
         optimizer = OptimizerState(opt_state, self.tx, self.method.begin(frozen, trainable)[1])
         frozen, trainable, optimizer = advance.run(
-            self._loss_of(batch), frozen, trainable, optimizer, step=step, key=key, part=part
+            loss_of_batch(self.loss, self.accumulation, batch),
+            frozen,
+            trainable,
+            optimizer,
+            step=step,
+            key=key,
+            part=part,
         )
         return trainable, optimizer.state, {name: getattr(frozen, name) for name in moved}
 
@@ -230,67 +233,6 @@ class Training:
             return {name: getattr(frozen, name) for name in moved}, trainable
 
         return jax.jit(close, donate_argnums=(0, 2))
-
-    def _sums(self, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Sums:
-        """The loss of a batch as sums and their weight."""
-        given = {} if key is None or not _takes_key(self.loss) else {"key": key}
-        found = self.loss(params, batch, **given)
-        return found if isinstance(found, tuple) else ({"loss": found}, jnp.ones(()))
-
-    def _gradients(
-        self, trainable: Trainable, frozen: Frozen, batch: Batch, key: Key[Array, ""] | None
-    ) -> tuple[Trainable, Metrics]:
-        """The gradient of a batch's weighted mean loss, also where its parts weigh differently, and means."""
-        if self.accumulation == 1:
-            gradients, sums, weight = self._of_part(trainable, frozen, batch, key)
-            return gradients, {name: mean(total, weight) for name, total in sums.items()}
-        parts, of_part = _parts(batch, self.accumulation), partial(self._of_part, trainable, frozen)
-        keys = None if key is None else jax.random.split(key, self.accumulation)
-        first = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], (parts, keys)))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-
-        def add(total: Any, part: tuple[Batch, Key[Array, ""] | None]) -> tuple[Any, None]:
-            gradients, sums, weight = of_part(*part)
-            return jax.tree.map(jnp.add, total, (_times(gradients, weight), sums, weight)), None
-
-        total, sums, weight = jax.lax.scan(add, zeros, (parts, keys))[0]
-        gradients = _times(total, mean(jnp.ones_like(weight), weight))
-        return gradients, {name: mean(total, weight) for name, total in sums.items()}
-
-    def _of_part(
-        self, trainable: Trainable, frozen: Frozen, batch: Batch, key: Key[Array, ""] | None
-    ) -> tuple[Trainable, Mapping[str, Array], Array]:
-        """The gradient of a part of a batch, its sums and its weight."""
-        method_key, model_key = (None, None) if key is None else jax.random.split(key)
-        # Here and not before the parts of a batch: zeros that are carried through their loop take memory.
-        frozen, opened = self.method.begin(frozen, trainable)
-
-        def loss(trainable: Trainable) -> tuple[Array, Sums]:
-            params = self.method.apply(frozen, trainable, key=method_key)
-            sums, weight = self._sums(params, batch, model_key)
-            # The mean, not the sum: a penalty that a method adds to the gradient is not of the batch.
-            return mean(sums["loss"], weight), (sums, weight)
-
-        gradients, (sums, weight) = jax.grad(loss, has_aux=True)(opened)
-        return gradients, sums, weight
-
-    def _loss_of(self, batch: Batch) -> Callable[[Params], Float[Array, ""]]:
-        """`params -> mean loss`, in a step's parts, each recomputed in the backward pass; no dropout."""
-
-        def loss(params: Params) -> Array:
-            if self.accumulation == 1:
-                sums, weight = self._sums(params, batch, None)
-                return mean(sums["loss"], weight)
-
-            @jax.checkpoint
-            def of_part(part: Batch) -> tuple[Array, Array]:
-                sums, weight = self._sums(params, part, None)
-                return sums["loss"], weight
-
-            losses, weights = jax.lax.map(of_part, _parts(batch, self.accumulation))
-            return mean(jnp.sum(losses), jnp.sum(weights))
-
-        return loss
 
 
 def training(
@@ -362,15 +304,3 @@ def _joined(moved: Moved, fixed: Frozen) -> Frozen:
 
 def _copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
-
-
-def _takes_key(loss: Loss) -> bool:
-    return "key" in inspect.signature(loss).parameters
-
-
-def _parts(batch: Batch, accumulation: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-
-
-def _times(gradients: Any, factor: Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)
