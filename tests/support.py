@@ -24,9 +24,9 @@ def all_but_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
 def example_of(name: str, **options: Any) -> pj.Transform:
     """The method with the options of its example; one that trains nothing goes beside a LoRA."""
     info = pj.METHODS[name]
-    companion = info.kind == "companion"
-    method = info.factory(**info.conformance.example, **({} if companion else options))
-    return pj.chain(method, pj.lora(rank=2, **options)) if companion else method
+    beneath = info.kind in ("companion", "rewrite")
+    method = info.factory(**info.conformance.example, **({} if info.kind == "companion" else options))
+    return pj.chain(method, pj.lora(rank=2, **options)) if beneath else method
 
 
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:

@@ -48,9 +48,14 @@ def is_convolution(path: str, ndim: int) -> bool:
     return called is not None and ndim > 2
 
 
+def is_embedding(path: str) -> bool:
+    """Whether the parameter is a lookup table."""
+    return path.rsplit("/", 1)[-1] in ("embedding", "embeddings")
+
+
 def why_not_linear(path: str, leaf: Any) -> str | None:
     """Why 'all-linear' leaves a weight out: an output layer, a convolution or a lookup table; else None."""
-    if path.rsplit("/", 1)[-1] in ("embedding", "embeddings"):
+    if is_embedding(path):
         return "a lookup table"
     if is_convolution(path, leaf.ndim):
         return "a convolution"

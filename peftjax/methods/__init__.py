@@ -36,5 +36,7 @@ from peftjax.methods.reversible.meft import meft as meft
 from peftjax.methods.side.vqt import vqt as vqt
 from peftjax.methods.side.unipt import unipt as unipt
 from peftjax.methods.side.sherl import sherl as sherl
+from peftjax.methods.quantized.nf4 import nf4 as nf4
+from peftjax.methods.quantized.quantized import quantized as quantized
 
 __all__ = [name for name, value in globals().items() if callable(value) and not name.startswith("_")]

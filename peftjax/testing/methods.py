@@ -19,7 +19,7 @@ from peftjax.train.step import Training, divided, training
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
 
-RATE = 1e-3
+RATE = 1e-4
 
 
 @dataclass(frozen=True)

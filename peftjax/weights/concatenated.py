@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -255,6 +256,8 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
                 changes[f.name] = joined(values)
             elif role == "logical":
                 changes[f.name] = lax.concatenate(values, position)
+            elif role == "coded":
+                changes[f.name] = _joined_codes(values, partial(join, axis=place))
             elif len(set(map(others, values))) == 1:
                 changes[f.name] = join(values, axis=place)
             else:
@@ -264,6 +267,16 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
         return replace(weights[0], **changes)
 
     return joined(parts)
+
+
+def _joined_codes(codes: Sequence[Any], join: Callable[..., Array]) -> Any:
+    """Codes of one kind along a stack axis; None where they are of several."""
+    if len({jax.tree.structure(one) for one in codes}) > 1:
+        return None
+    parts = [[leaf.shape for leaf in jax.tree.leaves(one)] for one in codes]
+    if any(shapes != parts[0] for shapes in parts):
+        return None
+    return jax.tree.map(lambda *leaves: join(leaves), *codes)
 
 
 def _resized_at(layout: Layout, position: int, size: int) -> Layout:

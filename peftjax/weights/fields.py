@@ -3,6 +3,7 @@
 - `logical()`: an array or weight of the logical shape (the base);
 - `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
   ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
+- `coded()`: codes of the whole array, a pytree of arrays with the canonical stack axes first;
 - `random_key()`: keys for dropout, with the canonical stack axes;
 - `static()`: a Python value that is part of the compiled program;
 - `tuple_of_parts()`: arrays and weights of other axes, whose views the weight takes itself.
@@ -29,6 +30,11 @@ def canonical(side: Side | None = None, *, default: Any = ...) -> Any:
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
+def coded() -> Any:
+    """A field that holds `peftjax.quantize.Codes` of the canonical matrices."""
+    return field(metadata={"role": "coded"})
+
+
 def random_key(*, default: None) -> Any:
     """A field that holds keys `[*stack]` for dropout, or None."""
     return field(default=default, metadata={"role": "canonical", "side": None, "random": True})
@@ -46,7 +52,7 @@ def tuple_of_parts() -> Any:
 
 
 @dataclass_transform(
-    eq_default=False, field_specifiers=(logical, canonical, random_key, static, tuple_of_parts)
+    eq_default=False, field_specifiers=(logical, canonical, coded, random_key, static, tuple_of_parts)
 )
 def structured(cls: type[T]) -> type[T]:
     """Make a subclass of `Weight` a frozen dataclass and a pytree whose static fields are metadata."""

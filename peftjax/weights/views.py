@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import GatherScatterMode
@@ -285,6 +286,8 @@ class Views(Opaque, abc.ABC):
                 continue
             if f.metadata["role"] == "logical":
                 changes[f.name] = on_logical(part)
+            elif f.metadata["role"] == "coded":
+                changes[f.name] = jax.tree.map(lambda array: on_canonical(array, None), part)
             else:
                 changes[f.name] = on_canonical(part, f.metadata["side"])
             if changes[f.name] is None:

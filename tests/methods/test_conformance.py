@@ -237,18 +237,19 @@ def test_training_a_plain_parameter_beside_it(smallest):
         assert_close(out, smallest.model.compiled(merged, smallest.model.batch))
 
 
+@pytest.mark.parametrize("beneath", [{"name": "lora", "rank": 2}, {"name": "nf4"}], ids=lambda b: b["name"])
 @with_a_program_of_its_own
-def test_on_a_base_that_is_not_a_plain_array(smallest, request):
-    """One that no one trains, as a quantized one is."""
+def test_on_a_base_that_is_not_a_plain_array(smallest, beneath, request):
+    """Of weights that no one trains, or of codes."""
     targets = r".*(attention|feed_forward|words|up|down).*(kernel|embedding)"
-    lora, own, batch = pj.lora(rank=2, targets=targets), smallest.method, smallest.model.batch
-    base, adapter = lora.init(KEY, smallest.model.params)
+    lower, own, batch = pj.build({**beneath, "targets": targets}), smallest.method, smallest.model.batch
+    base, adapter = lower.init(KEY, smallest.model.params)
     adapter = moved(adapter)
     try:
-        frozen, trainable = begun(own, lora.apply(base, adapter))
+        frozen, trainable = begun(own, lower.apply(base, adapter))
     except PeftError as error:
         info = pj.METHODS[request.node.callspec.params["smallest"]]
-        if info.quantized_base or not re.search(r"LowRank|earlier method", str(error)):
+        if info.quantized_base or not re.search(r"LowRank|Quantized|earlier method", str(error)):
             raise
         return
     trained = moved(trainable)
@@ -256,6 +257,6 @@ def test_on_a_base_that_is_not_a_plain_array(smallest, request):
     if smallest.mergeable:
         wanted = smallest.model.compiled(own.merge(frozen, trained), batch)
     else:
-        dense = own.apply(begun(own, lora.merge(base, adapter))[0], trained)
+        dense = own.apply(begun(own, lower.merge(base, adapter))[0], trained)
         wanted = own.model(smallest.model.forward)(dense, batch)
     assert_close(out, wanted)

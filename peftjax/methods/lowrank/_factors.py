@@ -13,6 +13,7 @@ from jaxtyping import Float
 from peftjax.core import tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
+from peftjax.core.naming import is_embedding
 from peftjax.methods import _targets
 from peftjax.methods._targets import Target
 from peftjax.weights.base import Weight
@@ -61,11 +62,6 @@ def find_targets(
         scale = own_alpha / (math.sqrt(target.rank) if rslora else target.rank)
         found.append(ScaledTarget(**vars(target), scale=scale))
     return found
-
-
-def is_embedding(path: str) -> bool:
-    """Whether the parameter is a lookup table, whose factors start the other way round."""
-    return path.rsplit("/", 1)[-1] in ("embedding", "embeddings")
 
 
 def start_uniform(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Any]:

@@ -23,8 +23,9 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.core.naming import is_embedding
 from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
-from peftjax.methods.lowrank._factors import Bias, Start, find_targets, is_embedding
+from peftjax.methods.lowrank._factors import Bias, Start, find_targets
 from peftjax.methods.lowrank._options import LoraOptions, LowRankOptions
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Trainable

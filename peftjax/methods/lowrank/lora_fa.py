@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core.derivatives import with_backward
+from peftjax.core.naming import is_embedding
 from peftjax.methods._targets import Target, all_layers
-from peftjax.methods.lowrank._factors import is_embedding
 from peftjax.methods.lowrank._options import LoraOptions
 from peftjax.methods.lowrank.lora import Wrap, low_rank
 from peftjax.transform.frozen import Frozen, Trainable

@@ -1,0 +1,90 @@
+"""Quantized bases of any format: whole numbers, floats of 4 and 8 bits, powers of two.
+
+    w ≈ scale_g · element(code)        affine:  w ≈ scale_g · (code - zero_g)
+
+The formats are those of `peftjax.quantize.formats`. It trains nothing and goes before a method, as `nf4`. A
+layer decodes its weight for its product, forward and backward, and keeps the codes.
+"""
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from peftjax.core.checks import one_of, positive
+from peftjax.core.errors import PeftError
+from peftjax.methods.quantized._base import BaseOptions, quantized_base
+from peftjax.quantize.elements import Integers, Natural
+from peftjax.quantize.formats import FORMATS, FormatName
+from peftjax.quantize.groups import Format
+from peftjax.quantize.scales import ScaleForm
+from peftjax.transform.options import takes
+from peftjax.transform.registry import Conformance, register
+from peftjax.transform.transform import Transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions(BaseOptions):
+    """What a method takes that codes weights in any format.
+
+    Attributes:
+        format: one of `peftjax.quantize.formats`.
+        group: how many weights along the inputs share a scale, -1 for all inputs of an output; by default the
+            format's.
+        scales: what the scales are kept as; by default the format's.
+        affine: whether a group has a zero point, which whole numbers alone can have.
+        search: how many ranges are tried for each group, from its whole one down to 0.3 of it, for the least
+            squared error; 1 takes the whole one. By default 20 for int3 and int2, else 1.
+    """
+
+    format: FormatName = "int4"
+    group: int | None = None
+    scales: ScaleForm | None = None
+    affine: bool = False
+    search: int | None = None
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        one_of(caller, "format", self.format, get_args(FormatName))
+        if self.group not in (None, -1):
+            positive(caller, "group", self.group)
+        if self.scales is not None:
+            one_of(caller, "scales", self.scales, get_args(ScaleForm))
+        positive(caller, "search", self.search)
+        if self.affine and not isinstance(FORMATS[self.format].element, Integers):
+            raise PeftError(f"{caller}: affine is of int2 ... int8; {self.format} has no zero point")
+
+    @property
+    def form(self) -> Format:
+        """How weights are coded."""
+        form = FORMATS[self.format]
+        if self.search is not None:
+            form = replace(form, search=self.search)
+        if self.affine:
+            form = replace(form, element=Natural(form.element.bits))
+        if self.group is not None:
+            form = replace(form, group=None if self.group == -1 else self.group)
+        return form if self.scales is None else replace(form, scales=self.scales)
+
+
+@register(
+    kind="rewrite",
+    paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two",
+    trains="nothing",
+    backward_keeps="the codes, 2 to 8 bits a weight",
+    quantized_base=False,
+    replaces_base=True,
+    conformance=Conformance(example={"format": "int4", "group": 4}, starts_as_base=False),
+)
+@takes(FormatOptions)
+def quantized(options: FormatOptions) -> Transform:
+    """Keep the targeted weights as codes of a format, rounded to the nearest.
+
+    Raises:
+        PeftError: here for an option out of range; in `init` for targets that do not fit the parameters.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((64, 8))}}
+        >>> frozen, _ = pj.quantized(format="int8").init(jax.random.key(0), params)
+        >>> frozen.params["up"]["kernel"].codes.codes.dtype.name
+        'int8'
+    """
+    return quantized_base("quantized", options.form, options)

@@ -1,0 +1,237 @@
+"""Numbers as codes with a scale for each group of them along the last axis: what a quantized weight is.
+
+x ≈ scale_g · element(code)           or, with a zero point,    scale_g · (code - zero_g)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from peftjax.quantize.codes import Codes, decode
+from peftjax.quantize.elements import Element, Natural, Table
+from peftjax.quantize.packing import pack, unpack
+from peftjax.quantize.scales import ScaleForm, encode_scales
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+"""What the scale of a group of zeros counts as, in a division."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are coded.
+
+    Attributes:
+        element: how a code stands for a number.
+        group: how many numbers along the last axis share a scale; None for all of them.
+        scales: what the scales are kept as.
+        exact_scale: whether codes are of the scale before it was rounded, as bitsandbytes' are.
+        search: how many smaller ranges are tried for each group, for the least squared error; 1 for the whole
+            range alone.
+        runs_on: whether groups that do not divide a row run on into the next one.
+    """
+
+    element: Element
+    group: int | None = None
+    scales: ScaleForm = "float32"
+    exact_scale: bool = False
+    search: int = 1
+    runs_on: bool = False
+
+    @property
+    def reach(self) -> float:
+        """A group's largest number over its scale, which as a power of two is rounded down."""
+        if self.scales != "e8m0":
+            return self.element.greatest
+        if isinstance(self.element, Table) and self.element.rounding == "log":
+            return 2**-0.5  # to the nearest power
+        return 2.0 ** math.floor(math.log2(self.element.greatest))
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether a group has a zero point."""
+        return isinstance(self.element, Natural)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "zeros"],
+    meta_fields=["format", "width", "dtype"],
+)
+@dataclass(frozen=True)
+class GroupCodes(Codes):
+    """An array `[*stack, rows, width]` as codes.
+
+    Attributes:
+        codes: `[*stack, rows, bytes]`, uint8 with several codes a byte; or int8, or a float of one byte.
+        scales: `[*stack, rows, groups]`, an array or codes of it.
+        zeros: float32 or integers of that shape, or None.
+        format: how it is coded.
+        width: of a row.
+        dtype: what it decodes to.
+    """
+
+    codes: Array
+    scales: Array | Codes
+    zeros: Array | None
+    format: Format
+    width: int
+    dtype: DTypeLike
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[*stack, rows, width]`."""
+        return (*self.codes.shape[:-1], self.width)
+
+    @property
+    def group(self) -> int:
+        """How many numbers share a scale."""
+        return self.format.group or self.width
+
+    @property
+    def units(self) -> Float[Array, "*stack rows width"]:
+        """What the codes stand for before the scale, float32: element, or code - zero."""
+        bits = self.format.element.bits
+        codes = self.codes if bits == 8 else unpack(self.codes, bits, self.width)
+        values = self.format.element.decode(codes)
+        return values if self.zeros is None else values - self.by_number(self.zeros.astype(jnp.float32))
+
+    def by_number(self, of_groups: Array) -> Array:
+        """What each group has, for each of its numbers."""
+        return _by_number(of_groups, self.group, self.width)
+
+    def decode(self) -> Array:
+        """The array that the codes stand for."""
+        scales = decode(self.scales).astype(jnp.float32)
+        return (self.units * self.by_number(scales)).astype(self.dtype)
+
+    def take(self, rows: Array) -> "GroupCodes":
+        """Some rows of a single matrix `[rows, width]`, as codes `[*n, width]`."""
+        scales = self.scales.take(rows) if isinstance(self.scales, Codes) else self.scales[rows]
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return replace(self, codes=self.codes[rows], scales=scales, zeros=zeros)
+
+    def on_rows(self, fn: Callable[[Array], Array]) -> "GroupCodes":
+        """The codes with `fn(array)` for each array `[*stack, rows, n]`; the scales become floats."""
+        zeros = None if self.zeros is None else fn(self.zeros)
+        return replace(self, codes=fn(self.codes), scales=fn(decode(self.scales)), zeros=zeros)
+
+    def cut(self, start: int, stop: int) -> "GroupCodes | None":
+        """The numbers `start ... stop - 1` of each row; None where they are no whole groups and bytes."""
+        bits, group = self.format.element.bits, self.group
+        if bits not in (1, 2, 4, 8):
+            return None  # the parts of a code lie apart
+        if any(at % group or at * bits % 8 for at in (start, stop) if at != self.width):
+            return None
+        groups = slice(start // group, -(-stop // group))
+        zeros = None if self.zeros is None else self.zeros[..., groups]
+        return replace(
+            self,
+            codes=self.codes[..., start * bits // 8 : -(-stop * bits // 8)],
+            scales=decode(self.scales)[..., groups],
+            zeros=zeros,
+            width=stop - start,
+        )
+
+    def with_plain_scales(self) -> "GroupCodes":
+        """The same codes with scales that are floats."""
+        return replace(self, scales=decode(self.scales))
+
+    def specs(self, stack: Sequence[Any], row: Any, along: Any) -> "GroupCodes":
+        """The codes with the sharding of each array in its place.
+
+        Args:
+            stack: the mesh axes of each stack axis.
+            row: of the rows.
+            along: of the numbers of a row; a scale for the whole row is on all of its devices.
+        """
+        whole = PartitionSpec(*stack, row, along)
+        of_groups = PartitionSpec(*stack, row, along if self.scales.shape[-1] > 1 else None)
+
+        def spec(array: Array) -> PartitionSpec:
+            return of_groups if array.ndim == len(stack) + 2 else PartitionSpec(*stack)
+
+        zeros = None if self.zeros is None else of_groups
+        return replace(self, codes=whole, scales=jax.tree.map(spec, self.scales), zeros=zeros)
+
+
+def encode(
+    x: Float[Array, "*stack rows width"], form: Format, *, dtype: DTypeLike | None = None
+) -> GroupCodes:
+    """Code an array, to the nearest; a group of zeros decodes to zeros.
+
+    Args:
+        x: any floating dtype.
+        form: how.
+        dtype: what it decodes to; by default that of `x`.
+    """
+    width, group = x.shape[-1], form.group or x.shape[-1]
+    groups = _grouped(x.astype(jnp.float32), group)
+    scales, zeros = _ranges(groups, form)
+    kept = encode_scales(scales, form.scales)
+    if not form.exact_scale:
+        scales = decode(kept).astype(jnp.float32)
+    codes = _codes(groups, scales, zeros, form.element)
+    # Half a byte that is left over has the code of zero, as in bitsandbytes.
+    kept_codes = width + (width % 2 if form.element.bits == 4 else 0)
+    codes = codes.reshape(*codes.shape[:-2], -1)[..., :kept_codes]
+    packed = codes if form.element.bits == 8 and codes.dtype != jnp.uint8 else pack(codes, form.element.bits)
+    return GroupCodes(
+        packed, kept, None if zeros is None else zeros.astype(jnp.uint8), form, width, dtype or x.dtype
+    )
+
+
+def _ranges(groups: Array, form: Format) -> tuple[Array, Array | None]:
+    """The scale of each group, and its zero point."""
+    found, least = None, None
+    for n in range(form.search):
+        one = _range(groups, form, 1 - 0.7 * n / form.search)
+        if form.search == 1:
+            return one
+        scales = one[0]
+        codes = _codes(groups, scales, one[1], form.element)
+        values = form.element.decode(codes)
+        values = values if one[1] is None else values - one[1][..., None]
+        error = jnp.sum((values * scales[..., None] - groups) ** 2, -1)
+        if found is None or least is None:
+            found, least = one, error
+            continue
+        better = error < least
+        found = jax.tree.map(lambda new, old, better=better: jnp.where(better, new, old), one, found)
+        least = jnp.minimum(error, least)
+    assert found is not None
+    return found
+
+
+def _range(groups: Array, form: Format, share: float) -> tuple[Array, Array | None]:
+    if not form.has_zeros:
+        return share * jnp.abs(groups).max(-1) / form.reach, None
+    low, high = share * jnp.minimum(groups.min(-1), 0), share * jnp.maximum(groups.max(-1), 0)
+    scales = (high - low) / form.element.greatest
+    return scales, jnp.round(-low / jnp.where(scales > 0, scales, 1))
+
+
+def _codes(groups: Array, scales: Array, zeros: Array | None, element: Element) -> Array:
+    unit = groups * (1 / jnp.maximum(scales, _TINY))[..., None]
+    if zeros is not None:
+        return element.encode(unit + zeros[..., None])
+    return element.encode(jnp.clip(unit, -element.greatest, element.greatest))
+
+
+def _grouped(x: Array, group: int) -> Array:
+    """`[..., groups, group]`, the last group filled up with zeros."""
+    short = -x.shape[-1] % group
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return x.reshape(*x.shape[:-1], -1, group)
+
+
+def _by_number(of_groups: Array, group: int, width: int) -> Array:
+    each = jnp.broadcast_to(of_groups[..., None], (*of_groups.shape, group))
+    return each.reshape(*of_groups.shape[:-1], -1)[..., :width]

@@ -1,0 +1,166 @@
+"""A frozen weight of which there are codes of a few bits alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from peftjax.quantize.groups import Format, GroupCodes, encode
+from peftjax.weights.base import Weight, lazily_merged
+from peftjax.weights.canonical import side_of, to_canonical, to_logical
+from peftjax.weights.contraction import Gather
+from peftjax.weights.fields import coded, static, structured
+from peftjax.weights.layout import Layout, Side
+
+
+@structured
+class Quantized(Weight):
+    """`w = decode(codes)`, a weight without a base.
+
+    A layer decodes it for its product, in the forward pass and again in the backward pass, which keeps the
+    codes alone. A lookup of rows decodes those rows.
+
+    Attributes:
+        codes: `[*stack, rows, width]`; or `[*stack, 1, rows · width]`, where groups run on from row to row.
+        layout: of the logical axes.
+        of_dtype: of the array that it stands for.
+        rows: the side whose axes the rows of the codes are; groups run along the other one.
+    """
+
+    codes: GroupCodes = coded()
+    layout: Layout = static()
+    of_dtype: Any = static()
+    rows: Side = static(default="o")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the array this weight stands for."""
+        return jnp.dtype(self.of_dtype)
+
+    def dense(self) -> Array:
+        """The decoded array, rounded once, from float32 to its dtype."""
+        matrices = replace(self.codes, dtype=self.dtype).decode()
+        n, m = self.layout.matrix
+        matrices = matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
+        return to_logical(matrices.swapaxes(-1, -2) if self.rows == "o" else matrices, self.layout)
+
+    def cast(self, dtype: Any) -> "Quantized":
+        """The same codes, decoded to another dtype."""
+        return replace(self, of_dtype=jnp.dtype(dtype))
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """Rows of this weight, of which those alone are decoded."""
+        width = self.layout.positions("i" if self.rows == "o" else "o")
+        ordered = width == tuple(p for p in range(self.ndim) if p != rule.axis)
+        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self._runs_on:
+            return lazily_merged(rule, indices, self)
+        found = replace(self.codes.take(indices[..., 0]), dtype=self.dtype).decode()
+        return found.reshape(*indices.shape[:-1], *(self.shape[p] for p in width))
+
+    def slice_features(self, position: int, cut: range) -> "Quantized | None":
+        """A slice of rows, or one of whole groups and bytes."""
+        kind = self.layout.axes[position].kind
+        if self._runs_on or len(self.layout.positions(kind)) > 1:
+            return None
+        sizes = list(self.shape)
+        sizes[position] = len(cut)
+        if kind == self.rows:
+            codes = self.codes.on_rows(
+                lambda part: lax.slice_in_dim(part, cut.start, cut.stop, cut.step, part.ndim - 2)
+            )
+        else:
+            codes = self.codes.cut(cut.start, cut.stop) if cut.step == 1 else None
+        return None if codes is None else replace(self, codes=codes, layout=self.layout.resized(sizes))
+
+    def reverse(self, position: int) -> "Quantized | None":
+        """A reversed stack, or reversed rows."""
+        kind = self.layout.axes[position].kind
+        if kind in ("s", "1"):
+            return super().reverse(position)
+        if self._runs_on or kind != self.rows or len(self.layout.positions(kind)) > 1:
+            return None
+        return replace(self, codes=self.codes.on_rows(lambda part: lax.rev(part, (part.ndim - 2,))))
+
+    def as_stack(self, position: int) -> "Quantized | None":
+        """One of several axes of the rows read as a stack."""
+        axis, n = self.layout.axes[position], len(self.layout.stack)
+        sizes = self.layout.sizes(axis.kind)
+        if axis.kind != self.rows or len(sizes) < 2 or self._runs_on:
+            return None
+        place = self.layout.positions(axis.kind).index(position)
+
+        def stacked(part: Array) -> Array:
+            apart = part.reshape(*part.shape[:-2], *sizes, part.shape[-1])
+            apart = jnp.moveaxis(apart, n + place, n)
+            return apart.reshape(*apart.shape[: n + 1], -1, part.shape[-1])
+
+        layout = self.layout.drop(position).with_stack(position, axis.size, n)
+        return replace(self, codes=self.codes.on_rows(stacked), layout=layout)
+
+    def part_specs(self, spec: PartitionSpec) -> "Quantized | None":
+        """Codes and scales divided as the weight is; None where groups run on over what is divided."""
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+        stack = [full[p] for p in self.layout.positions("s")]
+        divided = {}
+        for side in ("i", "o"):
+            first, *others = (full[p] for p in self.layout.positions(side))
+            if any(others) or (self._runs_on and first is not None):
+                return None
+            divided[side] = first
+        row, along = (divided["o"], divided["i"]) if self.rows == "o" else (divided["i"], divided["o"])
+        return replace(self, codes=self.codes.specs(stack, row, along))
+
+    def divided_with(self, activations: Sequence[tuple[Sequence[int], PartitionSpec]]) -> "Quantized":
+        """With scales that are floats: codes of scales run on over all rows."""
+        return replace(self, codes=self.codes.with_plain_scales())
+
+    def gather_features(
+        self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
+    ) -> "Quantized | None":
+        """The weight with its rows, or whole groups of each, gathered; see `Views.gather_features`."""
+        axis = self.layout.axes[position]
+        if axis.kind not in "io" or axis.place != 0 or self._runs_on:
+            return None
+        sizes = list(self.shape)
+        sizes[position] = size
+        at = 2 if axis.kind == self.rows else 1
+        if at == 1 and self.codes.scales.shape[-1] == 1:
+            return None  # a scale for the whole row is no shard of one
+        codes = self.codes.on_rows(lambda part: fn(part, part.ndim - at))
+        return replace(self, codes=codes).relabeled(lambda layout: layout.resized(sizes))
+
+    def relabeled(self, fn: Callable[[Layout], Layout]) -> "Quantized":
+        """The same codes under another layout, whose width they have."""
+        layout = fn(self.layout)
+        n, m = layout.matrix
+        width = n * m if self._runs_on else n if self.rows == "o" else m
+        return replace(self, layout=layout, codes=replace(self.codes, width=width))
+
+    @property
+    def _runs_on(self) -> bool:
+        n, m = self.layout.matrix
+        return self.codes.width != (n if self.rows == "o" else m)
+
+
+def quantize(w: Array, layout: Layout, form: Format, *, rows: Side = "o") -> Quantized:
+    """An array as a quantized weight, the matrices of its stack one after the other.
+
+    Args:
+        w: any floating dtype.
+        layout: of its axes.
+        form: how it is coded.
+        rows: which side the rows of the codes are: of a lookup table its inputs.
+    """
+    matrices = to_canonical(w, layout)
+    matrices = matrices.swapaxes(-1, -2) if rows == "o" else matrices
+    if form.runs_on and matrices.shape[-1] % (form.group or 1):
+        matrices = matrices.reshape(*layout.stack, 1, -1)
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    # All of a stack at once would take several float32 arrays of its size.
+    codes = lax.map(lambda matrix: encode(matrix, form, dtype=w.dtype), flat)
+    codes = jax.tree.map(lambda part: part.reshape(*layout.stack, *part.shape[1:]), codes)
+    return Quantized(codes, layout, w.dtype, rows)
