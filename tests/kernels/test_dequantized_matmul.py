@@ -224,3 +224,19 @@ def test_what_does_not_fit_is_an_error():
     ):
         with pytest.raises(PeftError, match=message):
             wrong()
+
+
+def test_only_tiles_of_a_large_weight_are_dense_on_a_cpu():
+    """Of 256 MiB in float32 a tile forward and a tile backward, which XLA gives places of their own."""
+    side = 8192
+    operands = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((4, side), "float32"),
+            ((side, side // 2), "uint8"),
+            ((side, side // 64), "float32"),
+        )
+    ]
+    loss = lambda x, c, s: jnp.sum(jnp.sin(dequantized_matmul(x, c, s, table=NF4, group=64)))
+    program = jax.jit(jax.grad(loss)).lower(*operands).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * reference.LARGEST + 2**21

@@ -54,11 +54,9 @@ def decode(
     codes: Array, scales: Array, shifts: Array | None, *, table: Table | None, group: int, dtype: DTypeLike
 ) -> Array:
     """The weights `[*stack, rows, in]` of some rows, rounded once from float32."""
-    if table is None:
-        each = codes.astype(jnp.int32)
-    else:
-        pair = codes.astype(jnp.int32)
-        each = jnp.stack([pair >> 4, pair & 15], -1)
+    each = codes.astype(jnp.int32)
+    if table is not None:
+        each = (each[..., None] >> jnp.array([4, 0])) & 15
     grouped = each.reshape(*scales.shape, group)
     value = weight(grouped, scales[..., None], None if shifts is None else shifts[..., None], table)
     return value.reshape(*scales.shape[:-1], -1).astype(dtype)
