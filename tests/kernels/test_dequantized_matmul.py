@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_an_error():
 
 
 def test_only_tiles_of_a_large_weight_are_dense_on_a_cpu():
-    """Of 256 MiB in float32 a tile forward and a tile backward, which XLA gives places of their own."""
+    """Of 256 MiB in float32, one tile forward and one backward, to which XLA gives different places."""
     side = 8192
     operands = [
         jax.ShapeDtypeStruct(shape, dtype)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.core.errors import PeftError
-from peftjax.kernels.dequantized_matmul import reference
+from peftjax.kernels.dequantized_matmul import gpu, reference, tpu
 from peftjax.kernels.dequantized_matmul.element import Table
 
 
@@ -128,7 +128,12 @@ def _over_axis(arrays: Sequence[Array], axes: Sequence[int | None], **static: An
     return [(y.astype(jnp.float32) + jnp.moveaxis(branch, 0, stack)).astype(y.dtype)], [stack]
 
 
-_bind = primitives.by_platform("dequantized_matmul", partial(_flat, reference.matmul), {}, batched=_over_axis)
+_bind = primitives.by_platform(
+    "dequantized_matmul",
+    partial(_flat, reference.matmul),
+    {"cuda": partial(_flat, gpu.matmul), "tpu": partial(_flat, tpu.matmul)},
+    batched=_over_axis,
+)
 
 
 def _check(
