@@ -34,21 +34,23 @@ def by_platform(
     kernels: Mapping[str, Body],
     *,
     always: bool = False,
+    batched: Callable[..., tuple | None] | None = None,
 ) -> Callable[..., list[Any]]:
     """A function whose body is chosen when the program around it is lowered for a platform.
 
     Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
     is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
     XLA may partition, in every other, in one for `jax.export` and on other platforms; `always` takes the
-    kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one.
-    Derivatives are those of `plain`.
+    kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one, where
+    `batched(arrays, axes, **static)` does not give `(outputs, axes)` that take less. Derivatives are those
+    of `plain`.
     """
     primitive = _Operation(name, {None: plain, **kernels})
     compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
     primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
     ad.primitive_jvps[primitive] = partial(_derivative_of_plain, primitive, plain)
-    batching.primitive_batchers[primitive] = partial(_over_stack, primitive)
+    batching.primitive_batchers[primitive] = partial(_over_stack, primitive, batched)
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=True))
     for platform, kernel in kernels.items():
         mlir.register_lowering(primitive, partial(_lowered, plain, kernel, always), platform=platform)
@@ -211,8 +213,12 @@ def _batched(mapped: Any, arrays: Sequence[Any], axes: Sequence[int | None], **s
     return out, [0] * len(out)
 
 
-def _over_stack(primitive: Any, arrays: Sequence[Any], axes: Sequence[int | None], **static: Any) -> tuple:
+def _over_stack(
+    primitive: Any, batched: Any, arrays: Sequence[Any], axes: Sequence[int | None], **static: Any
+) -> tuple:
     """A mapped axis becomes the first of the stack; what is not mapped is repeated along it."""
+    if batched is not None and (found := batched(arrays, axes, **static)) is not None:
+        return found
     (size,) = {array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None}
     moved = [
         jax.numpy.broadcast_to(array, (size, *array.shape))

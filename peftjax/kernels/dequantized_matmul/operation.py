@@ -1,0 +1,176 @@
+"""The product as an operation: kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
+device's own code; jnp elsewhere, and wherever XLA partitions the program.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType
+
+from peftjax.core import compat, primitives
+from peftjax.core.derivatives import with_backward
+from peftjax.core.errors import PeftError
+from peftjax.kernels.dequantized_matmul import gpu, reference, tpu
+from peftjax.kernels.dequantized_matmul.element import Table
+
+
+def dequantized_matmul(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    shifts: Array | None = None,
+    u: Array | None = None,
+    v: Array | None = None,
+    *,
+    table: Table | None,
+    group: int,
+    transposed: bool = False,
+) -> Array:
+    """`y = x W + u v` with a weight that is only ever held as codes, `[..., out]` in x's dtype.
+
+        W[i, o] = element(code[o, i]) · scales[o, i // group] (+ shifts[o, i // group])
+
+    Weights are decoded in float32, rounded once to x's dtype, and the products summed in float32. Leading
+    axes of x and u may be any; `vmap` maps any of the arrays, a stack of weights too.
+
+    The gradient keeps codes, scales and shifts, and u and v where they are given; x and W are not kept. It is
+    that of x, u and v: scales and shifts are constants, whose gradient is zero.
+
+    Args:
+        x: floats `[..., in]`; `[..., out]` if transposed.
+        codes: with a table uint8 `[out, in / 2]`, of each pair along `in` the first in the high bits; without
+            one int8 `[out, in]`, whose elements are the integers themselves.
+        scales: floats `[out, in / group]`.
+        shifts: floats of the scales' shape.
+        u: floats `[..., r]`, a low-rank product's left factor.
+        v: floats `[r, out]`; `[r, in]` if transposed.
+        table: the 16 elements that codes stand for; None for int8 codes.
+        group: how many neighbors along `in` share a scale; it divides `in`.
+        transposed: `x Wᵀ + u v`, `[..., in]`, the product that gradients of the inputs are.
+
+    Raises:
+        PeftError: if shapes or dtypes do not fit each other.
+    """
+    _check(x, codes, scales, shifts, u, v, table, group, transposed)
+    static = {"table": table, "group": group, "transposed": transposed}
+    # Inside a shard_map, what all devices share is cast first: its gradient is then summed over them.
+    return _product(static, *compat.varying_alike((x, codes, scales, shifts, u, v)))
+
+
+def _product(static: dict[str, Any], *operands: Array | None) -> Array:
+    def forward(*operands: Array | None) -> tuple[Array, tuple]:
+        return _product(static, *operands), operands[1:]
+
+    return with_backward(partial(_chosen, **static), forward, partial(_gradients, static))(*operands)
+
+
+def _gradients(static: dict[str, Any], kept: tuple, g: Array) -> tuple:
+    codes, scales, shifts, u, v = kept
+    other = {**static, "transposed": not static["transposed"]}
+    of_x = _product(other, g, codes, scales, shifts, None, None)
+    if u is None:
+        return of_x, None, None, None, None, None
+    dtype, lead = jnp.result_type(g, u, v), tuple(range(g.ndim - 1))
+    g, left, right = (array.astype(dtype) for array in (g, u, v))
+    of_u, of_v = (
+        reference.product(g, right, -1),
+        jnp.tensordot(left, g, (lead, lead), preferred_element_type=jnp.float32),
+    )
+    return of_x, None, None, None, of_u.astype(u.dtype), of_v.astype(v.dtype)
+
+
+def _chosen(*operands: Array | None, **static: Any) -> Array:
+    if AxisType.Explicit in jax.typeof(operands[0]).sharding.mesh.axis_types:
+        return reference.matmul(*operands, **static)
+    leaves, structure = jax.tree.flatten(operands)
+    return _bind(*leaves, structure=structure, **static)[0]
+
+
+def _flat(body: Callable[..., Array], *leaves: Array, structure: Any, **static: Any) -> list[Array]:
+    return [body(*jax.tree.unflatten(structure, leaves), **static)]
+
+
+def _over_axis(arrays: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple | None:
+    """Mapped inputs of one weight are more rows of x; None where the weight is mapped too."""
+    stored = jax.tree.unflatten(static["structure"], range(len(arrays)))
+    x, u, v = (None if place is None else arrays[place] for place in (stored[0], *stored[4:]))
+    on_weight = [axes[place] for place in stored[1:4] if place is not None]
+    if any(axis is not None for axis in on_weight):
+        return None
+    stack = arrays[stored[1]].ndim - 2
+    (size,) = {array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None}
+
+    def inner(array: Array, axis: int | None) -> Array:
+        """With the mapped axis behind the stack of weights."""
+        if axis is not None:
+            return jnp.moveaxis(array, axis, stack)
+        repeated = jnp.expand_dims(array, stack)
+        return jnp.broadcast_to(repeated, (*array.shape[:stack], size, *array.shape[stack:]))
+
+    given: list[Array | None] = [None if p is None else arrays[p] for p in stored]
+    given[0] = inner(x, axes[stored[0]])
+    if u is not None:
+        given[4] = inner(u, axes[stored[4]])
+    of_v = None if v is None else axes[stored[5]]
+    if of_v is None:
+        leaves = jax.tree.leaves(given)
+        return _bind(*leaves, **static), [stack]
+    # A low-rank branch for each row of one weight: a product of its own.
+    given[4:] = None, None
+    leaves, structure = jax.tree.flatten(tuple(given))
+    (y,) = _bind(*leaves, **{**static, "structure": structure})
+    u = jnp.moveaxis(inner(u, axes[stored[4]]), stack, 0)
+    branch = jax.vmap(reference.low_rank)(u, jnp.moveaxis(v, of_v, 0))
+    return [(y.astype(jnp.float32) + jnp.moveaxis(branch, 0, stack)).astype(y.dtype)], [stack]
+
+
+_bind = primitives.by_platform(
+    "dequantized_matmul",
+    partial(_flat, reference.matmul),
+    {"cuda": partial(_flat, gpu.matmul), "tpu": partial(_flat, tpu.matmul)},
+    batched=_over_axis,
+)
+
+
+def _check(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    shifts: Array | None,
+    u: Array | None,
+    v: Array | None,
+    table: Table | None,
+    group: int,
+    transposed: bool,
+) -> None:
+    dtype, per_byte = ("int8", 1) if table is None else ("uint8", 2)
+    if codes.dtype != dtype or codes.ndim != 2 or (table is not None and len(table) != 16):
+        raise PeftError(
+            f"dequantized_matmul: codes are {codes.dtype}{list(codes.shape)} and table has "
+            f"{'no' if table is None else len(table)} elements; codes are uint8[out, in / 2] with a table "
+            "of 16, or int8[out, in] with none."
+        )
+    rows, width = codes.shape[0], codes.shape[1] * per_byte
+    if group < 1 or width % group or (per_byte == 2 and group % 2):
+        raise PeftError(
+            f"dequantized_matmul: group is {group} of {width} inputs; it must divide them"
+            f"{' and be even' if per_byte == 2 else ''}."
+        )
+    into, out = (rows, width) if transposed else (width, rows)
+    want = {"scales": (rows, width // group), "shifts": (rows, width // group), "x": (*x.shape[:-1], into)}
+    if u is not None and v is not None:
+        want |= {"u": (*x.shape[:-1], u.shape[-1]), "v": (u.shape[-1], out)}
+    elif u is not None or v is not None:
+        raise PeftError("dequantized_matmul: u and v are one low-rank product; give both or neither.")
+    for name, array in {"x": x, "scales": scales, "shifts": shifts, "u": u, "v": v}.items():
+        if array is None:
+            continue
+        if array.shape != want[name] or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise PeftError(
+                f"dequantized_matmul: {name} is {array.dtype}{list(array.shape)}; beside codes of "
+                f"{rows} outputs and {width} inputs in groups of {group} it is floats {list(want[name])}."
+            )
