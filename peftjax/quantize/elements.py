@@ -7,10 +7,11 @@ it), `encode`, from numbers in units of the scale to codes 0 ... 2^bits - 1, and
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
+
+from peftjax.kernels.dequantized_matmul.element import element
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -76,11 +77,14 @@ class Table:
         # Comparisons with constants, which fuse; a search in a table would not.
         for edge, up in zip(edges, upward):
             above += (unit >= edge if up else unit > edge).astype(jnp.uint8)
-        return above if np.array_equal(order, np.arange(len(order))) else _select(above, order)
+        if np.array_equal(order, np.arange(len(order))):
+            return above
+        places = (*map(float, order), *[0.0] * (len(self.values) - len(order)))
+        return element(above.astype(jnp.int32), places).astype(jnp.uint8)
 
     def decode(self, codes: Num[Array, "..."]) -> Float[Array, "..."]:
         """The numbers, float32."""
-        return _select(codes, np.asarray(self.values, np.float32))
+        return element(codes.astype(jnp.int32), self.values)
 
     def _edges(self) -> tuple[np.ndarray, np.ndarray, list[bool]]:
         """The codes by value, what lies between neighbors, and whether an edge itself goes up."""
@@ -176,17 +180,3 @@ def powers_of_two(bits: int) -> Table:
     """`±2^-k`, k = 0 ... 2^(bits-1) - 1: a product with one is a shift (ShiftAddViT, arXiv 2306.06446)."""
     sizes = [2.0**-k for k in range(2 ** (bits - 1))]
     return Table((*sizes, *(-size for size in sizes)), "log")
-
-
-def _select(codes: Array, values: np.ndarray) -> Array:
-    """`values[codes]` without a lookup: of the lower half or the upper, bit by bit."""
-    if len(values) == 1:
-        return jnp.asarray(values[0])
-    if len(values) & (len(values) - 1):
-        values = np.concatenate([values, values[-1:].repeat(2 ** len(values).bit_length() - len(values))])
-    half = len(values) // 2
-    return jax.lax.select(
-        jnp.broadcast_to(codes & half != 0, codes.shape),
-        jnp.broadcast_to(_select(codes, values[half:]), codes.shape),
-        jnp.broadcast_to(_select(codes, values[:half]), codes.shape),
-    )

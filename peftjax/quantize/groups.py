@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from peftjax.quantize.codes import Codes, decode
-from peftjax.quantize.elements import Element, Natural, Table
+from peftjax.quantize.elements import Element, Integers, Natural, Table
 from peftjax.quantize.packing import pack, unpack
 from peftjax.quantize.scales import ScaleForm, encode_scales
 
@@ -117,6 +117,25 @@ class GroupCodes(Codes):
         scales = self.scales.take(rows) if isinstance(self.scales, Codes) else self.scales[rows]
         zeros = None if self.zeros is None else self.zeros[rows]
         return replace(self, codes=self.codes[rows], scales=scales, zeros=zeros)
+
+    @property
+    def factors(self) -> tuple[tuple[float, ...] | None, Array, Array | None] | None:
+        """What `peftjax.kernels.dequantized_matmul` takes beside the codes: table, scales and shifts.
+
+        None where it has no such codes.
+        """
+        element = self.format.element
+        if self.width % self.group or (element.bits == 4 and self.group % 2):
+            return None
+        scales = decode(self.scales)
+        if isinstance(element, Table) and element.bits == 4:
+            return element.values, scales, None
+        if isinstance(element, Integers) and element.bits in (4, 8):
+            return tuple(map(float, range(-8, 8))) if element.bits == 4 else None, scales, None
+        if isinstance(element, Natural) and element.bits == 4 and self.zeros is not None:
+            shifts = -self.zeros.astype(jnp.float32) * scales.astype(jnp.float32)
+            return tuple(map(float, range(16))), scales, shifts
+        return None
 
     def on_rows(self, fn: Callable[[Array], Array]) -> "GroupCodes":
         """The codes with `fn(array)` for each array `[*stack, rows, n]`; the scales become floats."""

@@ -14,6 +14,7 @@ from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDo
 from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout, Side
+from peftjax.weights.quantized import Quantized
 from peftjax.weights.sharding import is_explicit, keeping, like
 
 Product = Callable[[Array, Array], Array]
@@ -53,6 +54,11 @@ class LowRank(Weight):
     def dot(self, x: Array, rule: Dot) -> Array:
         """`x·base + scale · (x·first)·second`, first being the factor of the side that x meets."""
         side = met_side(self.layout, rule)
+
+        first, second = self._sides(side)
+        if isinstance(self.base, Quantized) and self.base.multiplies(x, rule):
+            z, second, _, _ = _narrowed(x, first, second, self.scale, rule, self.layout, side, self._enter)
+            return self.base.multiplied(x, rule, z, second)
 
         def delta(x: Array, first: Array, second: Array) -> Array:
             return low_rank_dot(x, first, second, self.scale, rule, self.layout, side, self._enter)
@@ -144,7 +150,21 @@ def low_rank_dot(
     side: Side,
     enter: Enter = _plainly,
 ) -> Array:
-    """`scale · (x·first)·second`; every product contracts or yields the rank axis.
+    """`scale · (x·first)·second`; every product contracts or yields the rank axis."""
+    return widened(*_narrowed(x, first, second, scale, rule, layout, side, enter), side)
+
+
+def _narrowed(
+    x: Array,
+    first: Array,
+    second: Array,
+    scale: float,
+    rule: Dot,
+    layout: Layout,
+    side: Side,
+    enter: Enter,
+) -> tuple[Array, Array, Dot, Layout]:
+    """`scale · x·first`, and what is left to be done with it: second, the rule and the layout.
 
     A stack axis that is summed over is one that x has in the first product, and part of the rank in the
     second.
@@ -176,8 +196,8 @@ def low_rank_dot(
     z = (scale * enter(product, x, first)).astype(x.dtype)
     second = second.astype(x.dtype)
     if summed:
-        z, second, rule, layout = _into_rank(z, second, rule, layout, len(summed))
-    return widened(z, second, rule, layout, side)
+        return _into_rank(z, second, rule, layout, len(summed))
+    return z, second, rule, layout
 
 
 def _into_rank(

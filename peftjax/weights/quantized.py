@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from peftjax.kernels.dequantized_matmul import dequantized_matmul
 from peftjax.quantize.groups import Format, GroupCodes, encode
 from peftjax.weights.base import Weight, lazily_merged
-from peftjax.weights.canonical import side_of, to_canonical, to_logical
-from peftjax.weights.contraction import Gather
+from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
+from peftjax.weights.contraction import Dot, Gather
 from peftjax.weights.fields import coded, static, structured
 from peftjax.weights.layout import Layout, Side
 
@@ -43,7 +44,8 @@ class Quantized(Weight):
 
     def dense(self) -> Array:
         """The decoded array, rounded once, from float32 to its dtype."""
-        matrices = replace(self.codes, dtype=self.dtype).decode()
+        codes = lax.stop_gradient(self.codes)
+        matrices = replace(codes, dtype=self.dtype).decode()
         n, m = self.layout.matrix
         matrices = matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
         return to_logical(matrices.swapaxes(-1, -2) if self.rows == "o" else matrices, self.layout)
@@ -51,6 +53,50 @@ class Quantized(Weight):
     def cast(self, dtype: Any) -> "Quantized":
         """The same codes, decoded to another dtype."""
         return replace(self, of_dtype=jnp.dtype(dtype))
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """X times this weight, of which a tile at a time is decoded where there is a kernel for its codes."""
+        return self.multiplied(x, rule) if self.multiplies(x, rule) else lazily_merged(rule, x, self)
+
+    def multiplies(self, x: Array, rule: Dot) -> bool:
+        """Whether `multiplied` has a way for the rule: x meets one whole side of one matrix."""
+        return (
+            not self.layout.stack
+            and "1" not in self.layout.letters
+            and not self._runs_on
+            and side_of(self.layout, rule.w_contract) is not None
+            and not rule.w_batch
+            and rule.precision is None
+            and rule.out_sharding is None
+            and rule.preferred in (None, x.dtype)
+            and x.dtype == self.dtype
+            and self.codes.factors is not None
+        )
+
+    def multiplied(self, x: Array, rule: Dot, u: Array | None = None, v: Array | None = None) -> Array:
+        """`x·w`, with `u·v` in the same sum where they are given.
+
+        Args:
+            x: the activation.
+            rule: one that `multiplies` allows.
+            u: `[free axes of x, r]`.
+            v: `[r, n]`, n over the side that x does not meet.
+        """
+        side = side_of(self.layout, rule.w_contract)
+        assert side is not None
+        factors = self.codes.factors
+        assert factors is not None
+        table, scales, shifts = factors
+        met = [rule.x_contract[rule.w_contract.index(p)] for p in self.layout.positions(side)]
+        free = [n for n in range(x.ndim) if n not in met]
+        lead = [x.shape[n] for n in free]
+        x = lax.transpose(x, (*free, *met)).reshape(*lead, -1)
+        transposed, codes = side == self.rows, self.codes.codes
+        y = dequantized_matmul(
+            x, codes, scales, shifts, u, v, table=table, group=self.codes.group, transposed=transposed
+        )
+        y = y.reshape(*lead, *self.layout.sizes("o" if side == "i" else "i"))
+        return result_of_dot(y, rule, self.layout, side)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight, of which those alone are decoded."""
