@@ -4,11 +4,15 @@ Eight CPU devices, so that sharded programs run anywhere. LLVM optimizes little 
 jax 0.10 generates a fusion's code the older and quicker way (newer ones have one way only), because a test
 compiles a program to run it once: what XLA decides (fusion, memory, FLOPs) stays the same. A flag of the
 caller's wins.
+
+Every program lies in a folder of this run too, where the other process, and this one after it has dropped its
+programs, find it. A folder of the caller's wins: with it the next run compiles only what is new.
 """
 
 import ctypes
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -22,6 +26,14 @@ if jax.__version__.startswith("0.10."):
 xla_client.CompileOptions()  # reads the flags, once; libtpu, which reads them later, knows no such flag
 os.environ["XLA_FLAGS"] = FLAGS
 jax.config.update("jax_num_cpu_devices", 8)
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="peftjax-programs-")  # goes with the process that made it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+for option, value in {"MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": -1}.items():
+    os.environ[f"JAX_PERSISTENT_CACHE_{option}"] = str(value)  # for the commands that tests start
+    jax.config.update(f"jax_persistent_cache_{option.lower()}", value)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
 MANY, LARGE = 20_000, 1_200_000_000

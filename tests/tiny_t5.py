@@ -30,7 +30,7 @@ def make(head="seq2seq_lm", **changes):
     """A model and parameters none of which are trivial."""
     model = t5(read_config(values(**changes)), head=head)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
 
     def draw(leaf):
         ones = leaf.ndim < 3 and leaf.shape[-1] == 16 and leaf.shape[0] != 40

@@ -4,7 +4,9 @@ A method of blocks runs on backbones of the library, any other on models of othe
 nothing to adapt in a model (token rows in an image model) is skipped there with its own error as the reason;
 on the models of tokens none may be.
 
-One program is compiled for each method and model. What needs another program runs on the smallest model.
+One program is compiled for each method and model. The quick tests are those on the smallest model, and of
+LoRA on all; what needs another program runs on the smallest model, and is quick for one method of each kind
+of weight.
 """
 
 import copy
@@ -46,18 +48,16 @@ def method_of(name: str) -> pj.Transform:
     return example_of(name, targets=EVERY_WEIGHT)
 
 
-def models_of(name: str) -> tuple[str, ...]:
-    """The names of the models to test that method on, the smallest first."""
+def further_models_of(name: str) -> tuple[str, ...]:
+    """The names of the models to test that method on, but for the smallest."""
     if pj.METHODS[name].conformance.reads_classifier:
-        return CLASSIFIERS
-    return BACKBONES if pj.METHODS[name].of_blocks else MODELS
+        return CLASSIFIERS[1:]
+    return BACKBONES[1:] if pj.METHODS[name].of_blocks else MODELS
 
 
 def made(method_name: str, model_name: str) -> Case | str:
     model, info = tiny(model_name), pj.METHODS[method_name]
     facts = {"mergeable": info.mergeable, "starts_as_base": info.conformance.starts_as_base}
-    # Operation by operation on the smallest of all: the methods share what is compiled.
-    facts["compiled"] = model_name in (*MODELS, *BACKBONES, *CLASSIFIERS)
     try:
         return case_of(method_of(method_name), model, **facts)
     except PeftError as error:
@@ -80,10 +80,10 @@ ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows"
 
 
 def cases():
-    """Every method on its models; all but the smallest are long tests, but for those of LoRA."""
+    """Every method on its further models: long tests, but for those of LoRA."""
     for name in pj.METHODS:
-        for number, model in enumerate(models_of(name)):
-            slow = [pytest.mark.slow] if number and name != "lora" else []
+        for model in further_models_of(name):
+            slow = [] if name == "lora" else [pytest.mark.slow]
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
 
@@ -103,9 +103,6 @@ def smallest(request):
 
 with_a_program_of_its_own = pytest.mark.parametrize("smallest", all_but_slow(pj.METHODS, ANEW), indirect=True)
 """By default of one method of each kind of weight."""
-mergeable = pytest.mark.parametrize(
-    "smallest", [name for name, info in pj.METHODS.items() if info.mergeable], indirect=True
-)
 
 
 def cosine(left, right):
@@ -113,11 +110,11 @@ def cosine(left, right):
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__)
-def test_on_every_model(case, check):
+def test_on_further_models(case, check):
     check(case)
 
 
-@pytest.mark.parametrize("check", START_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (*METHOD_CHECKS, *START_CHECKS), ids=lambda check: check.__name__)
 def test_on_the_smallest_model(smallest, check):
     check(smallest)
 
@@ -194,8 +191,10 @@ def test_bfloat16_computation(smallest):
     assert cosine(*map(np.concatenate, zip(*found))) > 0.99
 
 
-@mergeable
+@with_a_program_of_its_own
 def test_bfloat16_parameters(smallest):
+    if not smallest.mergeable:
+        pytest.skip("not merged")
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), smallest.model.params)
     frozen, trainable = smallest.method.init(KEY, params)
     merged = smallest.method.merge(frozen, moved(trainable))
@@ -219,6 +218,7 @@ def test_sixteen_bits_are_merged_in_float32_and_rounded_once():
 # Composition.
 
 
+@with_a_program_of_its_own
 def test_training_a_plain_parameter_beside_it(smallest):
     norm = NORM[smallest.model.name]
     method = pj.chain(smallest.method, pj.unfreeze([norm]))
