@@ -153,7 +153,9 @@ def a_trained_adapter_is_finite_and_changes_the_outputs(case: Case) -> None:
 
 
 def every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case: Case) -> None:
-    """Of its own shape and dtype."""
+    """Of its own shape and dtype, which is none that gives way to another's: a second program would follow."""
+    for path, leaf, _ in pairs(case.fresh, case.trained):
+        assert not leaf.weak_type, f"{path} is weakly typed"
     for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), path
         size = np.abs(np.asarray(grad, np.float32))
@@ -263,6 +265,7 @@ def an_advance_changes_of_the_state_what_it_says(case: Case) -> None:
     changes = {name for advance in method.advances for name in advance.changes}
     run = adapt(method.model(case.model.forward))
 
+    @jax.jit
     def loss(params: Params) -> jax.Array:
         return jnp.sum(jnp.sin(run(params, case.model.batch).astype(jnp.float32)))
 

@@ -77,6 +77,8 @@ def smallest_of(name: str) -> str:
 
 ANEW = ("lora", "dora", "snell", "paca", "shira", "galore", "switchlora", "rows", "full")
 """One method of each kind of weight."""
+STEPPED_ANEW = ("lora", "snell", "galore")
+"""Of those, the ones whose whole step is compiled again in a quick test."""
 
 
 def cases():
@@ -103,6 +105,9 @@ def smallest(request):
 
 with_a_program_of_its_own = pytest.mark.parametrize("smallest", all_but_slow(pj.METHODS, ANEW), indirect=True)
 """By default of one method of each kind of weight."""
+with_a_step_of_its_own = pytest.mark.parametrize(
+    "smallest", all_but_slow(pj.METHODS, STEPPED_ANEW), indirect=True
+)
 
 
 def cosine(left, right):
@@ -114,7 +119,7 @@ def test_on_further_models(case, check):
     check(case)
 
 
-@pytest.mark.parametrize("check", (*METHOD_CHECKS, *START_CHECKS), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*METHOD_CHECKS, *START_CHECKS], ids=lambda check: check.__name__)
 def test_on_the_smallest_model(smallest, check):
     check(smallest)
 
@@ -150,7 +155,7 @@ def test_an_unknown_option_is_an_error_that_names_it(name):
 def test_one_row_of_another_length(smallest):
     batch = jax.tree.map(lambda tokens: tokens[:1, :3], smallest.model.batch)
     run = pj.adapt(smallest.method.model(smallest.model.forward))
-    out = run(smallest.method.apply(smallest.frozen, smallest.trained), batch)
+    out = jax.jit(run)(smallest.method.apply(smallest.frozen, smallest.trained), batch)
     whole = jax.eval_shape(smallest.model.forward, smallest.model.params, batch)
     assert out.shape == whole.shape
     if smallest.mergeable:
@@ -161,16 +166,14 @@ def test_one_row_of_another_length(smallest):
 # Training.
 
 
-@with_a_program_of_its_own
+@with_a_step_of_its_own
 def test_remat_gives_the_same_step(smallest):
     step = step_of(smallest.method, tiny(f"{smallest.model.name} remat").forward)
-    assert_close(
-        step(smallest.trained, smallest.frozen, smallest.model.batch),
-        smallest.at_trained,
-    )
+    got = step(smallest.trained, smallest.frozen, smallest.model.batch)
+    assert_close(got, smallest.at_trained, 2e-5)  # a recomputed sum has another order
 
 
-@with_a_program_of_its_own
+@with_a_step_of_its_own
 def test_bfloat16_computation(smallest):
     step = step_of(smallest.method, tiny(f"{smallest.model.name} bf16").forward)
     got, want = (
@@ -229,8 +232,9 @@ def test_training_a_plain_parameter_beside_it(smallest):
     frozen, trainable = begun(method, smallest.model.params)
     assert set(trainable) == {smallest.method.name, "unfreeze"}
     trained = {**trainable, "unfreeze": {norm: jnp.full(8, 2.0)}}
-    out = pj.adapt(method.model(smallest.model.forward))(method.apply(frozen, trained), smallest.model.batch)
-    assert float(jnp.abs(out - smallest.at_fresh["out"]).max()) > 1e-3
+    run = jax.jit(pj.adapt(method.model(smallest.model.forward)))
+    out = run(method.apply(frozen, trained), smallest.model.batch)
+    assert np.abs(np.asarray(out) - smallest.at_fresh["out"]).max() > 1e-3
     if smallest.mergeable:
         merged = method.merge(frozen, trained)
         np.testing.assert_array_equal(tree.named_leaves(merged)[norm], 2.0)
@@ -252,10 +256,10 @@ def test_on_a_base_that_is_not_a_plain_array(smallest, request):
             raise
         return
     trained = moved(trainable)
-    out = pj.adapt(own.model(smallest.model.forward))(own.apply(frozen, trained), batch)
+    out = jax.jit(pj.adapt(own.model(smallest.model.forward)))(own.apply(frozen, trained), batch)
     if smallest.mergeable:
         wanted = smallest.model.compiled(own.merge(frozen, trained), batch)
     else:
         dense = own.apply(begun(own, lora.merge(base, adapter))[0], trained)
-        wanted = own.model(smallest.model.forward)(dense, batch)
+        wanted = jax.jit(own.model(smallest.model.forward))(dense, batch)
     assert_close(out, wanted)
