@@ -1,5 +1,6 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,28 @@ _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "
 def all_but_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     """The names as parameters of a test, those that are not quick marked as slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def quick_at(values: Iterable[Any], *places: int, every: int = 0) -> list[Any]:
+    """The values as parameters of a test, slow but for those at the places, or for one of so many.
+
+    A tuple has the values of several parameters.
+    """
+    found = list(values)
+    quick = places or range(0, len(found), every)
+    spread = [value if type(value) is tuple else (value,) for value in found]
+    marks = [[] if n in quick else [pytest.mark.slow] for n in range(len(found))]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(spread, marks)]
+
+
+def combined(*lists: Iterable[Any]) -> list[Any]:
+    """All combinations as parameters of a test, quick where one at most is not the first of its list."""
+    lists = tuple(map(tuple, lists))
+    return [
+        pytest.param(*(values[n] for values, n in zip(lists, places)), marks=marks)
+        for places in itertools.product(*(range(len(values)) for values in lists))
+        for marks in [[pytest.mark.slow] if sum(n > 0 for n in places) > 1 else []]
+    ]
 
 
 def example_of(name: str, **options: Any) -> pj.Transform:

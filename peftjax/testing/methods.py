@@ -153,7 +153,7 @@ def a_trained_adapter_is_finite_and_changes_the_outputs(case: Case) -> None:
 
 
 def every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case: Case) -> None:
-    """Of its own shape and dtype, which is none that gives way to another's: a second program would follow."""
+    """Of its own shape and dtype, which gives way to no other's: a second program would follow."""
     for path, leaf, _ in pairs(case.fresh, case.trained):
         assert not leaf.weak_type, f"{path} is weakly typed"
     for path, grad, leaf in pairs(case.at_trained["grads"], case.trained):

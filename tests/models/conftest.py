@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import noisy
+from support import all_but_slow, noisy
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
@@ -73,7 +73,7 @@ def decoders():
     return {name: {**TINY, **values} for name, values in DECODERS.items()}
 
 
-@pytest.fixture(scope="session", params=DECODERS)
+@pytest.fixture(scope="session", params=all_but_slow(DECODERS, ("llama3", "gemma2", "gemma3")))
 def decoder_values(request, decoders):
     return decoders[request.param]
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from support import all_but_slow
 
 from peftjax.core.errors import PeftError
 from peftjax.models.family import read_labels
@@ -19,7 +20,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=all_but_slow(MODELS, ("llama", "t5")))
 def saved(request, tmp_path, decoders, random_decoder):
     values, head = MODELS[request.param]
     model, params = random_decoder(values or decoders["llama2"], head)
