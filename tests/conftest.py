@@ -36,7 +36,8 @@ for option, value in {"MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": -1}.it
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
-MANY, LARGE = 20_000, 1_200_000_000
+# Mapped pieces (Linux allows 65,530) and bytes: to drop programs at between files, and already within one.
+MANY, LARGE, TOO_LARGE = 20_000, 1_200_000_000, 1_600_000_000
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -60,12 +61,24 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drop compiled programs between files: they take memory, and map it in pieces (Linux allows 65,530)."""
+    """Drop compiled programs between files, where few are needed again."""
     yield
     if MAPS.exists() and (_mapped() > MANY or _resident() > LARGE):
-        jax.clear_caches()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        _drop_programs()
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """Drop them within a file that compiles very many; they are found again in the folder of the run."""
+    yield
+    if PAGES.exists() and _resident() > TOO_LARGE:
+        _drop_programs()
+
+
+def _drop_programs() -> None:
+    jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped() -> int:
