@@ -113,7 +113,7 @@ def load(
     in_file = model = build()
     if vocab_size is not None:
         model = build(vocab_size=vocab_size)
-    specs = jax.eval_shape(model.init, jax.random.key(0))
+    specs = model.shapes
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
         place(name, spec.shape)
@@ -121,7 +121,7 @@ def load(
     grown = set() if in_file is model else VOCABULARY_AXES.keys() & flatten_dict(specs, sep="/").keys()
     loaded = read_weights(
         folder,
-        jax.eval_shape(in_file.init, jax.random.key(0)),
+        in_file.shapes,
         family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
@@ -193,7 +193,7 @@ def build_model(
 def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = False) -> set[str]:
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     held = {family.canonical(name) for name in find_tensors(path)}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
@@ -212,7 +212,7 @@ def stored_dtypes(
     Parameters that it lacks have no entry.
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     others = names_to_read(family, model, untie=untie)
     tensors = {
         family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
@@ -249,7 +249,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         >>> model, params = pj.load(folder)
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     leaves = flatten_dict(params, sep="/")
     for name in sorted(specs.keys() | leaves.keys()):
         want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
@@ -295,10 +295,7 @@ def _of_another_size(
     task = family.heads[model.head_name].task_weights
     if task is None:
         return set()
-    shapes = {
-        path: spec.shape
-        for path, spec in flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/").items()
-    }
+    shapes = {path: spec.shape for path, spec in flatten_dict(model.shapes, sep="/").items()}
     found: set[str] = set()
     for name, slot in slots_of(shapes, family.table(model)).items():
         wanted = slot.shape(shapes[slot.path])
