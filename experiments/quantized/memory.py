@@ -89,7 +89,7 @@ def report(plans: Plans) -> str:
         if name.startswith("65B") and "peak" in plan and label != "LoRA, bfloat16"
     }
     verdicts = [
-        f"- {what}: {size:.1f} GB, {'within' if size <= CLAIMED else 'not within'} the {CLAIMED} GB of the paper."
+        f"- {what}: {size:.1f} GB, {'within' if size <= CLAIMED else 'more than'} the paper's {CLAIMED} GB."
         for what, size in largest.items()
     ]
     return "\n".join([*lines, "## 65B on one GPU", "", *verdicts, ""])
