@@ -53,6 +53,12 @@ def example_of(name: str, **options: Any) -> pj.Transform:
     return pj.chain(method, pj.lora(rank=2, **options)) if beneath else method
 
 
+def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """As `jax.random.normal`, without a program for each shape."""
+    drawn = np.random.default_rng(np.asarray(jax.random.key_data(key))).standard_normal(shape)
+    return jnp.array(drawn, dtype)
+
+
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
     """The trainable as after some steps: every number moved by its own random amount."""
     return moved(trainable, np.asarray(jax.random.key_data(key)), scale)

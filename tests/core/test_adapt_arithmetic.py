@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, quick_at
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.planner.residuals import kept_arrays
 
 N, M, E = 6, 8, 3
-X = jax.random.normal(KEY, (4, N))
-W = jax.random.normal(jax.random.key(1), (N, M))
+X = normal(KEY, (4, N))
+W = normal(jax.random.key(1), (N, M))
 INPUTS, OUTPUTS = (1.0 + jax.random.uniform(jax.random.key(n), (size,)) for n, size in ((2, N), (3, M)))
-STACK = jax.random.normal(KEY, (E, N, M))
+STACK = normal(KEY, (E, N, M))
 MASK = (jax.random.uniform(KEY, (N, M)) > 0.5).astype(jnp.float32)
 
 THIN = {

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, all_but_slow, assert_close, combined, noisy
+from support import KEY, all_but_slow, assert_close, combined, noisy, normal
 
 import peftjax as pj
 from peftjax.testing.methods import begun
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 
-TABLE = jax.random.normal(KEY, (10, 6))
+TABLE = normal(KEY, (10, 6))
 IDS = jnp.array([[1, 9], [3, 12], [0, -30]])
 INSIDE = ((IDS >= 0) & (IDS < 10))[..., None]
 METHODS = {

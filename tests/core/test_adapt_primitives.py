@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close, combined
+from support import KEY, assert_close, combined, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -17,7 +17,7 @@ from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 
 D, E = 8, 3
-X = jax.random.normal(KEY, (4, D))
+X = normal(KEY, (4, D))
 
 
 def low_rank(letters, shape, name="layer/kernel"):

@@ -9,13 +9,13 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow, assert_close, example_of, noisy, quick_at
+from support import KEY, all_but_slow, assert_close, example_of, noisy, normal, quick_at
 
 import peftjax as pj
 from peftjax.transform.optimizer_state import OptimizerState
 
 D, F, L = 16, 32, 2
-X = jax.random.normal(KEY, (8, 4, D))
+X = normal(KEY, (8, 4, D))
 
 
 def make_params():

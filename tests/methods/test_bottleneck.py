@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close, quick_at
+from support import KEY, assert_close, normal, quick_at
 from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
@@ -18,7 +18,7 @@ from peftjax.models.vit import ViTConfig, vit
 from peftjax.weights.low_rank import LowRank
 
 MODEL = tiny("backbone")
-STREAM = jax.random.normal(KEY, (2, 5, WIDTH))
+STREAM = normal(KEY, (2, 5, WIDTH))
 ACTIVATIONS = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "identity": lambda x: x}
 
 

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, assert_close, quick_at
+from support import KEY, assert_close, normal, quick_at
 from tiny_models import moved
 
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 
-W = jax.random.normal(KEY, (12, 8))
+W = normal(KEY, (12, 8))
 PARAMS = {"up": {"kernel": W}}
-X = jax.random.normal(jax.random.key(1), (5, 12))
+X = normal(jax.random.key(1), (5, 12))
 
 
 def adapter(seed, **options):

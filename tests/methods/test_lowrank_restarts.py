@@ -23,14 +23,14 @@ from pretraining import (
     sharded,
     started,
 )
-from support import KEY, assert_close, assert_no_dense_gradient, noisy, quick_at
+from support import KEY, assert_close, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
 R = 3
 K = jax.random.split(KEY, 2)
-A, B = jax.random.normal(K[0], (2, R, N)), jax.random.normal(K[1], (2, R, M))
+A, B = normal(K[0], (2, R, N)), normal(K[1], (2, R, M))
 
 
 def product(a, b):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ladders import backbone
-from support import KEY, assert_close, quick_at
+from support import KEY, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.core import tree
@@ -149,8 +149,8 @@ def test_random_blocks_have_the_pruned_norms():
 
 # Fisher information.
 
-X = jax.random.normal(KEY, (6, 4))
-PARAMS = {"up": {"kernel": jax.random.normal(jax.random.key(1), (4, 3)), "bias": jnp.zeros(3)}}
+X = normal(KEY, (6, 4))
+PARAMS = {"up": {"kernel": normal(jax.random.key(1), (4, 3)), "bias": jnp.zeros(3)}}
 
 
 def loss(params, x):

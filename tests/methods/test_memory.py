@@ -10,7 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from support import KEY, quick_at
+from support import KEY, normal, quick_at
 
 import peftjax as pj
 from peftjax.planner.residuals import kept_arrays
@@ -21,7 +21,7 @@ PARAMS = {
     "up": {"kernel": jnp.ones((N_IN, N_OUT)), "bias": jnp.ones(N_OUT)},
     "words": {"embedding": jnp.ones((TABLE, N_IN))},
 }
-X = jax.random.normal(KEY, (N, N_IN))
+X = normal(KEY, (N, N_IN))
 TOKENS = jnp.arange(N)
 
 

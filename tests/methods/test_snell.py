@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close, quick_at
+from support import KEY, assert_close, normal, quick_at
 from tiny_models import moved
 
 import peftjax as pj
@@ -14,9 +14,9 @@ from peftjax.adapters.files import load_adapter, save_adapter
 from peftjax.core.errors import PeftError
 
 L, N, M = 3, 12, 8
-STACK = jax.random.normal(KEY, (L, N, M))
+STACK = normal(KEY, (L, N, M))
 PARAMS = {"blocks": {"up": {"kernel": STACK}}, "down": {"kernel": STACK[0].T}}
-X = jax.random.normal(jax.random.key(1), (5, N))
+X = normal(jax.random.key(1), (5, N))
 
 
 def forward(params, x):

@@ -1,16 +1,15 @@
 """Any adapter as a LoRA of a chosen rank."""
 
-import jax
 import numpy as np
 import pytest
-from support import KEY, assert_close, example_of, quick_at
+from support import KEY, assert_close, example_of, normal, quick_at
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
 MODEL = tiny("words")
-STACKED = {"blocks": {"up": {"weight": jax.random.normal(KEY, (2, 5, 8))}}}
+STACKED = {"blocks": {"up": {"weight": normal(KEY, (2, 5, 8))}}}
 
 
 def converted(method, rank, params=MODEL.params, base=None):

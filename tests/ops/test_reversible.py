@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close, made_shapes, quick_at
+from support import KEY, assert_close, made_shapes, normal, quick_at
 
 import peftjax as pj
 from peftjax.ops.reversible import Coupling, inverse_errors, reversible
@@ -16,12 +16,12 @@ from peftjax.planner.residuals import kept_arrays
 L, B, D = 7, 3, 4
 COUPLING = Coupling(0.8, 0.9, swap=True)
 LAYERS = {
-    "a": 0.5 * jax.random.normal(KEY, (L, D, D)),
-    "b": 0.5 * jax.random.normal(jax.random.key(1), (L, D, D)),
+    "a": 0.5 * normal(KEY, (L, D, D)),
+    "b": 0.5 * normal(jax.random.key(1), (L, D, D)),
     "key": jax.random.split(KEY, L),
 }
 SHARED = {"bias": jnp.full(D, 0.3), "number": jnp.arange(B)}
-X = jax.random.normal(KEY, (B, D))
+X = normal(KEY, (B, D))
 
 
 def f(shared, layer, x):

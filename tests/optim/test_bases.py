@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import all_but_slow, combined
+from support import all_but_slow, combined, normal
 
 from peftjax.core.errors import PeftError
 from peftjax.optim.bases import (
@@ -31,7 +31,7 @@ def with_spectrum(spectrum, n_in=48, n_out=32, stack=(), seed=0):
 
 
 FAST = with_spectrum(0.7 ** np.arange(32), stack=(2,))
-FLAT = jax.random.normal(KEY, (2, 48, 32))
+FLAT = normal(KEY, (2, 48, 32))
 
 
 def products(g):

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import KEY, all_but_slow, assert_close, quick_at
+from support import KEY, all_but_slow, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
 optim = pj.optim
 START = {
-    "blocks": {"kernel": jax.random.normal(KEY, (2, 4, 6))},
-    "up": {"kernel": jax.random.normal(KEY, (6, 4)), "bias": jnp.arange(4.0)},
+    "blocks": {"kernel": normal(KEY, (2, 4, 6))},
+    "up": {"kernel": normal(KEY, (6, 4)), "bias": jnp.arange(4.0)},
     "scale": jnp.float32(2.0),
 }
 FLAT = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
