@@ -39,6 +39,8 @@ from peftjax.models.shared import copies, names_to_read, settle, untied
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
+from peftjax.transform.transform import Transform
+from peftjax.weights.coding import Coding
 
 CONFIG_FILE = "config.json"
 _ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
@@ -65,6 +67,7 @@ def load(
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
     sharding: Shardings | None = None,
+    quantize: Transform | None = None,
     described: tuple[Family, dict[str, Any]] | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
@@ -87,16 +90,20 @@ def load(
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
         sharding: where each parameter goes: a function of its path and shape, or a tree like the
             parameters'. Each process reads only what its devices hold, one parameter at a time.
+        quantize: a method that does nothing but code weights, such as `pj.nf4()`: they are coded as they are
+            read, so that no more than one layer of one of them is in memory as floats. The parameters are
+            those of its `init`, and a chain on them begins with the same method.
         described: what `read_family` gave for the folder, where the caller has read it already.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
             for a head that has none; a head without an output layer to untie; a sharding that is absent from
-            its tree or does not divide a parameter.
+            its tree or does not divide a parameter; a `quantize` that does something else.
 
     Examples:
         >>> model, params = pj.load("path/to/llama", head="causal_lm")  # doctest: +SKIP
+        >>> model, params = pj.load("path/to/llama", quantize=pj.nf4())  # doctest: +SKIP
     """
     folder = Path(path)
     family, values = described or read_family(folder)
@@ -114,6 +121,7 @@ def load(
     if vocab_size is not None:
         model = build(vocab_size=vocab_size)
     specs = jax.eval_shape(model.init, jax.random.key(0))
+    codings = _codings(quantize, specs)
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
         place(name, spec.shape)
@@ -130,11 +138,16 @@ def load(
         place=lambda path, shape: None if path in grown else place(path, shape),
         others=names_to_read(family, model, untie=untie),
         skipped=other,
+        codings={path: coding for path, coding in codings.items() if path not in grown},
     )
-    leaves = dict(loaded.params)
+    leaves: dict[str, Any] = dict(loaded.params)
+
+    def put(path: str, leaf: Array) -> None:
+        placed = jax.device_put(leaf, place(path, leaf.shape))
+        leaves[path] = codings[path](placed) if path in codings else placed
+
     for path in grown & leaves.keys():
-        leaf = resized(path, np.asarray(leaves[path]), model)
-        leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
+        put(path, resized(path, np.asarray(leaves[path]), model))
     fresh = [path for path in loaded.fresh if path not in replaced]
     if fresh:
         if key is None:
@@ -144,12 +157,10 @@ def load(
         logger.warning("drawn at random, not in %s: %s", folder, ", ".join(fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
         for path in fresh:
-            leaf = drawn[path].astype(param_dtype)
-            leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
+            put(path, drawn[path].astype(param_dtype))
     shapes = flatten_dict(specs, sep="/")
     for path in set(loaded.fresh) - set(fresh):
-        empty = jnp.zeros(shapes[path].shape, param_dtype)
-        leaves[path] = jax.device_put(empty, place(path, empty.shape))
+        put(path, jnp.zeros(shapes[path].shape, param_dtype))
     repeated = copies(family, model, tensors)
     unused = [name for name in loaded.unused if family.canonical(name) not in repeated]
     if unused:
@@ -331,6 +342,18 @@ def _head_of(family: Family, values: Mapping[str, Any]) -> str:
     """The first head of the class that a `config.json` names."""
     classes = values.get("architectures") or ()
     return next((name for name, head in family.heads.items() if head.architecture in classes), "none")
+
+
+def _codings(quantize: Transform | None, specs: Params) -> Mapping[str, Coding]:
+    """How the parameters are coded, by path."""
+    if quantize is None:
+        return {}
+    if quantize.codings is None:
+        raise PeftError(
+            f"load(quantize=...) takes a method that does nothing but code weights, as pj.nf4() does; "
+            f"{quantize.name!r} is applied to the parameters that load gives, by its init"
+        )
+    return quantize.codings(specs)
 
 
 def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:

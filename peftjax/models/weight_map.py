@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
+from peftjax.weights.coding import Coding
+from peftjax.weights.quantized import Quantized
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
 # an output layer that shares an embedding's table, and so has its inputs and outputs exchanged.
@@ -99,12 +101,12 @@ class Loaded:
     """What a checkpoint gave.
 
     Attributes:
-        params: arrays by path; without the `fresh` ones.
+        params: arrays and codes by path; without the `fresh` ones.
         fresh: paths the checkpoint lacks, which the caller draws at random.
         unused: the checkpoint's names that nothing read.
     """
 
-    params: dict[str, Array]
+    params: dict[str, Array | Quantized]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -145,6 +147,7 @@ def read_weights(
     place: Callable[[str, tuple[int, ...]], Sharding | None] = lambda path, shape: None,
     others: Mapping[str, Sequence[str]] | None = None,
     skipped: Collection[str] = (),
+    codings: Mapping[str, Coding] | None = None,
 ) -> Loaded:
     """Read the parameters of `specs` from the safetensors of `folder`.
 
@@ -161,6 +164,7 @@ def read_weights(
         others: all names that stand for a tensor, by its name in `weights`; the first that the checkpoint
             holds is read, and may be read for several.
         skipped: paths that are not read and are `fresh`.
+        codings: how parameters are coded as they are read, by path.
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
@@ -199,10 +203,11 @@ def read_weights(
     table = {slot.path: slot.weight for slot in slots.values()}
     # The largest first: the copy that a leaf needs on its way to the device meets an emptier memory.
     ordered = sorted(parts, key=lambda path: (-math.prod(shapes[path]), path))
-    leaves = {
-        path: read_leaf(table[path], parts[path], shapes[path], dtype, place(path, shapes[path]))
-        for path in ordered
-    }
+    leaves = {}
+    for path in ordered:
+        args = table[path], parts[path], shapes[path], dtype, place(path, shapes[path])
+        coding = (codings or {}).get(path)
+        leaves[path] = read_leaf(*args) if coding is None else read_coded(*args, coding)
     unused = tuple(
         source for name, source in sources.items() if source not in read and not re.fullmatch(ignored, name)
     )
@@ -239,6 +244,37 @@ def read_leaf(
     if sharding is None:
         return jax.block_until_ready(jnp.asarray(part((slice(None),) * len(shape))))
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def read_coded(
+    weight: TensorEntry,
+    tensors: Mapping[int | None, Tensor],
+    shape: tuple[int, ...],
+    dtype: str,
+    sharding: Sharding | None,
+    coding: Coding,
+) -> Quantized:
+    """One parameter as codes; of a stack, one layer at a time is there in its dtype.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        shape: ours.
+        dtype: of what the codes stand for.
+        sharding: where it goes; None is the default device.
+        coding: how it is coded.
+
+    Raises:
+        PeftError: when a tensor cannot be read.
+    """
+    if None in tensors or not coding.by_layer:
+        return jax.block_until_ready(coding(read_leaf(weight, tensors, shape, dtype, sharding)))
+    # A layer goes where its part of the whole goes; which device has which layers, the codes follow.
+    of_layer = sharding
+    if isinstance(sharding, NamedSharding):
+        of_layer = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+    layers = (read_leaf(weight, {0: tensors[n]}, (1, *shape[1:]), dtype, of_layer) for n in range(shape[0]))
+    return coding.of_layers(layers, sharding)
 
 
 def read_part(

@@ -16,6 +16,7 @@ from peftjax.transform.around import Around, put_around
 from peftjax.transform.frozen import Frozen, Params, State, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.weights.base import Weight, dense
+from peftjax.weights.coding import Coding
 
 Forward = Callable[..., Any]
 Loss = Callable[[Params], jax.Array]
@@ -95,6 +96,8 @@ class Transform:
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
         parts: the methods of a chain by their names in it.
+        codings: `params -> how each of its weights is coded`, by path, for a method that does that alone; a
+            checkpoint is then coded as it is read, see `pj.load`.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
@@ -117,6 +120,7 @@ class Transform:
     cut: GradientCut | None = None
     checks: tuple[Check, ...] = ()
     parts: Mapping[str, "Transform"] = field(default_factory=dict)
+    codings: Callable[[Params], Mapping[str, Coding]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init", _unshared(self.init, advanced=not self.advances))
