@@ -15,6 +15,9 @@ from peftjax.quantize.groups import Format
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.quantized import Quantized, quantize
 
+BLOCK_NUMBERS = 2**21
+"""How many numbers of an array on one device are coded at a time: 8 MiB of float32, several times."""
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -117,7 +120,7 @@ def code_shardings(shapes: Quantized, of_weight: NamedSharding) -> Any:
 
 @partial(jax.jit, static_argnames=("layout", "form"))
 def _encoded(w: Array, layout: Layout, form: Format) -> Quantized:
-    return quantize(w, layout, form, rows=rows_of(layout))
+    return quantize(w, layout, form, rows=rows_of(layout), block=BLOCK_NUMBERS)
 
 
 def _put(whole: Any, layer: Any, n: Any) -> Any:
