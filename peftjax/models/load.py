@@ -22,7 +22,7 @@ from jaxtyping import Array, Key
 from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.io.files import checked, read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, Tensor, describe_tensors, find_tensors, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, Tensor, write_tensors
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
@@ -30,6 +30,7 @@ from peftjax.models.gpt2 import GPT2
 from peftjax.models.llama import LLAMA
 from peftjax.models.mistral import MISTRAL
 from peftjax.models.opt import OPT
+from peftjax.models.quantized.checkpoint import stored_tensors
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
@@ -73,7 +74,8 @@ def load(
     """Load a checkpoint of a supported family.
 
     Args:
-        path: folder with `config.json` and safetensors, single or sharded.
+        path: folder with `config.json` and safetensors, single or sharded. Weights that bitsandbytes, GPTQ,
+            AWQ or compressed-tensors have quantized become `Quantized` parameters with their codes.
         head: a head of the family, see its file, such as `peftjax.models.bert.bert`; by default the one whose
             Hugging Face class `config.json` names, else "none".
         num_labels: columns of a classifier; default the checkpoint's.
@@ -109,8 +111,8 @@ def load(
     family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    files = find_tensors(folder)
-    tensors = {family.canonical(name): tensor for name, tensor in describe_tensors(files).items()}
+    stored = stored_tensors(folder)
+    tensors = {family.canonical(name): tensor for name, tensor in stored.items()}
     config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
     config = settle(family, config, tensors, folder)
     head = head or _head_of(family, values)
@@ -139,6 +141,7 @@ def load(
         others=names_to_read(family, model, untie=untie),
         skipped=other,
         codings={path: coding for path, coding in codings.items() if path not in grown},
+        stored=stored,
     )
     leaves: dict[str, Any] = dict(loaded.params)
 
@@ -165,7 +168,9 @@ def load(
     unused = [name for name in loaded.unused if family.canonical(name) not in repeated]
     if unused:
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
-    return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
+    params = {"head": {}, **unflatten_dict(leaves, sep="/")}
+    _codings(quantize, params)  # what the checkpoint holds as codes is of the same format
+    return model, params
 
 
 def build_model(
@@ -205,12 +210,11 @@ def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = Fals
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
-    held = {family.canonical(name) for name in find_tensors(path)}
+    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
-    absent = {slot.path for name, slot in slots.items() if held.isdisjoint(others.get(name, (name,)))}
-    tensors = {
-        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
+    absent = {
+        slot.path for name, slot in slots.items() if tensors.keys().isdisjoint(others.get(name, (name,)))
     }
     return absent | _of_another_size(model, family, tensors, redraw=True)
 
@@ -225,9 +229,7 @@ def stored_dtypes(
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
     others = names_to_read(family, model, untie=untie)
-    tensors = {
-        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
-    }
+    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     found: dict[str, np.dtype] = {}
     for name, slot in slots_of({p: s.shape for p, s in specs.items()}, family.table(model)).items():
         read = next((tensors[other] for other in others.get(name, (name,)) if other in tensors), None)
@@ -292,7 +294,8 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     checked(of_family(name), values, folder / CONFIG_FILE)
-    return FAMILIES[name], values
+    # How its weights are coded changes how they are read, and nothing of the model.
+    return FAMILIES[name], {key: value for key, value in values.items() if key != "quantization_config"}
 
 
 def _of_another_size(

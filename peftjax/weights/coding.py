@@ -40,18 +40,17 @@ class Coding:
         """Whether a layer may be coded after the other: the first axis is the first one of the stack."""
         return self.layout.positions("s")[:1] == (0,)
 
-    def of_layers(
-        self, layers: Iterable[Array], sharding: Sharding | None = None, wait: bool = True
-    ) -> Quantized:
+    def of_layers(self, layers: Iterable[Array], sharding: Sharding | None = None) -> Quantized:
         """The codes of a stack, of which a layer at a time is there.
 
         Args:
             layers: arrays `[1, *rest]`.
             sharding: of the whole array; None where the layers lie.
-            wait: for each layer to be coded before the next is made.
         """
         one = replace(self, layout=self.layout.resized((1, *self.layout.shape[1:])))
-        return stacked(map(one, layers), self.layout, sharding, wait=wait)
+        codes = stacked(map(one, layers), self.layout, sharding)
+        assert codes is not None
+        return codes
 
 
 def coded_weight(w: Array, layout: Layout, form: Format) -> Quantized:
@@ -75,24 +74,21 @@ def rows_of(layout: Layout) -> Side:
 
 
 def stacked(
-    layers: Iterable[Quantized], layout: Layout, sharding: Sharding | None = None, *, wait: bool = True
-) -> Quantized:
-    """One weight of its layers, each freed before the next is made.
+    layers: Iterable[Quantized], layout: Layout, sharding: Sharding | None = None
+) -> Quantized | None:
+    """One weight of its layers, each freed before the next is made; None if there is none.
 
     Args:
         layers: of a stack of one, all of one format.
         layout: of the whole, with the layers along its first axis.
         sharding: of the whole array; None where the layers lie.
-        wait: for each layer to be stored before the next is made.
     """
     whole, store = None, _store
     for n, layer in enumerate(layers):
         if whole is None:
             whole, store = _empty(layer, layout, sharding)
         whole = replace(whole, codes=store(whole.codes, layer.codes, n))
-        if wait:
-            jax.block_until_ready(whole)
-    assert whole is not None
+        jax.block_until_ready(whole)
     return whole
 
 
