@@ -122,7 +122,7 @@ def load(
     in_file = model = build()
     if vocab_size is not None:
         model = build(vocab_size=vocab_size)
-    specs = jax.eval_shape(model.init, jax.random.key(0))
+    specs = model.shapes
     codings = _codings(quantize, specs)
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
@@ -131,7 +131,7 @@ def load(
     grown = set() if in_file is model else VOCABULARY_AXES.keys() & flatten_dict(specs, sep="/").keys()
     loaded = read_weights(
         folder,
-        jax.eval_shape(in_file.init, jax.random.key(0)),
+        in_file.shapes,
         family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
@@ -209,7 +209,7 @@ def build_model(
 def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = False) -> set[str]:
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
@@ -227,7 +227,7 @@ def stored_dtypes(
     Parameters that it lacks have no entry.
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     others = names_to_read(family, model, untie=untie)
     tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     found: dict[str, np.dtype] = {}
@@ -262,7 +262,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         >>> model, params = pj.load(folder)
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     leaves = flatten_dict(params, sep="/")
     for name in sorted(specs.keys() | leaves.keys()):
         want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
@@ -309,10 +309,7 @@ def _of_another_size(
     task = family.heads[model.head_name].task_weights
     if task is None:
         return set()
-    shapes = {
-        path: spec.shape
-        for path, spec in flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/").items()
-    }
+    shapes = {path: spec.shape for path, spec in flatten_dict(model.shapes, sep="/").items()}
     found: set[str] = set()
     for name, slot in slots_of(shapes, family.table(model)).items():
         wanted = slot.shape(shapes[slot.path])

@@ -127,9 +127,15 @@ class Quantized(Weight):
         kind = self.layout.axes[position].kind
         if kind in ("s", "1"):
             return super().reverse(position)
-        if self._runs_on or kind != self.rows or len(self.layout.positions(kind)) > 1:
+        if self._runs_on or kind != self.rows:
             return None
-        return replace(self, codes=self.codes.on_rows(lambda part: lax.rev(part, (part.ndim - 2,))))
+        sizes, place = self.layout.sizes(kind), self.layout.positions(kind).index(position)
+
+        def reversed_rows(part: Array) -> Array:
+            apart = part.reshape(*part.shape[:-2], *sizes, part.shape[-1])
+            return lax.rev(apart, (part.ndim - 2 + place,)).reshape(part.shape)
+
+        return replace(self, codes=self.codes.on_rows(reversed_rows))
 
     def as_stack(self, position: int) -> "Quantized | None":
         """One of several axes of the rows read as a stack."""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -76,7 +76,7 @@ def held(w):
     return {"up": {"kernel": w}}
 
 
-@pytest.mark.parametrize("name", THIN | MERGED)
+@pytest.mark.parametrize("name", quick_at(THIN | MERGED, every=2))
 def test_a_changed_weight_has_the_value_and_the_gradients_of_the_merged_one(name):
     assert_equals_merged(of((THIN | MERGED)[name]), held(W), pj.lora(rank=2), X, tolerance=1e-4)
 
@@ -86,7 +86,7 @@ def test_a_weight_that_is_scaled_or_shifted_gets_no_dense_gradient(name):
     assert_no_dense_gradient(of(THIN[name]), held(W), pj.lora(rank=2), X)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", quick_at(STACKED, every=3))
 def test_stacks_of_changed_weights(name):
     method = pj.lora(rank=2, layouts={".*": "sio"})
     assert_equals_merged(of(STACKED[name]), held(STACK), method, X, tolerance=1e-4)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_equals_merged, assert_no_dense_gradient, quick_at
 
 import peftjax as pj
 
@@ -62,7 +62,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_it_is_that_of_the_merged_weight_and_gets_no_dense_gradient(name):
     w, letters, use = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts={"w": letters})

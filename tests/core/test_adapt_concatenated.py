@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, quick_at
 
 import peftjax as pj
 
@@ -80,7 +80,7 @@ USES = {
 LAYOUTS = {"channels": {".*": "iio"}}
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_what_is_put_together_acts_part_by_part(name):
     params, use, x = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts=LAYOUTS.get(name))

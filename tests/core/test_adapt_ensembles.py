@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, quick_at
 
 import peftjax as pj
 
@@ -56,7 +56,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("name", quick_at(CONVOLUTIONS, every=3))
 def test_convolutions(name):
     w, use, x = CONVOLUTIONS[name]
     letters = "s" * (w.ndim - 3) + "iio"
@@ -80,7 +80,7 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("name", quick_at(LOOKUPS, every=3))
 def test_lookups(name):
     method = pj.lora(rank=2, targets=".*", layouts={"t": "sio"})
     assert_equals_merged(lambda p: LOOKUPS[name](p["t"]), {"t": TABLES}, method)

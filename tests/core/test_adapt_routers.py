@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, quick_at
 
 import peftjax as pj
 
@@ -99,7 +99,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_mixed_experts(name):
     w, letters, use, x = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts={"w": letters})
