@@ -1,5 +1,5 @@
 """The product as an operation: kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
-device's own code; jnp elsewhere, and wherever XLA partitions the program.
+device's own code; jnp elsewhere, wherever XLA partitions the program, and under mesh axes of type Explicit.
 """
 
 from collections.abc import Callable, Sequence
