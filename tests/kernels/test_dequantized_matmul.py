@@ -212,18 +212,39 @@ def test_mapped_inputs_do_not_repeat_the_codes():
     assert "u8[7,64,32]" not in text
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_outputs_and_rows(kind, monkeypatch):
+def test_sharded_outputs_and_rows(monkeypatch):
     monkeypatch.setattr(reference, "LARGEST", 2**11)
     codes, scales, _ = stored(NF4, 64, 128, 32)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     x = array(4, 3, 128)
     f = jax.jit(jax.grad(lambda x, c, s: jnp.sum(jnp.sin(dequantized_matmul(x, c, s, table=NF4, group=32)))))
-    want = f(x, codes, scales)
+    over = lambda array, *spec: jax.device_put(array, jax.NamedSharding(mesh, P(*spec)))
+    assert_close(f(over(x, "x"), over(codes, "y"), over(scales, "y")), f(x, codes, scales), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "out"),
+    [(("y",), "y"), pytest.param((None, "y"), None, marks=pytest.mark.slow), (("x",), None)],
+)
+def test_explicit_axes_have_the_types_of_a_dense_product(weight, out, monkeypatch):
+    """Outputs, inputs, or the axis of the rows itself; gradients are sharded as what they are of."""
+    monkeypatch.setattr(reference, "LARGEST", 2**11)
+    codes, scales, _ = stored(NF4, 64, 128, 32)
+    x, (u, v) = array(4, 3, 128), factors((4, 3), 4, 64)
+    f = lambda x, u, v, c, s: dequantized_matmul(x, c, s, None, u, v, table=NF4, group=32)
+    loss = lambda *p: (jnp.sum(jnp.sin(y := f(*p))), y)
+    step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    want, plain = step(x, u, v, codes, scales)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         over = lambda array, *spec: jax.device_put(array, jax.NamedSharding(mesh, P(*spec)))
-        weight = P() if kind == AxisType.Explicit else P("y")
-        assert_close(f(over(x, "x"), over(codes, *weight), over(scales, *weight)), want, 1e-4)
+        given = over(x, "x"), over(u, "x"), over(v, None, *weight[:1])
+        found, y = step(*given, over(codes, *weight), over(scales, *weight))
+        assert jax.typeof(y).sharding.spec == P("x", None, out)
+        assert_close(y, plain, 1e-4)
+        for got, like, value in zip(found, given, want, strict=True):
+            assert jax.typeof(got) == jax.typeof(like)
+            assert_close(got, value, 1e-4)
 
 
 def test_inside_a_shard_map_and_the_gradient_of_what_is_shared():

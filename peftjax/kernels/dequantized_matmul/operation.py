@@ -1,5 +1,5 @@
 """The product as an operation: kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
-device's own code; jnp elsewhere, and wherever XLA partitions the program.
+device's own code; jnp elsewhere, wherever XLA partitions the program, and under mesh axes of type Explicit.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.core.errors import PeftError
-from peftjax.kernels.dequantized_matmul import gpu, reference, tpu
+from peftjax.kernels.dequantized_matmul import explicit, gpu, reference, tpu
 from peftjax.kernels.dequantized_matmul.element import Table
 
 
@@ -65,27 +65,38 @@ def _product(static: dict[str, Any], *operands: Array | None) -> Array:
     def forward(*operands: Array | None) -> tuple[Array, tuple]:
         return _product(static, *operands), operands[1:]
 
-    return with_backward(partial(_chosen, **static), forward, partial(_gradients, static))(*operands)
+    backward = partial(_gradients, static, explicit.sharding_of(operands[0]))
+    return with_backward(partial(_chosen, **static), forward, backward)(*operands)
 
 
-def _gradients(static: dict[str, Any], kept: tuple, g: Array) -> tuple:
+def _gradients(static: dict[str, Any], of_x: NamedSharding | None, kept: tuple, g: Array) -> tuple:
     codes, scales, shifts, u, v = kept
     other = {**static, "transposed": not static["transposed"]}
-    of_x = _product(other, g, codes, scales, shifts, None, None)
+    x_bar = _product(other, g, codes, scales, shifts, None, None)
+    x_bar = x_bar if of_x is None else jax.sharding.reshard(x_bar, of_x)
     if u is None:
-        return of_x, None, None, None, None, None
+        return x_bar, None, None, None, None, None
     dtype, lead = jnp.result_type(g, u, v), tuple(range(g.ndim - 1))
-    g, left, right = (array.astype(dtype) for array in (g, u, v))
-    of_u, of_v = (
-        reference.product(g, right, -1),
-        jnp.tensordot(left, g, (lead, lead), preferred_element_type=jnp.float32),
+
+    def u_bar(g: Array, v: Array) -> Array:
+        return reference.product(g.astype(dtype), v.astype(dtype), -1).astype(u.dtype)
+
+    def v_bar(u: Array, g: Array) -> Array:
+        summed = jnp.tensordot(
+            u.astype(dtype), g.astype(dtype), (lead, lead), preferred_element_type=jnp.float32
+        )
+        return summed.astype(v.dtype)
+
+    u_bar, v_bar = (
+        explicit.with_sharding(f, explicit.sharding_of(like)) for f, like in ((u_bar, u), (v_bar, v))
     )
-    return of_x, None, None, None, of_u.astype(u.dtype), of_v.astype(v.dtype)
+    return x_bar, None, None, None, u_bar(g, v), v_bar(u, g)
 
 
 def _chosen(*operands: Array | None, **static: Any) -> Array:
-    if AxisType.Explicit in jax.typeof(operands[0]).sharding.mesh.axis_types:
-        return reference.matmul(*operands, **static)
+    sharding = explicit.of_product(operands, static["transposed"])
+    if sharding is not None:
+        return explicit.with_sharding(partial(reference.matmul, **static), sharding)(*operands)
     leaves, structure = jax.tree.flatten(operands)
     return _bind(*leaves, structure=structure, **static)[0]
 
