@@ -1,5 +1,6 @@
 """A weight as codes, made of an array or of one layer after the other."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,11 +62,12 @@ def coded_weight(w: Array, layout: Layout, form: Format) -> Quantized:
         layout: of its axes; the rows of a lookup table are coded each for itself.
         form: how.
     """
-    encode = partial(quantize, layout=layout, form=form, rows=rows_of(layout))
-    if isinstance(w, jax.core.Tracer) or not isinstance(getattr(w, "sharding", None), NamedSharding):
+    sharding = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         return _encoded(w, layout, form)
+    encode = partial(quantize, layout=layout, form=form, rows=rows_of(layout))
     shapes = jax.eval_shape(encode, w)
-    return jax.jit(encode, out_shardings=code_shardings(shapes, w.sharding))(w)
+    return jax.jit(encode, out_shardings=code_shardings(shapes, sharding))(w)
 
 
 def rows_of(layout: Layout) -> Side:
@@ -101,9 +103,7 @@ def code_shardings(shapes: Quantized, of_weight: NamedSharding) -> Any:
         parts = []
         for size, axes in zip(leaf.shape, (*spec, *(None,) * leaf.ndim)):
             names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-            count = 1
-            for one in names:
-                count *= mesh.shape[one]
+            count = math.prod(mesh.shape[one] for one in names)
             parts.append(axes if size % count == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*parts))
 
