@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_equals_merged, assert_no_dense_gradient, noisy, normal
+from support import KEY, assert_equals_merged, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 
@@ -39,7 +39,7 @@ RAGGED = {
 }
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", quick_at(RAGGED, every=3))
 def test_ragged_products(name):
     letters, shape, use = RAGGED[name]
     params = {"w": jax.random.normal(KEY, shape)}

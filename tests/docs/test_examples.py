@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_decoder_folder
+from support import quick_at
 
 import peftjax as pj
 
@@ -69,7 +70,7 @@ def modules_with_examples():
     return [name.removesuffix(".__init__") for name in names]
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
+@pytest.mark.parametrize("name", quick_at(modules_with_examples(), every=3))
 def test_the_examples_of_docstrings_say_what_comes_out(name):
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     module = importlib.import_module(name)

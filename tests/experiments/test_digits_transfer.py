@@ -59,6 +59,7 @@ def test_methods_of_different_sizes_are_refused(images, tmp_path):
         compare(images, chosen, dataclasses.replace(SMALL, output=tmp_path), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_seed_changes_images_and_classifier_but_not_the_body_or_the_test(images, base):
     tasks, test = make_tasks(images, base, SMALL.transfer)
     again, test_again = make_tasks(images, base, dataclasses.replace(SMALL.transfer, seeds=1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close
+from support import KEY, assert_close, quick_at
 from tiny_decoder import PROMPTS, make_decoder, padded, without_cache
 from tiny_models import BLOCKS, VOCABULARY, WIDTH, moved, tiny
 
@@ -78,7 +78,7 @@ def test_an_adapter_beside_trained_kernels_shares_their_input():
     assert +more == Counter({("float32", WIDTH): 1, ("float32", SIZE): 1})
 
 
-@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.parametrize("case", quick_at(KEPT, every=3))
 def test_dropout_keeps_no_mask(case):
     method = KEPT[case][0]
     rates = {name: 0.5 for name in ("dropout", "prefix_dropout") if name in method.config}

@@ -5,8 +5,8 @@ nothing to adapt in a model (token rows in an image model) is skipped there with
 on the models of tokens none may be.
 
 One program is compiled for each method and model. The quick tests are those on the smallest model, and of
-LoRA on all; what needs another program runs on the smallest model, and is quick for one method of each kind
-of weight.
+LoRA on a transformer; what needs another program runs on the smallest model, and is quick for one method of
+each kind of weight.
 """
 
 import copy
@@ -82,10 +82,10 @@ STEPPED_ANEW = ("lora", "snell", "galore")
 
 
 def cases():
-    """Every method on its further models: long tests, but for those of LoRA."""
+    """Every method on its further models: long tests, but for LoRA's on layers that are scanned."""
     for name in pj.METHODS:
         for model in further_models_of(name):
-            slow = [] if name == "lora" else [pytest.mark.slow]
+            slow = [] if (name, model) == ("lora", "transformer") else [pytest.mark.slow]
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
 

@@ -117,6 +117,7 @@ def test_a_method_without_a_prefix_has_no_mlp():
         pj.without_mlp(pj.lora(), {})
 
 
+@pytest.mark.slow
 def test_mam_without_a_prefix_is_the_parallel_adapter_and_without_an_adapter_the_prefix():
     for mam, other in (
         (pj.mam(length=0, size=3), pj.parallel_adapter(size=3)),

@@ -11,7 +11,7 @@ import pytest
 import tiny_t5
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import all_but_slow, assert_close, noisy
+from support import all_but_slow, assert_close, noisy, quick_at
 
 import peftjax as pj
 from peftjax.core import tree
@@ -167,14 +167,17 @@ FROZEN = 9 * D + 64 + 4.5 * (Q + 2 * K)
 
 @pytest.mark.parametrize(
     ("model", "method", "wanted"),
-    [
-        ("encoder", "frozen", 9 * D + 64 + 4.5 * 3 * D + 4 * F),
-        ("encoder", "query and value", 9 * D + 64 + 4.5 * 3 * D + 4 * F + 8.5 * D),
-        ("encoder", "lora", 9 * D + 64 + 4.5 * 3 * D + 4 * F + 17 * D + 8.5 * (D + F)),
-        ("llama", "frozen", FROZEN + 17 * F),
-        ("llama", "query and value", FROZEN + 17 * F + 4 * D),
-        ("llama", "lora", FROZEN + 17 * F + 8 * D + 8.5 * Q),
-    ],
+    quick_at(
+        [
+            ("encoder", "frozen", 9 * D + 64 + 4.5 * 3 * D + 4 * F),
+            ("encoder", "query and value", 9 * D + 64 + 4.5 * 3 * D + 4 * F + 8.5 * D),
+            ("encoder", "lora", 9 * D + 64 + 4.5 * 3 * D + 4 * F + 17 * D + 8.5 * (D + F)),
+            ("llama", "frozen", FROZEN + 17 * F),
+            ("llama", "query and value", FROZEN + 17 * F + 4 * D),
+            ("llama", "lora", FROZEN + 17 * F + 8 * D + 8.5 * Q),
+        ],
+        every=3,
+    ),
 )
 def test_the_bits_kept_are_those_of_the_docstring(model, method, wanted):
     sizes = {"width": D, "inner": F, "layers": 3, "dtype": "bfloat16"}

@@ -15,7 +15,7 @@ import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.load import FAMILIES, load, save
-from tests.support import assert_no_dense_gradient
+from tests.support import all_but_slow, assert_no_dense_gradient, quick_at
 
 TEXT = {
     "vocab_size": 50,
@@ -77,7 +77,7 @@ def outputs(model):
     return lambda params, batch: jnp.asarray(model(params, batch))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=all_but_slow(CASES, ("roberta", "vit", "opt-350m")))
 def saved(request, tmp_path_factory):
     """(case, model, params, the folder they were saved in)."""
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -142,7 +142,7 @@ def test_names_and_axes_are_hugging_face(saved):
         np.testing.assert_array_equal(tensors["model.decoder.layers.1.fc1.weight"], kernel[1].T)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_at(CASES, every=2))
 def test_lora_adapts_all_linear_layers_without_a_dense_gradient(case):
     model, params = build(case)
     method = pj.lora(rank=2, targets="all-linear")
@@ -153,7 +153,7 @@ def test_lora_adapts_all_linear_layers_without_a_dense_gradient(case):
     assert_no_dense_gradient(outputs(model), params, method, make_batch(case))
 
 
-@pytest.mark.parametrize("case", ["vit", "gpt2", "opt-350m"])
+@pytest.mark.parametrize("case", quick_at(["vit", "gpt2", "opt-350m"], 0))
 def test_a_step_of_lora_lowers_the_loss(case):
     model, params = build(case)
     method, batch = pj.lora(rank=2, targets="all-linear"), make_batch(case)
