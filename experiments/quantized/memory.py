@@ -62,9 +62,9 @@ HEADER = ("", "trained", "weights", "optimizer", "activations", "temporaries", "
 
 
 def asked(model: Model, contender: Contender) -> bool:
-    """On 16 rows with recomputation, and without it where activations are codes or recomputed anyway."""
+    """On 16 rows what keeps all activations is left out."""
     bare = contender.label in ("LoRA, bfloat16", "QLoRA")
-    return not (bare and model.batch > 1) and not (contender.remat and model.batch == 1)
+    return not (bare and model.batch > 1)
 
 
 def report(plans: Plans) -> str:
