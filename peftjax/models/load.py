@@ -41,6 +41,7 @@ from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
 from peftjax.transform.transform import Transform
+from peftjax.weights.base import Weight
 from peftjax.weights.coding import Coding
 
 CONFIG_FILE = "config.json"
@@ -249,7 +250,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         params: plain arrays with exactly the model's parameters; merge a method's first.
 
     Raises:
-        PeftError: when a parameter is missing, unknown or has another shape than the model's.
+        PeftError: when a parameter is missing, unknown, no array or of another shape than the model's.
 
     Examples:
         >>> import tempfile
@@ -264,6 +265,12 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(model.shapes, sep="/")
     leaves = flatten_dict(params, sep="/")
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Weight):
+            raise PeftError(
+                f"parameter {name} is a {type(leaf).__name__}, and a file has arrays: merge the method "
+                "first, or take peftjax.dense of each parameter"
+            )
     for name in sorted(specs.keys() | leaves.keys()):
         want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
         if want != got:

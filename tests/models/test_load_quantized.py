@@ -64,6 +64,8 @@ def test_a_chain_on_coded_parameters_trains_and_tells_another_format(folder):
         PeftError, match=r"kernel' is coded already, as nf4 with a double .*leave quantized out"
     ):
         pj.quantized(format="int8").init(jax.random.key(0), coded)
+    with pytest.raises(PeftError, match=r"is a Quantized, and a file has arrays: merge"):
+        save(folder, model, coded)
     with pytest.raises(PeftError, match=r"nothing but code weights.*'lora'"):
         load(folder, quantize=pj.lora())
 
