@@ -38,5 +38,6 @@ from peftjax.methods.side.unipt import unipt as unipt
 from peftjax.methods.side.sherl import sherl as sherl
 from peftjax.methods.quantized.nf4 import nf4 as nf4
 from peftjax.methods.quantized.quantized import quantized as quantized
+from peftjax.methods.quantized.peqa import peqa as peqa
 
 __all__ = [name for name, value in globals().items() if callable(value) and not name.startswith("_")]

@@ -44,7 +44,10 @@ class Quantized(Weight):
 
     def dense(self) -> Array:
         """The decoded array, rounded once, from float32 to its dtype."""
-        codes = lax.stop_gradient(self.codes)
+        return self.decoded(lax.stop_gradient(self.codes))
+
+    def decoded(self, codes: GroupCodes) -> Array:
+        """The array that other codes of this weight's shape stand for; it differentiates their scales."""
         matrices = replace(codes, dtype=self.dtype).decode()
         n, m = self.layout.matrix
         matrices = matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
@@ -63,7 +66,7 @@ class Quantized(Weight):
         return (
             not self.layout.stack
             and "1" not in self.layout.letters
-            and not self._runs_on
+            and not self.runs_on
             and side_of(self.layout, rule.w_contract) is not None
             and not rule.w_batch
             and rule.precision is None
@@ -102,7 +105,7 @@ class Quantized(Weight):
         """Rows of this weight, of which those alone are decoded."""
         width = self.layout.positions("i" if self.rows == "o" else "o")
         ordered = width == tuple(p for p in range(self.ndim) if p != rule.axis)
-        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self._runs_on:
+        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self.runs_on:
             return lazily_merged(rule, indices, self)
         found = replace(self.codes.take(indices[..., 0]), dtype=self.dtype).decode()
         return found.reshape(*indices.shape[:-1], *(self.shape[p] for p in width))
@@ -110,7 +113,7 @@ class Quantized(Weight):
     def slice_features(self, position: int, cut: range) -> "Quantized | None":
         """A slice of rows, or one of whole groups and bytes."""
         kind = self.layout.axes[position].kind
-        if self._runs_on or len(self.layout.positions(kind)) > 1:
+        if self.runs_on or len(self.layout.positions(kind)) > 1:
             return None
         sizes = list(self.shape)
         sizes[position] = len(cut)
@@ -127,7 +130,7 @@ class Quantized(Weight):
         kind = self.layout.axes[position].kind
         if kind in ("s", "1"):
             return super().reverse(position)
-        if self._runs_on or kind != self.rows or len(self.layout.positions(kind)) > 1:
+        if self.runs_on or kind != self.rows or len(self.layout.positions(kind)) > 1:
             return None
         return replace(self, codes=self.codes.on_rows(lambda part: lax.rev(part, (part.ndim - 2,))))
 
@@ -135,7 +138,7 @@ class Quantized(Weight):
         """One of several axes of the rows read as a stack."""
         axis, n = self.layout.axes[position], len(self.layout.stack)
         sizes = self.layout.sizes(axis.kind)
-        if axis.kind != self.rows or len(sizes) < 2 or self._runs_on:
+        if axis.kind != self.rows or len(sizes) < 2 or self.runs_on:
             return None
         place = self.layout.positions(axis.kind).index(position)
 
@@ -154,7 +157,7 @@ class Quantized(Weight):
         divided = {}
         for side in ("i", "o"):
             first, *others = (full[p] for p in self.layout.positions(side))
-            if any(others) or (self._runs_on and first is not None):
+            if any(others) or (self.runs_on and first is not None):
                 return None
             divided[side] = first
         row, along = (divided["o"], divided["i"]) if self.rows == "o" else (divided["i"], divided["o"])
@@ -169,7 +172,7 @@ class Quantized(Weight):
     ) -> "Quantized | None":
         """The weight with its rows, or whole groups of each, gathered; see `Views.gather_features`."""
         axis = self.layout.axes[position]
-        if axis.kind not in "io" or axis.place != 0 or self._runs_on:
+        if axis.kind not in "io" or axis.place != 0 or self.runs_on:
             return None
         sizes = list(self.shape)
         sizes[position] = size
@@ -183,11 +186,12 @@ class Quantized(Weight):
         """The same codes under another layout, whose width they have."""
         layout = fn(self.layout)
         n, m = layout.matrix
-        width = n * m if self._runs_on else n if self.rows == "o" else m
+        width = n * m if self.runs_on else n if self.rows == "o" else m
         return replace(self, layout=layout, codes=replace(self.codes, width=width))
 
     @property
-    def _runs_on(self) -> bool:
+    def runs_on(self) -> bool:
+        """Whether groups run on from row to row."""
         n, m = self.layout.matrix
         return self.codes.width != (n if self.rows == "o" else m)
 

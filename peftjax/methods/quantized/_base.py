@@ -47,7 +47,7 @@ def quantized_base(name: str, form: Format, options: BaseOptions) -> Transform:
     """
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
-        return Frozen(quantized_params(name, form, options, params)), {}
+        return Frozen(quantized_params(name, form, options, params)[0]), {}
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
         return frozen.params
@@ -55,8 +55,17 @@ def quantized_base(name: str, form: Format, options: BaseOptions) -> Transform:
     return Transform(name, {}, init, apply)
 
 
-def quantized_params(name: str, form: Format, options: BaseOptions, params: Params) -> Params:
-    """The parameters with codes for the targeted ones.
+def quantized_params(
+    name: str, form: Format, options: BaseOptions, params: Params, *, take_codes: bool = False
+) -> tuple[Params, list[str]]:
+    """The parameters with codes for the targeted ones, and which these are.
+
+    Args:
+        name: the method's name.
+        form: how they are coded.
+        options: which of them.
+        params: the parameters.
+        take_codes: whether a target that is codes already stays as it is.
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a target is no plain array.
@@ -66,6 +75,8 @@ def quantized_params(name: str, form: Format, options: BaseOptions, params: Para
     tree.require_patterns_used(name, options.layouts, paths)
     coded = {}
     for path in paths:
+        if take_codes and isinstance(leaves[path], Quantized):
+            continue
         if isinstance(leaves[path], Weight):
             raise PeftError(
                 f"{name}: {path!r} is a {type(leaves[path]).__name__} of an earlier method; codes are made "
@@ -73,7 +84,7 @@ def quantized_params(name: str, form: Format, options: BaseOptions, params: Para
             )
         layout = layout_of(path, leaves, options.layouts)
         coded[path] = coded_weight(leaves[path], layout, form)
-    return tree.replace(params, coded)
+    return tree.replace(params, coded), paths
 
 
 def coded_weight(w: Array, layout: Layout, form: Format) -> Quantized:
