@@ -66,7 +66,7 @@ class Quantized(Weight):
         return (
             not self.layout.stack
             and "1" not in self.layout.letters
-            and not self.runs_on
+            and not self._runs_on
             and side_of(self.layout, rule.w_contract) is not None
             and not rule.w_batch
             and rule.precision is None
@@ -105,7 +105,7 @@ class Quantized(Weight):
         """Rows of this weight, of which those alone are decoded."""
         width = self.layout.positions("i" if self.rows == "o" else "o")
         ordered = width == tuple(p for p in range(self.ndim) if p != rule.axis)
-        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self.runs_on:
+        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self._runs_on:
             return lazily_merged(rule, indices, self)
         found = replace(self.codes.take(indices[..., 0]), dtype=self.dtype).decode()
         return found.reshape(*indices.shape[:-1], *(self.shape[p] for p in width))
@@ -113,7 +113,7 @@ class Quantized(Weight):
     def slice_features(self, position: int, cut: range) -> "Quantized | None":
         """A slice of rows, or one of whole groups and bytes."""
         kind = self.layout.axes[position].kind
-        if self.runs_on or len(self.layout.positions(kind)) > 1:
+        if self._runs_on or len(self.layout.positions(kind)) > 1:
             return None
         sizes = list(self.shape)
         sizes[position] = len(cut)
@@ -130,15 +130,21 @@ class Quantized(Weight):
         kind = self.layout.axes[position].kind
         if kind in ("s", "1"):
             return super().reverse(position)
-        if self.runs_on or kind != self.rows or len(self.layout.positions(kind)) > 1:
+        if self._runs_on or kind != self.rows:
             return None
-        return replace(self, codes=self.codes.on_rows(lambda part: lax.rev(part, (part.ndim - 2,))))
+        sizes, place = self.layout.sizes(kind), self.layout.positions(kind).index(position)
+
+        def reversed_rows(part: Array) -> Array:
+            apart = part.reshape(*part.shape[:-2], *sizes, part.shape[-1])
+            return lax.rev(apart, (part.ndim - 2 + place,)).reshape(part.shape)
+
+        return replace(self, codes=self.codes.on_rows(reversed_rows))
 
     def as_stack(self, position: int) -> "Quantized | None":
         """One of several axes of the rows read as a stack."""
         axis, n = self.layout.axes[position], len(self.layout.stack)
         sizes = self.layout.sizes(axis.kind)
-        if axis.kind != self.rows or len(sizes) < 2 or self.runs_on:
+        if axis.kind != self.rows or len(sizes) < 2 or self._runs_on:
             return None
         place = self.layout.positions(axis.kind).index(position)
 
@@ -157,7 +163,7 @@ class Quantized(Weight):
         divided = {}
         for side in ("i", "o"):
             first, *others = (full[p] for p in self.layout.positions(side))
-            if any(others) or (self.runs_on and first is not None):
+            if any(others) or (self._runs_on and first is not None):
                 return None
             divided[side] = first
         row, along = (divided["o"], divided["i"]) if self.rows == "o" else (divided["i"], divided["o"])
@@ -172,7 +178,7 @@ class Quantized(Weight):
     ) -> "Quantized | None":
         """The weight with its rows, or whole groups of each, gathered; see `Views.gather_features`."""
         axis = self.layout.axes[position]
-        if axis.kind not in "io" or axis.place != 0 or self.runs_on:
+        if axis.kind not in "io" or axis.place != 0 or self._runs_on:
             return None
         sizes = list(self.shape)
         sizes[position] = size
@@ -186,12 +192,11 @@ class Quantized(Weight):
         """The same codes under another layout, whose width they have."""
         layout = fn(self.layout)
         n, m = layout.matrix
-        width = n * m if self.runs_on else n if self.rows == "o" else m
+        width = n * m if self._runs_on else n if self.rows == "o" else m
         return replace(self, layout=layout, codes=replace(self.codes, width=width))
 
     @property
-    def runs_on(self) -> bool:
-        """Whether groups run on from row to row."""
+    def _runs_on(self) -> bool:
         n, m = self.layout.matrix
         return self.codes.width != (n if self.rows == "o" else m)
 

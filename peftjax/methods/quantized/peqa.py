@@ -8,9 +8,9 @@ Quantization", NeurIPS 2023, arXiv 2305.14152.
     y = (s + Δs) ∘ u,  u = x·(Q - z)         dΔs = Σ dy ∘ u,   dx = (dy ∘ (s + Δs))·(Q - z)ᵀ
 
 Trained: Δs, float32, from 0: out numbers a weight, or out · groups. Q, z and s never change, so that a task
-is its scales and all tasks share the codes. With one scale for an output, backward keeps u, out numbers a token,
-and not x. With groups of inputs it needs x, and holds the gradient of one weight at a time. Scales are small,
-about 1/7 of the largest weight at 4 bits: so are good learning rates (1e-5 ... 5e-5 with Adam). Weight decay
+is its scales and all tasks share the codes. With one scale for an output, backward keeps u, out numbers a
+token, and not x. With groups of inputs it needs x, and holds the gradient of one weight at a time. Scales are
+small, about 1/7 of the largest weight at 4 bits: so are good learning rates (1e-5 ... 5e-5 with Adam). Weight decay
 acts on Δs, and so pulls towards the base.
 """
 
@@ -78,12 +78,12 @@ def peqa(options: PeqaOptions) -> Transform:
         coded, paths = quantized_params("peqa", form, options, params, take_codes=True)
         leaves, trainable = tree.named_leaves(coded), {}
         for path in paths:
-            if leaves[path].runs_on:
+            *stack, rows, groups = leaves[path].codes.scales.shape
+            if rows != leaves[path].layout.matrix["io".index(leaves[path].rows)]:
                 raise PeftError(
                     f"peqa: the groups of {path!r}, a Quantized of an earlier method, run on from row to "
                     "row, so that no scale is of one output; code it in groups that divide its inputs"
                 )
-            *stack, rows, groups = leaves[path].codes.scales.shape
             trainable[path] = {"change": jnp.zeros((*stack, groups, rows), jnp.float32)}
         return Frozen(coded), trainable
 
