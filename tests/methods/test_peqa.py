@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import KEY, noisy
 
 import peftjax as pj
@@ -128,3 +129,43 @@ def test_it_trains_the_scales_of_codes_that_are_there():
     assert_close(method.merge(frozen, trainable), base.merge(*base.init(KEY, PARAMS)))
     with pytest.raises(PeftError, match="run on from row to row"):
         pj.chain(pj.nf4(), pj.peqa()).init(KEY, PARAMS)
+
+
+@pytest.mark.parametrize("group", [-1, 16])
+def test_scales_and_their_changes_are_sharded_as_the_weight(group):
+    """Inside a scan, and inside `shard_map`: the step is that of one device."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
+    w, x = 0.1 * jax.random.normal(KEY, (2, 128, 128)), jax.random.normal(KEY, (8, 128))
+    method = pj.peqa(group=group)
+
+    def step(frozen, trainable, x, inner):
+        def loss(trainable):
+            def layers(params, x):
+                return jax.lax.scan(
+                    lambda x, w: (jnp.tanh(inner(x, w)), None), x, params["blocks"]["kernel"]
+                )[0]
+
+            return jnp.sum(pj.adapt(layers)(method.apply(frozen, trainable), x) ** 2)
+
+        return jax.value_and_grad(loss)(trainable)
+
+    def product(x, w):
+        return x @ w
+
+    def in_shards(x, w):
+        specs = (PartitionSpec("data", "tensor"), PartitionSpec("tensor"))
+        return jax.shard_map(
+            lambda x, w: jax.lax.psum(x @ w, "tensor"),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec("data"),
+        )(x, w)
+
+    frozen, fresh = method.init(KEY, {"blocks": {"kernel": w}})
+    trainable = noisy(fresh, scale=0.01)
+    run = jax.jit(step, static_argnums=3)
+    want = run(frozen, trainable, x, product)
+    assert_close(run(frozen, trainable, x, in_shards), want, 1e-4)
+    for spec in (PartitionSpec(None, "tensor"), PartitionSpec(None, "data", "tensor")):
+        placed = {"blocks": {"kernel": jax.device_put(w, NamedSharding(mesh, spec))}}
+        assert_close(run(method.init(KEY, placed)[0], trainable, x, product), want, 1e-4)

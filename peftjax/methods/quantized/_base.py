@@ -17,8 +17,9 @@ from peftjax.quantize.groups import Format
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
-from peftjax.weights.layout import Layout, layout_of
+from peftjax.weights.layout import Layout, Side, layout_of
 from peftjax.weights.quantized import Quantized, quantize
+from peftjax.weights.rounded import Rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,41 @@ def quantized_base(name: str, form: Format, options: BaseOptions) -> Transform:
     return Transform(name, {}, init, apply)
 
 
+def rounded_base(name: str, form: Format, options: BaseOptions) -> Transform:
+    """A method that trains the targeted weights, or what earlier methods train in them, rounded in each step.
+
+    Args:
+        name: the method's name.
+        form: how they are coded.
+        options: which of them.
+    """
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        leaves = tree.named_leaves(params)
+        paths = tree.select(params, options.targets, caller=name, exclude=options.exclude)
+        tree.require_patterns_used(name, options.layouts, paths)
+        for path in paths:
+            if isinstance(leaves[path], Quantized):
+                raise PeftError(
+                    f"{name}: {path!r} is a Quantized of an earlier method, and rounded already; put {name} "
+                    "in that method's place"
+                )
+        layouts = tuple((path, layout_of(path, leaves, options.layouts)) for path in paths)
+        taken, rest = tree.partition(params, [p for p in paths if not isinstance(leaves[p], Weight)])
+        return Frozen(rest, plan=layouts), taken
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        params = tree.join(frozen.params, trainable)
+        leaves = tree.named_leaves(params)
+        rounded = {
+            path: Rounded(leaves[path], layout, form, coded_side(layout), leaves[path].dtype)
+            for path, layout in frozen.plan
+        }
+        return tree.replace(params, rounded)
+
+    return Transform(name, {}, init, apply)
+
+
 def quantized_params(
     name: str, form: Format, options: BaseOptions, params: Params, *, take_codes: bool = False
 ) -> tuple[Params, list[str]]:
@@ -87,20 +123,32 @@ def quantized_params(
     return tree.replace(params, coded), paths
 
 
-def coded_weight(w: Array, layout: Layout, form: Format) -> Quantized:
+def coded_side(layout: Layout) -> Side:
+    """Which side the rows of a weight's codes are: of a lookup table its inputs."""
+    return "i" if is_embedding(layout.name) else "o"
+
+
+def coded_weight(w: Array, layout: Layout, form: Format, *, rows: Side | None = None) -> Quantized:
     """A weight as codes, on the devices on which it lies.
 
     Args:
         w: the array, placed or traced.
         layout: of its axes; the rows of a lookup table are coded each for itself.
         form: how.
+        rows: which side the rows of the codes are, where not that of `coded_side`.
     """
-    rows = "i" if is_embedding(layout.name) else "o"
-    encode = partial(quantize, layout=layout, form=form, rows=rows)
+    encode = partial(quantize, layout=layout, form=form, rows=rows or coded_side(layout))
     if isinstance(w, jax.core.Tracer) or not isinstance(getattr(w, "sharding", None), NamedSharding):
         return jax.jit(encode)(w)
     shapes = jax.eval_shape(encode, w)
     return jax.jit(encode, out_shardings=_shardings(shapes, w.sharding))(w)
+
+
+def placed_as(coded: Quantized, w: Array) -> Quantized:
+    """Codes on the devices on which their weight lies."""
+    if isinstance(w, jax.core.Tracer) or not isinstance(getattr(w, "sharding", None), NamedSharding):
+        return coded
+    return jax.device_put(coded, _shardings(coded, w.sharding))
 
 
 def _shardings(shapes: Quantized, of_weight: NamedSharding) -> Any:

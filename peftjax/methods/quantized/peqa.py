@@ -10,8 +10,8 @@ Quantization", NeurIPS 2023, arXiv 2305.14152.
 Trained: Δs, float32, from 0: out numbers a weight, or out · groups. Q, z and s never change, so that a task
 is its scales and all tasks share the codes. With one scale for an output, backward keeps u, out numbers a
 token, and not x. With groups of inputs it needs x, and holds the gradient of one weight at a time. Scales are
-small, about 1/7 of the largest weight at 4 bits: so are good learning rates (1e-5 ... 5e-5 with Adam). Weight decay
-acts on Δs, and so pulls towards the base.
+small, about 1/7 of the largest weight at 4 bits: so are good learning rates (1e-5 ... 5e-5 with Adam). Weight
+decay acts on Δs, and so pulls towards the base.
 """
 
 import math
