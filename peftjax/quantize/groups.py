@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from peftjax.quantize.codes import Codes, decode
 from peftjax.quantize.elements import Element, Integers, Natural, Table
-from peftjax.quantize.packing import pack, unpack
+from peftjax.quantize.packing import pack, unpack, unpack_at
 from peftjax.quantize.scales import ScaleForm, encode_scales
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -118,6 +118,21 @@ class GroupCodes(Codes):
         scales = self.scales.take(rows) if isinstance(self.scales, Codes) else self.scales[rows]
         zeros = None if self.zeros is None else self.zeros[rows]
         return replace(self, codes=self.codes[rows], scales=scales, zeros=zeros)
+
+    def at(self, numbers: Array) -> Array:
+        """The numbers `[*n]` of each row of a single matrix `[rows, width]`: `[*n, rows]`, and no others."""
+        return self.placed(jnp.arange(self.codes.shape[-2]), numbers[..., None])
+
+    def placed(self, rows: Array, numbers: Array) -> Array:
+        """The numbers at these rows and places of a single matrix, of one shape or broadcast to one."""
+        bits = self.format.element.bits
+        codes = (
+            self.codes[rows, numbers] if bits == 8 else unpack_at(self.codes, bits, rows, numbers, self.width)
+        )
+        groups = (rows, numbers // self.group)
+        values = self.format.element.decode(codes)
+        values = values if self.zeros is None else values - self.zeros[groups].astype(jnp.float32)
+        return (values * decode(self.scales)[groups].astype(jnp.float32)).astype(self.dtype)
 
     @property
     def factors(self) -> tuple[tuple[float, ...] | None, Array, Array | None] | None:

@@ -37,6 +37,24 @@ def unpack(packed: UInt8[Array, "*lead bytes"], bits: int, width: int) -> UInt8[
     return codes
 
 
+def unpack_at(
+    packed: UInt8[Array, "rows bytes"],
+    bits: int,
+    rows: Int[Array, "..."],
+    places: Int[Array, "..."],
+    width: int,
+) -> UInt8[Array, "..."]:
+    """The codes at these rows and places of what `pack` gave, read from their own bytes alone."""
+    codes, start = jnp.zeros((), jnp.uint8), 0
+    for part in _PARTS[bits]:
+        each = 8 // part
+        byte = packed[rows, start + places // each]
+        shift = (8 - part * (1 + places % each)).astype(jnp.uint8)
+        codes = (codes << part) | ((byte >> shift) & jnp.uint8(2**part - 1))
+        start += -(-width * part // 8)
+    return codes
+
+
 def _joined(codes: Array, bits: int) -> Array:
     """Codes of 1, 2, 4 or 8 bits in bytes."""
     each = 8 // bits

@@ -54,20 +54,32 @@ class Coding:
         return codes
 
 
-def coded_weight(w: Array, layout: Layout, form: Format) -> Quantized:
+def coded_weight(w: Array, layout: Layout, form: Format, *, rows: Side | None = None) -> Quantized:
     """A weight as codes, on the devices on which it lies.
 
     Args:
         w: the array, placed or traced.
         layout: of its axes; the rows of a lookup table are coded each for itself.
         form: how.
+        rows: which side the rows of the codes are, where not that of `rows_of`.
     """
+    rows = rows or rows_of(layout)
     sharding = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return _encoded(w, layout, form)
-    encode = partial(quantize, layout=layout, form=form, rows=rows_of(layout))
+        return _encoded(w, layout, form, rows)
+    encode = partial(quantize, layout=layout, form=form, rows=rows)
     shapes = jax.eval_shape(encode, w)
     return jax.jit(encode, out_shardings=code_shardings(shapes, sharding))(w)
+
+
+def placed_as(coded: Quantized, w: Array) -> Quantized:
+    """Codes on the devices on which their weight lies."""
+    sharding = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
+    return (
+        jax.device_put(coded, code_shardings(coded, sharding))
+        if isinstance(sharding, NamedSharding)
+        else coded
+    )
 
 
 def rows_of(layout: Layout) -> Side:
@@ -114,9 +126,9 @@ def code_shardings(shapes: Quantized, of_weight: NamedSharding) -> Any:
     return jax.tree.unflatten(structure, [place(leaf, spec) for leaf, spec in zip(leaves, own, strict=True)])
 
 
-@partial(jax.jit, static_argnames=("layout", "form"))
-def _encoded(w: Array, layout: Layout, form: Format) -> Quantized:
-    return quantize(w, layout, form, rows=rows_of(layout), block=BLOCK_NUMBERS)
+@partial(jax.jit, static_argnames=("layout", "form", "rows"))
+def _encoded(w: Array, layout: Layout, form: Format, rows: Side) -> Quantized:
+    return quantize(w, layout, form, rows=rows, block=BLOCK_NUMBERS)
 
 
 def _put(whole: Any, layer: Any, n: Any) -> Any:

@@ -44,8 +44,14 @@ class Quantized(Weight):
 
     def dense(self) -> Array:
         """The decoded array, rounded once, from float32 to its dtype."""
-        codes = lax.stop_gradient(self.codes)
-        matrices = replace(codes, dtype=self.dtype).decode()
+        return self.decoded(lax.stop_gradient(self.codes))
+
+    def decoded(self, codes: GroupCodes) -> Array:
+        """The array that other codes of this weight's shape stand for; it differentiates their scales."""
+        return self.arranged(replace(codes, dtype=self.dtype).decode())
+
+    def arranged(self, matrices: Array) -> Array:
+        """An array in the order of the codes, `[*stack, rows, width]`, in the logical shape."""
         n, m = self.layout.matrix
         matrices = matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
         return to_logical(matrices.swapaxes(-1, -2) if self.rows == "o" else matrices, self.layout)
@@ -100,12 +106,23 @@ class Quantized(Weight):
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight, of which those alone are decoded."""
-        width = self.layout.positions("i" if self.rows == "o" else "o")
-        ordered = width == tuple(p for p in range(self.ndim) if p != rule.axis)
-        if side_of(self.layout, (rule.axis,)) != self.rows or not ordered or self._runs_on:
+        side = side_of(self.layout, (rule.axis,))
+        left = self.layout.positions("i" if side == "o" else "o")
+        if side is None or left != tuple(p for p in range(self.ndim) if p != rule.axis):
             return lazily_merged(rule, indices, self)
-        found = replace(self.codes.take(indices[..., 0]), dtype=self.dtype).decode()
-        return found.reshape(*indices.shape[:-1], *(self.shape[p] for p in width))
+        codes, numbers = replace(lax.stop_gradient(self.codes), dtype=self.dtype), indices[..., 0]
+        if self._runs_on:
+            found = self._found(codes, numbers[..., None], of_rows=side == self.rows)
+        else:
+            found = codes.take(numbers).decode() if side == self.rows else codes.at(numbers)
+        return found.reshape(*indices.shape[:-1], *(self.shape[p] for p in left))
+
+    def _found(self, codes: GroupCodes, numbers: Array, *, of_rows: bool) -> Array:
+        """Whole rows, or the same places of all rows, of codes whose groups run on from row to row."""
+        n, m = self.layout.matrix
+        height, width = (m, n) if self.rows == "o" else (n, m)
+        rows, places = (numbers, jnp.arange(width)) if of_rows else (jnp.arange(height), numbers)
+        return codes.placed(jnp.zeros((), jnp.int32), rows * width + places)
 
     def slice_features(self, position: int, cut: range) -> "Quantized | None":
         """A slice of rows, or one of whole groups and bytes."""

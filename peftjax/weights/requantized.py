@@ -44,7 +44,7 @@ def requantized(w: Weight, base: Quantized) -> tuple[Quantized, RoundingError]:
         base: what it changes, see `coded_base`.
     """
     whole = w.cast(jnp.float32).dense()
-    coded = coded_weight(whole, base.layout, base.codes.format)
+    coded = coded_weight(whole, base.layout, base.codes.format, rows=base.rows)
     rounded = jnp.linalg.norm((whole - coded.dense()).ravel())
     change = jnp.linalg.norm((whole - base.cast(jnp.float32).dense()).ravel())
     error = RoundingError(rounded / jnp.linalg.norm(whole.ravel()), rounded / change)

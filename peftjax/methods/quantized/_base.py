@@ -13,9 +13,10 @@ from peftjax.quantize.groups import Format
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
-from peftjax.weights.coding import Coding
+from peftjax.weights.coding import Coding, rows_of
 from peftjax.weights.layout import layout_of
 from peftjax.weights.quantized import Quantized
+from peftjax.weights.rounded import Rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,41 @@ def quantized_base(name: str, form: Format, options: BaseOptions) -> Transform:
         return frozen.params
 
     return Transform(name, {}, init, apply, codings=codings_of)
+
+
+def rounded_base(name: str, form: Format, options: BaseOptions) -> Transform:
+    """A method that trains the targeted weights, or what earlier methods train in them, rounded in each step.
+
+    Args:
+        name: the method's name.
+        form: how they are coded.
+        options: which of them.
+    """
+
+    def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
+        leaves = tree.named_leaves(params)
+        paths = tree.select(params, options.targets, caller=name, exclude=options.exclude)
+        tree.require_patterns_used(name, options.layouts, paths)
+        for path in paths:
+            if isinstance(leaves[path], Quantized):
+                raise PeftError(
+                    f"{name}: {path!r} is a Quantized of an earlier method, and rounded already; put {name} "
+                    "in that method's place"
+                )
+        layouts = tuple((path, layout_of(path, leaves, options.layouts)) for path in paths)
+        taken, rest = tree.partition(params, [p for p in paths if not isinstance(leaves[p], Weight)])
+        return Frozen(rest, plan=layouts), taken
+
+    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
+        params = tree.join(frozen.params, trainable)
+        leaves = tree.named_leaves(params)
+        rounded = {
+            path: Rounded(leaves[path], layout, form, rows_of(layout), leaves[path].dtype)
+            for path, layout in frozen.plan
+        }
+        return tree.replace(params, rounded)
+
+    return Transform(name, {}, init, apply)
 
 
 def quantized_params(

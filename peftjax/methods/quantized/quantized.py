@@ -4,6 +4,11 @@
 
 The formats are those of `peftjax.quantize.formats`. It trains nothing and goes before a method, as `nf4`. A
 layer decodes its weight for its product, forward and backward, and keeps the codes.
+
+With `train` it is quantization-aware training with the straight-through estimator (Bengio et al. 2013, arXiv
+1308.3432):
+
+    y = x·r(w),  r(w) = decode(encode(w))        dw = dr where w is within its codes' reach, else 0
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +16,7 @@ from typing import get_args
 
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.quantized._base import BaseOptions, quantized_base
+from peftjax.methods.quantized._base import BaseOptions, quantized_base, rounded_base
 from peftjax.quantize.elements import Integers, Natural
 from peftjax.quantize.formats import FORMATS, FormatName
 from peftjax.quantize.groups import Format
@@ -22,8 +27,8 @@ from peftjax.transform.transform import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormatOptions(BaseOptions):
-    """What a method takes that codes weights in any format.
+class CodeOptions:
+    """How a method codes weights that can do so in any format.
 
     Attributes:
         format: one of `peftjax.quantize.formats`.
@@ -65,18 +70,39 @@ class FormatOptions(BaseOptions):
         return form if self.scales is None else replace(form, scales=self.scales)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions(CodeOptions, BaseOptions):
+    """What a method takes that codes weights in any format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedOptions(FormatOptions):
+    """What `quantized` takes.
+
+    Attributes:
+        train: train the weights, of which a step sees what they are rounded to.
+    """
+
+    train: bool = False
+
+
 @register(
     kind="rewrite",
     paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two",
-    trains="nothing",
-    backward_keeps="the codes, 2 to 8 bits a weight",
+    trains="nothing; with `train` the weights, rounded in every step",
+    backward_keeps="the codes, 2 to 8 bits a weight; with `train` x and the weights",
     quantized_base=False,
     replaces_base=True,
     conformance=Conformance(example={"format": "int4", "group": 4}, starts_as_base=False),
 )
-@takes(FormatOptions)
-def quantized(options: FormatOptions) -> Transform:
+@takes(QuantizedOptions)
+def quantized(options: QuantizedOptions) -> Transform:
     """Keep the targeted weights as codes of a format, rounded to the nearest.
+
+    With `train`, targets that are arrays are trained, and every forward pass rounds them. A target that an
+    earlier method has adapted is rounded with its adapter: `pj.chain(pj.lora(), pj.quantized(train=True))`
+    trains a LoRA for the base that it will be merged into. `merge` gives what the forward pass has seen, and
+    `peftjax.weights.rounded.with_codes(method.apply(frozen, trainable))` the same model as codes.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets that do not fit the parameters.
@@ -87,4 +113,6 @@ def quantized(options: FormatOptions) -> Transform:
         >>> frozen.params["up"]["kernel"].codes.codes.dtype.name
         'int8'
     """
+    if options.train:
+        return rounded_base("quantized", options.form, options)
     return quantized_base("quantized", options.form, options)
