@@ -14,18 +14,15 @@ from jax.typing import DTypeLike
 
 def by_matrix(body: Callable[..., Array], operands: tuple[Array | None, ...], **static: Any) -> Array:
     """`body` on matrices `x [n, in]`, `codes [out, ...]`, ..., mapped over the stack if there is one."""
-    x, codes = operands[:2]
-    stack, lead = codes.shape[:-2], x.shape[codes.ndim - 2 : -1]
+    x, codes, *_, u, _ = operands
+    stack = codes.shape[:-2]
+    lead = x.shape[len(stack) : -1]
 
-    def matrices(array: Array | None, rows: tuple[int, ...]) -> Array | None:
-        if array is None:
-            return None
-        return array.reshape(*([prod(stack)] if stack else []), prod(rows), array.shape[-1])
+    def matrices(array: Array) -> Array:
+        rows = prod(lead) if array is x or array is u else array.shape[-2]
+        return array.reshape(*([prod(stack)] if stack else []), rows, array.shape[-1])
 
-    rows = [lead, *(None if part is None else part.shape[-2:-1] for part in operands[1:])]
-    if operands[4] is not None:
-        rows[4] = lead
-    flat = [matrices(array, of) for array, of in zip(operands, rows)]
+    flat = [None if array is None else matrices(array) for array in operands]
     run = partial(body, **static)
     y = jax.vmap(run)(*flat) if stack else run(*flat)
     return y.reshape(*stack, *lead, y.shape[-1])
