@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax.core import compat
 from peftjax.core.derivatives import with_backward
-from peftjax.quantize.codes import decode
+from peftjax.quantize.codes import Codes, decode
 from peftjax.quantize.groups import GroupCodes
 from peftjax.weights.base import Weight, contract, lazily_merged
 from peftjax.weights.contraction import Dot
@@ -93,7 +93,8 @@ class GroupScaled(Weight):
         specs = super().part_specs(spec)
         if specs is None:
             return None
-        *stack, row, groups = specs.base.codes.scales
+        of_scales = specs.base.codes.scales
+        *stack, row, groups = of_scales.codes if isinstance(of_scales, Codes) else of_scales
         return specs._with_change(PartitionSpec(*stack, groups, row))
 
     def divided_with(self, activations: Any) -> "GroupScaled":
