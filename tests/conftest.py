@@ -4,11 +4,15 @@ Eight CPU devices, so that sharded programs run anywhere. LLVM optimizes little 
 jax 0.10 generates a fusion's code the older and quicker way (newer ones have one way only), because a test
 compiles a program to run it once: what XLA decides (fusion, memory, FLOPs) stays the same. A flag of the
 caller's wins.
+
+Every program lies in a folder of this run too, where the other process, and this one after it has dropped its
+programs, find it. A folder of the caller's wins: with it the next run compiles only what is new.
 """
 
 import ctypes
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,8 +27,17 @@ xla_client.CompileOptions()  # reads the flags, once; libtpu, which reads them l
 os.environ["XLA_FLAGS"] = FLAGS
 jax.config.update("jax_num_cpu_devices", 8)
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="peftjax-programs-")  # goes with the process that made it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+for option, value in {"MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": -1}.items():
+    os.environ[f"JAX_PERSISTENT_CACHE_{option}"] = str(value)  # for the commands that tests start
+    jax.config.update(f"jax_persistent_cache_{option.lower()}", value)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
-MANY, LARGE = 20_000, 1_200_000_000
+# Mapped pieces (Linux allows 65,530) and bytes: to drop programs at between files, and already within one.
+MANY, LARGE, TOO_LARGE = 20_000, 1_200_000_000, 1_600_000_000
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -48,12 +61,24 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drop compiled programs between files: they take memory, and map it in pieces (Linux allows 65,530)."""
+    """Drop compiled programs between files, where few are needed again."""
     yield
     if MAPS.exists() and (_mapped() > MANY or _resident() > LARGE):
-        jax.clear_caches()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        _drop_programs()
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """Drop them within a file that compiles very many; they are found again in the folder of the run."""
+    yield
+    if PAGES.exists() and _resident() > TOO_LARGE:
+        _drop_programs()
+
+
+def _drop_programs() -> None:
+    jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped() -> int:

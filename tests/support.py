@@ -1,17 +1,19 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.testing.comparisons import assert_close
-from peftjax.testing.model import KEY
+from peftjax.testing.model import KEY, moved
 
 _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "scatter-add")
 
@@ -19,6 +21,28 @@ _PRODUCTS_AND_SUMS = ("dot_general", "conv_general_dilated", "add", "add_any", "
 def all_but_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     """The names as parameters of a test, those that are not quick marked as slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def quick_at(values: Iterable[Any], *places: int, every: int = 0) -> list[Any]:
+    """The values as parameters of a test, slow but for those at the places, or for one of so many.
+
+    A tuple has the values of several parameters.
+    """
+    found = list(values)
+    quick = places or range(0, len(found), every)
+    spread = [value if type(value) is tuple else (value,) for value in found]
+    marks = [[] if n in quick else [pytest.mark.slow] for n in range(len(found))]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(spread, marks)]
+
+
+def combined(*lists: Iterable[Any]) -> list[Any]:
+    """All combinations as parameters of a test, quick where one at most is not the first of its list."""
+    lists = tuple(map(tuple, lists))
+    return [
+        pytest.param(*(values[n] for values, n in zip(lists, places)), marks=marks)
+        for places in itertools.product(*(range(len(values)) for values in lists))
+        for marks in [[pytest.mark.slow] if sum(n > 0 for n in places) > 1 else []]
+    ]
 
 
 def example_of(name: str, **options: Any) -> pj.Transform:
@@ -29,12 +53,15 @@ def example_of(name: str, **options: Any) -> pj.Transform:
     return pj.chain(method, pj.lora(rank=2, **options)) if beneath else method
 
 
+def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """As `jax.random.normal`, without a program for each shape."""
+    drawn = np.random.default_rng(np.asarray(jax.random.key_data(key))).standard_normal(shape)
+    return jnp.array(drawn, dtype)
+
+
 def noisy(trainable: Any, key: jax.Array = KEY, scale: float = 0.1) -> Any:
     """The trainable as after some steps: every number moved by its own random amount."""
-    leaves, structure = jax.tree.flatten(trainable)
-    keys = jax.random.split(key, len(leaves))
-    moved = [leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(structure, moved)
+    return moved(trainable, np.asarray(jax.random.key_data(key)), scale)
 
 
 def assert_equals_merged(
@@ -66,7 +93,7 @@ def assert_equals_merged(
     assert_close(got[0][1], want[0][1], tolerance)
     assert_close(got[1], want[1], tolerance)
     of_adapter = got[1][0] if floating else got[1]
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(of_adapter)), "a gradient is all zero"
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(of_adapter)), "a gradient is all zero"
 
 
 def _summary(out: Any) -> tuple[jax.Array, Any]:

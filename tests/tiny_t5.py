@@ -1,5 +1,7 @@
 """A tiny T5 and a batch with padding on both sides, for the tests of T5."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +28,12 @@ def values(**changes):
     return {**VALUES, **changes}
 
 
+@functools.cache
 def make(head="seq2seq_lm", **changes):
     """A model and parameters none of which are trivial."""
     model = t5(read_config(values(**changes)), head=head)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes
 
     def draw(leaf):
         ones = leaf.ndim < 3 and leaf.shape[-1] == 16 and leaf.shape[0] != 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -330,6 +331,11 @@ class Backbone:
             jax.random.split(block_key, self.num_layers)
         )
         return {"embed": embed, "blocks": blocks, "head": self.init_head(head_key, embed, batch), **encoder}
+
+    @functools.cached_property
+    def shapes(self) -> Params:
+        """The shapes and dtypes of what `init` draws, to be read only; found once for a model."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     def init_head(self, key: Key[Array, ""], embed: Params, batch: Batch | None = None) -> Params:
         """Random parameters of the head alone; `embed` are the embeddings or their shapes."""

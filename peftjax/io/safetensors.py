@@ -36,6 +36,8 @@ DTYPE_CODES = {
 }
 
 
+BYTE_FLOATS = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
+"""Floats of one byte by the format's code: numpy has none, and the format's reader for numpy reads none."""
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 """Ends of the names of weights in formats that are not read."""
 
@@ -131,11 +133,21 @@ class Tensor:
         Raises:
             PeftError: when it cannot be read.
         """
+        if self.dtype in BYTE_FLOATS:
+            return self._bytes().view(BYTE_FLOATS[self.dtype]).reshape(self.shape)[index]
         with _opened(self.file) as handle:
             try:
                 return handle.get_slice(self.name)[index]
             except (SafetensorError, TypeError, AttributeError) as error:
                 raise PeftError(f"cannot read {self.name} of {self.file}: {error}") from error
+
+    def _bytes(self) -> np.ndarray:
+        """All bytes of the tensor."""
+        with open(self.file, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start, stop = json.loads(file.read(length))[self.name]["data_offsets"]
+            file.seek(8 + length + start)
+            return np.frombuffer(file.read(stop - start), np.uint8)
 
 
 def describe_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:

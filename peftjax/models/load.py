@@ -22,7 +22,7 @@ from jaxtyping import Array, Key
 from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.io.files import checked, read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, Tensor, describe_tensors, find_tensors, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, Tensor, write_tensors
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
@@ -30,6 +30,7 @@ from peftjax.models.gpt2 import GPT2
 from peftjax.models.llama import LLAMA
 from peftjax.models.mistral import MISTRAL
 from peftjax.models.opt import OPT
+from peftjax.models.quantized.checkpoint import stored_tensors
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
@@ -39,6 +40,8 @@ from peftjax.models.shared import copies, names_to_read, settle, untied
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import read_weights, slots_of, to_hf
+from peftjax.transform.transform import Transform
+from peftjax.weights.coding import Coding
 
 CONFIG_FILE = "config.json"
 _ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
@@ -65,12 +68,14 @@ def load(
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
     sharding: Shardings | None = None,
+    quantize: Transform | None = None,
     described: tuple[Family, dict[str, Any]] | None = None,
 ) -> tuple[Backbone, Params]:
     """Load a checkpoint of a supported family.
 
     Args:
-        path: folder with `config.json` and safetensors, single or sharded.
+        path: folder with `config.json` and safetensors, single or sharded. Weights that bitsandbytes, GPTQ,
+            AWQ or compressed-tensors have quantized become `Quantized` parameters with their codes.
         head: a head of the family, see its file, such as `peftjax.models.bert.bert`; by default the one whose
             Hugging Face class `config.json` names, else "none".
         num_labels: columns of a classifier; default the checkpoint's.
@@ -87,23 +92,27 @@ def load(
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
         sharding: where each parameter goes: a function of its path and shape, or a tree like the
             parameters'. Each process reads only what its devices hold, one parameter at a time.
+        quantize: a method that does nothing but code weights, such as `pj.nf4()`: they are coded as they are
+            read, so that no more than one layer of one of them is in memory as floats. The parameters are
+            those of its `init`, and a chain on them begins with the same method.
         described: what `read_family` gave for the folder, where the caller has read it already.
 
     Raises:
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
             for a head that has none; a head without an output layer to untie; a sharding that is absent from
-            its tree or does not divide a parameter.
+            its tree or does not divide a parameter; a `quantize` that does something else.
 
     Examples:
         >>> model, params = pj.load("path/to/llama", head="causal_lm")  # doctest: +SKIP
+        >>> model, params = pj.load("path/to/llama", quantize=pj.nf4())  # doctest: +SKIP
     """
     folder = Path(path)
     family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    files = find_tensors(folder)
-    tensors = {family.canonical(name): tensor for name, tensor in describe_tensors(files).items()}
+    stored = stored_tensors(folder)
+    tensors = {family.canonical(name): tensor for name, tensor in stored.items()}
     config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
     config = settle(family, config, tensors, folder)
     head = head or _head_of(family, values)
@@ -113,7 +122,8 @@ def load(
     in_file = model = build()
     if vocab_size is not None:
         model = build(vocab_size=vocab_size)
-    specs = jax.eval_shape(model.init, jax.random.key(0))
+    specs = model.shapes
+    codings = _codings(quantize, specs)
     place = _placement(sharding)
     for name, spec in flatten_dict(specs, sep="/").items():
         place(name, spec.shape)
@@ -121,7 +131,7 @@ def load(
     grown = set() if in_file is model else VOCABULARY_AXES.keys() & flatten_dict(specs, sep="/").keys()
     loaded = read_weights(
         folder,
-        jax.eval_shape(in_file.init, jax.random.key(0)),
+        in_file.shapes,
         family.table(model),
         dtype=param_dtype,
         canonical=family.canonical,
@@ -130,11 +140,17 @@ def load(
         place=lambda path, shape: None if path in grown else place(path, shape),
         others=names_to_read(family, model, untie=untie),
         skipped=other,
+        codings={path: coding for path, coding in codings.items() if path not in grown},
+        stored=stored,
     )
-    leaves = dict(loaded.params)
+    leaves: dict[str, Any] = dict(loaded.params)
+
+    def put(path: str, leaf: Array) -> None:
+        placed = jax.device_put(leaf, place(path, leaf.shape))
+        leaves[path] = codings[path](placed) if path in codings else placed
+
     for path in grown & leaves.keys():
-        leaf = resized(path, np.asarray(leaves[path]), model)
-        leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
+        put(path, resized(path, np.asarray(leaves[path]), model))
     fresh = [path for path in loaded.fresh if path not in replaced]
     if fresh:
         if key is None:
@@ -144,17 +160,17 @@ def load(
         logger.warning("drawn at random, not in %s: %s", folder, ", ".join(fresh))
         drawn = flatten_dict({"head": model.init_head(key, specs["embed"])}, sep="/")
         for path in fresh:
-            leaf = drawn[path].astype(param_dtype)
-            leaves[path] = jax.device_put(leaf, place(path, leaf.shape))
+            put(path, drawn[path].astype(param_dtype))
     shapes = flatten_dict(specs, sep="/")
     for path in set(loaded.fresh) - set(fresh):
-        empty = jnp.zeros(shapes[path].shape, param_dtype)
-        leaves[path] = jax.device_put(empty, place(path, empty.shape))
+        put(path, jnp.zeros(shapes[path].shape, param_dtype))
     repeated = copies(family, model, tensors)
     unused = [name for name in loaded.unused if family.canonical(name) not in repeated]
     if unused:
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
-    return model, {"head": {}, **unflatten_dict(leaves, sep="/")}
+    params = {"head": {}, **unflatten_dict(leaves, sep="/")}
+    _codings(quantize, params)  # what the checkpoint holds as codes is of the same format
+    return model, params
 
 
 def build_model(
@@ -193,13 +209,12 @@ def build_model(
 def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = False) -> set[str]:
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
-    held = {family.canonical(name) for name in find_tensors(path)}
+    specs = flatten_dict(model.shapes, sep="/")
+    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
-    absent = {slot.path for name, slot in slots.items() if held.isdisjoint(others.get(name, (name,)))}
-    tensors = {
-        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
+    absent = {
+        slot.path for name, slot in slots.items() if tensors.keys().isdisjoint(others.get(name, (name,)))
     }
     return absent | _of_another_size(model, family, tensors, redraw=True)
 
@@ -212,11 +227,9 @@ def stored_dtypes(
     Parameters that it lacks have no entry.
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     others = names_to_read(family, model, untie=untie)
-    tensors = {
-        family.canonical(name): tensor for name, tensor in describe_tensors(find_tensors(path)).items()
-    }
+    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
     found: dict[str, np.dtype] = {}
     for name, slot in slots_of({p: s.shape for p, s in specs.items()}, family.table(model)).items():
         read = next((tensors[other] for other in others.get(name, (name,)) if other in tensors), None)
@@ -249,7 +262,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         >>> model, params = pj.load(folder)
     """
     family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    specs = flatten_dict(model.shapes, sep="/")
     leaves = flatten_dict(params, sep="/")
     for name in sorted(specs.keys() | leaves.keys()):
         want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
@@ -281,7 +294,8 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     checked(of_family(name), values, folder / CONFIG_FILE)
-    return FAMILIES[name], values
+    # How its weights are coded changes how they are read, and nothing of the model.
+    return FAMILIES[name], {key: value for key, value in values.items() if key != "quantization_config"}
 
 
 def _of_another_size(
@@ -295,10 +309,7 @@ def _of_another_size(
     task = family.heads[model.head_name].task_weights
     if task is None:
         return set()
-    shapes = {
-        path: spec.shape
-        for path, spec in flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/").items()
-    }
+    shapes = {path: spec.shape for path, spec in flatten_dict(model.shapes, sep="/").items()}
     found: set[str] = set()
     for name, slot in slots_of(shapes, family.table(model)).items():
         wanted = slot.shape(shapes[slot.path])
@@ -331,6 +342,18 @@ def _head_of(family: Family, values: Mapping[str, Any]) -> str:
     """The first head of the class that a `config.json` names."""
     classes = values.get("architectures") or ()
     return next((name for name, head in family.heads.items() if head.architecture in classes), "none")
+
+
+def _codings(quantize: Transform | None, specs: Params) -> Mapping[str, Coding]:
+    """How the parameters are coded, by path."""
+    if quantize is None:
+        return {}
+    if quantize.codings is None:
+        raise PeftError(
+            f"load(quantize=...) takes a method that does nothing but code weights, as pj.nf4() does; "
+            f"{quantize.name!r} is applied to the parameters that load gives, by its init"
+        )
+    return quantize.codings(specs)
 
 
 def _placement(sharding: Shardings | None) -> Callable[[str, tuple[int, ...]], Sharding | None]:

@@ -8,6 +8,7 @@ each tensor only the part that a device of this process holds is read.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections import Counter
@@ -19,18 +20,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
+from peftjax.models.quantized.scheme import CodedTensor, one_layer
+from peftjax.weights.coding import Coding, code_shardings, rows_of, stacked
+from peftjax.weights.layout import Layout, layout_of
+from peftjax.weights.quantized import Quantized
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
 # an output layer that shares an embedding's table, and so has its inputs and outputs exchanged.
 Kind = Literal["linear", "embedding", "convolution", "tied"]
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, jnp.bfloat16)))
+Stored = Tensor | CodedTensor
+"""What a checkpoint holds of a parameter."""
 BLOCK_NUMBERS = 2**20
 """How many numbers of a tensor are read at a time: 4 MiB of float32, twice, beside the result."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +108,12 @@ class Loaded:
     """What a checkpoint gave.
 
     Attributes:
-        params: arrays by path; without the `fresh` ones.
+        params: arrays and codes by path; without the `fresh` ones.
         fresh: paths the checkpoint lacks, which the caller draws at random.
         unused: the checkpoint's names that nothing read.
     """
 
-    params: dict[str, Array]
+    params: dict[str, Array | Quantized]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -145,6 +154,8 @@ def read_weights(
     place: Callable[[str, tuple[int, ...]], Sharding | None] = lambda path, shape: None,
     others: Mapping[str, Sequence[str]] | None = None,
     skipped: Collection[str] = (),
+    codings: Mapping[str, Coding] | None = None,
+    stored: Mapping[str, Stored] | None = None,
 ) -> Loaded:
     """Read the parameters of `specs` from the safetensors of `folder`.
 
@@ -161,6 +172,8 @@ def read_weights(
         others: all names that stand for a tensor, by its name in `weights`; the first that the checkpoint
             holds is read, and may be read for several.
         skipped: paths that are not read and are `fresh`.
+        codings: how parameters are coded as they are read, by path.
+        stored: what the checkpoint holds, by name; by default what its files say.
 
     Raises:
         PeftError: for a missing name, a wrong shape, a dtype that is not a float, two tensors for
@@ -168,9 +181,9 @@ def read_weights(
     """
     shapes = {path: spec.shape for path, spec in flatten_dict(specs, sep="/").items()}
     slots = slots_of(shapes, weights)
-    files = find_tensors(folder)
+    stored = describe_tensors(find_tensors(folder)) if stored is None else stored
     sources: dict[str, str] = {}
-    for name in files:
+    for name in stored:
         if canonical(name) in sources:
             raise PeftError(f"{folder} holds both {sources[canonical(name)]} and {name}")
         sources[canonical(name)] = name
@@ -190,19 +203,22 @@ def read_weights(
         count = f"{len(lost)} tensors this model needs" if len(lost) > 1 else "a tensor"
         raise PeftError(f"{folder} lacks {count}: {_abridged(lost)}")
     read = set(wanted.values())
-    tensors = describe_tensors({source: files[source] for source in sources.values() if source in read})
-    parts: dict[str, dict[int | None, Tensor]] = {}
+    parts: dict[str, dict[int | None, Stored]] = {}
     for name, source in wanted.items():
-        slot, tensor = slots[name], tensors[source]
+        slot, tensor = slots[name], stored[source]
         _require_fit(tensor, slot.shape(shapes[slot.path]))
         parts.setdefault(slot.path, {})[slot.layer] = tensor
     table = {slot.path: slot.weight for slot in slots.values()}
     # The largest first: the copy that a leaf needs on its way to the device meets an emptier memory.
     ordered = sorted(parts, key=lambda path: (-math.prod(shapes[path]), path))
-    leaves = {
-        path: read_leaf(table[path], parts[path], shapes[path], dtype, place(path, shapes[path]))
-        for path in ordered
-    }
+    leaves, leaves_of = {}, flatten_dict(specs, sep="/")
+    for path in ordered:
+        args = table[path], parts[path], shapes[path], dtype, place(path, shapes[path])
+        codes = read_codes(*args, layout_of(path, leaves_of, None)) if any_coded(parts[path]) else None
+        coding = (codings or {}).get(path)
+        if codes is None:
+            codes = read_leaf(*args) if coding is None else read_coded(*args, coding)
+        leaves[path] = codes
     unused = tuple(
         source for name, source in sources.items() if source not in read and not re.fullmatch(ignored, name)
     )
@@ -211,7 +227,7 @@ def read_weights(
 
 def read_leaf(
     weight: TensorEntry,
-    tensors: Mapping[int | None, Tensor],
+    tensors: Mapping[int | None, Stored],
     shape: tuple[int, ...],
     dtype: str,
     sharding: Sharding | None,
@@ -241,8 +257,103 @@ def read_leaf(
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
+def read_codes(
+    weight: TensorEntry,
+    tensors: Mapping[int | None, Stored],
+    shape: tuple[int, ...],
+    dtype: str,
+    sharding: Sharding | None,
+    layout: Layout,
+) -> Quantized | None:
+    """One parameter that the checkpoint holds as codes; None where they are no codes of one format of ours.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        shape: ours.
+        dtype: of what the codes stand for.
+        sharding: where it goes; None is the default device.
+        layout: of ours.
+
+    Raises:
+        PeftError: the codes cannot be read, or are of a weight of another kind than a linear layer's.
+    """
+    first = next(iter(tensors.values()))
+    if not weight.transpose or weight.kind != "linear":
+        raise PeftError(
+            f"{first.name} of {first.file} is coded; codes are read of linear layers [out, in] alone"
+        )
+    alike = True
+
+    def layers() -> Iterator[Quantized]:
+        nonlocal alike
+        kind = None
+        for layer in sorted(tensors, key=lambda layer: layer or 0):
+            tensor = tensors[layer]
+            codes = tensor.codes(np.dtype(dtype)) if isinstance(tensor, CodedTensor) else None
+            kind = kind or jax.tree.structure(codes)
+            if codes is None or jax.tree.structure(codes) != kind:
+                alike = False
+                return
+            codes = codes if layer is None else one_layer(codes)
+            yield Quantized(codes, of_layer, np.dtype(dtype), rows_of(layout))
+
+    of_layer = layout if None in tensors else layout.resized((1, *shape[1:]))
+    if None in tensors:
+        found = next(layers(), None)
+        places = (
+            code_shardings(found, sharding) if found and isinstance(sharding, NamedSharding) else sharding
+        )
+        found = found and jax.device_put(found, places)
+    else:
+        found = stacked(layers(), layout, sharding)
+    if found is None or not alike:
+        logger.warning(
+            "%s: decoded, since its codes are in groups of another order, or of another format in each layer",
+            weight.path,
+        )
+        return None
+    return jax.block_until_ready(found)
+
+
+def any_coded(tensors: Mapping[int | None, Stored]) -> bool:
+    """Whether the checkpoint holds any layer as codes."""
+    return any(isinstance(tensor, CodedTensor) for tensor in tensors.values())
+
+
+def read_coded(
+    weight: TensorEntry,
+    tensors: Mapping[int | None, Stored],
+    shape: tuple[int, ...],
+    dtype: str,
+    sharding: Sharding | None,
+    coding: Coding,
+) -> Quantized:
+    """One parameter as codes; of a stack, one layer at a time is there in its dtype.
+
+    Args:
+        weight: its name and orientation.
+        tensors: by layer, what holds it; under None where it is not stacked.
+        shape: ours.
+        dtype: of what the codes stand for.
+        sharding: where it goes; None is the default device.
+        coding: how it is coded.
+
+    Raises:
+        PeftError: when a tensor cannot be read.
+    """
+    if None in tensors or not coding.by_layer:
+        return jax.block_until_ready(coding(read_leaf(weight, tensors, shape, dtype, sharding)))
+    # A layer goes where its part of the whole goes; which device has which layers, the codes follow.
+    of_layer = sharding
+    if isinstance(sharding, NamedSharding):
+        of_layer = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+    layers = (read_leaf(weight, {0: tensors[n]}, (1, *shape[1:]), dtype, of_layer) for n in range(shape[0]))
+    return coding.of_layers(layers, sharding)
+
+
 def read_part(
-    weight: TensorEntry, tensors: Mapping[int | None, Tensor], index: tuple[slice, ...], dtype: str
+    weight: TensorEntry, tensors: Mapping[int | None, Stored], index: tuple[slice, ...], dtype: str
 ) -> np.ndarray:
     """The part of a parameter at `index`, read a block of rows at a time.
 
@@ -263,7 +374,8 @@ def read_part(
     cut = tuple(inner[axis] for axis in axes)
     for place, layer in enumerate(layers):
         out = (result[place, ...] if stacked else result).transpose(axes)
-        for rows in _blocks(cut):
+        # A coded tensor is decoded as a whole.
+        for rows in (cut,) if isinstance(tensors[layer], CodedTensor) else _blocks(cut):
             start = rows[0].start - cut[0].start
             block = tensors[layer].read((slice(0, 1),) * weight.leading + rows)
             block = block.reshape(block.shape[weight.leading :])
@@ -279,7 +391,7 @@ def _blocks(cut: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
         yield slice(start, min(start + step, cut[0].stop)), *cut[1:]
 
 
-def _require_fit(tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _require_fit(tensor: Stored, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise PeftError(
             f"{tensor.name} of {tensor.file} has shape {list(tensor.shape)}; the model needs {list(shape)}"

@@ -34,3 +34,11 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Format(Table(E2M1, "even"), group=16, scales="e4m3"),
     "power_of_two": Format(powers_of_two(5), scales="e8m0"),
 }
+
+
+def describe(form: Format) -> str:
+    """A format in a few words: its name here, the group, the scales."""
+    names = [name for name, known in FORMATS.items() if known.element == form.element]
+    name = names[0] if names else f"{form.element.bits}-bit numbers with zero points"
+    of = "each row" if form.group is None else f"{form.group} numbers"
+    return f"{name} with a {form.scales} scale for {of}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -197,7 +198,11 @@ class GroupCodes(Codes):
 
 
 def encode(
-    x: Float[Array, "*stack rows width"], form: Format, *, dtype: DTypeLike | None = None
+    x: Float[Array, "*stack rows width"],
+    form: Format,
+    *,
+    dtype: DTypeLike | None = None,
+    block: int | None = None,
 ) -> GroupCodes:
     """Code an array, to the nearest; a group of zeros decodes to zeros.
 
@@ -205,21 +210,52 @@ def encode(
         x: any floating dtype.
         form: how.
         dtype: what it decodes to; by default that of `x`.
+        block: how many numbers are coded at a time, which take several times their size in float32; by
+            default all. An array whose rows are divided over devices is coded at once.
     """
     width, group = x.shape[-1], form.group or x.shape[-1]
-    groups = _grouped(x.astype(jnp.float32), group)
-    scales, zeros = _ranges(groups, form)
+    in_blocks = _in_blocks(x.shape, form, block)
+    scales, zeros = in_blocks(lambda rows: _ranges(_grouped(rows.astype(jnp.float32), group), form), x)
+    scales, zeros = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), (scales, zeros))
     kept = encode_scales(scales, form.scales)
     if not form.exact_scale:
         scales = decode(kept).astype(jnp.float32)
-    codes = _codes(groups, scales, zeros, form.element)
-    # Half a byte that is left over has the code of zero, as in bitsandbytes.
-    kept_codes = width + (width % 2 if form.element.bits == 4 else 0)
-    codes = codes.reshape(*codes.shape[:-2], -1)[..., :kept_codes]
-    packed = codes if form.element.bits == 8 and codes.dtype != jnp.uint8 else pack(codes, form.element.bits)
-    return GroupCodes(
-        packed, kept, None if zeros is None else zeros.astype(jnp.uint8), form, width, dtype or x.dtype
-    )
+
+    def packed(rows: Array, scales: Array, zeros: Array | None) -> Array:
+        groups = _grouped(rows.astype(jnp.float32), group)
+        codes = _codes(groups, scales, zeros, form.element)
+        # Half a byte that is left over has the code of zero, as in bitsandbytes.
+        kept_codes = rows.shape[-1] + (rows.shape[-1] % 2 if form.element.bits == 4 else 0)
+        codes = codes.reshape(*codes.shape[:-2], -1)[..., :kept_codes]
+        return (
+            codes if form.element.bits == 8 and codes.dtype != jnp.uint8 else pack(codes, form.element.bits)
+        )
+
+    codes = in_blocks(packed, x, scales, zeros)
+    codes = codes.reshape(*x.shape[:-1], -1)
+    zeros = None if zeros is None else zeros.astype(jnp.uint8)
+    return GroupCodes(codes, kept, zeros, form, width, dtype or x.dtype)
+
+
+def _in_blocks(shape: Sequence[int], form: Format, block: int | None) -> Callable[..., Any]:
+    """What calls a function of rows, on all at once or on some after the others.
+
+    The function takes arrays `[rows, n]`, or Nones, and gives such.
+    """
+    if block is None or math.prod(shape) <= block:
+        return lambda fn, *arrays: fn(*arrays)
+    width, bits = shape[-1], form.element.bits
+    group = form.group or width
+    # Whole groups in whole bytes are rows of their own.
+    apart = width % group == 0 and bits in (1, 2, 4, 8) and group * bits % 8 == 0
+    rows = math.prod(shape[:-1]) * (width // group if apart else 1)
+    at_once = max(1, block // (group if apart else width))
+
+    def call(fn: Callable[..., Any], *arrays: Array | None) -> Any:
+        flat = jax.tree.map(lambda array: array.reshape(rows, -1), arrays)
+        return lax.map(lambda parts: fn(*parts), flat, batch_size=at_once)
+
+    return call
 
 
 def _ranges(groups: Array, form: Format) -> tuple[Array, Array | None]:

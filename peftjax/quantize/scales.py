@@ -60,8 +60,10 @@ class DoubleScales(Codes):
     def decode(self) -> Float[Array, "*stack rows groups"]:
         """The scales."""
         rows, groups = self.shape[-2:]
-        each = jnp.repeat(self.scale, DOUBLE_BLOCK, -1, total_repeat_length=rows * groups)
-        return self._values() * each.reshape(self.shape) + self.mean[..., None, None]
+        # Not `jnp.repeat`, whose table of places the compiler would take minutes to fold.
+        each = jnp.broadcast_to(self.scale[..., None], (*self.scale.shape, DOUBLE_BLOCK))
+        each = each.reshape(*self.scale.shape[:-1], -1)[..., : rows * groups].reshape(self.shape)
+        return self._values() * each + self.mean[..., None, None]
 
     def take(self, rows: Array) -> Float[Array, "*n groups"]:
         """The scales of some rows, of a single matrix."""

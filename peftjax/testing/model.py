@@ -38,10 +38,10 @@ class Model:
 
 def small_model() -> Model:
     """A lookup, two linear layers, a norm's scale and a tied output, of width 8."""
-    keys = iter(jax.random.split(KEY, 6))
+    random = np.random.default_rng(7)
 
-    def drawn(*shape: int) -> jax.Array:
-        return 0.3 * jax.random.normal(next(keys), shape)
+    def drawn(*shape: int) -> np.ndarray:
+        return 0.3 * random.standard_normal(shape, np.float32)
 
     params = {
         "words": {"embedding": drawn(11, 8)},
@@ -56,12 +56,20 @@ def small_model() -> Model:
         hidden = params["norm"]["scale"] * jnp.tanh(hidden @ params["down"]["kernel"])
         return hidden @ words.T
 
-    return Model(forward, params, jax.random.randint(KEY, (2, 5), 0, 11))
+    params = jax.tree.map(jnp.array, params)
+    return Model(forward, params, jnp.array(random.integers(0, 11, (2, 5)), jnp.int32))
 
 
-def moved(values: Any, seed: int = 0) -> Any:
-    """A tree as after some steps of training: every number moved by its own random amount."""
+def moved(values: Any, seed: Any = 0, scale: float = 0.1) -> Any:
+    """A tree as after some steps of training: every number moved by its own random amount.
+
+    The arrays stay where they are; nothing is compiled.
+    """
     noise = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape), leaf.dtype), values
-    )
+
+    def move(leaf: jax.Array) -> jax.Array:
+        drawn = scale * noise.standard_normal(leaf.shape)
+        new = (np.asarray(leaf, np.float32) + drawn).astype(leaf.dtype)
+        return jax.device_put(new, leaf.sharding) if getattr(leaf, "committed", False) else jnp.array(new)
+
+    return jax.tree.map(move, values)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from peftjax.transform.around import Around, put_around
 from peftjax.transform.frozen import Frozen, Params, State, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.weights.base import Weight, dense
+from peftjax.weights.coding import Coding
+from peftjax.weights.quantized import Quantized
+from peftjax.weights.requantized import RoundingError, coded_base, requantized
 
 Forward = Callable[..., Any]
 Loss = Callable[[Params], jax.Array]
@@ -95,6 +98,8 @@ class Transform:
         checks: what a run asks before its first step, on rows of its first batch; of a chain, called with
             the whole chain.
         parts: the methods of a chain by their names in it.
+        codings: `params -> how each of its weights is coded`, by path, for a method that does that alone; a
+            checkpoint is then coded as it is read, see `pj.load`.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
@@ -117,6 +122,7 @@ class Transform:
     cut: GradientCut | None = None
     checks: tuple[Check, ...] = ()
     parts: Mapping[str, "Transform"] = field(default_factory=dict)
+    codings: Callable[[Params], Mapping[str, Coding]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init", _unshared(self.init, advanced=not self.advances))
@@ -198,15 +204,30 @@ class Transform:
             return any(part.in_place for part in self.parts.values())
         return self.placement is not None and self.placement.stays_closed
 
-    def merge(self, frozen: Frozen, trainable: Trainable, *, safe: bool = False) -> Params:
+    @overload
+    def merge(
+        self, frozen: Frozen, trainable: Trainable, *, safe: bool = False, keep_dense: Literal[True] = True
+    ) -> Params: ...
+
+    @overload
+    def merge(
+        self, frozen: Frozen, trainable: Trainable, *, safe: bool = False, keep_dense: Literal[False]
+    ) -> tuple[Params, dict[str, RoundingError]]: ...
+
+    def merge(
+        self, frozen: Frozen, trainable: Trainable, *, safe: bool = False, keep_dense: bool = True
+    ) -> Params | tuple[Params, dict[str, RoundingError]]:
         """Plain arrays of the structure and dtypes of the original parameters; `frozen` stays as it is.
 
-        Weights of 16 bits are merged in float32 and rounded once.
+        Weights of 16 bits are merged in float32 and rounded once. With `keep_dense=False` what was quantized
+        stays so: a changed weight is decoded, changed and coded again in its format, and the result is
+        `(params, errors)`, with the `RoundingError` of each such weight by path.
 
         Args:
             frozen: of the method, with any trainable's values in its base.
             trainable: the adapter.
             safe: check the result, outside `jit`.
+            keep_dense: whether merged weights are arrays also where their base is codes.
 
         Raises:
             PeftError: the method adds parameters that no weight can hold; with `safe`, a merged parameter
@@ -220,14 +241,25 @@ class Transform:
                 f"merge: {self.name} adds {min(added)!r}, which no weight of the model can hold; "
                 "run the adapted model, method.model(model), instead"
             )
-        merged = tree.map_named(lambda _, leaf: _merged(leaf), applied)
+        errors: dict[str, RoundingError] = {}
+
+        def one(path: str, leaf: Any) -> Any:
+            if keep_dense or not isinstance(leaf, Weight):
+                return _merged(leaf)
+            base = coded_base(leaf)
+            if base is None:
+                return leaf if isinstance(leaf, Quantized) else _merged(leaf)
+            coded, errors[path] = requantized(leaf, base)
+            return coded
+
+        merged = tree.map_named(one, applied)
         if safe:
             for path, leaf in tree.named_leaves(merged).items():
                 if not tree.is_array(leaf):
                     continue
-                if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+                if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(dense(leaf)).all()):
                     raise PeftError(f"merge: parameter {path!r} has values that are not finite")
-        return merged
+        return merged if keep_dense else (merged, errors)
 
 
 def part_of(frozen: Frozen, name: str, params: Params) -> Frozen:

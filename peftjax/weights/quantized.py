@@ -215,7 +215,9 @@ class Quantized(Weight):
         return self.codes.width != (n if self.rows == "o" else m)
 
 
-def quantize(w: Array, layout: Layout, form: Format, *, rows: Side = "o") -> Quantized:
+def quantize(
+    w: Array, layout: Layout, form: Format, *, rows: Side = "o", block: int | None = None
+) -> Quantized:
     """An array as a quantized weight, the matrices of its stack one after the other.
 
     Args:
@@ -223,6 +225,7 @@ def quantize(w: Array, layout: Layout, form: Format, *, rows: Side = "o") -> Qua
         layout: of its axes.
         form: how it is coded.
         rows: which side the rows of the codes are: of a lookup table its inputs.
+        block: how many numbers are coded at a time, as in `encode`.
     """
     matrices = to_canonical(w, layout)
     matrices = matrices.swapaxes(-1, -2) if rows == "o" else matrices
@@ -230,6 +233,6 @@ def quantize(w: Array, layout: Layout, form: Format, *, rows: Side = "o") -> Qua
         matrices = matrices.reshape(*layout.stack, 1, -1)
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     # All of a stack at once would take several float32 arrays of its size.
-    codes = lax.map(lambda matrix: encode(matrix, form, dtype=w.dtype), flat)
+    codes = lax.map(lambda matrix: encode(matrix, form, dtype=w.dtype, block=block), flat)
     codes = jax.tree.map(lambda part: part.reshape(*layout.stack, *part.shape[1:]), codes)
     return Quantized(codes, layout, w.dtype, rows)

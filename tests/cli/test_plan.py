@@ -82,6 +82,7 @@ def test_an_encoders_plan_is_a_table_and_trains_the_new_head(folders, capsys):
         assert re.search(rf"^  {row} ", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_memory_follows_the_options(folders, capsys):
     def found(*more):
         command = ["plan", "--model", folders["decoder"], "--rank", "2", "--batch-size", "4", "--json"]

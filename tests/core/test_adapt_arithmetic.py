@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.planner.residuals import kept_arrays
 
 N, M, E = 6, 8, 3
-X = jax.random.normal(KEY, (4, N))
-W = jax.random.normal(jax.random.key(1), (N, M))
+X = normal(KEY, (4, N))
+W = normal(jax.random.key(1), (N, M))
 INPUTS, OUTPUTS = (1.0 + jax.random.uniform(jax.random.key(n), (size,)) for n, size in ((2, N), (3, M)))
-STACK = jax.random.normal(KEY, (E, N, M))
+STACK = normal(KEY, (E, N, M))
 MASK = (jax.random.uniform(KEY, (N, M)) > 0.5).astype(jnp.float32)
 
 THIN = {
@@ -76,7 +76,7 @@ def held(w):
     return {"up": {"kernel": w}}
 
 
-@pytest.mark.parametrize("name", THIN | MERGED)
+@pytest.mark.parametrize("name", quick_at(THIN | MERGED, every=2))
 def test_a_changed_weight_has_the_value_and_the_gradients_of_the_merged_one(name):
     assert_equals_merged(of((THIN | MERGED)[name]), held(W), pj.lora(rank=2), X, tolerance=1e-4)
 
@@ -86,7 +86,7 @@ def test_a_weight_that_is_scaled_or_shifted_gets_no_dense_gradient(name):
     assert_no_dense_gradient(of(THIN[name]), held(W), pj.lora(rank=2), X)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", quick_at(STACKED, every=3))
 def test_stacks_of_changed_weights(name):
     method = pj.lora(rank=2, layouts={".*": "sio"})
     assert_equals_merged(of(STACKED[name]), held(STACK), method, X, tolerance=1e-4)

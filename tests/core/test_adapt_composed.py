@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_equals_merged, assert_no_dense_gradient, normal, quick_at
 
 import peftjax as pj
 
 E, N, M = 3, 6, 8
-X = jax.random.normal(KEY, (4, N))
-SERIES = jax.random.normal(KEY, (2, 5, N))
-EXPERTS = jax.random.normal(KEY, (E, N, M))
-SWAPPED = jax.random.normal(KEY, (E, M, N))
-KERNEL = jax.random.normal(KEY, (3, N, M))
+X = normal(KEY, (4, N))
+SERIES = normal(KEY, (2, 5, N))
+EXPERTS = normal(KEY, (E, N, M))
+SWAPPED = normal(KEY, (E, M, N))
+KERNEL = normal(KEY, (3, N, M))
 INPUTS, OUTPUTS = (1.0 + jax.random.uniform(KEY, (size,)) for size in (N, M))
-ROUTED = jax.nn.softmax(jax.random.normal(KEY, (4, E)))
+ROUTED = jax.nn.softmax(normal(KEY, (4, E)))
 SIZES = jnp.array([1, 0, 3])
 
 
@@ -62,7 +62,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_it_is_that_of_the_merged_weight_and_gets_no_dense_gradient(name):
     w, letters, use = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts={"w": letters})

@@ -6,20 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, normal, quick_at
 
 import peftjax as pj
 
 D = 8
-X = jax.random.normal(KEY, (4, D))
+X = normal(KEY, (4, D))
 KEYS = jax.random.split(KEY, 4)
-TRIO = {name: jax.random.normal(key, (D, D)) for name, key in zip("abc", KEYS)}
+TRIO = {name: normal(key, (D, D)) for name, key in zip("abc", KEYS)}
 SQUARE = {name: TRIO[name] for name in "ab"}
-TABLES = {"a": jax.random.normal(KEY, (10, 6)), "b": jax.random.normal(KEYS[1], (3, 6))}
-KERNELS = {"a": jax.random.normal(KEY, (3, D, 5)), "b": jax.random.normal(KEYS[1], (3, D, 4))}
-EXPERTS = {"a": jax.random.normal(KEY, (2, D, 5)), "b": jax.random.normal(KEYS[1], (2, D, 5))}
+TABLES = {"a": normal(KEY, (10, 6)), "b": normal(KEYS[1], (3, 6))}
+KERNELS = {"a": normal(KEY, (3, D, 5)), "b": normal(KEYS[1], (3, D, 4))}
+EXPERTS = {"a": normal(KEY, (2, D, 5)), "b": normal(KEYS[1], (2, D, 5))}
 IDS = jnp.array([[0, 9], [10, 12]])
-SERIES = jax.random.normal(KEY, (2, 6, D))
+SERIES = normal(KEY, (2, 6, D))
 
 
 def conv(x, w):
@@ -80,7 +80,7 @@ USES = {
 LAYOUTS = {"channels": {".*": "iio"}}
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_what_is_put_together_acts_part_by_part(name):
     params, use, x = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts=LAYOUTS.get(name))

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
-SERIES, IMAGE = jax.random.normal(KEY, (2, 6, 8)), jax.random.normal(KEY, (2, 5, 6, 8))
+SERIES, IMAGE = normal(KEY, (2, 6, 8)), normal(KEY, (2, 5, 6, 8))
 
 
 def transposed(x, numbers, **options):
@@ -76,7 +76,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_a_flipped_kernel_is_that_of_the_merged_model(name):
     forward, x, shape, letters = USES[name]
     params = {"kernel": 0.3 * jax.random.normal(KEY, shape)}

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental.ode import odeint
-from support import KEY, all_but_slow, assert_close, noisy
+from support import KEY, all_but_slow, assert_close, noisy, normal
 
 import peftjax as pj
 
-W, X = 0.3 * jax.random.normal(KEY, (8, 8)), jax.random.normal(KEY, (4, 8))
+W, X = 0.3 * normal(KEY, (8, 8)), normal(KEY, (4, 8))
 CONSTANT = jnp.linspace(1.0, 2.0, 8)
 METHOD = pj.lora(rank=2, targets=".*")
 FROZEN, TRAINABLE = METHOD.init(KEY, {"w": W})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support import quick_at
 
 import peftjax as pj
 
@@ -71,7 +72,7 @@ USES = {
 
 
 @each_method
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("use", quick_at(USES.values(), every=3), ids=USES)
 def test_every_use_of_a_weight_has_a_mask_of_its_own(method, use):
     assert differ(*pj.adapt(use)(dropped(method), X))
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 
 E = 3
-SERIES = jax.random.normal(KEY, (2, 6, 8))
+SERIES = normal(KEY, (2, 6, 8))
 STACKED = jnp.stack([SERIES, -SERIES, 2 * SERIES])
 IDS = jnp.array([[[0, 9], [3, 4]], [[5, 1], [2, 0]], [[9, 8], [7, 7]]])
-KERNELS, GROUPED = jax.random.normal(KEY, (E, 3, 8, 10)), jax.random.normal(KEY, (E, 3, 4, 10))
-TABLES = jax.random.normal(KEY, (E, 10, 6))
+KERNELS, GROUPED = normal(KEY, (E, 3, 8, 10)), normal(KEY, (E, 3, 4, 10))
+TABLES = normal(KEY, (E, 10, 6))
 
 
 def conv(x, w, groups=1):
@@ -56,7 +56,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("name", quick_at(CONVOLUTIONS, every=3))
 def test_convolutions(name):
     w, use, x = CONVOLUTIONS[name]
     letters = "s" * (w.ndim - 3) + "iio"
@@ -80,7 +80,7 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("name", quick_at(LOOKUPS, every=3))
 def test_lookups(name):
     method = pj.lora(rank=2, targets=".*", layouts={"t": "sio"})
     assert_equals_merged(lambda p: LOOKUPS[name](p["t"]), {"t": TABLES}, method)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_equals_merged, assert_no_dense_gradient, noisy, normal
 
 import peftjax as pj
 
-X = jax.random.normal(KEY, (5, 8))
+X = normal(KEY, (5, 8))
 SIZES = jnp.array([1, 0, 3])  # the last row belongs to no expert
 IN_OUT, OUT_IN = (3, 8, 6), (3, 6, 8)
 

@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import KEY, all_but_slow, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import (
+    KEY,
+    all_but_slow,
+    assert_close,
+    assert_equals_merged,
+    assert_no_dense_gradient,
+    noisy,
+    normal,
+)
 
 import peftjax as pj
 from peftjax.core import tree
 
-X = jax.random.normal(KEY, (2, 6, 8))
+X = normal(KEY, (2, 6, 8))
 EVERY = {"rank": 2, "targets": ".*(kernel|embedding|weight)"}
 LORA, DORA = pj.lora(alpha=3.0, **EVERY), pj.dora(**EVERY)
 

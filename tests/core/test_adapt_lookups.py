@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, noisy
+from support import KEY, all_but_slow, assert_close, combined, noisy, normal
 
 import peftjax as pj
 from peftjax.testing.methods import begun
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 
-TABLE = jax.random.normal(KEY, (10, 6))
+TABLE = normal(KEY, (10, 6))
 IDS = jnp.array([[1, 9], [3, 12], [0, -30]])
 INSIDE = ((IDS >= 0) & (IDS < 10))[..., None]
 METHODS = {
@@ -50,15 +50,14 @@ def of_method(name):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "mode"), combined(METHODS, MODES))
 def test_a_lookup_outside_the_table_is_that_of_the_merged_table(name, mode):
     method, frozen, trainable = of_method(name)
     got = pj.adapt(functools.partial(look_up, mode=mode))(method.apply(frozen, trainable)["embedding"])
     assert_close(got, look_up(method.merge(frozen, trainable)["embedding"], mode), 1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", all_but_slow(METHODS, ("lora", "rows", "galore")))
 def test_rows_that_are_masked_afterwards_leave_finite_and_right_gradients(name):
     method, frozen, trainable = of_method(name)
 
@@ -121,9 +120,9 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize("use", FEW.values(), ids=FEW)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "use"), combined(METHODS, FEW))
 def test_few_rows_are_plain_and_those_of_the_merged_table(name, use):
+    use = FEW[use]
     if name == "dora" and use in (FEW["positions of a batch"], FEW["positions without a batch axis"]):
         pytest.skip("a slice of a table's rows is no weight with DoRA's lengths")
     method, frozen, trainable = of_method(name)

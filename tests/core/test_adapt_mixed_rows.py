@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close, noisy, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
-BASE = {"w": 0.3 * jax.random.normal(KEY, (8, 6))}
+BASE = {"w": 0.3 * normal(KEY, (8, 6))}
 METHOD = pj.lora(rank=2, targets=".*")
 FROZEN, START = METHOD.init(KEY, BASE)
 TRAINED = [noisy(START, jax.random.key(seed)) for seed in range(2)]

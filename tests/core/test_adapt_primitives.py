@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close
+from support import KEY, assert_close, combined, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -16,14 +17,17 @@ from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 
 D, E = 8, 3
-X = jax.random.normal(KEY, (4, D))
+X = normal(KEY, (4, D))
 
 
 def low_rank(letters, shape, name="layer/kernel"):
     layout = Layout.parse(letters, shape, name)
-    keys = jax.random.split(KEY, 3)
-    a, b = (0.3 * jax.random.normal(k, (*layout.stack, 3, n)) for k, n in zip(keys[1:], layout.matrix))
-    return LowRank(0.3 * jax.random.normal(keys[0], shape), a, b, layout, 0.5)
+    random = np.random.default_rng(0)
+    base, a, b = (
+        jnp.array(0.3 * random.standard_normal(size), jnp.float32)
+        for size in (shape, *((*layout.stack, 3, n) for n in layout.matrix))
+    )
+    return LowRank(base, a, b, layout, 0.5)
 
 
 def scaled(letters, shape):
@@ -152,12 +156,16 @@ def test_while_and_vmap_outside():
     assert_close(rows, loop(weight.dense(), X))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(
-    ("numbers", "letters"),
-    [(("NHWC", "HWIO", "NHWC"), "iiio"), (("NCHW", "OIHW", "NCHW"), "oiii"), (("NWC", "WIO", "NWC"), "iio")],
-)
-def test_convolution(numbers, letters, groups):
+CONVOLUTIONS = {
+    "iiio": ("NHWC", "HWIO", "NHWC"),
+    "oiii": ("NCHW", "OIHW", "NCHW"),
+    "iio": ("NWC", "WIO", "NWC"),
+}
+
+
+@pytest.mark.parametrize(("letters", "groups"), combined(CONVOLUTIONS, [2, 1]))
+def test_convolution(letters, groups):
+    numbers = CONVOLUTIONS[letters]
     window = letters.count("i") - 1
     sizes = {"N": 2, "C": 4, "O": 6, "I": 4 // groups}
     x = jax.random.normal(KEY, tuple(sizes.get(axis, 8) for axis in numbers[0]))
@@ -248,20 +256,18 @@ def test_named_scopes_are_kept_in_the_order_in_which_they_lie():
     assert "inner" in text
 
 
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda w, s, x: x @ (w * 0.5),
-        lambda w, s, x: x @ (s * w).T,
-        lambda w, s, x: x @ (-w / s),
-        lambda w, s, x: (2 * w)[jnp.array([1, 3])],
-        lambda w, s, x: lax.scan(lambda c, _: (jnp.tanh(c @ (w * s)), None), x, length=2)[0],
-    ],
-    ids=["number", "transposed", "divided", "lookup", "scan"],
-)
-@pytest.mark.parametrize("make", [low_rank, scaled])
-def test_a_number_times_a_weight_is_a_weight(make, fn):
-    weight, s = make("io", (D, D)), jnp.float32(0.7)
+TIMES = {
+    "number": lambda w, s, x: x @ (w * 0.5),
+    "transposed": lambda w, s, x: x @ (s * w).T,
+    "divided": lambda w, s, x: x @ (-w / s),
+    "lookup": lambda w, s, x: (2 * w)[jnp.array([1, 3])],
+    "scan": lambda w, s, x: lax.scan(lambda c, _: (jnp.tanh(c @ (w * s)), None), x, length=2)[0],
+}
+
+
+@pytest.mark.parametrize(("make", "name"), combined([low_rank, scaled], TIMES))
+def test_a_number_times_a_weight_is_a_weight(make, name):
+    weight, s, fn = make("io", (D, D)), jnp.float32(0.7), TIMES[name]
 
     def losses(run, value):
         return jax.value_and_grad(lambda w, s: jnp.sum(jnp.sin(run(w, s, X))), (0, 1))(value, s)

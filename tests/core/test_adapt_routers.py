@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 
 T, E, D, F = 4, 3, 12, 10
-X = jax.random.normal(KEY, (T, D))
-W = jax.random.normal(KEY, (E, D, F))
+X = normal(KEY, (T, D))
+W = normal(KEY, (E, D, F))
 HOT = jax.nn.one_hot(jnp.array([0, 1, 2, 1]), E)
-SQUARES = jax.random.normal(KEY, (2, E, D, D))
-KERNELS, SERIES = jax.random.normal(KEY, (E, 3, D, F)), jax.random.normal(KEY, (T, 5, D))
-TABLES = jax.random.normal(KEY, (E, D, F))
+SQUARES = normal(KEY, (2, E, D, D))
+KERNELS, SERIES = normal(KEY, (E, 3, D, F)), normal(KEY, (T, 5, D))
+TABLES = normal(KEY, (E, D, F))
 
 
 def soft(x):
@@ -99,7 +99,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", quick_at(USES, every=3))
 def test_mixed_experts(name):
     w, letters, use, x = USES[name]
     method = pj.lora(rank=2, targets=".*", layouts={"w": letters})

@@ -49,7 +49,7 @@ def task():
     pixels = np.random.default_rng(0).uniform(-1, 1, (20, 1, 8, 8)).astype(np.float32)
     images = Images(pixels, np.arange(20, dtype=np.int32) % 5)
     model = build_model(Pretraining(width=8, layers=1))
-    return model, model.init(jax.random.key(0)), images
+    return model, jax.jit(model.init)(jax.random.key(0)), images
 
 
 def method_for(contender, task, steps, batches=()):
@@ -87,6 +87,7 @@ def test_a_run_that_diverges_ends_and_says_so(task):
     assert run.state.step < 5
 
 
+@pytest.mark.slow
 def test_a_projection_is_refreshed_when_it_is_due(task):
     model, params, images = task
     method = pj.galore(rank=2, every=2)

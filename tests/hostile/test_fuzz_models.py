@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from kinds import Kind, check, check_accidents
 from mutations import damaged_json
+from support import quick_at
 
 from peftjax.models.load import read_family
 from peftjax.text.tokenizer import load_tokenizer
@@ -118,7 +119,7 @@ KINDS = {name: Kind("config.json", config_of(name), damaged_json, read_config) f
 KINDS |= {file: Kind(file, tokenizer, damaged_json, read_tokenizer) for file in TOKENIZERS}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", quick_at(KINDS, every=3))
 def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     check(KINDS[name], CASES // len(KINDS) + 1, tmp_path)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close, noisy, quick_at
 
 import peftjax as pj
 from peftjax.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
@@ -34,7 +34,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", quick_at(METHODS, every=2), ids=lambda m: m.name)
 def test_round_trip_is_exact(method, tmp_path):
     frozen, trainable = method.init(jax.random.key(3), PARAMS)
     trainable = noisy(trainable)
@@ -80,7 +80,7 @@ EARLIER = {
 }
 
 
-@pytest.mark.parametrize("name", EARLIER)
+@pytest.mark.parametrize("name", quick_at(EARLIER, every=2))
 def test_an_adapter_of_an_earlier_version_is_loaded(name, tmp_path):
     """What a method changes by itself lay beside what it trains, all of it float32; SaRA's limit nowhere."""
     method, beside = EARLIER[name]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors import safe_open
-from support import assert_close, noisy
+from support import assert_close, noisy, quick_at
 
 import peftjax as pj
 from peftjax.adapters.files import load_adapter, save_adapter
@@ -146,7 +146,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("case", quick_at(SHAPES, every=2))
 def test_names_and_shapes(case, tmp_path):
     method, wanted = SHAPES[case]
     exported(tmp_path, method)
@@ -222,7 +222,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", quick_at(METHODS, every=3), ids=lambda m: m.name)
 def test_round_trips_are_exact(method, tmp_path):
     frozen, trainable = exported(tmp_path / "first", method)
     again, frozen_again, trainable_again = pj.import_peft(tmp_path / "first", TABLE, PARAMS)

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from support import KEY, assert_close
 
 from peftjax.core.errors import PeftError
-from peftjax.kernels.dequantized_matmul import dequantized_matmul, reference
+from peftjax.kernels.dequantized_matmul import dequantized_matmul, gpu, reference, tpu
 from peftjax.kernels.dequantized_matmul.element import element
+from peftjax.planner.flops import count_flops
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -24,6 +25,23 @@ INT4 = tuple(map(float, range(-8, 8)))
 COMPLEMENT = (*map(float, range(8)), *map(float, range(-8, 0)))
 MXFP4 = (*(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
 TABLES = {"nf4": NF4, "int4": INT4, "mxfp4": MXFP4, "int8": None}
+
+# A table, a group, the weight's inputs and outputs, and the rows of x.
+ON_GPU = [
+    *(("nf4", 16, 208, 37, 1), ("nf4", 64, 320, 70, 7), ("int4", 128, 256, 130, 130)),
+    *(("mxfp4", 32, 96, 200, 130), ("int8", 100, 100, 65, 7), ("nf4", 90, 90, 130, 1)),
+    ("int8", 16, 48, 64, 130),
+]
+ON_TPU = [
+    *(("nf4", 16, 336, 130, 7), ("nf4", 64, 1344, 300, 1), ("int4", 128, 256, 128, 130)),
+    *(("mxfp4", 32, 2144, 200, 7), ("int8", 300, 300, 165, 130), ("nf4", 290, 290, 130, 1)),
+    ("int8", 16, 1296, 640, 600),
+]
+CASES = [
+    pytest.param(body, *case, marks=[pytest.mark.slow] * (place > 0))
+    for body, cases in ((gpu, ON_GPU), (tpu, ON_TPU))
+    for place, case in enumerate(cases)
+]
 
 
 def stored(table, out, width, group, *, shifted=False, dtype=jnp.float32, stack=()):
@@ -138,11 +156,16 @@ def test_scales_are_constants_and_forward_mode_and_second_derivatives_are_right(
         assert_close(got, want, 1e-4)
 
 
-def test_a_stack_is_scanned_and_mapped_and_inputs_are_mapped():
-    codes = stored(NF4, 64, 64, 32, stack=(3,))
-    ws = jnp.stack([dense(*(None if c is None else c[k] for c in codes), NF4, 32) for k in range(3)])
+def stack_of_three():
+    """A stack of codes and scales, its dense weights, and their product."""
+    stack = stored(NF4, 64, 64, 32, stack=(3,))
+    ws = jnp.stack([dense(*(None if part is None else part[k] for part in stack), NF4, 32) for k in range(3)])
     product = lambda x, c, s, u=None, v=None: dequantized_matmul(x, c, s, None, u, v, table=NF4, group=32)
-    codes, scales, _ = codes
+    return *stack[:2], ws, product
+
+
+def test_a_stack_is_scanned():
+    codes, scales, ws, product = stack_of_three()
     x = array(5, 64) / 8
 
     def scanned(x):
@@ -155,6 +178,11 @@ def test_a_stack_is_scanned_and_mapped_and_inputs_are_mapped():
 
     for got, want in zip(jax.jit(jax.value_and_grad(scanned))(x), jax.value_and_grad(plain)(x), strict=True):
         assert_close(got, want, 1e-4)
+
+
+def test_a_stack_and_inputs_are_mapped():
+    codes, scales, ws, product = stack_of_three()
+    x = array(5, 64)
     each = array(3, 5, 64, seed=7)
     u, v = array(3, 5, 2, seed=8), array(3, 2, 64, seed=9)
     assert_close(jax.vmap(product)(each, codes, scales, u, v), each @ ws + u @ v, 1e-4)
@@ -166,6 +194,8 @@ def test_a_stack_is_scanned_and_mapped_and_inputs_are_mapped():
         each @ ws[0] + (u[0, :3] @ v[0])[:, None],
         1e-4,
     )
+    assert_close(jax.vmap(one, (None, 0, 0))(x, u, v), x @ ws[0] + u @ v, 1e-4)
+    assert_close(jax.vmap(one, (None, 0, None))(x, u, v[0]), x @ ws[0] + u @ v[0], 1e-4)
     nested = jax.vmap(jax.vmap(product, (0, None, None)), (None, 0, 0))
     assert_close(nested(each, codes, scales), jnp.einsum("bni,lio->lbno", each, ws), 1e-4)
     of_x, of_u, of_v = jax.grad(lambda *p: jnp.sum(jnp.sin(jax.vmap(one)(*p))), (0, 1, 2))(each, u, v)
@@ -182,18 +212,39 @@ def test_mapped_inputs_do_not_repeat_the_codes():
     assert "u8[7,64,32]" not in text
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_outputs_and_rows(kind, monkeypatch):
+def test_sharded_outputs_and_rows(monkeypatch):
     monkeypatch.setattr(reference, "LARGEST", 2**11)
     codes, scales, _ = stored(NF4, 64, 128, 32)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     x = array(4, 3, 128)
     f = jax.jit(jax.grad(lambda x, c, s: jnp.sum(jnp.sin(dequantized_matmul(x, c, s, table=NF4, group=32)))))
-    want = f(x, codes, scales)
+    over = lambda array, *spec: jax.device_put(array, jax.NamedSharding(mesh, P(*spec)))
+    assert_close(f(over(x, "x"), over(codes, "y"), over(scales, "y")), f(x, codes, scales), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "out"),
+    [(("y",), "y"), pytest.param((None, "y"), None, marks=pytest.mark.slow), (("x",), None)],
+)
+def test_explicit_axes_have_the_types_of_a_dense_product(weight, out, monkeypatch):
+    """Outputs, inputs, or the axis of the rows itself; gradients are sharded as what they are of."""
+    monkeypatch.setattr(reference, "LARGEST", 2**11)
+    codes, scales, _ = stored(NF4, 64, 128, 32)
+    x, (u, v) = array(4, 3, 128), factors((4, 3), 4, 64)
+    f = lambda x, u, v, c, s: dequantized_matmul(x, c, s, None, u, v, table=NF4, group=32)
+    loss = lambda *p: (jnp.sum(jnp.sin(y := f(*p))), y)
+    step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    want, plain = step(x, u, v, codes, scales)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         over = lambda array, *spec: jax.device_put(array, jax.NamedSharding(mesh, P(*spec)))
-        weight = P() if kind == AxisType.Explicit else P("y")
-        assert_close(f(over(x, "x"), over(codes, *weight), over(scales, *weight)), want, 1e-4)
+        given = over(x, "x"), over(u, "x"), over(v, None, *weight[:1])
+        found, y = step(*given, over(codes, *weight), over(scales, *weight))
+        assert jax.typeof(y).sharding.spec == P("x", None, out)
+        assert_close(y, plain, 1e-4)
+        for got, like, value in zip(found, given, want, strict=True):
+            assert jax.typeof(got) == jax.typeof(like)
+            assert_close(got, value, 1e-4)
 
 
 def test_inside_a_shard_map_and_the_gradient_of_what_is_shared():
@@ -240,3 +291,51 @@ def test_only_tiles_of_a_large_weight_are_dense_on_a_cpu():
     loss = lambda x, c, s: jnp.sum(jnp.sin(dequantized_matmul(x, c, s, table=NF4, group=64)))
     program = jax.jit(jax.grad(loss)).lower(*operands).compile()
     assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * reference.LARGEST + 2**21
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("body", "name", "group", "width", "out", "n"), CASES)
+def test_kernels_interpreted(body, name, group, width, out, n, dtype):
+    """Both products; with shifts where the table is int4 or int8, with a low-rank branch but for 7 rows."""
+    table = TABLES[name]
+    codes = stored(table, out, width, group, shifted=name in ("int4", "int8"))
+    w = dense(*codes, table, group)
+    for transposed, plain in ((False, w), (True, w.T)):
+        x = array(n, plain.shape[0], dtype=dtype)
+        u, v = (None, None) if n == 7 else factors((n,), 4, plain.shape[1], dtype)
+        y = body.matmul(x, *codes, u, v, table=table, group=group, transposed=transposed, interpret=True)
+        assert_product(y, exact(x, plain, u, v), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [gpu, tpu])
+def test_kernels_interpreted_on_a_stack_with_more_axes(body):
+    codes, scales, _ = stored(NF4, 128, 256, 64, stack=(2,), dtype=jnp.bfloat16)
+    x, u, v = array(2, 3, 5, 256), array(2, 3, 5, 4), array(2, 4, 128)
+    static = {"table": NF4, "group": 64, "transposed": False}
+    y = body.matmul(x, codes, scales, None, u, v, **static, interpret=True)
+    assert_close(y, reference.matmul(x, codes, scales, None, u, v, **static), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "group", "width", "out"),
+    [(gpu, 48, 192, 128), (gpu, 8, 256, 128), (tpu, 8, 256, 128), (tpu, 64, 256, 120), (tpu, 64, 192, 128)],
+)
+def test_what_fits_no_kernel_takes_the_reference(body, group, width, out):
+    codes, scales, _ = stored(NF4, out, width, group)
+    static = {"table": NF4, "group": group, "transposed": False}
+    f = lambda body: jax.make_jaxpr(lambda x: body.matmul(x, codes, scales, None, None, None, **static))
+    assert "pallas_call" not in str(f(body)(array(4, width)))
+    codes, scales, _ = stored(NF4, 128, 256, 64)
+    static["group"] = 64
+    assert "pallas_call" in str(f(body)(array(4, 256)))
+    assert "pallas_call" not in str(f(body)(array(0, 256)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_flops_are_the_products(platform, monkeypatch):
+    monkeypatch.setattr(reference, "LARGEST", 2**12)
+    codes, scales, _ = stored(NF4, 128, 256, 64, stack=(2,))
+    f = jax.vmap(lambda x, c, s, u, v: dequantized_matmul(x, c, s, None, u, v, table=NF4, group=64))
+    operands = array(2, 16, 256), codes, scales, array(2, 16, 3), array(2, 3, 128)
+    assert count_flops(jax.make_jaxpr(f)(*operands), platform).total == 2 * 2 * 16 * 128 * (256 + 3)

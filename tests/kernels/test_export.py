@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 
 import peftjax as pj
 from peftjax.quantize import decode
 from peftjax.quantize.affine import encode
 
-X = jax.random.normal(KEY, (4, 8))
+X = normal(KEY, (4, 8))
 
 
 def snell(x):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow
+from support import KEY, all_but_slow, combined
 
 from peftjax.core.errors import PeftError
 from peftjax.kernels.packed_residuals import gpu, pack, reference, tpu, unpack
@@ -31,8 +31,7 @@ def steps(x, code):
     return step[..., : x.shape[-1]]
 
 
-@pytest.mark.parametrize("width", [1, 2, 31, 37, 64, 65, 130, 256])
-@pytest.mark.parametrize("group", [2, 48, 64])
+@pytest.mark.parametrize(("width", "group"), combined([130, 1, 2, 31, 37, 64, 65, 256], [64, 2, 48]))
 def test_unpacking_undoes_packing(width, group):
     codes = jax.random.randint(KEY, (3, width), 0, 16)
     np.testing.assert_array_equal(unpack(pack(codes, group), width, group), codes)
@@ -47,9 +46,9 @@ def test_two_codes_take_a_byte(width, nbytes):
     assert code.low.shape == (3, -(-width // 64))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("offset", [0.0, 100.0, -3.0])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "offset", "dtype"), combined(SHAPES, [0.0, 100.0, -3.0], [jnp.float32, jnp.bfloat16])
+)
 def test_a_code_is_half_a_step_off_at_most(shape, offset, dtype):
     x = (array(shape) + offset).astype(dtype)
     for bits, part in ((4, 2), (8, 30)):

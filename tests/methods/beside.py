@@ -1,5 +1,7 @@
 """What the tests of methods beside a frozen backbone share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 40, "
 TOKENS = 17
 
 
+@functools.cache
 def images(layers=3, **changes):
     """A tiny ViT with a classifier, parameters and two images."""
     config = ViTConfig(image_size=(8, 8), patch_size=(2, 2), num_hidden_layers=layers, **SIZES)

@@ -10,7 +10,7 @@ import optax
 import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY
+from support import KEY, normal
 
 import peftjax as pj
 from peftjax.train.loop import FitResult
@@ -19,11 +19,11 @@ from peftjax.train.step import Training, TrainingState
 N, M = 16, 8
 _KEYS = jax.random.split(KEY, 4)
 PARAMS = {
-    "up": {"kernel": jax.random.normal(_KEYS[0], (N, M)) / N**0.5},
-    "blocks": {"down": {"weight": jax.random.normal(_KEYS[1], (2, N, M)) / M**0.5}},
+    "up": {"kernel": normal(_KEYS[0], (N, M)) / N**0.5},
+    "blocks": {"down": {"weight": normal(_KEYS[1], (2, N, M)) / M**0.5}},
     "norm": {"scale": jnp.ones(M)},
 }
-X, Y = jax.random.normal(_KEYS[2], (24, N)), jax.random.normal(_KEYS[3], (24, N))
+X, Y = normal(_KEYS[2], (24, N)), normal(_KEYS[3], (24, N))
 
 
 def forward(params: Any, x: jax.Array) -> jax.Array:

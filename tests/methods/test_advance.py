@@ -12,7 +12,7 @@ import optax
 import pretraining
 import pytest
 from pretraining import PARAMS, X, loss_of
-from support import KEY
+from support import KEY, all_but_slow
 
 import peftjax as pj
 from peftjax.transform.registry import METHODS as REGISTERED
@@ -81,7 +81,7 @@ def test_every_method_that_advances_is_tested_here():
     assert found | {"sara"} == set(ALONE)
 
 
-@pytest.mark.parametrize("name", [*ALONE, "chain, galore"])
+@pytest.mark.parametrize("name", all_but_slow([*ALONE, "chain, galore"], ("galore", "sara", "chain, galore")))
 def test_the_readmes_loop_which_does_not_advance_is_told_so_at_its_first_apply(name):
     told = (
         r"between steps, and has not yet: train with pj\.training\(method, loss, tx\), "
@@ -95,7 +95,7 @@ def test_the_readmes_loop_trains_a_method_that_does_not_advance():
     assert float(run_readme(pj.lora(rank=2))["value"]) < float(loss_of(PARAMS, X))
 
 
-@pytest.mark.parametrize("name", [*LOOPS, pytest.param("chain, two", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", all_but_slow([*LOOPS, "chain, two"], ("galore", "switchlora")))
 def test_a_loop_that_does_trains_what_pj_training_trains(name):
     method = METHODS[name]
     frozen, trainable = by_hand(method, optax.adam(0.01), STEPS)
@@ -106,7 +106,7 @@ def test_a_loop_that_does_trains_what_pj_training_trains(name):
     jax.tree.map(np.testing.assert_array_equal, frozen, state.frozen)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", all_but_slow(METHODS, ("galore", "snella", "chain, switchlora")))
 def test_it_changes_what_it_says_of_what_the_method_holds_and_nothing_else(name):
     method = METHODS[name]
     run, state = pretraining.started(method, optax.sgd(0.3))
@@ -133,7 +133,7 @@ def test_it_changes_what_it_says_of_what_the_method_holds_and_nothing_else(name)
     assert bool(moved) == bool(changing)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", all_but_slow(METHODS, ("galore", "snella", "chain, switchlora")))
 def test_it_changes_nothing_when_nothing_is_due(name):
     method = replace(METHODS[name], advances=tuple(a for a in METHODS[name].advances if not a.due(1)))
     run, state = pretraining.started(method, optax.sgd(0.3))

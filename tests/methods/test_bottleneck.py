@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, normal, quick_at
 from tiny_models import BLOCKS, WIDTH, moved, tiny
 from tiny_t5 import make, token_batch
 
@@ -18,7 +18,7 @@ from peftjax.models.vit import ViTConfig, vit
 from peftjax.weights.low_rank import LowRank
 
 MODEL = tiny("backbone")
-STREAM = jax.random.normal(KEY, (2, 5, WIDTH))
+STREAM = normal(KEY, (2, 5, WIDTH))
 ACTIVATIONS = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "identity": lambda x: x}
 
 
@@ -114,7 +114,7 @@ def test_a_scale_of_zero_is_the_base():
     np.testing.assert_array_equal(update_of(pj.adaptformer(size=3, scale=0.0)), 0.0)
 
 
-@pytest.mark.parametrize("norm", ["in", "out"])
+@pytest.mark.parametrize("norm", quick_at(["in", "out"], 0))
 def test_with_a_norm_it_begins_as_the_base(norm):
     method = pj.adaptformer(size=3, norm=norm)
     fresh = method.init(KEY, MODEL.params)[1]
@@ -122,7 +122,7 @@ def test_with_a_norm_it_begins_as_the_base(norm):
     assert float(jnp.abs(update_of(method)).max()) > 1e-3
 
 
-@pytest.mark.parametrize(("init", "std"), [("bert", 0.02), ("houlsby", 0.0088)])
+@pytest.mark.parametrize(("init", "std"), quick_at([("bert", 0.02), ("houlsby", 0.0088)], 0))
 def test_starts_near_the_base(init, std):
     values = Bottleneck(50, init_as=init).init(KEY, 4, 300)
     for part in ("down", "up"):

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy
+from support import KEY, assert_close, assert_equals_merged, assert_no_dense_gradient, noisy, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
 PARAMS = {
-    "up": {"kernel": jax.random.normal(KEY, (8, 12))},
-    "layers": {"down": {"kernel": jax.random.normal(KEY, (3, 12, 8)) / 3}},
-    "conv": {"kernel": jax.random.normal(KEY, (3, 8, 6)) / 4},
-    "experts": jax.random.normal(KEY, (2, 6, 8)),
-    "words": {"embedding": jax.random.normal(KEY, (9, 8))},
+    "up": {"kernel": normal(KEY, (8, 12))},
+    "layers": {"down": {"kernel": normal(KEY, (3, 12, 8)) / 3}},
+    "conv": {"kernel": normal(KEY, (3, 8, 6)) / 4},
+    "experts": normal(KEY, (2, 6, 8)),
+    "words": {"embedding": normal(KEY, (9, 8))},
 }
 LAYOUTS = {"experts": "sio", "conv/kernel": "iio"}
 IDS = jnp.array([[0, 3, 8, 1, 1], [2, 2, 7, 4, 5]])

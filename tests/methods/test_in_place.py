@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 from tiny_models import moved
 
 import peftjax as pj
@@ -17,11 +17,9 @@ from peftjax.core.errors import PeftError
 from peftjax.train.step import divided
 
 D, F, L = 8, 12, 3
-UP, DOWN = (
-    0.3 * jax.random.normal(jax.random.key(n), shape) for n, shape in ((0, (L, D, F)), (1, (L, F, D)))
-)
+UP, DOWN = (0.3 * normal(jax.random.key(n), shape) for n, shape in ((0, (L, D, F)), (1, (L, F, D))))
 PARAMS = {"blocks": {"up": {"kernel": UP}, "down": {"kernel": DOWN}}, "head": {"kernel": jnp.ones((D, 4))}}
-X = jax.random.normal(KEY, (6, D))
+X = normal(KEY, (6, D))
 OPTIONS = {
     "paca": {"rank": 2, "alpha": 2.0},
     "shira": {"rank": 2},

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import normal
 
 import peftjax as pj
 
 KEY = jax.random.key(0)
-PARAMS = {"up": {"kernel": jax.random.normal(KEY, (12, 8)) / 3}}
-X, Y = jax.random.normal(jax.random.key(1), (20, 12)), jax.random.normal(jax.random.key(2), (20, 8))
+PARAMS = {"up": {"kernel": normal(KEY, (12, 8)) / 3}}
+X, Y = normal(jax.random.key(1), (20, 12)), normal(jax.random.key(2), (20, 8))
 PATH = "up/kernel"
 
 

@@ -11,7 +11,7 @@ import tiny_t5
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ladders import adapted, backbone, climbed, halved, up
-from support import KEY, all_but_slow, assert_close
+from support import KEY, all_but_slow, assert_close, quick_at
 from tiny_models import moved
 
 import peftjax as pj
@@ -302,7 +302,7 @@ def test_the_head_may_be_trained():
     assert trainable["unfreeze"].keys() == {"head/norm/scale"}
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", quick_at([True, False], 1))
 def test_another_method_of_the_blocks_is_refused(first):
     tiny, both = backbone("llama"), [pj.lst(reduction=2), pj.pfeiffer(size=2)]
     method = pj.chain(*(both if first else both[::-1]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ladders import backbone
-from support import KEY, assert_close
+from support import KEY, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.core import tree
@@ -89,7 +89,7 @@ def test_a_network_of_the_whole_width_is_the_backbone(name):
         assert side.get("norm") is None or assert_close(side["norm"], part["head"]["norm"]) is None
 
 
-@pytest.mark.parametrize(("name", "after"), [("bert", True), ("vit", False), ("fused", False)])
+@pytest.mark.parametrize(("name", "after"), quick_at([("bert", True), ("vit", False), ("fused", False)], 0))
 def test_a_norm_is_cut_where_it_stands(name, after):
     """Its scale marks the residual numbers: those before the branch of a pre-norm block, else those after."""
     params = backbone(name).params
@@ -149,8 +149,8 @@ def test_random_blocks_have_the_pruned_norms():
 
 # Fisher information.
 
-X = jax.random.normal(KEY, (6, 4))
-PARAMS = {"up": {"kernel": jax.random.normal(jax.random.key(1), (4, 3)), "bias": jnp.zeros(3)}}
+X = normal(KEY, (6, 4))
+PARAMS = {"up": {"kernel": normal(jax.random.key(1), (4, 3)), "bias": jnp.zeros(3)}}
 
 
 def loss(params, x):

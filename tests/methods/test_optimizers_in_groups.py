@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close, noisy, normal
 
 import peftjax as pj
 
-PARAMS = {"up": {"kernel": jax.random.normal(KEY, (8, 16))}, "down": {"kernel": jnp.ones((16, 8))}}
+PARAMS = {"up": {"kernel": normal(KEY, (8, 16))}, "down": {"kernel": jnp.ones((16, 8))}}
 METHODS = {
     "lora_plus": pj.lora_plus(rank=2),
     "snella": pj.snella(rank=2, total_steps=9),

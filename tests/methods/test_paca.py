@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY
+from support import KEY, normal
 from tiny_models import moved
 
 import peftjax as pj
@@ -16,10 +16,10 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 
 PARAMS = {
-    "up": {"kernel": jax.random.normal(KEY, (12, 7))},
-    "down": {"kernel": jax.random.normal(KEY, (7, 9))},
+    "up": {"kernel": normal(KEY, (12, 7))},
+    "down": {"kernel": normal(KEY, (7, 9))},
 }
-X = jax.random.normal(KEY, (5, 12))
+X = normal(KEY, (5, 12))
 
 
 def model(params, x):

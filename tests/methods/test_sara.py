@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 from tiny_models import moved
 
 import peftjax as pj
@@ -19,9 +19,9 @@ from peftjax.methods.sparse._nuclear import exact_polar_factor, polar_factor
 from peftjax.methods.sparse.sara import learning_rate
 
 N, M = 12, 9
-PARAMS = {"up": {"kernel": 0.1 * jax.random.normal(KEY, (N, M))}}
-STACKED = {"up": {"kernel": 0.1 * jax.random.normal(KEY, (3, N, M))}}
-X = jax.random.normal(jax.random.key(1), (5, N))
+PARAMS = {"up": {"kernel": 0.1 * normal(KEY, (N, M))}}
+STACKED = {"up": {"kernel": 0.1 * normal(KEY, (3, N, M))}}
+X = normal(jax.random.key(1), (5, N))
 W = np.asarray(PARAMS["up"]["kernel"])
 
 

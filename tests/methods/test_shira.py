@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 from tiny_models import moved
 
 import peftjax as pj
@@ -16,8 +16,8 @@ from peftjax.methods._entries import random_entries
 from peftjax.weights.layout import Layout
 
 N, M = 12, 9
-PARAMS = {"up": {"kernel": jax.random.normal(KEY, (N, M))}}
-X = jax.random.normal(jax.random.key(1), (5, N))
+PARAMS = {"up": {"kernel": normal(KEY, (N, M))}}
+X = normal(jax.random.key(1), (5, N))
 W = np.asarray(PARAMS["up"]["kernel"])
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 from tiny_models import moved
 
 import peftjax as pj
@@ -19,13 +19,13 @@ from peftjax.io import checkpoint
 from peftjax.transform.transform import changing_state, with_changing_state
 
 L, N, M = 2, 12, 8
-STACK = jax.random.normal(KEY, (L, N, M))
+STACK = normal(KEY, (L, N, M))
 PARAMS = {
     "blocks": {"up": {"kernel": STACK}},
     "down": {"kernel": STACK[0].T},
     "head": {"kernel": jnp.ones((N, 3))},
 }
-X = jax.random.normal(jax.random.key(1), (5, N))
+X = normal(jax.random.key(1), (5, N))
 
 
 def forward(params, x):

@@ -1,7 +1,10 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import all_but_slow, noisy
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
@@ -70,7 +73,7 @@ def decoders():
     return {name: {**TINY, **values} for name, values in DECODERS.items()}
 
 
-@pytest.fixture(scope="session", params=DECODERS)
+@pytest.fixture(scope="session", params=all_but_slow(DECODERS, ("llama3", "gemma2", "gemma3")))
 def decoder_values(request, decoders):
     return decoders[request.param]
 
@@ -78,13 +81,18 @@ def decoder_values(request, decoders):
 @pytest.fixture(scope="session")
 def random_decoder():
     """`(values, head) -> (model, params)` with numbers that are far from trivial; nothing is compiled."""
+    models = {}
 
     def make(values, head="causal_lm"):
-        family = FAMILIES[values["model_type"]]
-        model = family.build(family.read_config(values), head=head)
+        model = models.setdefault(json.dumps([values, head]), build(values, head))
         rng = np.random.default_rng(0)
-        specs = jax.eval_shape(model.init, jax.random.key(0))
-        return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), specs)
+        return model, jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), model.shapes
+        )
+
+    def build(values, head):
+        family = FAMILIES[values["model_type"]]
+        return family.build(family.read_config(values), head=head)
 
     return make
 
@@ -127,7 +135,4 @@ def batch():
 def classifier(config):
     """A model with a classifier, and parameters whose norms and biases are not trivial."""
     model = bert(config, head="classifier")
-    leaves, treedef = jax.tree.flatten(model.init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return model, treedef.unflatten(noisy)
+    return model, noisy(jax.jit(model.init)(jax.random.key(0)))

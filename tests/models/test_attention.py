@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import normal
 
 from peftjax.backbone.attention import Visibility, _segments, attend
 
@@ -137,8 +138,8 @@ def test_segments_cover_every_row_once(length, causal):
 # A prefix.
 
 PREFIX = {
-    "keys": jax.random.normal(KEYS[4], (3, 16)),
-    "values": jax.random.normal(KEYS[3], (3, 16)),
+    "keys": normal(KEYS[4], (3, 16)),
+    "values": normal(KEYS[3], (3, 16)),
 }
 
 

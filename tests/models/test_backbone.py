@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from support import quick_at
 
 from peftjax.backbone.backbone import REMAT_POLICIES
 from peftjax.backbone.context import Context
@@ -78,7 +79,7 @@ def test_remat_gives_the_same_gradients(classifier, batch, gradient, policy):
     close(jax.jit(jax.grad(again))(params), gradient)
 
 
-@pytest.mark.parametrize("policy", ["none", *REMAT_POLICIES])
+@pytest.mark.parametrize("policy", quick_at(["none", *REMAT_POLICIES], every=3))
 def test_every_remat_policy_traces(classifier, batch, policy):
     model, params = classifier
     function = loss(dataclasses.replace(model, remat=policy), batch)

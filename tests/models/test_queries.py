@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close, noisy
+from support import KEY, assert_close, noisy, normal
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
@@ -46,7 +46,7 @@ def images():
 SEGMENTS = {"input_ids": IDS, "segment_ids": jnp.array([[0] * 3 + [1] * 4, [0] * 6 + [1]])}
 CASES = {
     "encoder": (encoder, PADDED, [6, 3]),
-    "images": (images, {"pixel_values": jax.random.normal(KEY, (2, 3, 4, 4))}, [4, 4]),
+    "images": (images, {"pixel_values": normal(KEY, (2, 3, 4, 4))}, [4, 4]),
     "decoder": (llama, PADDED, [6, 3]),
     "window": (lambda: llama(window=3), PADDED, [6, 3]),
     "sandwich": (lambda: llama(window=3, **GEMMA), PADDED, [6, 3]),

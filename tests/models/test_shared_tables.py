@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import all_but_slow
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
@@ -40,7 +41,7 @@ def edit(folder, change, **settings):
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
-@pytest.fixture(params=OUTPUTS)
+@pytest.fixture(params=all_but_slow(OUTPUTS, ("llama3", "gpt2", "t5", "bert")))
 def tied(request, tmp_path, decoders, random_decoder):
     """(output layer's name, model, parameters, the folder that they were saved in), the output layer tied."""
     name, values, head = OUTPUTS[request.param]

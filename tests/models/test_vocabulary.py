@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import all_but_slow
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -22,7 +23,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=all_but_slow(MODELS, ("gpt2", "t5")))
 def beyond(request, decoders, random_decoder):
     """(model, parameters, a batch, the same with ids outside the vocabulary under its mask)."""
     values, head = MODELS[request.param]

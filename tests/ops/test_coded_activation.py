@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY
+from support import KEY, normal
 
 from peftjax.backbone.layers import ACTIVATIONS
 from peftjax.ops.coded.activation import GRIDS, activate
 
-X = 2 * jax.random.normal(KEY, (6, 192))
-G = jax.random.normal(jax.random.key(1), X.shape)
+X = 2 * normal(KEY, (6, 192))
+G = normal(jax.random.key(1), X.shape)
 BOUND = {"gelu": 0.0456, "gelu_new": 0.0458, "gelu_pytorch_tanh": 0.0458, "tanh": 1 / 30 + 1e-6, "relu": 0.0}
 
 

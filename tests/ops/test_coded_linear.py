@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 
 import peftjax as pj
 from peftjax.ops.coded.linear import Input, product_at
@@ -13,8 +13,8 @@ from peftjax.planner.residuals import kept_arrays
 from peftjax.quantize import decode
 from peftjax.quantize.affine import encode
 
-X = jax.random.normal(KEY, (7, 64))
-PARAMS = {"up": {"kernel": jax.random.normal(KEY, (64, 48)), "bias": jnp.ones(48)}}
+X = normal(KEY, (7, 64))
+PARAMS = {"up": {"kernel": normal(KEY, (64, 48)), "bias": jnp.ones(48)}}
 SEEN = decode(encode(X, 4))
 
 

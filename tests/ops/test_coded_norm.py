@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, assert_close
+from support import KEY, assert_close, normal
 
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import norm_of
@@ -12,9 +12,9 @@ from peftjax.ops.coded.norm import normalize, statistics
 from peftjax.quantize.affine import encode
 
 B, S, D = 3, 5, 192
-X = 3 + jax.random.normal(KEY, (B, S, D))
-SCALE, BIAS = 1 + 0.3 * jax.random.normal(KEY, (2, D))
-G = jax.random.normal(jax.random.key(2), X.shape)
+X = 3 + normal(KEY, (B, S, D))
+SCALE, BIAS = 1 + 0.3 * normal(KEY, (2, D))
+G = normal(jax.random.key(2), X.shape)
 KINDS = ("layer", "rms", "rms_plus_one")
 
 

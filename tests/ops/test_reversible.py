@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close, made_shapes
+from support import KEY, assert_close, made_shapes, normal, quick_at
 
 import peftjax as pj
 from peftjax.ops.reversible import Coupling, inverse_errors, reversible
@@ -16,12 +16,12 @@ from peftjax.planner.residuals import kept_arrays
 L, B, D = 7, 3, 4
 COUPLING = Coupling(0.8, 0.9, swap=True)
 LAYERS = {
-    "a": 0.5 * jax.random.normal(KEY, (L, D, D)),
-    "b": 0.5 * jax.random.normal(jax.random.key(1), (L, D, D)),
+    "a": 0.5 * normal(KEY, (L, D, D)),
+    "b": 0.5 * normal(jax.random.key(1), (L, D, D)),
     "key": jax.random.split(KEY, L),
 }
 SHARED = {"bias": jnp.full(D, 0.3), "number": jnp.arange(B)}
-X = jax.random.normal(KEY, (B, D))
+X = normal(KEY, (B, D))
 
 
 def f(shared, layer, x):
@@ -55,7 +55,9 @@ FLOATS = {"layers": {name: LAYERS[name] for name in "ab"}, "shared": {"bias": SH
 XS = jnp.stack([X, 2 * X])
 
 
-@pytest.mark.parametrize(("every", "swap"), [(0, True), (0, False), (1, True), (3, True), (L - 1, False)])
+@pytest.mark.parametrize(
+    ("every", "swap"), quick_at([(0, True), (0, False), (1, True), (3, True), (L - 1, False)], 0, 3)
+)
 def test_values_and_gradients(every, swap):
     coupling = Coupling(0.8, 0.9, swap)
     got = jax.jit(jax.value_and_grad(lambda v, x: loss(v, x, every, coupling), (0, 1)))(FLOATS, X)
@@ -76,14 +78,14 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", quick_at(TRANSFORMED, 0, 1, 5))
 def test_transformed(name):
     inputs = (FLOATS, XS) if name == "vmap of grad" else (FLOATS,)
     wrap = (lambda f: f) if name == "nothing" else jax.jit
     assert_close(wrap(TRANSFORMED[name](loss))(*inputs), wrap(TRANSFORMED[name](plain))(*inputs))
 
 
-@pytest.mark.parametrize("kind", ["shard_map", "Auto", "Explicit"])
+@pytest.mark.parametrize("kind", quick_at(["shard_map", "Auto", "Explicit"], 0))
 def test_sharded_over_the_batch(kind):
     kind_of_axis = AxisType.Auto if kind == "shard_map" else AxisType[kind]
     mesh = jax.make_mesh((B,), ("data",), devices=jax.devices()[:B], axis_types=(kind_of_axis,))
@@ -167,7 +169,9 @@ def test_its_flops_are_counted():
     assert counts[0].total == 2 * L * 2 * B * D * D
 
 
-@pytest.mark.parametrize(("coupling", "bound"), [((0.1, 1.0), 1e-4), ((0.1, 0.1), 1e-4), ((1.0, 1.0), 1e-5)])
+@pytest.mark.parametrize(
+    ("coupling", "bound"), quick_at([((0.1, 1.0), 1e-4), ((0.1, 0.1), 1e-4), ((1.0, 1.0), 1e-5)], 1)
+)
 def test_the_inverse_of_one_layer_gives_its_inputs(coupling, bound):
     layers = jax.tree.map(lambda leaf: leaf[:1], LAYERS)
     (error,) = inverse_errors(f, g, (X, -X), SHARED, layers, Coupling(*coupling, swap=False))

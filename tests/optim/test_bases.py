@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import all_but_slow, combined, normal
 
 from peftjax.core.errors import PeftError
 from peftjax.optim.bases import (
@@ -30,7 +31,7 @@ def with_spectrum(spectrum, n_in=48, n_out=32, stack=(), seed=0):
 
 
 FAST = with_spectrum(0.7 ** np.arange(32), stack=(2,))
-FLAT = jax.random.normal(KEY, (2, 48, 32))
+FLAT = normal(KEY, (2, 48, 32))
 
 
 def products(g):
@@ -55,6 +56,8 @@ def iterated(g, rank, side, known=None, iterations=2, over=8, seed=0):
 
 WAYS = {"svd": svd_basis, "gram": gram_basis, "subspace": iterated}
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+subspace_or_slow = pytest.mark.parametrize("name", all_but_slow(WAYS, ("subspace",)))
+way_and_side = pytest.mark.parametrize(("way", "side"), combined(reversed(WAYS.values()), SIDES))
 
 
 def exact(g, rank, side):
@@ -73,8 +76,7 @@ def assert_orthonormal(rows, tolerance=1e-5):
     np.testing.assert_allclose(rows @ np.swapaxes(rows, -1, -2), eye, atol=tolerance)
 
 
-@each_way
-@pytest.mark.parametrize("side", SIDES)
+@way_and_side
 def test_the_basis_is_the_exact_one_up_to_signs(way, side):
     """Vector by vector, which the order by falling singular value is part of."""
     basis = way(FAST, 5, side)
@@ -85,16 +87,16 @@ def test_the_basis_is_the_exact_one_up_to_signs(way, side):
     np.testing.assert_allclose(overlaps, 1.0, atol=1e-5)
 
 
-@each_way
-def test_the_largest_principal_angle_to_the_exact_subspace(way):
+@subspace_or_slow
+def test_the_largest_principal_angle_to_the_exact_subspace(name):
+    way = WAYS[name]
     cosines = np.linalg.svd(
         np.asarray(way(FAST, 6, "input"), np.float64) @ np.swapaxes(exact(FAST, 6, "input"), 1, 2)
     )[1]
     assert np.sqrt(np.maximum(1 - cosines.min() ** 2, 0)) < 2e-3
 
 
-@each_way
-@pytest.mark.parametrize("side", SIDES)
+@way_and_side
 def test_what_is_left_out_is_the_sum_of_the_dropped_squares(way, side):
     dense = np.asarray(FAST[0], np.float64)
     kept = projector(way(FAST, 5, side)[0])
@@ -158,8 +160,7 @@ def test_a_stack_is_its_matrices_one_by_one(way):
     np.testing.assert_allclose(projector(way(g, 4, "output")[0]), projector(jnp.stack(singly)), atol=1e-4)
 
 
-@each_way
-@pytest.mark.parametrize("shape", [(48, 32), (20, 20)])
+@pytest.mark.parametrize(("way", "shape"), combined(reversed(WAYS.values()), [(48, 32), (20, 20)]))
 def test_the_sides_change_places_with_a_transposition(way, shape):
     g = with_spectrum(0.6 ** np.arange(20), *shape)
     np.testing.assert_allclose(projector(way(g, 4, "input")), projector(way(g.T, 4, "output")), atol=1e-4)
@@ -170,8 +171,7 @@ def test_a_zero_gradient_gives_orthonormal_rows(way):
     assert_orthonormal(way(jnp.zeros((2, 12, 8)), 3, "input"))
 
 
-@each_way
-@pytest.mark.parametrize("side", SIDES)
+@way_and_side
 def test_a_rank_above_that_of_the_gradient_gives_orthonormal_rows(way, side):
     g = with_spectrum([2.0, 1.0], 12, 8)
     basis = way(g, 5, side)
@@ -179,8 +179,7 @@ def test_a_rank_above_that_of_the_gradient_gives_orthonormal_rows(way, side):
     np.testing.assert_allclose(captured_energy(g, basis, side), 1.0, atol=1e-5)
 
 
-@each_way
-@pytest.mark.parametrize("side", SIDES)
+@way_and_side
 def test_a_condition_of_a_million(way, side):
     g = with_spectrum(np.logspace(0, -6, 32))
     basis = way(g, 16, side)
@@ -201,15 +200,17 @@ def test_the_gram_matrix_loses_small_directions_that_the_svd_keeps():
     assert third[1] < 0.9
 
 
-@each_way
-def test_the_whole_side(way):
+@subspace_or_slow
+def test_the_whole_side(name):
+    way = WAYS[name]
     basis = way(FLAT, 32, "output")
     assert_orthonormal(basis)
     np.testing.assert_allclose(captured_energy(FLAT, basis, "output"), 1.0, atol=1e-5)
 
 
-@each_way
-def test_bfloat16_gradients(way):
+@subspace_or_slow
+def test_bfloat16_gradients(name):
+    way = WAYS[name]
     rounded = FAST.astype(jnp.bfloat16)
     basis = way(rounded, 4, "input")
     assert basis.dtype == jnp.float32
@@ -218,8 +219,9 @@ def test_bfloat16_gradients(way):
     )
 
 
-@each_way
-def test_sharded_gradients(way):
+@subspace_or_slow
+def test_sharded_gradients(name):
+    way = WAYS[name]
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spread = jax.device_put(FAST, NamedSharding(mesh, P(None, "data", "tensor")))
     found = jax.jit(way, static_argnums=(1, 2))(spread, 4, "input")

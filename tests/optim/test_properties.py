@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import KEY, assert_close
+from support import KEY, all_but_slow, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
 
 optim = pj.optim
 START = {
-    "blocks": {"kernel": jax.random.normal(KEY, (2, 4, 6))},
-    "up": {"kernel": jax.random.normal(KEY, (6, 4)), "bias": jnp.arange(4.0)},
+    "blocks": {"kernel": normal(KEY, (2, 4, 6))},
+    "up": {"kernel": normal(KEY, (6, 4)), "bias": jnp.arange(4.0)},
     "scale": jnp.float32(2.0),
 }
 FLAT = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
@@ -53,7 +53,8 @@ PIECES = {
 }
 ALL = DESCENTS | {name: after(piece) for name, piece in PIECES.items()}
 ALL["normalize_and_project"] = (lambda rate: optim.normalize_and_project(optax.adam(rate)), ())
-EACH = pytest.mark.parametrize("name", ALL)
+QUICK = ("adamp", "galore", "eight_bit", "scale_by_row_adam", "normalize_and_project")
+EACH = pytest.mark.parametrize("name", all_but_slow(ALL, QUICK))
 
 
 def made(name):
@@ -97,7 +98,7 @@ def test_every_public_transformation_is_here():
     assert known == set(ALL)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in ("decay_updated_weights",)])
+@pytest.mark.parametrize("name", all_but_slow([n for n in ALL if n != "decay_updated_weights"], QUICK))
 def test_it_descends(name):
     _, _, params, _ = run(name, steps=30)
     # On its first sphere a matrix cannot reach the goal, and a natural gradient shrinks what repeats.
@@ -128,7 +129,7 @@ def test_map_params_reaches_what_mirrors_the_parameters_and_nothing_else(name):
     assert bool(mapped) == (name != "decay_updated_weights")
 
 
-@pytest.mark.parametrize("name", DESCENTS)
+@pytest.mark.parametrize("name", quick_at(DESCENTS, every=3))
 def test_an_injected_schedule_is_the_plain_one(name):
     assert_close(run(name, "injected")[2], run(name)[2], 1e-4)
 

@@ -188,3 +188,14 @@ def test_the_float_of_four_bits_rounds_as_that_of_ml_dtypes():
 def test_more_ranges_tried_never_give_a_larger_error():
     errors = [relative(NORMAL, coded(NORMAL, replace(FORMATS["int3"], search=n))[1]) for n in (1, 20)]
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["nf4", "int3", "nvfp4", "fp8_e4m3"])
+def test_codes_of_blocks_of_rows_are_those_of_all_at_once(name):
+    """Blocks that do not divide the rows, in groups and in rows, for a row that is none and many."""
+    x = jnp.asarray(NORMAL[:12, :192]).reshape(3, 4, 192)
+    form = replace(FORMATS[name], scales="double") if name == "nf4" else FORMATS[name]
+    whole = jax.jit(lambda x: encode(x, form))(x)
+    parts = jax.jit(lambda x: encode(x, form, block=1000))(x)
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)

@@ -2,7 +2,8 @@
 
 Tiles are powers of two, and what lies beyond an edge is masked, so that every number of rows, inputs and
 outputs fits. Groups of a power of two from 16 on fit, and groups of a whole row; others take the reference,
-and so do dtypes other than float32, bfloat16 and float16.
+and so do stacks with 2 GiB of codes, of which a program cannot count the bytes, and dtypes other than
+float32, bfloat16 and float16.
 """
 
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ def matmul(
     static = {"table": table, "group": group, "transposed": transposed}
     x, codes = operands[:2]
     width = codes.shape[-1] * (1 if table is None else 2)
-    if not _fits(x, group, width):
+    if not _fits(x, codes, group, width):
         return reference.matmul(*operands, **static)
     return tiles.by_matrix(_matmul, operands, **static, interpret=interpret)
 
 
-def _fits(x: Array, group: int, width: int) -> bool:
-    known = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-    return known and x.size > 0 and (group == width or (group >= 16 and group & (group - 1) == 0))
+def _fits(x: Array, codes: Array, group: int, width: int) -> bool:
+    known = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and x.size > 0
+    grouped = group == width or (group >= 16 and group & (group - 1) == 0)
+    return known and grouped and codes.size < 2**31
 
 
 _Span = tuple[Array | int, int]  # of a tile on an axis: its number and its length
@@ -40,9 +42,8 @@ _Span = tuple[Array | int, int]  # of a tile on an axis: its number and its leng
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of the weight, and of the tiles: `rows x out`, made in steps of `along`."""
+    """Of the weight, and of the tiles of y, made in steps of `along`."""
 
-    out: int
     width: int
     group: int
     tile: tuple[int, int]
@@ -65,25 +66,27 @@ def _matmul(
     outputs, width = codes.shape[0], codes.shape[1] * (1 if table is None else 2)
     most = 128 if x.dtype.itemsize == 2 else 64
     rows = min(most, max(16, pl.next_power_of_2(x.shape[0])))
-    size = _Sizes(outputs, width, group, (rows, most if rows == most else 64), 64 if most == 128 else 32)
-    given = {"x": x, "codes": codes, "scales": scales, "shifts": shifts}
+    size = _Sizes(width, group, (rows, most if rows == most else 64), 64 if most == 128 else 32)
+    given = {"x": x, "codes": codes, "scales": scales, "shifts": shifts, "u": u, "v": v}
+    given = {name: array for name, array in given.items() if array is not None}
+    made = tiles.type_like(x, (x.shape[0], width if transposed else outputs), x.dtype)
+    cost = tiles.cost(made, given)
     if u is not None:
         # What a Triton product takes.
         missing = max(16, pl.next_power_of_2(u.shape[-1])) - u.shape[-1]
         u, v = tiles.of_one_dtype(u, v)
         given |= {"u": jnp.pad(u, ((0, 0), (0, missing))), "v": jnp.pad(v, ((0, missing), (0, 0)))}
-    given = {name: array for name, array in given.items() if array is not None}
-    made = tiles.type_like(x, (x.shape[0], width if transposed else outputs), x.dtype)
     return pl.pallas_call(
-        partial(_kernel, tuple(given), table, size, transposed),
+        partial(_kernel, table, size, transposed),
         grid=tuple(pl.cdiv(length, tile) for length, tile in zip(made.shape[::-1], size.tile[::-1])),
-        in_specs=[_whole(array.shape) for array in given.values()],
+        in_specs=[{name: _whole(array.shape) for name, array in given.items()}],
         out_specs=_whole(made.shape),
         out_shape=made,
+        cost_estimate=cost,
         compiler_params=plgpu.CompilerParams(num_warps=8 if rows == 128 else 4, num_stages=3),
         interpret=interpret,
         name="dequantized_matmul",
-    )(*given.values())
+    )(given)
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -91,8 +94,7 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *at: (0, 0))
 
 
-def _kernel(names: tuple[str, ...], table: Table | None, size: _Sizes, transposed: bool, *refs: Any) -> None:
-    read, made = dict(zip(names, refs)), refs[-1]
+def _kernel(table: Table | None, size: _Sizes, transposed: bool, read: dict[str, Any], made: Any) -> None:
     rows, outputs = (pl.program_id(1), size.tile[0]), (pl.program_id(0), size.tile[1])
 
     def step(k: Array, total: Array) -> Array:

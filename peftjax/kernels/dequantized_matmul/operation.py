@@ -1,5 +1,5 @@
 """The product as an operation: kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
-device's own code; jnp elsewhere, and wherever XLA partitions the program.
+device's own code; jnp elsewhere, wherever XLA partitions the program, and under mesh axes of type Explicit.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.core.errors import PeftError
-from peftjax.kernels.dequantized_matmul import gpu, reference, tpu
+from peftjax.kernels.dequantized_matmul import explicit, gpu, reference, tpu
 from peftjax.kernels.dequantized_matmul.element import Table
 
 
@@ -65,27 +65,38 @@ def _product(static: dict[str, Any], *operands: Array | None) -> Array:
     def forward(*operands: Array | None) -> tuple[Array, tuple]:
         return _product(static, *operands), operands[1:]
 
-    return with_backward(partial(_chosen, **static), forward, partial(_gradients, static))(*operands)
+    backward = partial(_gradients, static, explicit.sharding_of(operands[0]))
+    return with_backward(partial(_chosen, **static), forward, backward)(*operands)
 
 
-def _gradients(static: dict[str, Any], kept: tuple, g: Array) -> tuple:
+def _gradients(static: dict[str, Any], of_x: NamedSharding | None, kept: tuple, g: Array) -> tuple:
     codes, scales, shifts, u, v = kept
     other = {**static, "transposed": not static["transposed"]}
-    of_x = _product(other, g, codes, scales, shifts, None, None)
+    x_bar = _product(other, g, codes, scales, shifts, None, None)
+    x_bar = x_bar if of_x is None else jax.sharding.reshard(x_bar, of_x)
     if u is None:
-        return of_x, None, None, None, None, None
+        return x_bar, None, None, None, None, None
     dtype, lead = jnp.result_type(g, u, v), tuple(range(g.ndim - 1))
-    g, left, right = (array.astype(dtype) for array in (g, u, v))
-    of_u, of_v = (
-        reference.product(g, right, -1),
-        jnp.tensordot(left, g, (lead, lead), preferred_element_type=jnp.float32),
+
+    def u_bar(g: Array, v: Array) -> Array:
+        return reference.product(g.astype(dtype), v.astype(dtype), -1).astype(u.dtype)
+
+    def v_bar(u: Array, g: Array) -> Array:
+        summed = jnp.tensordot(
+            u.astype(dtype), g.astype(dtype), (lead, lead), preferred_element_type=jnp.float32
+        )
+        return summed.astype(v.dtype)
+
+    u_bar, v_bar = (
+        explicit.with_sharding(f, explicit.sharding_of(like)) for f, like in ((u_bar, u), (v_bar, v))
     )
-    return of_x, None, None, None, of_u.astype(u.dtype), of_v.astype(v.dtype)
+    return x_bar, None, None, None, u_bar(g, v), v_bar(u, g)
 
 
 def _chosen(*operands: Array | None, **static: Any) -> Array:
-    if AxisType.Explicit in jax.typeof(operands[0]).sharding.mesh.axis_types:
-        return reference.matmul(*operands, **static)
+    sharding = explicit.of_product(operands, static["transposed"])
+    if sharding is not None:
+        return explicit.with_sharding(partial(reference.matmul, **static), sharding)(*operands)
     leaves, structure = jax.tree.flatten(operands)
     return _bind(*leaves, structure=structure, **static)[0]
 
@@ -95,37 +106,37 @@ def _flat(body: Callable[..., Array], *leaves: Array, structure: Any, **static: 
 
 
 def _over_axis(arrays: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple | None:
-    """Mapped inputs of one weight are more rows of x; None where the weight is mapped too."""
-    stored = jax.tree.unflatten(static["structure"], range(len(arrays)))
-    x, u, v = (None if place is None else arrays[place] for place in (stored[0], *stored[4:]))
-    on_weight = [axes[place] for place in stored[1:4] if place is not None]
-    if any(axis is not None for axis in on_weight):
+    """Mapped inputs of one weight are more rows of x; None where the weight is mapped too.
+
+    Where the branch is mapped and x or v is not mapped as u is, the branch is a product of its own.
+    """
+    given = jax.tree.unflatten(static["structure"], arrays)
+    over = jax.tree.unflatten(static["structure"], [-1 if axis is None else axis for axis in axes])
+    x, *stored, u, v = given
+    if any(axis not in (None, -1) for axis in over[1:4]):
         return None
-    stack = arrays[stored[1]].ndim - 2
     (size,) = {array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None}
+    stack = stored[0].ndim - 2
 
-    def inner(array: Array, axis: int | None) -> Array:
-        """With the mapped axis behind the stack of weights."""
-        if axis is not None:
+    def behind_the_stack(array: Array, axis: int) -> Array:
+        if axis != -1:
             return jnp.moveaxis(array, axis, stack)
-        repeated = jnp.expand_dims(array, stack)
-        return jnp.broadcast_to(repeated, (*array.shape[:stack], size, *array.shape[stack:]))
+        array = jnp.expand_dims(array, stack)
+        return jnp.broadcast_to(array, (*array.shape[:stack], size, *array.shape[stack + 1 :]))
 
-    given: list[Array | None] = [None if p is None else arrays[p] for p in stored]
-    given[0] = inner(x, axes[stored[0]])
-    if u is not None:
-        given[4] = inner(u, axes[stored[4]])
-    of_v = None if v is None else axes[stored[5]]
-    if of_v is None:
-        leaves = jax.tree.leaves(given)
-        return _bind(*leaves, **static), [stack]
-    # A low-rank branch for each row of one weight: a product of its own.
-    given[4:] = None, None
-    leaves, structure = jax.tree.flatten(tuple(given))
-    (y,) = _bind(*leaves, **{**static, "structure": structure})
-    u = jnp.moveaxis(inner(u, axes[stored[4]]), stack, 0)
-    branch = jax.vmap(reference.low_rank)(u, jnp.moveaxis(v, of_v, 0))
-    return [(y.astype(jnp.float32) + jnp.moveaxis(branch, 0, stack)).astype(y.dtype)], [stack]
+    def product(*operands: Array | None) -> Array:
+        leaves, structure = jax.tree.flatten(operands)
+        return _bind(*leaves, **{**static, "structure": structure})[0]
+
+    x = x if over[0] == -1 else behind_the_stack(x, over[0])
+    if over[0] != -1 and over[5] in (None, -1):
+        u = None if u is None else behind_the_stack(u, over[4])
+        return [product(x, *stored, u, v)], [stack]
+    y = product(x, *stored, None, None)
+    y = y[None] if over[0] == -1 else jnp.moveaxis(y, stack, 0)
+    of_branch = tuple(None if axis == -1 else axis for axis in over[4:])
+    branch = jax.vmap(reference.low_rank, of_branch)(u, v)
+    return [(y.astype(branch.dtype) + branch).astype(y.dtype)], [0]
 
 
 _bind = primitives.by_platform(

@@ -1,6 +1,6 @@
 """What the kernels share: matrices of a stack one by one, and the types of what they make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 
@@ -33,6 +34,17 @@ def by_matrix(body: Callable[..., Array], operands: tuple[Array | None, ...], **
 def type_like(x: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """The type of an output: in a `shard_map` it varies over the mesh axes that x varies over."""
     return jax.eval_shape(lambda x: jnp.broadcast_to(x.ravel()[0].astype(dtype), shape), x)
+
+
+def cost(made: Any, given: Mapping[str, Array]) -> pl.CostEstimate:
+    """What making y takes: the products, and every array read or written once."""
+    rank = given["u"].shape[1] if "u" in given else 0
+    arrays = [made, *given.values()]
+    return pl.CostEstimate(
+        flops=2 * made.shape[0] * made.shape[1] * (given["x"].shape[1] + rank),
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+        transcendentals=0,
+    )
 
 
 def of_one_dtype(u: Array, v: Array) -> tuple[Array, Array]:

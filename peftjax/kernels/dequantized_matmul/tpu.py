@@ -1,8 +1,8 @@
 """The product as a Mosaic kernel: a tile of codes is turned, so that the inputs lie along sublanes.
 
 Along sublanes the numbers of a group are one row, repeated without moving lanes. The two codes of a byte are
-neighbors along the inputs, which are not brought together: the even and the odd inputs have products of
-their own, for which XLA splits x, or joins y if transposed. Beyond an edge x and the scales are zero.
+neighbors along the inputs: the even and the odd inputs have products of their own, for which XLA splits x,
+or, if transposed, from which the kernel joins y. Beyond an edge x, the scales and v are zero.
 
 Weights of at least 128 outputs and 256 inputs fit, in groups of a power of two from 16 to 128 or of a whole
 row; others take the reference, and so do dtypes other than float32 and bfloat16.
@@ -64,100 +64,94 @@ def _matmul(
     width = codes.shape[1] * parts
     into = _tile_of_inputs(width, LANES * parts)
     over = OUTPUTS if outputs >= OUTPUTS else LANES
-    rows = min(ROWS[x.dtype.itemsize], _up_to(n, 16))
     steps_in, steps_out = pl.cdiv(width, into), pl.cdiv(outputs, over)
+    inputs_of_x, outputs_of_y = (steps_out * over, width) if transposed else (steps_in * into, outputs)
 
+    operands = {"x": x, "codes": codes, "scales": scales, "shifts": shifts, "u": u, "v": v}
+    operands = {name: array for name, array in operands.items() if array is not None}
+    rows = min(ROWS[x.dtype.itemsize], _up_to(n, 16))
+    x = _padded(x, max(n, rows), inputs_of_x)
     groups = (1, 1) if group == width else (steps_in, into // group)
     numbers = [_by_steps(array, groups, steps_out * over) for array in (scales, shifts) if array is not None]
-    x = _padded(x, _up_to(n, 16) if n < rows else n, (steps_out * over if transposed else steps_in * into))
-    low_rank = []
+    given = {"x": [x] if transposed else _parts(x, parts), "codes": codes, "numbers": numbers}
     if u is not None:
         u, v = tiles.of_one_dtype(u, v)
-        low_rank = [_padded(u, x.shape[0], u.shape[1]), *(_parts(v, parts) if transposed else [v])]
-    xs = [x] if transposed else _parts(x, parts)
-    made = [outputs] if not transposed else [width // parts] * parts
-    columns = into // parts if transposed else over
-    steps = (steps_in, steps_out) if transposed else (steps_out, steps_in)
-    at = _Places(transposed, group == width)
-    return _joined(
-        pl.pallas_call(
-            partial(_kernel, table, transposed, len(xs), len(numbers), len(low_rank)),
-            grid=(pl.cdiv(x.shape[0], rows), *steps),
-            in_specs=[
-                *[pl.BlockSpec((rows, over if transposed else into // parts), at.x)] * len(xs),
-                pl.BlockSpec((over, into // parts), at.codes),
-                *[pl.BlockSpec((None, array.shape[1], over), at.numbers) for array in numbers],
-                *[pl.BlockSpec((rows, part.shape[1]), at.u) for part in low_rank[:1]],
-                *[pl.BlockSpec((part.shape[0], columns), at.v) for part in low_rank[1:]],
-            ],
-            out_specs=[pl.BlockSpec((rows, columns), at.y)] * len(made),
-            out_shape=[tiles.type_like(x, (x.shape[0], length), x.dtype) for length in made],
-            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)] * len(made),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-            interpret=interpret,
-            name="dequantized_matmul",
-        )(*xs, codes, *numbers, *low_rank),
-        n,
-    )
+        v = _parts(_padded(v, v.shape[0], steps_in * into), parts) if transposed else [v]
+        given |= {"u": _padded(u, max(n, rows), u.shape[1]), "v": v}
+
+    def of_codes(row: Any, tile: Any, step: Any) -> tuple:
+        return (step, tile) if transposed else (tile, step)
+
+    def of_numbers(row: Any, tile: Any, step: Any) -> tuple:
+        output, inputs = of_codes(row, tile, step)
+        return (0 if group == width else inputs), 0, output
+
+    part = into // parts
+    of_x, of_sum, of_y = (over, part, into) if transposed else (part, over, over)
+    specs = {
+        "x": [pl.BlockSpec((rows, of_x), lambda row, tile, step: (row, step))] * len(given["x"]),
+        "codes": pl.BlockSpec((over, part), of_codes),
+        "numbers": [pl.BlockSpec((None, groups[1], over), of_numbers)] * len(numbers),
+    }
+    if u is not None:
+        rank = u.shape[1]
+        specs["u"] = pl.BlockSpec((rows, rank), lambda row, tile, step: (row, 0))
+        specs["v"] = [pl.BlockSpec((rank, of_sum), lambda row, tile, step: (0, tile))] * len(v)
+    made = tiles.type_like(x, (x.shape[0], outputs_of_y), x.dtype)
+    y = pl.pallas_call(
+        partial(_kernel, table, transposed),
+        grid=(pl.cdiv(x.shape[0], rows), *((steps_in, steps_out) if transposed else (steps_out, steps_in))),
+        in_specs=[specs],
+        out_specs=pl.BlockSpec((rows, of_y), lambda row, tile, step: (row, tile)),
+        out_shape=made,
+        scratch_shapes=[pltpu.VMEM((rows, of_sum), jnp.float32)] * (parts if transposed else 1),
+        cost_estimate=tiles.cost(made, operands),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="dequantized_matmul",
+    )(given)
+    return y[:n]
 
 
-class _Places:
-    """Which block of each array a program has: its rows, its tile of y, and its step along the sum."""
-
-    def __init__(self, transposed: bool, one_group: bool) -> None:
-        self.transposed, self.one_group = transposed, one_group
-
-    def x(self, row: Any, tile: Any, step: Any) -> tuple:
-        return row, step
-
-    def codes(self, row: Any, tile: Any, step: Any) -> tuple:
-        return (step, tile) if self.transposed else (tile, step)
-
-    def numbers(self, row: Any, tile: Any, step: Any) -> tuple:
-        output, inputs = self.codes(row, tile, step)
-        return (0 if self.one_group else inputs), 0, output
-
-    def u(self, row: Any, tile: Any, step: Any) -> tuple:
-        return row, 0
-
-    def v(self, row: Any, tile: Any, step: Any) -> tuple:
-        return 0, tile
-
-    def y(self, row: Any, tile: Any, step: Any) -> tuple:
-        return row, tile
-
-
-def _kernel(
-    table: Table | None, transposed: bool, num_x: int, num_numbers: int, num_low_rank: int, *refs: Any
-) -> None:
-    given = iter(refs)
-    xs = [next(given) for _ in range(num_x)]
-    codes = next(given)
-    numbers = [next(given) for _ in range(num_numbers)]
-    low_rank = [next(given) for _ in range(num_low_rank)]
-    rest = list(given)
-    made, totals = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+def _kernel(table: Table | None, transposed: bool, read: dict[str, Any], made: Any, *totals: Any) -> None:
+    """A step of a tile of y, summed in float32: one sum for y, or if transposed one for each part of it."""
 
     @pl.when(pl.program_id(2) == 0)
     def start() -> None:
         for total in totals:
             total[...] = jnp.zeros(total.shape, jnp.float32)
 
-    dtype = xs[0].dtype
-    for part, w in enumerate(_decode(codes, numbers, table)):
-        x, total = (xs[0], totals[part]) if transposed else (xs[part], totals[0])
-        dims = (((1,), (1,)), ((), ())) if transposed else (((1,), (0,)), ((), ()))
-        total[...] += lax.dot_general(x[...], w.astype(dtype), dims, preferred_element_type=jnp.float32)
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    for part, w in enumerate(_decode(read["codes"], read["numbers"], table)):
+        x, total = (read["x"][0], totals[part]) if transposed else (read["x"][part], totals[0])
+        total[...] += lax.dot_general(x[...], w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def end() -> None:
-        for part, (y, total) in enumerate(zip(made, totals)):
-            value = total[...]
-            if low_rank:
-                value += jnp.dot(
-                    low_rank[0][...], low_rank[1 + part][...], preferred_element_type=jnp.float32
-                )
-            y[...] = value.astype(y.dtype)
+        values = [total[...] for total in totals]
+        if "u" in read:
+            u = read["u"][...]
+            branches = [jnp.dot(u, v[...], preferred_element_type=jnp.float32) for v in read["v"]]
+            values = [value + branch for value, branch in zip(values, branches, strict=True)]
+        _store(made, [value.astype(made.dtype) for value in values])
+
+
+def _store(made: Any, values: list[Array]) -> None:
+    """Columns of two arrays in turn, moved by products with zeros and ones: exact, of finite numbers."""
+    if len(values) == 1:
+        made[...] = values[0]
+        return
+    precision = lax.Precision.HIGHEST if made.dtype == jnp.float32 else None
+    shape = (LANES, 2 * LANES)
+    source, target = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    places = [(target == 2 * source + part).astype(made.dtype) for part in (0, 1)]
+    for chunk in range(values[0].shape[1] // LANES):
+        here = slice(chunk * LANES, (chunk + 1) * LANES)
+        even, odd = (
+            jnp.dot(value[:, here], place, precision=precision, preferred_element_type=jnp.float32)
+            for value, place in zip(values, places)
+        )
+        made[:, 2 * here.start : 2 * here.stop] = (even + odd).astype(made.dtype)
 
 
 def _decode(codes: Any, numbers: list[Any], table: Table | None) -> list[Array]:
@@ -183,11 +177,6 @@ def _padded(array: Array, rows: int, columns: int) -> Array:
 def _parts(array: Array, parts: int) -> list[Array]:
     """Every part-th column."""
     return [array[:, part::parts] for part in range(parts)] if parts > 1 else [array]
-
-
-def _joined(made: list[Array], n: int) -> Array:
-    made = [array[:n] for array in made]
-    return jnp.stack(made, -1).reshape(n, -1) if len(made) > 1 else made[0]
 
 
 def _tile_of_inputs(width: int, unit: int) -> int:

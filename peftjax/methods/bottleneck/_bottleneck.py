@@ -90,7 +90,7 @@ class Bottleneck:
         if self.norm != "none":
             values["norm"] = norm_init((layers, width))
         if self.learn_scale:
-            values["scale"] = jnp.full((layers,), self.scale)
+            values["scale"] = jnp.full((layers,), self.scale, jnp.float32)
         return values
 
     def run(

@@ -31,7 +31,6 @@ from peftjax.methods._targets import Target
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import Wrap, low_rank
-from peftjax.methods.quantized._base import coded_weight
 from peftjax.methods.quantized.quantized import CodeOptions
 from peftjax.quantize.codes import decode
 from peftjax.transform.frozen import Params
@@ -39,6 +38,7 @@ from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
+from peftjax.weights.coding import coded_weight
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.pooled_low_rank import PooledLowRank
 from peftjax.weights.quantized import Quantized

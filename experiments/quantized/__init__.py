@@ -1,0 +1,1 @@
+"""What a base of a few bits costs and saves."""

@@ -1,0 +1,57 @@
+r"""What does a base of 4 bits save in a training step?
+
+    pip install -e ".[experiments]"
+    pip install --no-deps jax-cuda13-pjrt==JAX jax-cuda13-plugin==JAX    # JAX: the version of jax
+    pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+    JAX_PLATFORMS=cpu python -m experiments.quantized.run
+
+Asked of the H200's compiler; nothing is run, and no GPU is needed. The first LLaMAs, with random weights'
+shapes alone, in bfloat16 on rows of 512 tokens; LoRA of rank 64 on every linear layer but the head, as in
+QLoRA's paper, with AdamW in float32. Results of an earlier run stay where this one does not replace them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from experiments.harness.memory import fill
+from experiments.quantized import memory
+
+REPORTS = {"memory": memory.REPORT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to ask the compiler, and where to write."""
+
+    models: tuple[str, ...] = ()
+    """Names of the models to measure; all where none is given."""
+    contenders: tuple[str, ...] = ()
+    """Labels of the contenders to measure; all where none is given."""
+    missing: bool = False
+    """Measure only what has no result yet."""
+    target: str = "h200"
+    """The machine."""
+    output: Path = Path(__file__).parent / "results" / "memory"
+    """Where the results go."""
+
+
+def main(options: Options) -> None:
+    """Measure, and write what was measured after every contender."""
+    print(
+        fill(
+            memory.make_table(),
+            options.output,
+            options.target,
+            models=options.models,
+            contenders=options.contenders,
+            missing=options.missing,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
