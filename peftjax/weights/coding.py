@@ -72,16 +72,6 @@ def coded_weight(w: Array, layout: Layout, form: Format, *, rows: Side | None = 
     return jax.jit(encode, out_shardings=code_shardings(shapes, sharding))(w)
 
 
-def placed_as(coded: Quantized, w: Array) -> Quantized:
-    """Codes on the devices on which their weight lies."""
-    sharding = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
-    return (
-        jax.device_put(coded, code_shardings(coded, sharding))
-        if isinstance(sharding, NamedSharding)
-        else coded
-    )
-
-
 def rows_of(layout: Layout) -> Side:
     """The side that the rows of the codes are: of a lookup table its inputs."""
     return "i" if is_embedding(layout.name) else "o"

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 from peftjax.core.checks import one_of, positive
 from peftjax.core.linalg import balanced, svd_of
@@ -33,7 +34,7 @@ from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.canonical import to_canonical, to_logical
-from peftjax.weights.coding import coded_weight, placed_as
+from peftjax.weights.coding import code_shardings, coded_weight
 from peftjax.weights.quantized import Quantized
 
 
@@ -124,6 +125,9 @@ def loftq(options: LoftqOptions) -> Transform:
     def start(key: Array, target: ScaledTarget, leaf: Any) -> tuple[Array, Array, Quantized]:
         w = plain_matrices("loftq", target, leaf)
         a, b, codes = jax.jit(alternate, static_argnums=1)(w, target)
-        return a, b, placed_as(codes.cast(leaf.dtype), leaf)
+        codes, sharding = codes.cast(leaf.dtype), getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+            return a, b, codes
+        return a, b, jax.device_put(codes, code_shardings(codes, sharding))
 
     return low_rank("loftq", options, start, rslora=options.rslora)
