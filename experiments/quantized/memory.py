@@ -16,7 +16,7 @@ from experiments.step_memory.models import llama_model
 
 REMAT = "nothing_saveable"
 CLAIMED = 48
-"""GB that QLoRA's paper needs at most for 65B (arXiv 2305.14314)."""
+"""GiB of the GPU on which QLoRA's paper tunes 65B (arXiv 2305.14314)."""
 
 
 def llama(name: str, width: int, inner: int, layers: int, heads: int, batch: int) -> Model:
@@ -83,13 +83,14 @@ def report(plans: Plans) -> str:
         ]
         lines += [f"## {name}", "", *table(HEADER, cells), "", *reasons, *([""] if reasons else [])]
     largest = {
-        f"{label} on {name}": plan["peak"] / 1e9
+        f"{label} on {name}": plan["peak"] / 2**30
         for name, rows in plans.items()
         for label, plan in rows.items()
         if name.startswith("65B") and "peak" in plan and label != "LoRA, bfloat16"
     }
+    within = {True: "within", False: "more than"}
     verdicts = [
-        f"- {what}: {size:.1f} GB, {'within' if size <= CLAIMED else 'more than'} the paper's {CLAIMED} GB."
+        f"- {what}: {size:.1f} GiB, {within[size <= CLAIMED]} the {CLAIMED} GiB of the paper's GPU."
         for what, size in largest.items()
     ]
     return "\n".join([*lines, "## 65B on one GPU", "", *verdicts, ""])

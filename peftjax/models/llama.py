@@ -10,7 +10,7 @@ from peftjax.backbone.layers import ACTIVATIONS
 from peftjax.backbone.rope import read_rope
 from peftjax.core.errors import PeftError
 from peftjax.models.decoder import DecoderConfig, decoder, decoder_heads, write_config
-from peftjax.models.family import Family, read_labels, require_known, require_settings, with_prefix
+from peftjax.models.family import Family, read_labels, require_known, with_prefix
 from peftjax.models.weight_map import TensorEntry, embedding, linear
 
 LAYER = "model.layers.{layer}."
@@ -63,8 +63,6 @@ DEFAULTS = {
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
 }
-# Settings that would change the computation, with the only value this backbone computes.
-REQUIRED = {"quantization_config": None}
 
 
 def read_config(values: Mapping[str, Any]) -> DecoderConfig:
@@ -108,7 +106,6 @@ def llama_config(
         PeftError: for a setting this backbone does not compute, and as `DecoderConfig`.
     """
     model_type = values["model_type"]
-    require_settings(model_type, values, REQUIRED)
     blocks = {
         "width": values["hidden_size"],
         "num_heads": values["num_attention_heads"],

@@ -112,7 +112,7 @@ def load(
     family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder, values)
     tensors = {family.canonical(name): tensor for name, tensor in stored.items()}
     config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
     config = settle(family, config, tensors, folder)
@@ -211,7 +211,10 @@ def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = Fals
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(model.shapes, sep="/")
-    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
+    tensors = {
+        family.canonical(name): tensor
+        for name, tensor in stored_tensors(Path(path), read_json(Path(path) / CONFIG_FILE)).items()
+    }
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
     absent = {
@@ -230,7 +233,10 @@ def stored_dtypes(
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(model.shapes, sep="/")
     others = names_to_read(family, model, untie=untie)
-    tensors = {family.canonical(name): tensor for name, tensor in stored_tensors(Path(path)).items()}
+    tensors = {
+        family.canonical(name): tensor
+        for name, tensor in stored_tensors(Path(path), read_json(Path(path) / CONFIG_FILE)).items()
+    }
     found: dict[str, np.dtype] = {}
     for name, slot in slots_of({p: s.shape for p, s in specs.items()}, family.table(model)).items():
         read = next((tensors[other] for other in others.get(name, (name,)) if other in tensors), None)
@@ -301,8 +307,7 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
         )
     checked(of_family(name), values, folder / CONFIG_FILE)
-    # How its weights are coded changes how they are read, and nothing of the model.
-    return FAMILIES[name], {key: value for key, value in values.items() if key != "quantization_config"}
+    return FAMILIES[name], values
 
 
 def _of_another_size(

@@ -120,7 +120,6 @@ ERRORS = [
     ("llama", {"num_hidden_layers": None}, "no num_hidden_layers"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5}, "num_attention_heads 5"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("mistral", {"layer_types": ["full_attention"] * 7}, "layer_types"),
     ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
     ("qwen2", {"layer_types": ["full_attention"] * 6 + ["chunked_attention"]}, "'chunked_attention'"),

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.errors import PeftError
-from peftjax.io.files import read_json
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 from peftjax.models.quantized.awq import awq
 from peftjax.models.quantized.bitsandbytes import bitsandbytes
@@ -25,17 +24,17 @@ SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
 """By Hugging Face's `quant_method`."""
 
 
-def stored_tensors(folder: Path) -> dict[str, Tensor | CodedTensor]:
+def stored_tensors(folder: Path, values: Mapping[str, Any]) -> dict[str, Tensor | CodedTensor]:
     """Everything that a checkpoint holds, by its name there or, of a coded weight, the name of a plain one.
 
     Args:
-        folder: the checkpoint, whose `config.json` tells how it was quantized.
+        folder: the checkpoint.
+        values: of its `config.json`, which tells how it was quantized.
 
     Raises:
         PeftError: a file cannot be read, or `quantization_config` says what is not supported.
     """
     tensors = describe_tensors(find_tensors(folder))
-    values = read_json(folder / "config.json")
     settings = values.get("quantization_config")
     if settings is None:
         return dict(tensors)
