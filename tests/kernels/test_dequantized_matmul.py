@@ -99,7 +99,7 @@ def test_an_element_is_the_tables(table):
     np.testing.assert_array_equal(element(jnp.arange(16), table), table)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "group"), [("nf4", 64), ("mxfp4", 32), ("int4", 192), ("int8", 16)])
 @pytest.mark.parametrize("rows", [2**22, 900])
 def test_both_products_and_their_gradients(name, group, dtype, rows, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import KEY, noisy
+from support import KEY, noisy, quick_at
 
 import peftjax as pj
 from peftjax.adapters.files import load_adapter, save_adapter
@@ -131,7 +131,7 @@ def test_it_trains_the_scales_of_codes_that_are_there():
         pj.chain(pj.nf4(), pj.peqa()).init(KEY, PARAMS)
 
 
-@pytest.mark.parametrize("group", [-1, 16])
+@pytest.mark.parametrize("group", quick_at([-1, 16], 1))
 def test_scales_and_their_changes_are_sharded_as_the_weight(group):
     """Inside a scan, and inside `shard_map`: the step is that of one device."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, made_shapes, noisy
+from support import KEY, all_but_slow, made_shapes, noisy
 
 import peftjax as pj
 from peftjax.core import tree
@@ -30,7 +30,7 @@ def loss(params, x):
     return jnp.sum(jnp.sin(model(params, x)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4", "int8", "int3")))
 def test_rows_across_the_codes_are_those_of_the_decoded_array(name):
     """Also where groups run on, or are cut short; a number past the end is a row of zeros."""
     rows = jnp.array([0, 5, 69, 2**31 - 1])
@@ -50,6 +50,7 @@ def test_rows_across_the_codes_are_those_of_the_decoded_array(name):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_it_starts_as_the_base_of_codes_and_its_gradients_are_rows_of_the_dense_ones():
     method = pj.qpaca(rank=3, alpha=6.0)
     frozen, fresh = method.init(KEY, PARAMS)

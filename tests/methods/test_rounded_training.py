@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import KEY, noisy
+from support import KEY, all_but_slow, noisy
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -30,7 +30,7 @@ def loss(params, x):
     return jnp.sum(jnp.sin(model(params, x)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4", "int4")))
 def test_forward_is_that_of_the_codes_and_the_gradient_passes_through(name):
     options = {"format": name, "search": 1}
     method, plain = pj.quantized(**options, train=True), pj.quantized(**options)
@@ -70,6 +70,7 @@ def test_what_is_cut_off_gets_no_gradient():
     np.testing.assert_array_equal(gradient(weights)["w"], (w < 1.5).astype(jnp.float32))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_the_rounded_model():
     """Whole weights, and a LoRA with what it is merged into."""
     target = model(PARAMS, X)

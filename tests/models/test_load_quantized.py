@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support import all_but_slow, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -35,7 +36,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", all_but_slow(METHODS, ("nf4",)))
 def test_codes_are_those_of_the_method_bit_for_bit(folder, name):
     method, dtype = METHODS[name], "bfloat16" if name == "nf4" else "float32"
     _, floats = load(folder, head="causal_lm", param_dtype=dtype)
@@ -70,7 +71,7 @@ def test_a_chain_on_coded_parameters_trains_and_tells_another_format(folder):
         load(folder, quantize=pj.lora())
 
 
-@pytest.mark.parametrize("of_layers", [False, True])
+@pytest.mark.parametrize("of_layers", quick_at([False, True], 1))
 def test_codes_go_where_the_weights_go(folder, of_layers):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     method = pj.quantized(format="int8")

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import KEY, assert_close, made_shapes
+from support import KEY, all_but_slow, assert_close, made_shapes
 
 import peftjax as pj
 from peftjax.core import tree
@@ -31,7 +31,7 @@ def coded(letters, *shape, form=DOUBLE, rows="o", name="up/kernel"):
     return jax.jit(lambda w: quantize(w, Layout.parse(letters, shape, name), form, rows=rows))(w)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", *(pytest.param(n, marks=pytest.mark.slow) for n in FORMATS)])
+@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4",)))
 def test_a_model_uses_it_as_the_decoded_array(name):
     check_weight(coded("io", 128, 24, form=FORMATS[name]))
     check_weight(coded("sio", 3, 20, 6, form=FORMATS[name]))  # groups that run on, or are cut short
@@ -138,7 +138,8 @@ def test_shards_of_one_device_are_weights_of_their_own():
 
 def test_orbax_keeps_the_codes(tmp_path):
     """A tree with codes of every kind comes back to the bit, in as many bytes."""
-    weights = {name: coded("sio", 2, 64, 16, form=form) for name, form in FORMATS.items()}
+    kinds = ("nf4", "int8", "fp8_e5m2", "mxfp4", "nvfp4")
+    weights = {name: coded("sio", 2, 64, 16, form=FORMATS[name]) for name in kinds}
     weights["double"] = coded("sio", 2, 64, 16)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "base", weights)
