@@ -74,6 +74,12 @@ LINES = (
         _peaks(("masked gradients", "masked"), ("LoRA", "LoRA-8"), ("SNELL", "SNELL-8")),
     ),
     Line(
+        "LLaMA-65B, 512 tokens, base in 4 bits: peak of a step in GiB",
+        "quantized/results/memory/results.md",
+        "65B, 1 x 512",
+        (Cell("QLoRA + remat", "QLoRA + remat", "peak"), Cell("MEFT on NF4", "MEFT1, NF4", "peak")),
+    ),
+    Line(
         "7B Llama pre-trained in bfloat16: peak of a step",
         "step_memory/results/pretraining/results.md",
         "7B, rank 1024",

@@ -30,9 +30,23 @@ _E4M3 = jnp.float8_e4m3fn
 _BIAS = 127
 
 
+class ScaleCodes(Codes):
+    """Codes of float32 scales, one for each group."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[*stack, rows, groups]`."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """float32."""
+        return jnp.dtype(jnp.float32)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "mean"], meta_fields=[])
 @dataclass(frozen=True)
-class DoubleScales(Codes):
+class DoubleScales(ScaleCodes):
     """Scales less their mean, as codes of one byte in blocks of 256 (QLoRA's double quantization).
 
         scale_i = value(code_i) · block_scale + mean
@@ -46,16 +60,6 @@ class DoubleScales(Codes):
     codes: Array
     scale: Float[Array, "*stack blocks"]
     mean: Float[Array, "*stack"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[*stack, rows, groups]`."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """float32."""
-        return jnp.dtype(jnp.float32)
 
     def decode(self) -> Float[Array, "*stack rows groups"]:
         """The scales."""
@@ -80,20 +84,10 @@ class DoubleScales(Codes):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes"], meta_fields=[])
 @dataclass(frozen=True)
-class PowerScales(Codes):
+class PowerScales(ScaleCodes):
     """Powers of two by their exponents plus 127, as the OCP microscaling formats have them (E8M0)."""
 
     codes: UInt8[Array, "*stack rows groups"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[*stack, rows, groups]`."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """float32."""
-        return jnp.dtype(jnp.float32)
 
     def decode(self) -> Float[Array, "*stack rows groups"]:
         """The scales."""
@@ -106,7 +100,7 @@ class PowerScales(Codes):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=[])
 @dataclass(frozen=True)
-class TwoLevelScales(Codes):
+class TwoLevelScales(ScaleCodes):
     """Scales as float8_e4m3fn, in units of one float32 for a matrix (NVFP4, arXiv 2509.25149).
 
     Attributes:
@@ -116,16 +110,6 @@ class TwoLevelScales(Codes):
 
     codes: Array
     scale: Float[Array, "*stack"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[*stack, rows, groups]`."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """float32."""
-        return jnp.dtype(jnp.float32)
 
     def decode(self) -> Float[Array, "*stack rows groups"]:
         """The scales."""
