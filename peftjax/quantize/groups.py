@@ -252,10 +252,20 @@ def _in_blocks(shape: Sequence[int], form: Format, block: int | None) -> Callabl
     at_once = max(1, block // (group if apart else width))
 
     def call(fn: Callable[..., Any], *arrays: Array | None) -> Any:
-        flat = jax.tree.map(lambda array: array.reshape(rows, -1), arrays)
-        return lax.map(lambda parts: fn(*parts), flat, batch_size=at_once)
+        # XLA on a CPU would carry arrays of bfloat16 through the loop as float32, but not their bits.
+        flat = jax.tree.map(lambda array: _as_bits(array.reshape(rows, -1)), arrays)
+        dtypes = jax.tree.map(lambda array: array.dtype, arrays)
+        return lax.map(lambda parts: fn(*jax.tree.map(_of_bits, parts, dtypes)), flat, batch_size=at_once)
 
     return call
+
+
+def _as_bits(array: Array) -> Array:
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def _of_bits(array: Array, dtype: DTypeLike) -> Array:
+    return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
 
 
 def _ranges(groups: Array, form: Format) -> tuple[Array, Array | None]:
