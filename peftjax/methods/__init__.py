@@ -36,11 +36,11 @@ from peftjax.methods.reversible.meft import meft as meft
 from peftjax.methods.side.vqt import vqt as vqt
 from peftjax.methods.side.unipt import unipt as unipt
 from peftjax.methods.side.sherl import sherl as sherl
-from peftjax.methods.quantized.nf4 import nf4 as nf4
-from peftjax.methods.quantized.quantized import quantized as quantized
-from peftjax.methods.quantized.peqa import peqa as peqa
-from peftjax.methods.quantized.qpaca import qpaca as qpaca
-from peftjax.methods.quantized.loftq import loftq as loftq
-from peftjax.methods.quantized.qa_lora import qa_lora as qa_lora
+from peftjax.methods.quantization.nf4 import nf4 as nf4
+from peftjax.methods.quantization.quantized import quantized as quantized
+from peftjax.methods.quantization.peqa import peqa as peqa
+from peftjax.methods.quantization.qpaca import qpaca as qpaca
+from peftjax.methods.quantization.loftq import loftq as loftq
+from peftjax.methods.quantization.qa_lora import qa_lora as qa_lora
 
 __all__ = [name for name, value in globals().items() if callable(value) and not name.startswith("_")]

@@ -9,7 +9,7 @@ from support import KEY, noisy
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods.quantized.qa_lora import into_zeros
+from peftjax.methods.quantization.qa_lora import into_zeros
 from peftjax.planner.residuals import kept_arrays
 from peftjax.testing.comparisons import assert_close
 from peftjax.testing.weights import check_weight

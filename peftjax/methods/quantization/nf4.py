@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftjax.core.checks import one_of, positive
-from peftjax.methods.quantized._base import BaseOptions, quantized_base
+from peftjax.methods.quantization._base import BaseOptions, quantized_base
 from peftjax.quantize.formats import FORMATS
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register

@@ -27,7 +27,7 @@ from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, zeros
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import low_rank
-from peftjax.methods.quantized.quantized import CodeOptions
+from peftjax.methods.quantization.quantized import CodeOptions
 from peftjax.quantize.formats import FormatName
 from peftjax.quantize.scales import ScaleForm
 from peftjax.transform.options import takes

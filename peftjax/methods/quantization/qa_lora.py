@@ -31,7 +31,7 @@ from peftjax.methods._targets import Target
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import Wrap, low_rank
-from peftjax.methods.quantized.quantized import CodeOptions
+from peftjax.methods.quantization.quantized import CodeOptions
 from peftjax.quantize.codes import decode
 from peftjax.transform.frozen import Params
 from peftjax.transform.options import takes

@@ -16,7 +16,7 @@ from typing import get_args
 
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.methods.quantized._base import BaseOptions, quantized_base, rounded_base
+from peftjax.methods.quantization._base import BaseOptions, quantized_base, rounded_base
 from peftjax.quantize.elements import Integers, Natural
 from peftjax.quantize.formats import FORMATS, FormatName
 from peftjax.quantize.groups import Format

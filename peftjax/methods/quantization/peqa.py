@@ -22,8 +22,8 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.methods.quantized._base import quantized_params
-from peftjax.methods.quantized.quantized import FormatOptions
+from peftjax.methods.quantization._base import quantized_params
+from peftjax.methods.quantization.quantized import FormatOptions
 from peftjax.quantize.codes import decode
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.options import takes

@@ -20,8 +20,8 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
-from peftjax.methods.quantized._base import quantized_params
-from peftjax.methods.quantized.quantized import FormatOptions
+from peftjax.methods.quantization._base import quantized_params
+from peftjax.methods.quantization.quantized import FormatOptions
 from peftjax.methods.sparse.paca import paca
 from peftjax.quantize.formats import FormatName
 from peftjax.quantize.scales import ScaleForm
