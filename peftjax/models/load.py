@@ -33,13 +33,14 @@ from peftjax.models.opt import OPT
 from peftjax.models.quantized.checkpoint import stored_tensors
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
+from peftjax.models.read_weights import read_weights
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
 from peftjax.models.schemas import of_family
 from peftjax.models.shared import copies, names_to_read, settle, untied
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
-from peftjax.models.weight_map import read_weights, slots_of, to_hf
+from peftjax.models.weight_map import slots_of, to_hf
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.coding import Coding

@@ -135,23 +135,23 @@ class GroupCodes(Codes):
         return (values * decode(self.scales)[groups].astype(jnp.float32)).astype(self.dtype)
 
     @property
-    def factors(self) -> tuple[tuple[float, ...] | None, Array, Array | None] | None:
-        """What `peftjax.kernels.dequantized_matmul` takes beside the codes: table, scales and shifts.
-
-        None where it has no such codes.
-        """
+    def has_kernel(self) -> bool:
+        """Whether `peftjax.kernels.dequantized_matmul` takes such codes."""
         element = self.format.element
         if self.width % self.group or (element.bits == 4 and self.group % 2):
-            return None
-        scales = decode(self.scales)
-        if isinstance(element, Table) and element.bits == 4:
+            return False
+        return element.bits == 4 or element == Integers(8)
+
+    @property
+    def factors(self) -> tuple[tuple[float, ...] | None, Array, Array | None]:
+        """What that kernel takes beside codes that it has: table, scales and shifts."""
+        element, scales = self.format.element, decode(self.scales)
+        if isinstance(element, Table):
             return element.values, scales, None
-        if isinstance(element, Integers) and element.bits in (4, 8):
+        if self.zeros is None:
             return tuple(map(float, range(-8, 8))) if element.bits == 4 else None, scales, None
-        if isinstance(element, Natural) and element.bits == 4 and self.zeros is not None:
-            shifts = -self.zeros.astype(jnp.float32) * scales.astype(jnp.float32)
-            return tuple(map(float, range(16))), scales, shifts
-        return None
+        shifts = -self.zeros.astype(jnp.float32) * scales.astype(jnp.float32)
+        return tuple(map(float, range(16))), scales, shifts
 
     def on_rows(self, fn: Callable[[Array], Array]) -> "GroupCodes":
         """The codes with `fn(array)` for each array `[*stack, rows, n]`; the scales become floats."""

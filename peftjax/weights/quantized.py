@@ -76,7 +76,7 @@ class Quantized(Weight):
             and rule.out_sharding is None
             and rule.preferred in (None, x.dtype)
             and x.dtype == self.dtype
-            and self.codes.factors is not None
+            and self.codes.has_kernel
         )
 
     def multiplied(self, x: Array, rule: Dot, u: Array | None = None, v: Array | None = None) -> Array:
@@ -90,9 +90,7 @@ class Quantized(Weight):
         """
         side = side_of(self.layout, rule.w_contract)
         assert side is not None
-        factors = self.codes.factors
-        assert factors is not None
-        table, scales, shifts = factors
+        table, scales, shifts = self.codes.factors
         met = [rule.x_contract[rule.w_contract.index(p)] for p in self.layout.positions(side)]
         free = [n for n in range(x.ndim) if n not in met]
         lead = [x.shape[n] for n in free]

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftjax.core.sharding import explicit_sharding
 
 
 def type_of(w: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype, with the sharding of `w`, if any, where that is part of its type."""
-    sharding = None if w is None else _explicit(w)
+    sharding = None if w is None else explicit_sharding(w)
     if sharding is None or len(sharding.spec) > len(shape):
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -21,7 +23,7 @@ def keeping(x: Array, axes: Sequence[int | None], more: int = 0) -> NamedShardin
 
     None where shardings are the compiler's to find.
     """
-    sharding = _explicit(x)
+    sharding = explicit_sharding(x)
     if sharding is None:
         return None
     spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
@@ -31,23 +33,16 @@ def keeping(x: Array, axes: Sequence[int | None], more: int = 0) -> NamedShardin
 
 def like(x: Array, y: Array) -> Array:
     """`x` sharded as `y`, where shardings are part of the type."""
-    sharding = _explicit(y)
+    sharding = explicit_sharding(y)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def whole(x: Array) -> Array:
     """`x` on every device, for what has no rule for a divided axis: decompositions, sorts, flat reshapes."""
-    sharding = _explicit(x)
+    sharding = explicit_sharding(x)
     return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def is_explicit(x: Array) -> bool:
     """Whether the sharding of x is part of its type."""
-    return _explicit(x) is not None
-
-
-def _explicit(x: Any) -> NamedSharding | None:
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return sharding
+    return explicit_sharding(x) is not None

@@ -16,8 +16,10 @@ from support import quick_at
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
-from peftjax.models import weight_map
+from peftjax.models import read_parameter
 from peftjax.models.load import load, save
+from peftjax.models.read_parameter import Parameter, read_part
+from peftjax.models.weight_map import TensorEntry
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "vocab_size": 64}
 
@@ -132,7 +134,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("block", [2**22, 100])
 def test_each_number_is_read_once_also_where_devices_share_it(folder, rule, monkeypatch, block):
     """In one block of rows or in many."""
-    monkeypatch.setattr(weight_map, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(read_parameter, "BLOCK_NUMBERS", block)
     numbers = counted(monkeypatch)
     sharded = load(folder, head="causal_lm", sharding=rule)[1]
     tensors = load_file(folder / "model.safetensors")
@@ -145,11 +147,11 @@ def test_of_a_sharded_tensor_only_the_part_is_read(folder, monkeypatch):
     """One device's part of a stack of transposed kernels: a quarter of the layers, half of the columns."""
     numbers = counted(monkeypatch)
     name = "model.layers.{layer}.mlp.up_proj.weight"
-    weight = weight_map.TensorEntry("blocks/feed_forward/up/kernel", name, transpose=True)
+    weight = TensorEntry("blocks/feed_forward/up/kernel", name, transpose=True)
     tensors = describe_tensors(find_tensors(folder))
     stack = {layer: tensors[name.format(layer=layer)] for layer in range(4)}
     index = (slice(1, 2), slice(0, 32), slice(32, 64))
-    part = weight_map.read_part(weight, stack, index, "float32")
+    part = read_part(Parameter(weight, stack, (4, 32, 64), "float32", None), index)
     assert numbers == {name.format(layer=1): 32 * 32}
     np.testing.assert_array_equal(
         part[0], load_file(folder / "model.safetensors")[name.format(layer=1)].T[:, 32:]

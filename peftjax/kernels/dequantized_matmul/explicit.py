@@ -8,21 +8,15 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-
-def sharding_of(x: Array) -> NamedSharding | None:
-    """The sharding of x where it is part of its type."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return sharding
+from peftjax.core.sharding import explicit_sharding
 
 
 def of_product(operands: Sequence[Array | None], transposed: bool) -> NamedSharding | None:
     """What y has of x's rows and of the weight's outputs, or inputs if transposed: each mesh axis once."""
     x, codes = operands[:2]
-    of_x, of_codes = sharding_of(x), sharding_of(codes)
+    of_x, of_codes = explicit_sharding(x), explicit_sharding(codes)
     if of_x is None and of_codes is None:
         return None
     rows = _axes(of_x, x.ndim)[:-1]

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.core.errors import PeftError
+from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import explicit, gpu, reference, tpu
 from peftjax.kernels.dequantized_matmul.element import Table
 
@@ -65,7 +66,7 @@ def _product(static: dict[str, Any], *operands: Array | None) -> Array:
     def forward(*operands: Array | None) -> tuple[Array, tuple]:
         return _product(static, *operands), operands[1:]
 
-    backward = partial(_gradients, static, explicit.sharding_of(operands[0]))
+    backward = partial(_gradients, static, explicit_sharding(operands[0]))
     return with_backward(partial(_chosen, **static), forward, backward)(*operands)
 
 
@@ -88,7 +89,7 @@ def _gradients(static: dict[str, Any], of_x: NamedSharding | None, kept: tuple, 
         return summed.astype(v.dtype)
 
     u_bar, v_bar = (
-        explicit.with_sharding(f, explicit.sharding_of(like)) for f, like in ((u_bar, u), (v_bar, v))
+        explicit.with_sharding(f, explicit_sharding(like)) for f, like in ((u_bar, u), (v_bar, v))
     )
     return x_bar, None, None, None, u_bar(g, v), v_bar(u, g)
 

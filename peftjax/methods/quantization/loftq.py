@@ -27,9 +27,7 @@ from peftjax.core.linalg import balanced, svd_of
 from peftjax.methods.lowrank._factors import ScaledTarget, plain_matrices, zeros
 from peftjax.methods.lowrank._options import ScaleOptions
 from peftjax.methods.lowrank.lora import low_rank
-from peftjax.methods.quantization.quantized import CodeOptions
-from peftjax.quantize.formats import FormatName
-from peftjax.quantize.scales import ScaleForm
+from peftjax.methods.quantization.quantized import Nf4CodeOptions
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
@@ -39,25 +37,21 @@ from peftjax.weights.quantized import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftqOptions(ScaleOptions, CodeOptions):
+class LoftqOptions(ScaleOptions, Nf4CodeOptions):
     """Those of `lora` but `init`, those of `quantized` with NF4's double quantization as defaults, and more.
 
     Attributes:
-        format: one of `peftjax.quantize.formats`.
-        scales: what the scales are kept as; None for the format's.
         iterations: T; the paper uses 1 or 5.
         start: of the first factors: 'zero', so that the first codes are those of the weight, or 'principal'.
     """
 
-    format: FormatName = "nf4"
-    scales: ScaleForm | None = "double"
     iterations: int = 5
     start: Literal["zero", "principal"] = "zero"
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
         ScaleOptions.require_valid(self, caller)
-        CodeOptions.require_valid(self, caller)
+        Nf4CodeOptions.require_valid(self, caller)
         positive(caller, "iterations", self.iterations)
         one_of(caller, "start", self.start, ("zero", "principal"))
 

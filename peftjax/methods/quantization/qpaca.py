@@ -20,11 +20,9 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
-from peftjax.methods.quantization._base import quantized_params
-from peftjax.methods.quantization.quantized import FormatOptions
+from peftjax.methods.quantization._base import BaseOptions, quantized_params
+from peftjax.methods.quantization.quantized import Nf4CodeOptions
 from peftjax.methods.sparse.paca import paca
-from peftjax.quantize.formats import FormatName
-from peftjax.quantize.scales import ScaleForm
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
@@ -33,12 +31,10 @@ from peftjax.weights.rows import rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class QpacaOptions(FormatOptions):
+class QpacaOptions(Nf4CodeOptions, BaseOptions):
     """Those of `quantized`, with NF4's double quantization as defaults, and those of `paca`.
 
     Attributes:
-        format: one of `peftjax.quantize.formats`.
-        scales: what the scales are kept as; None for the format's.
         rank: r, rows trained of each matrix; at most its inputs.
         alpha: numerator of s.
         rank_pattern: rank by pattern.
@@ -47,8 +43,6 @@ class QpacaOptions(FormatOptions):
             ('original').
     """
 
-    format: FormatName = "nf4"
-    scales: ScaleForm | None = "double"
     rank: int = 8
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = None

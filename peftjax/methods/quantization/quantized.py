@@ -71,6 +71,19 @@ class CodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Nf4CodeOptions(CodeOptions):
+    """The same, by default QLoRA's: NF4 with double quantization.
+
+    Attributes:
+        format: one of `peftjax.quantize.formats`.
+        scales: what the scales are kept as; None for the format's.
+    """
+
+    format: FormatName = "nf4"
+    scales: ScaleForm | None = "double"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FormatOptions(CodeOptions, BaseOptions):
     """What a method takes that codes weights in any format."""
 
