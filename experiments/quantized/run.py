@@ -11,6 +11,7 @@ Expected, the peak of a step:
     |---|---|---|
     | memory | 7B, 1 x 512, LoRA, bfloat16 | 16.54 GiB |
     | memory | 7B, 1 x 512, QLoRA | 7.56 GiB |
+    | memory | 7B, 1 x 512, QLoRA + remat | 6.34 GiB |
     | memory | 65B, 1 x 512, QLoRA | 51.44 GiB |
     | memory | 65B, 1 x 512, QLoRA + remat | 45.30 GiB |
     | memory | 65B, 16 x 512, QLoRA + remat | 58.10 GiB |
