@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import dequantized_matmul
 from peftjax.quantize.groups import Format, GroupCodes, encode
 from peftjax.weights.base import Weight, lazily_merged
@@ -228,6 +229,10 @@ def quantize(
     matrices = to_canonical(w, layout)
     matrices = matrices.swapaxes(-1, -2) if rows == "o" else matrices
     if form.runs_on and matrices.shape[-1] % (form.group or 1):
+        if sharding := explicit_sharding(matrices):
+            # Groups that run on from row to row lie on one device.
+            whole = PartitionSpec(*sharding.spec[: len(layout.stack)], None, None)
+            matrices = jax.sharding.reshard(matrices, NamedSharding(sharding.mesh, whole))
         matrices = matrices.reshape(*layout.stack, 1, -1)
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     # All of a stack at once would take several float32 arrays of its size.
