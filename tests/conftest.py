@@ -7,16 +7,21 @@ caller's wins.
 
 Every program lies in a folder of this run too, where the other process, and this one after it has dropped its
 programs, find it. A folder of the caller's wins: with it the next run compiles only what is new.
+
+One MLIR context serves many programs: making and leaving one takes longer than a small program's lowering,
+and memory that does not come back. jax 0.12 does so itself, ten at a time.
 """
 
 import ctypes
 import gc
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jaxlib import xla_client
 
 FLAGS = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -38,6 +43,24 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
 # Mapped pieces (Linux allows 65,530) and bytes: to drop programs at between files, and already within one.
 MANY, LARGE, TOO_LARGE = 20_000, 1_200_000_000, 1_600_000_000
+
+
+def reused(make, times=100):
+    """`make` called anew after so many uses of what it made; each thread has its own."""
+    kept = threading.local()
+
+    def made():
+        count = getattr(kept, "count", times)
+        if count == times:
+            kept.made, count = make(), 0
+        kept.count = count + 1
+        return kept.made
+
+    return made
+
+
+if jax.__version_info__ < (0, 12):
+    mlir.make_ir_context = reused(mlir.make_ir_context)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
