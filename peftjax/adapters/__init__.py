@@ -3,6 +3,7 @@
 from peftjax.adapters.arithmetic import add, combine, mix
 from peftjax.adapters.conversion import to_lora
 from peftjax.adapters.files import Adapter, load_adapter, save_adapter
+from peftjax.adapters.rounding import rounded
 from peftjax.adapters.sparse import fuse, overlap, patches, switch
 from peftjax.core.linalg import rebalance
 
@@ -16,6 +17,7 @@ __all__ = [
     "overlap",
     "patches",
     "rebalance",
+    "rounded",
     "save_adapter",
     "switch",
     "to_lora",

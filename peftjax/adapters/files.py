@@ -58,8 +58,9 @@ def save_adapter(
 ) -> None:
     """Write `adapter.safetensors` (trained numbers and the method's own state) and `adapter.json`.
 
-    No base weight is written, but for the numbers that a method in place keeps to go back. Both files are
-    complete before either replaces what was there.
+    No base weight is written, but for the numbers that a method in place keeps to go back. Of a method that
+    stores codes they are what is written (`Transform.stored`). Both files are complete before either replaces
+    what was there.
 
     Args:
         folder: made if absent.
@@ -72,7 +73,7 @@ def save_adapter(
     folder = Path(folder)
     tensors = {
         f"{part}/{name}": np.asarray(leaf)
-        for part, values in (("trainable", trainable), ("state", frozen.state))
+        for part, values in (("trainable", method.stored(frozen, trainable)), ("state", frozen.state))
         for name, leaf in tree.named_leaves(values).items()
     }
     config = {"method": describe(method), "seed": seed, "info": dict(info or {})}
@@ -114,7 +115,7 @@ def trained_parameters(folder: str | os.PathLike[str]) -> set[str]:
 
 
 def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
-    """The adapter of a folder on base parameters.
+    """The adapter of a folder on base parameters; its trainable is what the method stores.
 
     Raises:
         PeftError: the folder holds no adapter, a file is damaged, or the adapter was made for another
@@ -133,7 +134,7 @@ def load_adapter(folder: str | os.PathLike[str], params: Params) -> Adapter:
     method, frozen, fresh = _started(Path(folder) / CONFIG, config, params)
     files = find_tensors(Path(folder) / TENSORS)
     held = dict(read_tensors(files))
-    wanted = {"trainable": fresh, "state": frozen.state}
+    wanted = {"trainable": method.stored(frozen, fresh), "state": frozen.state}
     names = {f"{part}/{name}" for part, values in wanted.items() for name in tree.named_leaves(values)}
     for name in names - held.keys():
         # In files of earlier versions the state that a method changes itself is beside what it trains.

@@ -34,8 +34,9 @@ def norm_init(shape: tuple[int, ...]) -> dict[str, Array]:
 
 
 def linear(part: Part, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-    """`x W + b`."""
-    return x @ part["kernel"].astype(x.dtype) + part["bias"].astype(x.dtype)
+    """`x W + b`, of a part without a bias `x W`."""
+    y = x @ part["kernel"].astype(x.dtype)
+    return y + part["bias"].astype(x.dtype) if "bias" in part else y
 
 
 def layer_norm(part: Part, x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:

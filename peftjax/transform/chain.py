@@ -70,6 +70,12 @@ def chain(*methods: Transform) -> Transform:
             forward = method.model(forward)
         return forward
 
+    def stored(frozen: Frozen, trainable: Mapping[str, Trainable]) -> dict[str, Trainable]:
+        return {
+            name: method.stored(part_of(frozen, name, frozen.params), trainable[name])
+            for name, method in parts.items()
+        }
+
     return Transform(
         "chain",
         {"methods": [{"name": m.name, **m.config} for m in methods]},
@@ -81,6 +87,7 @@ def chain(*methods: Transform) -> Transform:
         placement=_placement(parts),
         checks=tuple(check for method in methods for check in method.checks),
         parts=parts,
+        stored=stored,
     )
 
 

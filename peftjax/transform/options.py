@@ -89,7 +89,7 @@ def check_options(name: str, factory: Callable[..., Any], options: Mapping[str, 
     Args:
         name: the method's.
         factory: makes it; its annotations say what each option can be.
-        options: values of JSON or YAML.
+        options: values of JSON or YAML, and methods.
     """
     parameters = inspect.signature(factory).parameters
     hints = get_type_hints(factory)
@@ -98,7 +98,8 @@ def check_options(name: str, factory: Callable[..., Any], options: Mapping[str, 
             raise PeftError(
                 f"{name}: unknown option {option!r}; closest: {nearest(option, parameters) or 'it has none'}"
             )
-        _check(f"{name}: option {option!r}", option, _of_file(hints[option]), value)
+        if not isinstance(value, Transform):
+            _check(f"{name}: option {option!r}", option, _of_file(hints[option]), value)
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise PeftError(f"{name}: the option {option!r} is missing")

@@ -256,7 +256,7 @@ def find_method(name: object) -> MethodInfo:
 def build(config: Mapping[str, Any]) -> Transform:
     """The method that a saved configuration describes: `{"name": ..., option: value, ...}`.
 
-    An option that is a method is a configuration too.
+    An option that is a method is a configuration too, or the method itself.
 
     Raises:
         PeftError: the name or an option is unknown, an option is missing, of another type or out of range, or

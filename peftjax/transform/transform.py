@@ -100,6 +100,8 @@ class Transform:
         parts: the methods of a chain by their names in it.
         codings: `params -> how each of its weights is coded`, by path, for a method that does that alone; a
             checkpoint is then coded as it is read, see `pj.load`.
+        stored: `(frozen, trainable) -> ` what a file of the adapter holds of the trainable, for a method that
+            stores codes; `apply` takes it in the trainable's place, and `stored` gives it back as it is.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
@@ -123,6 +125,7 @@ class Transform:
     checks: tuple[Check, ...] = ()
     parts: Mapping[str, "Transform"] = field(default_factory=dict)
     codings: Callable[[Params], Mapping[str, Coding]] | None = None
+    stored: Callable[[Frozen, Trainable], Trainable] = lambda frozen, trainable: trainable
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init", _unshared(self.init, advanced=not self.advances))

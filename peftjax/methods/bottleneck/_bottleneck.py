@@ -53,6 +53,7 @@ class Bottleneck:
             N(0, 0.02²); "houlsby": both N(0, 0.01²) cut at two deviations. Biases are zero.
         norm: a layer norm of u ("in") or of Δ after its scale ("out"), or "none".
         learn_scale: whether s is trained, from the value given.
+        bias: whether there are b_down and b_up.
     """
 
     size: int
@@ -63,6 +64,7 @@ class Bottleneck:
     init_as: Init = "lora"
     norm: Norm = "none"
     learn_scale: bool = False
+    bias: bool = True
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
@@ -83,10 +85,10 @@ class Bottleneck:
         else:
             cut = functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0)
             kernels = 0.01 * cut(down_key, shape=down), 0.01 * cut(up_key, shape=up)
-        values: dict[str, Any] = {
-            "down": {"kernel": kernels[0], "bias": jnp.zeros((layers, self.size))},
-            "up": {"kernel": kernels[1], "bias": jnp.zeros((layers, width))},
-        }
+        values: dict[str, Any] = {"down": {"kernel": kernels[0]}, "up": {"kernel": kernels[1]}}
+        if self.bias:
+            values["down"]["bias"] = jnp.zeros((layers, self.size))
+            values["up"]["bias"] = jnp.zeros((layers, width))
         if self.norm != "none":
             values["norm"] = norm_init((layers, width))
         if self.learn_scale:

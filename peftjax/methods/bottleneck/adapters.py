@@ -151,6 +151,7 @@ def adaptformer(
     scale: float = 0.1,
     norm: Norm = "none",
     learn_scale: bool = False,
+    bias: bool = True,
     dropout: float = 0.1,
     layers: Layers = None,
 ) -> Transform:
@@ -161,11 +162,12 @@ def adaptformer(
         scale: s.
         norm: as of `parallel_adapter`.
         learn_scale: as of `parallel_adapter`.
+        bias: whether W_down and W_up have biases.
         dropout: rate after the activation.
         layers: numbers of the layers to adapt; None is all.
 
     Raises:
         PeftError: as `houlsby`.
     """
-    bottleneck = Bottleneck(size, "parallel", scale, "relu", dropout, "lora", norm, learn_scale)
+    bottleneck = Bottleneck(size, "parallel", scale, "relu", dropout, "lora", norm, learn_scale, bias)
     return of_parts("adaptformer", [Adapters(feed_forward=bottleneck)], layers)
