@@ -22,7 +22,7 @@ GROUPS = {
     "sparse": ("Sparse", "A few rows or entries of each weight, or a sparse update of high rank."),
     "projected": ("Projected", "All weights, through low-rank projections of their gradients."),
     "structured": ("Structured", "Updates with a structure other than low rank."),
-    "quantization": ("Quantized", "The base in a few bits."),
+    "quantization": ("Quantized", "The base, or the adapter, in a few bits."),
     "bottleneck": ("Bottleneck", "Small layers inside the blocks."),
     "prompt": ("Prompts", "Trained keys, values or tokens before the input."),
     "side": ("Beside the model", "A small network beside the backbone, into which no gradient enters."),

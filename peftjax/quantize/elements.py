@@ -180,3 +180,15 @@ def powers_of_two(bits: int) -> Table:
     """`±2^-k`, k = 0 ... 2^(bits-1) - 1: a product with one is a shift (ShiftAddViT, arXiv 2306.06446)."""
     sizes = [2.0**-k for k in range(2 ** (bits - 1))]
     return Table((*sizes, *(-size for size in sizes)), "log")
+
+
+def limits_of(element: Element) -> tuple[float, float]:
+    """What is beyond the outermost codes by no more than half their distance to the next, in units."""
+    if isinstance(element, Table):
+        if element.rounding == "log":
+            return min(element.values) * 2**0.5, max(element.values) * 2**0.5
+        low, above, *_, below, high = sorted(set(element.values))
+        return low - (above - low) / 2, high + (high - below) / 2
+    if isinstance(element, Integers | Natural):
+        return (0.0 if isinstance(element, Natural) else -element.greatest) - 0.5, element.greatest + 0.5
+    return -1.001 * element.greatest, 1.001 * element.greatest  # no scale is rounded: none is beyond

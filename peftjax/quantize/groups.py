@@ -1,6 +1,7 @@
 """Numbers as codes with a scale for each group of them along the last axis: what a quantized weight is.
 
 x ≈ scale_g · element(code)           or, with a zero point,    scale_g · (code - zero_g)
+x ≈ Σ_k scale_gk · (±1)_k             of sums of binaries, see `binary_sums`
 """
 
 import math
@@ -16,8 +17,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from peftjax.core.errors import PeftError
+from peftjax.quantize.binary_sums import BinarySum, fit_scales, nearest, sums
 from peftjax.quantize.codes import Codes, decode
-from peftjax.quantize.elements import Element, Integers, Natural, Table
+from peftjax.quantize.elements import Element, Integers, Natural, Table, limits_of
 from peftjax.quantize.packing import pack, unpack, unpack_at
 from peftjax.quantize.scales import ScaleForm, encode_scales
 
@@ -39,7 +42,7 @@ class Format:
         runs_on: whether groups that do not divide a row run on into the next one.
     """
 
-    element: Element
+    element: Element | BinarySum
     group: int | None = None
     scales: ScaleForm = "float32"
     exact_scale: bool = False
@@ -59,6 +62,11 @@ class Format:
     def has_zeros(self) -> bool:
         """Whether a group has a zero point."""
         return isinstance(self.element, Natural)
+
+    @property
+    def scales_a_group(self) -> int:
+        """How many scales a group has: of sums of binaries several."""
+        return self.element.bits if isinstance(self.element, BinarySum) else 1
 
 
 @partial(
@@ -104,9 +112,25 @@ class GroupCodes(Codes):
         values = self.format.element.decode(codes)
         return values if self.zeros is None else values - self.by_number(self.zeros.astype(jnp.float32))
 
+    @property
+    def num_groups(self) -> int:
+        """The groups of a row."""
+        return self.scales.shape[-1] // self.format.scales_a_group
+
     def by_number(self, of_groups: Array) -> Array:
         """What each group has, for each of its numbers."""
         return _by_number(of_groups, self.group, self.width)
+
+    @property
+    def limits(self) -> tuple[Array, Array]:
+        """The least and the greatest number that is not cut off, for each of a row.
+
+        Beyond the outermost codes that is no more than half their distance to the next.
+        """
+        low, high = limits_of(self.format.element)
+        scale = self.by_number(decode(self.scales).astype(jnp.float32))
+        zero = 0.0 if self.zeros is None else self.by_number(self.zeros.astype(jnp.float32))
+        return (low - zero) * scale, (high - zero) * scale
 
     def decode(self) -> Array:
         """The array that the codes stand for."""
@@ -165,15 +189,37 @@ class GroupCodes(Codes):
             return None  # the parts of a code lie apart
         if any(at % group or at * bits % 8 for at in (start, stop) if at != self.width):
             return None
-        groups = slice(start // group, -(-stop // group))
-        zeros = None if self.zeros is None else self.zeros[..., groups]
+        first, last = start // group, -(-stop // group)
+        zeros = None if self.zeros is None else self.zeros[..., first:last]
+        each = self.format.scales_a_group
         return replace(
             self,
             codes=self.codes[..., start * bits // 8 : -(-stop * bits // 8)],
-            scales=decode(self.scales)[..., groups],
+            scales=decode(self.scales)[..., each * first : each * last],
             zeros=zeros,
             width=stop - start,
         )
+
+    def of_width(self, width: int) -> "GroupCodes":
+        """The same arrays as the codes of rows of this width, as those of a shard are.
+
+        Raises:
+            PeftError: they are not whole groups and bytes of such rows.
+        """
+        if width == self.width:
+            return self
+        if self.format.element.bits not in (1, 2, 4, 8):
+            raise PeftError(
+                f"codes of {self.format.element.bits} bits lie in two parts, which cannot be divided along a "
+                "row: divide the rows instead, or use a format of 1, 2, 4 or 8 bits"
+            )
+        resized = replace(self, width=width)
+        if self.num_groups != -(-width // resized.group):
+            raise PeftError(
+                f"rows of {width} numbers are no whole groups of {self.format.group}: divide the rows of the "
+                "codes among fewer devices, or use smaller groups"
+            )
+        return resized
 
     def with_plain_scales(self) -> "GroupCodes":
         """The same codes with scales that are floats."""
@@ -188,13 +234,63 @@ class GroupCodes(Codes):
             along: of the numbers of a row; a scale for the whole row is on all of its devices.
         """
         whole = PartitionSpec(*stack, row, along)
-        of_groups = PartitionSpec(*stack, row, along if self.scales.shape[-1] > 1 else None)
+        of_groups = PartitionSpec(*stack, row, along if self.num_groups > 1 else None)
 
         def spec(array: Array) -> PartitionSpec:
             return of_groups if array.ndim == len(stack) + 2 else PartitionSpec(*stack)
 
         zeros = None if self.zeros is None else of_groups
         return replace(self, codes=whole, scales=jax.tree.map(spec, self.scales), zeros=zeros)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "zeros"],
+    meta_fields=["format", "width", "dtype"],
+)
+@dataclass(frozen=True)
+class BinaryCodes(GroupCodes):
+    """An array as sums of binaries; `scales` are `[*stack, rows, groups · q]`, the q of a group together."""
+
+    @property
+    def units(self) -> Float[Array, "*stack rows width"]:
+        """None.
+
+        Raises:
+            PeftError: always, for a number is no multiple of one scale.
+        """
+        raise PeftError(
+            "a sum of binaries has several scales for each number, and no unit; use a format such as int4"
+        )
+
+    @property
+    def limits(self) -> tuple[Array, Array]:
+        """The least and the greatest number that is not cut off, for each of a row."""
+        scales = [self.by_number(scale) for scale in self._of_groups()]
+        high = sum(scales) + scales[-1]  # the two outermost sums are 2 α_q apart
+        return -high, high
+
+    @property
+    def has_kernel(self) -> bool:
+        """False: a layer decodes its weight."""
+        return False
+
+    def decode(self) -> Array:
+        """The array that the codes stand for."""
+        codes = unpack(self.codes, self.format.element.bits, self.width)
+        return sums(codes, [self.by_number(scale) for scale in self._of_groups()]).astype(self.dtype)
+
+    def placed(self, rows: Array, numbers: Array) -> Array:
+        """The numbers at these rows and places of a single matrix, of one shape or broadcast to one."""
+        codes = unpack_at(self.codes, self.format.element.bits, rows, numbers, self.width)
+        found = [scale[rows, numbers // self.group] for scale in self._of_groups()]
+        return sums(codes, found).astype(self.dtype)
+
+    def _of_groups(self) -> list[Array]:
+        """Each scale, float32 `[*stack, rows, groups]`."""
+        scales, bits = decode(self.scales).astype(jnp.float32), self.format.element.bits
+        apart = scales.reshape(*scales.shape[:-1], self.num_groups, bits)
+        return [apart[..., k] for k in range(bits)]
 
 
 def encode(
@@ -213,6 +309,8 @@ def encode(
         block: how many numbers are coded at a time, which take several times their size in float32; by
             default all. An array whose rows are divided over devices is coded at once.
     """
+    if isinstance(form.element, BinarySum):
+        return _as_sums(x, form, form.element, dtype or x.dtype, block)
     width, group = x.shape[-1], form.group or x.shape[-1]
     in_blocks = _in_blocks(x.shape, form, block)
     scales, zeros = in_blocks(lambda rows: _ranges(_grouped(rows.astype(jnp.float32), group), form), x)
@@ -221,9 +319,11 @@ def encode(
     if not form.exact_scale:
         scales = decode(kept).astype(jnp.float32)
 
+    element = form.element
+
     def packed(rows: Array, scales: Array, zeros: Array | None) -> Array:
         groups = _grouped(rows.astype(jnp.float32), group)
-        codes = _codes(groups, scales, zeros, form.element)
+        codes = _codes(groups, scales, zeros, element)
         # Half a byte that is left over has the code of zero, as in bitsandbytes.
         kept_codes = rows.shape[-1] + (rows.shape[-1] % 2 if form.element.bits == 4 else 0)
         codes = codes.reshape(*codes.shape[:-2], -1)[..., :kept_codes]
@@ -235,6 +335,30 @@ def encode(
     codes = codes.reshape(*x.shape[:-1], -1)
     zeros = None if zeros is None else zeros.astype(jnp.uint8)
     return GroupCodes(codes, kept, zeros, form, width, dtype or x.dtype)
+
+
+def _as_sums(x: Array, form: Format, element: BinarySum, dtype: DTypeLike, block: int | None) -> BinaryCodes:
+    group, bits = form.group or x.shape[-1], element.bits
+    in_blocks = _in_blocks(x.shape, form, block)
+
+    def fitted(rows: Array) -> Array:
+        valid = _grouped(jnp.ones(rows.shape[-1], jnp.float32), group)
+        scales = fit_scales(_grouped(rows.astype(jnp.float32), group), valid, element)
+        return scales.reshape(*rows.shape[:-1], -1)
+
+    scales = in_blocks(fitted, x).reshape(*x.shape[:-1], -1)
+    if form.scales == "e8m0":
+        # To the nearest power, where `encode_scales` rounds down; 0 has none.
+        scales = jnp.maximum(scales * 2**0.5, _TINY)
+    kept = encode_scales(scales, form.scales)
+
+    def packed(rows: Array, scales: Array) -> Array:
+        groups = _grouped(rows.astype(jnp.float32), group)
+        codes = nearest(groups, scales.reshape(*groups.shape[:-1], bits))
+        return pack(codes.reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]], bits)
+
+    codes = in_blocks(packed, x, decode(kept).astype(jnp.float32)).reshape(*x.shape[:-1], -1)
+    return BinaryCodes(codes, kept, None, form, x.shape[-1], dtype)
 
 
 def _in_blocks(shape: Sequence[int], form: Format, block: int | None) -> Callable[..., Any]:

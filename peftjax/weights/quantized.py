@@ -196,17 +196,21 @@ class Quantized(Weight):
         sizes = list(self.shape)
         sizes[position] = size
         at = 2 if axis.kind == self.rows else 1
-        if at == 1 and self.codes.scales.shape[-1] == 1:
+        if at == 1 and self.codes.num_groups == 1:
             return None  # a scale for the whole row is no shard of one
         codes = self.codes.on_rows(lambda part: fn(part, part.ndim - at))
         return replace(self, codes=codes).relabeled(lambda layout: layout.resized(sizes))
 
     def relabeled(self, fn: Callable[[Layout], Layout]) -> "Quantized":
-        """The same codes under another layout, whose width they have."""
+        """The same codes under another layout, whose width they have.
+
+        Raises:
+            PeftError: they are no whole groups and bytes of it.
+        """
         layout = fn(self.layout)
         n, m = layout.matrix
         width = n * m if self._runs_on else n if self.rows == "o" else m
-        return replace(self, layout=layout, codes=replace(self.codes, width=width))
+        return replace(self, layout=layout, codes=self.codes.of_width(width))
 
     @property
     def _runs_on(self) -> bool:

@@ -10,8 +10,6 @@ from jax.sharding import PartitionSpec
 
 from peftjax.core import tree
 from peftjax.core.derivatives import with_backward
-from peftjax.quantize.codes import decode
-from peftjax.quantize.elements import Element, Integers, Natural, Table
 from peftjax.quantize.groups import Format
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.fields import logical, static, structured
@@ -96,21 +94,6 @@ def with_codes(params: Any) -> Any:
 
 def _within(base: Array, coded: Quantized) -> Array:
     """Which numbers of an array are within reach of codes."""
-    codes = coded.codes
-    low, high = _reach(codes.format.element)
-    scale = coded.arranged(codes.by_number(decode(codes.scales).astype(jnp.float32)))
-    zero = 0.0 if codes.zeros is None else coded.arranged(codes.by_number(codes.zeros.astype(jnp.float32)))
+    low, high = map(coded.arranged, coded.codes.limits)
     base = base.astype(jnp.float32)
-    return (base >= (low - zero) * scale) & (base <= (high - zero) * scale)
-
-
-def _reach(element: Element) -> tuple[float, float]:
-    """What is beyond the outermost codes by no more than half their distance to the next, in units."""
-    if isinstance(element, Table):
-        if element.rounding == "log":
-            return min(element.values) * 2**0.5, max(element.values) * 2**0.5
-        low, above, *_, below, high = sorted(set(element.values))
-        return low - (above - low) / 2, high + (high - below) / 2
-    if isinstance(element, Integers | Natural):
-        return (0.0 if isinstance(element, Natural) else -element.greatest) - 0.5, element.greatest + 0.5
-    return -1.001 * element.greatest, 1.001 * element.greatest  # no scale is rounded: none is beyond
+    return (base >= low) & (base <= high)

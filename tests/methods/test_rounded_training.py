@@ -51,9 +51,11 @@ def test_forward_is_that_of_the_codes_and_the_gradient_passes_through(name):
         np.testing.assert_array_equal(merged[module]["kernel"], rounded[module]["kernel"])
         np.testing.assert_array_equal(exported[module]["kernel"].dense(), merged[module]["kernel"])
         got, want = np.asarray(gradient[f"{module}/kernel"]), np.asarray(dense[module]["kernel"])
-        if name == "mxfp4":  # a scale that is rounded down cuts off what is largest
+        if name == "mxfp4" or name.startswith(
+            "bcq"
+        ):  # a scale that is rounded down, or fitted, cuts some off
             passed = got != 0
-            assert 0.9 < passed.mean() < (1 if module == "up" else 1.1)
+            assert 0.85 < passed.mean() < (1 if module == "up" else 1.1)
             got, want = got[passed], want[passed]
         assert_close(got, want, 1e-4)
 

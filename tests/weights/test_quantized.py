@@ -134,11 +134,18 @@ def test_shards_of_one_device_are_weights_of_their_own():
         return inner(w, x)
 
     assert_close(jax.jit(pj.adapt(product))(w, x), x @ w.dense(), 1e-5)
+    two = replace(FORMATS["bcq2"], group=64)
+    w = coded("io", 256, 64, form=two)
+    assert_close(jax.jit(pj.adapt(product))(w, x), x @ w.dense(), 1e-5)
+    with pytest.raises(pj.PeftError, match="codes of 3 bits lie in two parts"):
+        pj.adapt(product)(coded("io", 256, 64, form=FORMATS["int3"]), x)
+    with pytest.raises(pj.PeftError, match="no whole groups of 128"):  # a scale each, of the wrong groups
+        pj.adapt(product)(coded("io", 256, 64, form=replace(FORMATS["bcq4"], group=128)), x)
 
 
 def test_orbax_keeps_the_codes(tmp_path):
     """A tree with codes of every kind comes back to the bit, in as many bytes."""
-    kinds = ("nf4", "int8", "fp8_e5m2", "mxfp4", "nvfp4")
+    kinds = ("nf4", "int8", "fp8_e5m2", "mxfp4", "nvfp4", "bcq3")
     weights = {name: coded("sio", 2, 64, 16, form=FORMATS[name]) for name in kinds}
     weights["double"] = coded("sio", 2, 64, 16)
     with ocp.StandardCheckpointer() as checkpointer:

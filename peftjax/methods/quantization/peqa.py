@@ -84,6 +84,11 @@ def peqa(options: PeqaOptions) -> Transform:
                     f"peqa: the groups of {path!r}, a Quantized of an earlier method, run on from row to "
                     "row, so that no scale is of one output; code it in groups that divide its inputs"
                 )
+            if leaves[path].codes.format.scales_a_group > 1:
+                raise PeftError(
+                    f"peqa: a group of {path!r} has several scales, as sums of binaries have; train those of "
+                    "a format with one, such as int3"
+                )
             trainable[path] = {"change": jnp.zeros((*stack, groups, rows), jnp.float32)}
         return Frozen(coded), trainable
 

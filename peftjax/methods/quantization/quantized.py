@@ -1,6 +1,6 @@
-"""Quantized bases of any format: whole numbers, floats of 4 and 8 bits, powers of two.
+"""Quantized bases of any format: whole numbers, floats of 4 and 8 bits, powers of two, sums of binaries.
 
-    w ≈ scale_g · element(code)        affine:  w ≈ scale_g · (code - zero_g)
+    w ≈ scale_g · element(code)        affine:  w ≈ scale_g · (code - zero_g)        bcq:  w ≈ Σ_k ±scale_gk
 
 The formats are those of `peftjax.quantize.formats`. It trains nothing and goes before a method, as `nf4`. A
 layer decodes its weight for its product, forward and backward, and keeps the codes.
@@ -14,9 +14,10 @@ With `train` it is quantization-aware training with the straight-through estimat
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from peftjax.core.checks import one_of, positive
+from peftjax.core.checks import at_least, one_of, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.quantization._base import BaseOptions, quantized_base, rounded_base
+from peftjax.quantize.binary_sums import BinarySum
 from peftjax.quantize.elements import Integers, Natural
 from peftjax.quantize.formats import FORMATS, FormatName
 from peftjax.quantize.groups import Format
@@ -38,6 +39,7 @@ class CodeOptions:
         affine: whether a group has a zero point, which whole numbers alone can have.
         search: how many ranges are tried for each group, from its whole one down to 0.3 of it, for the least
             squared error; 1 takes the whole one. By default 20 for int3 and int2, else 1.
+        rounds: how often the scales and the signs of bcq1 ... bcq4 are fitted in turn; by default 20.
     """
 
     format: FormatName = "int4"
@@ -45,6 +47,7 @@ class CodeOptions:
     scales: ScaleForm | None = None
     affine: bool = False
     search: int | None = None
+    rounds: int | None = None
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
@@ -54,7 +57,13 @@ class CodeOptions:
         if self.scales is not None:
             one_of(caller, "scales", self.scales, get_args(ScaleForm))
         positive(caller, "search", self.search)
-        if self.affine and not isinstance(FORMATS[self.format].element, Integers):
+        at_least(caller, "rounds", self.rounds, 0)
+        element = FORMATS[self.format].element
+        if self.rounds is not None and not isinstance(element, BinarySum):
+            raise PeftError(f"{caller}: rounds is of bcq1 ... bcq4; {self.format} is not fitted in turns")
+        if isinstance(element, BinarySum) and self.search not in (None, 1):
+            raise PeftError(f"{caller}: {self.format} tries no ranges; set rounds, and leave search out")
+        if self.affine and not isinstance(element, Integers):
             raise PeftError(f"{caller}: affine is of int2 ... int8; {self.format} has no zero point")
 
     @property
@@ -63,6 +72,8 @@ class CodeOptions:
         form = FORMATS[self.format]
         if self.search is not None:
             form = replace(form, search=self.search)
+        if self.rounds is not None:
+            form = replace(form, element=BinarySum(form.element.bits, self.rounds))
         if self.affine:
             form = replace(form, element=Natural(form.element.bits))
         if self.group is not None:
@@ -101,7 +112,7 @@ class QuantizedOptions(FormatOptions):
 
 @register(
     kind="rewrite",
-    paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two",
+    paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two, sums of binaries",
     trains="nothing; with `train` the weights, rounded in every step",
     backward_keeps="the codes, 2 to 8 bits a weight; with `train` x and the weights",
     quantized_base=False,
