@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, UInt8
 
 from peftjax.core.derivatives import with_backward
 from peftjax.quantize.codes import Codes
-from peftjax.quantize.elements import Table
 from peftjax.quantize.packing import pack, unpack
 
 EPSILON = 1e-5
@@ -29,7 +28,7 @@ EPSILON = 1e-5
 
 
 @functools.cache
-def median_table(bits: int) -> Table:
+def median_table(bits: int) -> tuple[float, ...]:
     """The `2^bits` values, of which each is the median of a normal number within its cell."""
     normal, count = NormalDist(), 2**bits
     values = [normal.inv_cdf((n + 0.5) / count) for n in range(count)]
@@ -42,7 +41,7 @@ def median_table(bits: int) -> Table:
         moved, values = max(abs(new - old) for new, old in zip(found, values)), found
         if moved < 1e-15:
             break
-    return Table(tuple(values))
+    return tuple(values)
 
 
 @functools.partial(
@@ -120,7 +119,7 @@ def round_normal(w: Float[Array, "*stack_and_matrix"], stack: int, bits: int) ->
         g, centered = g.astype(jnp.float32), w.astype(jnp.float32) - mean
         share = deviation / (deviation + EPSILON)
         unit = centered / (deviation + EPSILON)
-        of_deviation = jnp.sum(g * (median_table(bits).decode(codes) - share * unit), axes, keepdims=True)
+        of_deviation = jnp.sum(g * (_looked_up(codes, bits) - share * unit), axes, keepdims=True)
         numbers = math.prod(w.shape[stack:])
         slope = centered / ((numbers - 1) * jnp.maximum(deviation, float(jnp.finfo(jnp.float32).tiny)))
         dw = share * g + (1 - share) * jnp.mean(g, axes, keepdims=True) + of_deviation * slope
@@ -134,11 +133,25 @@ def _coded(w: Array, stack: int, bits: int) -> tuple[Array, Array, Array]:
     w, axes = w.astype(jnp.float32), tuple(range(stack, w.ndim))
     mean = jnp.mean(w, axes, keepdims=True)
     deviation = jnp.std(w, axes, ddof=1, keepdims=True)
-    return median_table(bits).encode((w - mean) / (deviation + EPSILON)), mean, deviation
+    unit = (w - mean) / (deviation + EPSILON)
+    edges = [(low + high) / 2 for low, high in itertools.pairwise(median_table(bits))]
+    # Comparisons, which fuse and lie where the array does; a search in a table would not.
+    codes = sum((unit > edge).astype(jnp.uint8) for edge in edges)
+    assert not isinstance(codes, int)
+    return codes, mean, deviation
+
+
+def _looked_up(codes: Array, bits: int) -> Array:
+    """The number of each code, in units of the deviation."""
+    first, *others = median_table(bits)
+    values = jnp.zeros_like(codes, jnp.float32) + first
+    for code, value in enumerate(others, 1):
+        values = jnp.where(codes >= code, value, values)
+    return values
 
 
 def _values(codes: Array, mean: Array, deviation: Array, bits: int) -> Array:
-    return median_table(bits).decode(codes) * deviation + mean
+    return _looked_up(codes, bits) * deviation + mean
 
 
 def _pack_low_first(codes: Array, bits: int) -> Array:

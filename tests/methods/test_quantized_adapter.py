@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from support import KEY, assert_close, noisy
 
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.vit import ViTConfig, vit
-from peftjax.quantize.normal_codes import NormalCodes, median_table
+from peftjax.quantize.normal_codes import NormalCodes, encode_normal, median_table, round_normal
 
 DRAWN = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32) / 4
 PARAMS = {
@@ -74,7 +75,7 @@ def test_the_model_sees_two_values_a_layer_and_an_ordinary_lora_has_them():
     assert_close(again, values, 0)
     for slot in "ab":
         for layer, latent in zip(values["blocks/up/kernel"][slot], trained["blocks/up/kernel"][slot]):
-            step = median_table(1).values[1] * np.std(latent, ddof=1)
+            step = median_table(1)[1] * np.std(latent, ddof=1)
             wanted = np.mean(latent) + step * np.where(latent > np.mean(latent), 1, -1)
             np.testing.assert_allclose(layer, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(PeftError, match="'lora' is no quantized_adapter"):
@@ -145,3 +146,22 @@ def test_training_lowers_the_loss(bits):
         state, metrics = training.step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_numbers_divided_over_devices_are_rounded_and_coded_as_those_of_one(kind):
+    """With the mean and the deviation of the whole matrix."""
+    method = quantized(2)
+    frozen, fresh = method.init(KEY, PARAMS)
+    trained = noisy(fresh)["blocks/up/kernel"]
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(kind,))
+    divided = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(None, None, "tensor"))), trained
+    )
+    seen = jax.jit(lambda t: round_normal(t["b"], 1, 2))
+    with jax.set_mesh(mesh):
+        got = seen(divided)
+        codes = method.stored(frozen, {"blocks/up/kernel": divided})["blocks/up/kernel"]["b"]
+    assert got.sharding.spec == PartitionSpec(None, None, "tensor")
+    assert_close(got, seen(trained))
+    np.testing.assert_array_equal(codes.codes, encode_normal(trained["b"], 1, 2).codes)

@@ -27,7 +27,7 @@ G = NOISE.standard_normal(W.shape).astype(np.float32)
 
 @pytest.mark.parametrize("bits", BITS)
 def test_each_value_is_the_median_of_its_cell(bits):
-    values, normal = np.array(median_table(bits).values), NormalDist()
+    values, normal = np.array(median_table(bits)), NormalDist()
     np.testing.assert_allclose(values[len(values) // 2 :], VALUES[bits], atol=1e-5)
     np.testing.assert_array_equal(values, -values[::-1])
     below = [0.0, *(normal.cdf(edge) for edge in (values[1:] + values[:-1]) / 2), 1.0]
@@ -51,7 +51,7 @@ def parts(w, bits):
     """In float64: table, number of the nearest value, mean and deviation of each matrix of a stack."""
     w = np.asarray(w, np.float64)
     mean, deviation = w.mean((1, 2), keepdims=True), w.std((1, 2), ddof=1, keepdims=True)
-    table = np.array(median_table(bits).values)
+    table = np.array(median_table(bits))
     near = np.abs((w - mean)[..., None] / (deviation + EPSILON)[..., None] - table).argmin(-1)
     return table, near, mean, deviation
 
@@ -86,7 +86,7 @@ def test_the_gradient_is_that_of_the_straight_through_estimator():
         mean = jnp.mean(w, (1, 2), keepdims=True)
         deviation = jnp.std(w, (1, 2), ddof=1, keepdims=True)
         unit = (w - mean) / (deviation + EPSILON)
-        table = jnp.array(median_table(bits).values, jnp.float32)
+        table = jnp.array(median_table(bits), jnp.float32)
         code = table[jnp.abs(lax.stop_gradient(unit)[..., None] - table).argmin(-1)]
         return (unit + lax.stop_gradient(code - unit)) * deviation + mean
 

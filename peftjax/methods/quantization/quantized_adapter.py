@@ -34,6 +34,7 @@ from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.layout import Layout, guess_layout
+from peftjax.weights.sharding import whole
 
 NAME = "quantized_adapter"
 START = 1e-3
@@ -103,7 +104,7 @@ def quantized_adapter(method: Transform, *, bits: Literal[1, 2, 4] = 1) -> Trans
             if name not in coded:
                 return leaf
             stack, dtype = coded[name]
-            return encode_normal(leaf, stack, bits, dtype=jnp.dtype(dtype))
+            return encode_normal(whole(leaf), stack, bits, dtype=jnp.dtype(dtype))
 
         return tree.map_named(encode, trainable)
 
