@@ -42,6 +42,7 @@ from peftjax.methods.quantization.peqa import peqa as peqa
 from peftjax.methods.quantization.qpaca import qpaca as qpaca
 from peftjax.methods.quantization.loftq import loftq as loftq
 from peftjax.methods.quantization.qa_lora import qa_lora as qa_lora
+from peftjax.methods.quantization.bitstack import bitstack as bitstack
 from peftjax.methods.quantization.quantized_adapter import quantized_adapter as quantized_adapter
 
 __all__ = [name for name, value in globals().items() if callable(value) and not name.startswith("_")]
