@@ -23,6 +23,8 @@ from peftjax.quantize.scales import ScaleForm, encode_scales
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 """What the scale of a group of zeros counts as, in a division."""
+Grid = tuple[Array, Array | None]
+"""Scales `[*stack, rows, groups]`, float32, and zero points of that shape where a format has them."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def encode(
     *,
     dtype: DTypeLike | None = None,
     block: int | None = None,
+    grid: Grid | None = None,
 ) -> GroupCodes:
     """Code an array, to the nearest; a group of zeros decodes to zeros.
 
@@ -212,11 +215,13 @@ def encode(
         dtype: what it decodes to; by default that of `x`.
         block: how many numbers are coded at a time, which take several times their size in float32; by
             default all. An array whose rows are divided over devices is coded at once.
+        grid: scales and zero points; by default those of the range of each group.
     """
     width, group = x.shape[-1], form.group or x.shape[-1]
     in_blocks = _in_blocks(x.shape, form, block)
-    scales, zeros = in_blocks(lambda rows: _ranges(_grouped(rows.astype(jnp.float32), group), form), x)
-    scales, zeros = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), (scales, zeros))
+    if grid is None:
+        grid = in_blocks(lambda rows: _ranges(_grouped(rows.astype(jnp.float32), group), form), x)
+    scales, zeros = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), grid)
     kept = encode_scales(scales, form.scales)
     if not form.exact_scale:
         scales = decode(kept).astype(jnp.float32)
