@@ -81,6 +81,7 @@ def flexround(options: FlexRoundOptions) -> Transform:
 
     It starts as `quantized` with the same options. `merge` gives the rounded arrays, and
     `peftjax.weights.rounded.with_codes(method.apply(frozen, trainable))` the same model as codes.
+    `pj.calibrate.reconstruct` trains it one block after the other, as the paper does.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets that do not fit the parameters.
