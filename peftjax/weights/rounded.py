@@ -16,6 +16,7 @@ from peftjax.quantize.codes import decode
 from peftjax.quantize.elements import Element, Integers, Natural, Table
 from peftjax.quantize.groups import Format
 from peftjax.weights.base import Weight, dense
+from peftjax.weights.coding import rows_of
 from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.quantized import Quantized, quantize
@@ -34,7 +35,7 @@ class Rounded(Weight):
         d log_step = Σ dw ∘ (w - base·1[within])        of each group
 
     A number that rounds to a code is within reach; one that is cut off to the outermost code gets no
-    gradient. Backward rounds the base again.
+    gradient, but for ranges that are of a mean: all are within those. Backward rounds the base again.
 
     Attributes:
         base: an array, or a weight with an adapter.
@@ -123,6 +124,20 @@ def with_codes(params: Any) -> Any:
     return tree.map_named(lambda _, leaf: leaf.quantized() if isinstance(leaf, Rounded) else leaf, params)
 
 
+def near_a_boundary(w: Array, layout: Layout, form: Format, share: float) -> Array:
+    """Which numbers of an array another code is nearest to once they move by that share of their scale."""
+    rows, exact = rows_of(layout), w.astype(jnp.float32)
+    coded = quantize(exact, layout, form, rows=rows)
+    grid = (decode(coded.codes.scales).astype(jnp.float32), coded.codes.zeros)
+    move = share * coded.arranged(coded.codes.by_number(grid[0]))
+
+    def units(moved: Array) -> Array:
+        codes = quantize(moved, layout, form, rows=rows, grid=grid).codes
+        return coded.arranged(codes.units)
+
+    return units(exact + move) != units(exact - move)
+
+
 def bounded(log: Array) -> Array:
     """The logarithm of a trained factor, cut to ±log 4, beyond which it gets no gradient."""
     return jnp.clip(log, -LARGEST_LOG, LARGEST_LOG)
@@ -145,6 +160,8 @@ def _to_scales(base: Array, coded: Quantized, g: Array, passed: Array) -> Array:
 def _within(base: Array, coded: Quantized) -> Array:
     """Which numbers of an array are within reach of codes."""
     codes = coded.codes
+    if codes.format.range == "mean":
+        return jnp.ones(base.shape, bool)  # those beyond come in as the mean grows
     low, high = _reach(codes.format.element)
     scale = coded.arranged(codes.by_number(decode(codes.scales).astype(jnp.float32)))
     zero = 0.0 if codes.zeros is None else coded.arranged(codes.by_number(codes.zeros.astype(jnp.float32)))
