@@ -20,6 +20,7 @@ from peftjax.weights.coding import rows_of
 from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.quantized import Quantized, quantize
+from peftjax.weights.sharding import like
 
 LARGEST_LOG = math.log(4)
 """Of a trained factor of a step, or of a number before it is rounded."""
@@ -153,8 +154,8 @@ def _to_scales(base: Array, coded: Quantized, g: Array, passed: Array) -> Array:
     inverse = coded.arranged(codes.by_number(1 / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)))
     units = coded.arranged(codes.units)
     g, passed, base = (part.astype(jnp.float32) for part in (g, passed, base))
-    _, pull = jax.vjp(lambda scales: coded.arranged(codes.by_number(scales)), scales)
-    return pull(g * units - passed * base * inverse)[0]
+    each, pull = jax.vjp(lambda scales: coded.arranged(codes.by_number(scales)), scales)
+    return pull(like(g * units - passed * base * inverse, each))[0]
 
 
 def _within(base: Array, coded: Quantized) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import KEY, noisy, quick_at
 
 import peftjax as pj
@@ -189,3 +190,35 @@ def test_bfloat16_weights_start_from_the_codes_that_rounding_makes_of_them():
     for module in PARAMS:
         assert got[module]["kernel"].dtype == jnp.bfloat16
         np.testing.assert_array_equal(got[module]["kernel"], want[module]["kernel"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_divided_base_is_rounded_as_on_one_device(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind, kind))
+    w = 0.1 * jax.random.normal(KEY, (2, 16, 16))
+    x = jax.random.normal(KEY, (8, 16))
+
+    def stack(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["kernel"])[0]
+
+    for options in ({"group": -1}, {"group": 4, "affine": True}, {"group": -1, "rank": 2}):
+        method = pj.flexround(format="int4", **options)
+
+        @jax.jit
+        def step(frozen, trainable, x, method=method):
+            return jax.value_and_grad(lambda t: jnp.sum(pj.adapt(stack)(method.apply(frozen, t), x) ** 2))(
+                trainable
+            )
+
+        frozen, fresh = method.init(KEY, {"layers": {"kernel": w}})
+        trained = noisy(fresh)
+        want = step(frozen, trained, x)
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+            frozen, fresh = method.init(KEY, {"layers": {"kernel": jax.device_put(w, sharding)}})
+            placed = jax.tree.map(lambda own, like: jax.device_put(own, like.sharding), trained, fresh)
+            got = step(frozen, placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec())))
+        if "log" in fresh["layers/kernel"]:
+            assert fresh["layers/kernel"]["log"].sharding.spec[1] == "tensor"
+        assert_close(jax.tree.map(np.asarray, got), want, 1e-4)
