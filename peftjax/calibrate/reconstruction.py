@@ -86,12 +86,6 @@ def reconstruct(
     Raises:
         PeftError: the model is no such backbone; the method trains a parameter outside the blocks, or none;
             there is no batch; an option is out of range.
-
-    Examples:
-        >>> model = pj.load("LLAMA_FOLDER")[0]  # doctest: +SKIP
-        >>> found = pj.calibrate.reconstruct(  # doctest: +SKIP
-        ...     pj.flexround(), model, params, batches, optax.adam(3e-3), steps=500, key=jax.random.key(0)
-        ... )
     """
     at_least("reconstruct", "steps", steps, 1)
     if not 0 <= input_prob <= 1:
