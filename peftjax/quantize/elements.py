@@ -180,3 +180,9 @@ def powers_of_two(bits: int) -> Table:
     """`±2^-k`, k = 0 ... 2^(bits-1) - 1: a product with one is a shift (ShiftAddViT, arXiv 2306.06446)."""
     sizes = [2.0**-k for k in range(2 ** (bits - 1))]
     return Table((*sizes, *(-size for size in sizes)), "log")
+
+
+def half_integers(bits: int) -> Table:
+    """`±1/2, ±3/2, ...`, as many below zero as above, and no zero (StatsQ, arXiv 2302.02210)."""
+    half = 2 ** (bits - 1)
+    return Table(tuple(n + 0.5 for n in range(-half, half)), "even")

@@ -138,6 +138,7 @@ def test_bits_a_number():
     assert {name: round(own, 3) for name, own in bits.items()} == {
         "nf4": 4.5, "fp4": 4.5, "int8": 8.008, "int4": 4.25, "int3": 3.5, "int2": 2.5,
         "fp8_e4m3": 8.008, "fp8_e5m2": 8.008, "mxfp4": 4.25, "nvfp4": 4.5, "power_of_two": 5.002,
+        "statsq4": 4.008, "statsq3": 3.008, "statsq2": 2.008,
     }  # fmt: skip
     double = jax.eval_shape(lambda x: encode(x, DOUBLE), rows)
     assert tree.nbytes(double) == 4096**2 // 2 + 4096 * 64 + 4 * 4096 * 64 // 256 + 4
@@ -150,11 +151,12 @@ def test_what_is_decoded_has_the_same_codes_again(name):
     form = FORMATS[name]
     codes, found = coded(NORMAL, form)
     again, twice = coded(found, form)
-    if form.search == 1:
+    if form.search == 1 and form.range == "largest":  # what is decoded has another mean
         np.testing.assert_allclose(twice, found, rtol=1e-6)
     golden = {
         "nf4": 0.092, "fp4": 0.121, "int8": 0.0081, "int4": 0.118, "int3": 0.21, "int2": 0.431,
         "fp8_e4m3": 0.026, "fp8_e5m2": 0.052, "mxfp4": 0.115, "nvfp4": 0.0956, "power_of_two": 0.209,
+        "statsq4": 0.223, "statsq3": 0.267, "statsq2": 0.371,
     }[name]  # fmt: skip
     assert abs(relative(NORMAL, found) / golden - 1) < 0.06
     assert codes.codes.dtype in (jnp.uint8, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
