@@ -108,6 +108,7 @@ def test_a_method_that_trains_what_has_no_gradient_is_found():
         methods.every_trained_leaf_gets_a_finite_gradient_that_is_not_zero(case)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_not_said_to_be_another_is_found():
     case = methods.case_of(pj.snell(rank=2, coefficient=2.0), testing.small_model(), compiled=False)
     with pytest.raises(AssertionError, match="a fresh adapter moves the outputs"):

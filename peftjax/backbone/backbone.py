@@ -17,6 +17,7 @@ from peftjax.backbone.context import Context
 from peftjax.backbone.logits import Logits
 from peftjax.backbone.protocols import Batch, BlockModule, Cache, DropoutKey, Module, Params
 from peftjax.backbone.remat import BLOCK_INPUT, REMAT_POLICIES, read_remat
+from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 
 Part = Literal["block", "attention", "feed_forward"]
@@ -144,17 +145,21 @@ class Backbone:
         head_name: the name the family knows `head` by, such as "classifier".
         remat: a name in `REMAT_POLICIES`, "offload_attention" with or without a share, for
             `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
+        feed_forward_tile: how many of each row's tokens the feed-forward of a block takes at a time, for long
+            rows: its inner activations exist of those alone, and its backward pass computes them again.
+            None takes all.
         per_layer: what differs between the layers, arrays [num_layers, ...] by the field of the
             `Context` that they are in each block, such as `window`.
         stack: how the blocks are run; a method may put its own instead of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
-        encoder: the backbone that reads the batch first; it follows `dtype`, `remat` and `unroll`.
+        encoder: the backbone that reads the batch first; it follows `dtype`, `remat`, `unroll` and
+            `feed_forward_tile`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
 
     Raises:
-        PeftError: when `remat` or `dtype` is not one of these names.
+        PeftError: when `remat` or `dtype` is not one of these names, or `feed_forward_tile` is not positive.
     """
 
     config: Any
@@ -165,6 +170,7 @@ class Backbone:
     head_name: str = "none"
     remat: str | None = None
     dtype: str = "float32"
+    feed_forward_tile: int | None = None
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     stack: Stack = dataclasses.field(default_factory=Scan)
     unroll: int = 1
@@ -185,12 +191,15 @@ class Backbone:
             # The modules follow `dtype`, so that `dataclasses.replace` alone changes it.
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
-        config = getattr(self.block, "config", None)
-        if share != getattr(config, "offloaded_tokens", 0.0):
-            config = dataclasses.replace(config, offloaded_tokens=share)
+        positive("backbone", "feed_forward_tile", self.feed_forward_tile)
+        policy = {"offloaded_tokens": share, "feed_forward_tile": self.feed_forward_tile}
+        config = getattr(self.block, "config", None)  # a block of another maker's may have none
+        has = {"offloaded_tokens": 0.0, "feed_forward_tile": None} if config is None else vars(config)
+        if any(has[name] != value for name, value in policy.items()):
+            config = dataclasses.replace(config, **policy)
             object.__setattr__(self, "block", self.block.clone(config=config))
         if self.encoder is not None:
-            same = {"dtype": self.dtype, "remat": self.remat, "unroll": self.unroll}
+            same = {name: getattr(self, name) for name in ("dtype", "remat", "unroll", "feed_forward_tile")}
             object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
 
     def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array | Logits:

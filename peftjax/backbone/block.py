@@ -32,6 +32,7 @@ from peftjax.backbone.feed_forward import FeedForward
 from peftjax.backbone.layers import Dropout, recompute_module
 from peftjax.backbone.protocols import Sublayers
 from peftjax.backbone.remat import split_by_name
+from peftjax.backbone.tiles import in_tiles
 
 
 class Block(Sublayers, nn.Module):
@@ -111,7 +112,13 @@ class Block(Sublayers, nn.Module):
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
-        update = self.feed_forward_dropout(_contract(self, *self._by_tokens(_expand, hidden)))
+        tile = self.config.feed_forward_tile
+        if tile is not None and tile < hidden.shape[1] and not self.is_initializing():
+            return in_tiles(_tile_of_feed_forward, self, hidden, tile)
+        return self._fed_forward(self._by_tokens(_expand, hidden))
+
+    def _fed_forward(self, inner: tuple[Array, ...]) -> Array:
+        update = self.feed_forward_dropout(_contract(self, *inner))
         return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
 
     def feed_forward_join(
@@ -172,6 +179,10 @@ def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
     return block.feed_forward.expand(
         block._entering(hidden, None if block._post else block.feed_forward_norm)
     )
+
+
+def _tile_of_feed_forward(block: Block, hidden: Array) -> Array:
+    return block._fed_forward(_expand(block, hidden))
 
 
 @_recomputed

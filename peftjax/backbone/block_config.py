@@ -45,6 +45,7 @@ class BlockConfig:
         init_std: deviation of new kernels.
         scaled_init: whether that is times `in ** -0.5` for a kernel [in, out].
         residuals: how many bits the backward pass keeps of each kind; None keeps the compute dtype.
+        feed_forward_tile: how many of each row's tokens the feed-forward takes at a time; None is all.
         offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" recomputes
             norms and activations only.
     """
@@ -76,6 +77,7 @@ class BlockConfig:
     init_std: float = 0.02
     scaled_init: bool = False
     residuals: Bits | None = None
+    feed_forward_tile: int | None = None
     offloaded_tokens: float = 0.0
 
     @property

@@ -17,6 +17,7 @@ from peftjax.train.new_head import with_new_head
 from peftjax.train.open import LANGUAGE_HEAD, abstract_model, find_base, longest_text
 from peftjax.train.optimizer import make_optimizer
 from peftjax.train.options import MethodOptions, ModelOptions
+from peftjax.train.paging import OptimizerMemory
 
 STEPS = 100
 """Of the run that the step is one of: any number, the memory does not depend on it."""
@@ -39,6 +40,8 @@ class PlanOptions:
     """Tokens of every text; by default those of `peftjax train`."""
     optimizer: Optimizer = "adamw"
     """The optax optimizer; adamw8bit and lion8bit keep their moments in eight bits."""
+    optimizer_memory: OptimizerMemory = "device"
+    """Where the optimizer's state lies between steps: on the device, or in the host's memory."""
     dtype: Dtype = "float32"
     """Compute dtype of the model; its parameters are in float32."""
     remat: str = "none"
@@ -68,6 +71,7 @@ def planned(options: PlanOptions) -> Plan:
         batch_size=options.batch_size,
         max_length=options.max_length,
         optimizer=options.optimizer,
+        optimizer_memory=options.optimizer_memory,
         dtype=options.dtype,
         remat=options.remat,
     )
@@ -78,7 +82,15 @@ def planned(options: PlanOptions) -> Plan:
     method = with_new_head(make_method(options.tuning, STEPS), model, params)
     batch = batch_shapes(model, config.batch_size, config.max_length, per_token=writes)
     optimizer = make_optimizer(config, STEPS)
-    return plan(method, model, params, batch, optimizer=optimizer, target=options.target)
+    return plan(
+        method,
+        model,
+        params,
+        batch,
+        optimizer=optimizer,
+        target=options.target,
+        optimizer_memory=config.optimizer_memory,
+    )
 
 
 def batch_shapes(model: Backbone, size: int, length: int, *, per_token: bool) -> Batch:

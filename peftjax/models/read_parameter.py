@@ -5,12 +5,12 @@ holds is read.
 """
 
 import dataclasses
+import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
@@ -66,6 +66,12 @@ def read_array(parameter: Parameter) -> Array:
     Raises:
         PeftError: when a tensor cannot be read.
     """
+    array = _placed(parameter)
+    gc.collect(0)  # JAX lets go of the NumPy arrays that it has copied at a collection
+    return array
+
+
+def _placed(parameter: Parameter) -> Array:
     shape, sharding = parameter.shape, parameter.sharding
     held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
@@ -76,7 +82,8 @@ def read_array(parameter: Parameter) -> Array:
         return held[bounds]
 
     if sharding is None:
-        return jax.block_until_ready(jnp.asarray(part((slice(None),) * len(shape))))
+        # jnp.asarray would copy it twice.
+        return jax.block_until_ready(jax.device_put(part((slice(None),) * len(shape))))
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 

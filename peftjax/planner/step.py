@@ -29,6 +29,7 @@ from peftjax.planner.compiling import compile_for
 from peftjax.planner.flops import Flops, count_flops
 from peftjax.planner.machine import Machine, find_machine
 from peftjax.planner.residuals import kept_arrays, nbytes
+from peftjax.train.paging import OptimizerMemory, is_paged
 from peftjax.train.step import Training, divided, training
 from peftjax.transform.frozen import Params
 from peftjax.transform.transform import Forward, Transform
@@ -45,15 +46,15 @@ class Bytes:
         weights: the frozen parameters.
         method_state: what else the method holds: indices, a frozen factor, weights that its advance changes.
         trainable: what is trained.
-        optimizer: the optimizer's state.
+        optimizer: the optimizer's state, as far as it is on the device.
         batch: the batch.
         arguments: all of the above, as the compiler counts it.
         temporaries: what the step holds while it works, gradients and residuals included.
         outputs: all that the step returns.
         aliased: the part of `outputs` that is written over a donated argument.
         code: the program, where it lies in the device's memory (TPU); not in `peak`.
-        host: temporaries in the host's memory, which a policy such as "offload_attention" puts there; not in
-            `peak`.
+        host: what lies in the host's memory, where a policy such as "offload_attention" puts temporaries and
+            `optimizer_memory` the optimizer's state; not in `peak`.
     """
 
     weights: int
@@ -146,6 +147,7 @@ def plan(
     optimizer: optax.GradientTransformation,
     loss: Loss = losses.cross_entropy,
     target: str = "cpu",
+    optimizer_memory: OptimizerMemory = "device",
 ) -> Plan:
     """Compile one training step of `method` for `target` and read what it needs.
 
@@ -163,13 +165,14 @@ def plan(
         loss: `(outputs, batch) -> scalar`.
         target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
             `peftjax.planner.machine` for the compilers they need.
+        optimizer_memory: where the optimizer's state lies between steps, as in `pj.training`.
 
     Raises:
         PeftError: the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
             says so when the step does not fit.
     """
     machine = find_machine(target)
-    run = training(method, method_loss(method, model, loss), optimizer)
+    run = training(method, method_loss(method, model, loss), optimizer, optimizer_memory=optimizer_memory)
     trainable, state, frozen, batch = _input_shapes(run, params, batch, machine)
     inputs = trainable, state, *divided(frozen, run.moves), batch
     step = partial(run.run_step, key=None)
@@ -185,7 +188,7 @@ def plan(
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
     between = peaks_between(run, (trainable, state, frozen, batch), machine)
-    return _read(method, machine, opened, inputs, compiled, kept, flops, seconds, between)
+    return _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
 
 
 def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -> tuple[Any, Any, Any, Any]:
@@ -195,14 +198,20 @@ def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -
     frozen = replace(frozen, advanced=True)
     state = jax.eval_shape(lambda *given: run.tx.init(run.method.begin(*given)[1]), frozen, trainable)
     place = SingleDeviceSharding(machine.device)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        (trainable, state, frozen, batch),
+    on_host = SingleDeviceSharding(machine.device, memory_kind="pinned_host")
+    state = jax.tree.map(
+        lambda leaf: _placed(leaf, on_host if is_paged(leaf, run.optimizer_memory) else place), state
     )
+    trainable, frozen, batch = jax.tree.map(lambda leaf: _placed(leaf, place), (trainable, frozen, batch))
+    return trainable, state, frozen, batch
+
+
+def _placed(leaf: Any, place: SingleDeviceSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _read(
-    method: Transform,
+    run: Training,
     machine: Machine,
     trained: Any,
     inputs: tuple,
@@ -213,23 +222,24 @@ def _read(
     between: tuple[int, ...],
 ) -> Plan:
     found = compiled.memory_analysis()
+    on_host = found.host_argument_size_in_bytes  # none of a CPU, which has one memory
     trainable, state, moved, fixed, batch = zip(inputs, compiled.input_formats[0])
     frozen = [replace(part, **own) for part, own in zip(fixed, moved)]
     sizes = Bytes(
         weights=_device_bytes(*(part.params for part in frozen)),
         method_state=_device_bytes(*(part.state for part in frozen)),
         trainable=_device_bytes(*trainable),
-        optimizer=_device_bytes(*state),
+        optimizer=_device_bytes(*_on_device(state, run.optimizer_memory if on_host else "device")),
         batch=_device_bytes(*batch),
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         outputs=found.output_size_in_bytes,
         aliased=found.alias_size_in_bytes,
         code=found.generated_code_size_in_bytes,
-        host=found.host_temp_size_in_bytes,
+        host=found.host_temp_size_in_bytes + on_host,
     )
     return Plan(
-        method=method.name,
+        method=run.method.name,
         target=machine.name,
         device=machine.device.device_kind,
         bytes=sizes,
@@ -240,6 +250,12 @@ def _read(
         compile_seconds=seconds,
         between=between,
     )
+
+
+def _on_device(pair: tuple[Any, Any], memory: OptimizerMemory) -> tuple[list[Any], list[Any]]:
+    """Shapes and formats of an optimizer's state without what is paged out."""
+    held = [both for both in zip(*map(jax.tree.leaves, pair)) if not is_paged(both[0], memory)]
+    return [shape for shape, _ in held], [form for _, form in held]
 
 
 def _device_bytes(shapes: Any, formats: Any) -> int:

@@ -182,6 +182,12 @@ def powers_of_two(bits: int) -> Table:
     return Table((*sizes, *(-size for size in sizes)), "log")
 
 
+def half_integers(bits: int) -> Table:
+    """`±1/2, ±3/2, ...`, as many below zero as above, and no zero (StatsQ, arXiv 2302.02210)."""
+    half = 2 ** (bits - 1)
+    return Table(tuple(n + 0.5 for n in range(-half, half)), "even")
+
+
 def limits_of(element: Element) -> tuple[float, float]:
     """What is beyond the outermost codes by no more than half their distance to the next, in units."""
     if isinstance(element, Table):

@@ -3,13 +3,38 @@
 from typing import Literal
 
 from peftjax.quantize.binary_sums import BinarySum
-from peftjax.quantize.elements import BNB_FP4, E2M1, NF4, Float8, Integers, Table, powers_of_two
+from peftjax.quantize.elements import (
+    BNB_FP4,
+    E2M1,
+    NF4,
+    Float8,
+    Integers,
+    Table,
+    half_integers,
+    powers_of_two,
+)
 from peftjax.quantize.groups import Format
 
 FormatName = Literal[
-    "nf4", "fp4", "int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "power_of_two",
-    "bcq1", "bcq2", "bcq3", "bcq4",
-]  # fmt: skip
+    "nf4",
+    "fp4",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "mxfp4",
+    "nvfp4",
+    "power_of_two",
+    "statsq4",
+    "statsq3",
+    "statsq2",
+    "bcq1",
+    "bcq2",
+    "bcq3",
+    "bcq4",
+]
 """A format of weights.
 
 - `nf4`: the 4-bit NormalFloat, a scale for 64 numbers (QLoRA, arXiv 2305.14314).
@@ -19,6 +44,8 @@ FormatName = Literal[
 - `mxfp4`: the OCP microscaling float of 4 bits, a power of two for 32 numbers. `nvfp4`: the same float, a
   float8 for 16 numbers and a float32 for the matrix (arXiv 2509.25149).
 - `power_of_two`: `±2^-k`, 5 bits, of the largest of each output's (ShiftAddViT, arXiv 2306.06446).
+- `statsq4`, `statsq3`, `statsq2`: half whole numbers within twice the mean size of each output's weights,
+  made for `train=True` (OFQ, arXiv 2302.02210).
 - `bcq1` ... `bcq4`: sums of 1 to 4 binaries, which have a scale each for 128 numbers (binary-coding
   quantization; ShiftAddLLM, arXiv 2406.05981). With scales of the form `e8m0` they are powers of two.
 """
@@ -37,6 +64,9 @@ FORMATS: dict[str, Format] = {
     "mxfp4": Format(Table(E2M1, "even"), group=32, scales="e8m0"),
     "nvfp4": Format(Table(E2M1, "even"), group=16, scales="e4m3"),
     "power_of_two": Format(powers_of_two(5), scales="e8m0"),
+    "statsq4": Format(half_integers(4), range="mean"),
+    "statsq3": Format(half_integers(3), range="mean"),
+    "statsq2": Format(half_integers(2), range="mean"),
     **{f"bcq{bits}": Format(BinarySum(bits), group=128) for bits in (1, 2, 3, 4)},
 }
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from peftjax.quantize.scales import ScaleForm, encode_scales
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 """What the scale of a group of zeros counts as, in a division."""
+Grid = tuple[Array, Array | None]
+"""Scales `[*stack, rows, groups]`, float32, and zero points of that shape where a format has them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Format:
         search: how many smaller ranges are tried for each group, for the least squared error; 1 for the whole
             range alone.
         runs_on: whether groups that do not divide a row run on into the next one.
+        range: what the outermost codes stand for: the largest size of a group's numbers, or, half a code
+            further out, twice their mean size.
     """
 
     element: Element | BinarySum
@@ -48,6 +52,7 @@ class Format:
     exact_scale: bool = False
     search: int = 1
     runs_on: bool = False
+    range: Literal["largest", "mean"] = "largest"
 
     @property
     def reach(self) -> float:
@@ -299,6 +304,7 @@ def encode(
     *,
     dtype: DTypeLike | None = None,
     block: int | None = None,
+    grid: Grid | None = None,
 ) -> GroupCodes:
     """Code an array, to the nearest; a group of zeros decodes to zeros.
 
@@ -308,13 +314,15 @@ def encode(
         dtype: what it decodes to; by default that of `x`.
         block: how many numbers are coded at a time, which take several times their size in float32; by
             default all. An array whose rows are divided over devices is coded at once.
+        grid: scales and zero points; by default those of the range of each group.
     """
     if isinstance(form.element, BinarySum):
-        return _as_sums(x, form, form.element, dtype or x.dtype, block)
+        return _as_sums(x, form, form.element, dtype or x.dtype, block, grid)
     width, group = x.shape[-1], form.group or x.shape[-1]
     in_blocks = _in_blocks(x.shape, form, block)
-    scales, zeros = in_blocks(lambda rows: _ranges(_grouped(rows.astype(jnp.float32), group), form), x)
-    scales, zeros = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), (scales, zeros))
+    if grid is None:
+        grid = in_blocks(lambda rows: _ranges(rows.astype(jnp.float32), group, form), x)
+    scales, zeros = jax.tree.map(lambda part: part.reshape(*x.shape[:-1], -1), grid)
     kept = encode_scales(scales, form.scales)
     if not form.exact_scale:
         scales = decode(kept).astype(jnp.float32)
@@ -337,7 +345,9 @@ def encode(
     return GroupCodes(codes, kept, zeros, form, width, dtype or x.dtype)
 
 
-def _as_sums(x: Array, form: Format, element: BinarySum, dtype: DTypeLike, block: int | None) -> BinaryCodes:
+def _as_sums(
+    x: Array, form: Format, element: BinarySum, dtype: DTypeLike, block: int | None, grid: Grid | None
+) -> BinaryCodes:
     group, bits = form.group or x.shape[-1], element.bits
     in_blocks = _in_blocks(x.shape, form, block)
 
@@ -346,7 +356,8 @@ def _as_sums(x: Array, form: Format, element: BinarySum, dtype: DTypeLike, block
         scales = fit_scales(_grouped(rows.astype(jnp.float32), group), valid, element)
         return scales.reshape(*rows.shape[:-1], -1)
 
-    scales = in_blocks(fitted, x).reshape(*x.shape[:-1], -1)
+    scales = in_blocks(fitted, x) if grid is None else grid[0]
+    scales = scales.reshape(*x.shape[:-1], -1)
     if form.scales == "e8m0":
         # To the nearest power, where `encode_scales` rounds down; 0 has none.
         scales = jnp.maximum(scales * 2**0.5, _TINY)
@@ -392,11 +403,12 @@ def _of_bits(array: Array, dtype: DTypeLike) -> Array:
     return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
 
 
-def _ranges(groups: Array, form: Format) -> tuple[Array, Array | None]:
-    """The scale of each group, and its zero point."""
+def _ranges(rows: Array, group: int, form: Format) -> tuple[Array, Array | None]:
+    """The scale of each group of rows, and its zero point."""
+    groups, sizes = _grouped(rows, group), _grouped(jnp.ones(rows.shape[-1:]), group).sum(-1)
     found, least = None, None
     for n in range(form.search):
-        one = _range(groups, form, 1 - 0.7 * n / form.search)
+        one = _range(groups, sizes, form, 1 - 0.7 * n / form.search)
         if form.search == 1:
             return one
         scales = one[0]
@@ -414,7 +426,10 @@ def _ranges(groups: Array, form: Format) -> tuple[Array, Array | None]:
     return found
 
 
-def _range(groups: Array, form: Format, share: float) -> tuple[Array, Array | None]:
+def _range(groups: Array, sizes: Array, form: Format, share: float) -> tuple[Array, Array | None]:
+    """A share of the range of groups, of which the last may be filled up: `sizes` are without that."""
+    if form.range == "mean":
+        return share * 2 * jnp.abs(groups).sum(-1) / sizes / (form.element.greatest + 0.5), None
     if not form.has_zeros:
         return share * jnp.abs(groups).max(-1) / form.reach, None
     low, high = share * jnp.minimum(groups.min(-1), 0), share * jnp.maximum(groups.max(-1), 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from peftjax.core.errors import PeftError
+from peftjax.train.paging import OptimizerMemory
 
 Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "adamw8bit", "lion8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -45,6 +46,8 @@ class TrainConfig:
     """Part of all steps in which the learning rate rises to its peak."""
     optimizer: Optimizer = "adamw"
     """The optax optimizer; adamw8bit and lion8bit keep their moments in eight bits."""
+    optimizer_memory: OptimizerMemory = "device"
+    """Where the optimizer's state lies between steps: on the device, or in the host's memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay of everything trainable; adamw, lion and their 8-bit forms have it."""
     clip_norm: float | None = 1.0
@@ -166,6 +169,7 @@ _LARGEST = {
 }
 _CHOICES = {
     "optimizer": get_args(Optimizer),
+    "optimizer_memory": get_args(OptimizerMemory),
     "schedule": get_args(Schedule),
     "dtype": get_args(Dtype),
     "best_by": get_args(Metric),

@@ -85,7 +85,14 @@ def fit(
     """
     loss = model_loss(forward, objective, model_dropout=config.model_dropout)
     tx = make_optimizer(config, steps.total)
-    run = training(method, loss, tx, accumulation=config.grad_accumulation, grad_norm=True)
+    run = training(
+        method,
+        loss,
+        tx,
+        accumulation=config.grad_accumulation,
+        grad_norm=True,
+        optimizer_memory=config.optimizer_memory,
+    )
     rate = learning_rate(config, steps.total)
     evaluate = evaluate or make_evaluate(forward, method, objective)
     state = run.begin(frozen, trainable, key)

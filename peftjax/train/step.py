@@ -6,17 +6,19 @@ All training in peftjax (`fit`, `pj.plan`, the experiments, the conformance chec
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
+from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
 from peftjax.losses import Batch, Objective
 from peftjax.train.gradient import Loss, Metrics, Sums, gradient_of_batch, loss_of_batch
+from peftjax.train.paging import OptimizerMemory, paged_in, paged_out
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Transform
@@ -59,6 +61,7 @@ class Training:
         tx: `method.optimizer` of the given one.
         accumulation: the parts in which a batch is computed, one after the other.
         grad_norm: whether the metrics have the norm of the gradient.
+        optimizer_memory: where the optimizer's state lies between steps.
     """
 
     method: Transform
@@ -66,6 +69,7 @@ class Training:
     tx: optax.GradientTransformationExtraArgs
     accumulation: int = 1
     grad_norm: bool = False
+    optimizer_memory: OptimizerMemory = "device"
 
     def start(self, key: Key[Array, ""], params: Params) -> TrainingState:
         """The state before the first step; `params` stay as they are.
@@ -92,7 +96,7 @@ class Training:
         frozen, trainable = self.close(frozen, trainable)
         # Copied, for an optimizer's state may share arrays with what it is the state of.
         opt_state = _copied(self.tx.init(self.method.begin(frozen, trainable)[1]))
-        return TrainingState(0, frozen, trainable, opt_state, key)
+        return TrainingState(0, frozen, trainable, paged_out(opt_state, self.optimizer_memory), key)
 
     def close(self, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
         """`method.close`, compiled; trainable, state and the base of a method in place are donated."""
@@ -173,8 +177,10 @@ class Training:
         if self.grad_norm:
             metrics["grad_norm"] = optax.tree.norm(gradients)
         frozen, trainable = self.method.begin(frozen, trainable)
+        opt_state = paged_in(opt_state, self.optimizer_memory)
         updates, opt_state = self.tx.update(gradients, opt_state, trainable, frozen=frozen)
         frozen, trainable = self.method.end(frozen, optax.apply_updates(trainable, updates))
+        opt_state = paged_out(opt_state, self.optimizer_memory)
         return trainable, opt_state, {name: getattr(frozen, name) for name in moved}, metrics
 
     def run_advance(
@@ -192,6 +198,7 @@ class Training:
     ) -> tuple[Trainable, Any, Moved]:
         """What `advance` compiles for a part of one of the method's advances; arguments as of `run_step`."""
         frozen = _joined(moved, fixed)
+        opt_state = paged_in(opt_state, self.optimizer_memory)
         optimizer = OptimizerState(opt_state, self.tx, self.method.begin(frozen, trainable)[1])
         frozen, trainable, optimizer = advance.run(
             loss_of_batch(self.loss, self.accumulation, batch),
@@ -202,7 +209,8 @@ class Training:
             key=key,
             part=part,
         )
-        return trainable, optimizer.state, {name: getattr(frozen, name) for name in moved}
+        opt_state = paged_out(optimizer.state, self.optimizer_memory)
+        return trainable, opt_state, {name: getattr(frozen, name) for name in moved}
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -242,6 +250,7 @@ def training(
     *,
     accumulation: int = 1,
     grad_norm: bool = False,
+    optimizer_memory: OptimizerMemory = "device",
 ) -> Training:
     """The training step of a method: compiled, its state donated, the method advanced when it is due.
 
@@ -262,9 +271,11 @@ def training(
         tx: any optax optimizer.
         accumulation: A.
         grad_norm: report the norm of the gradient too, for which all of it is in memory at one time.
+        optimizer_memory: where the optimizer's state lies between steps: on the device, or with "pinned_host"
+            in the host's memory, from where each step brings it for the update. What is trained is the same.
 
     Raises:
-        PeftError: when `accumulation` is not positive.
+        PeftError: when `accumulation` is not positive, or there is no such memory.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
@@ -277,7 +288,8 @@ def training(
     """
     if accumulation < 1:
         raise PeftError(f"training: accumulation must be positive, got {accumulation}")
-    return Training(method, loss, method.optimizer(tx), accumulation, grad_norm)
+    one_of("training", "optimizer_memory", optimizer_memory, get_args(OptimizerMemory))
+    return Training(method, loss, method.optimizer(tx), accumulation, grad_norm, optimizer_memory)
 
 
 def model_loss(forward: Forward, objective: Objective, *, model_dropout: bool = False) -> Loss:

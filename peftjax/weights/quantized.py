@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import dequantized_matmul
-from peftjax.quantize.groups import Format, GroupCodes, encode
+from peftjax.quantize.groups import Format, Grid, GroupCodes, encode
 from peftjax.weights.base import Weight, lazily_merged
 from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Dot, Gather
@@ -219,7 +219,13 @@ class Quantized(Weight):
 
 
 def quantize(
-    w: Array, layout: Layout, form: Format, *, rows: Side = "o", block: int | None = None
+    w: Array,
+    layout: Layout,
+    form: Format,
+    *,
+    rows: Side = "o",
+    block: int | None = None,
+    grid: Grid | None = None,
 ) -> Quantized:
     """An array as a quantized weight, the matrices of its stack one after the other.
 
@@ -229,6 +235,7 @@ def quantize(
         form: how it is coded.
         rows: which side the rows of the codes are: of a lookup table its inputs.
         block: how many numbers are coded at a time, as in `encode`.
+        grid: scales and zero points `[*stack, rows, groups]`, as in `encode`.
     """
     matrices = to_canonical(w, layout)
     matrices = matrices.swapaxes(-1, -2) if rows == "o" else matrices
@@ -238,8 +245,8 @@ def quantize(
             whole = PartitionSpec(*sharding.spec[: len(layout.stack)], None, None)
             matrices = jax.sharding.reshard(matrices, NamedSharding(sharding.mesh, whole))
         matrices = matrices.reshape(*layout.stack, 1, -1)
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[-2:]), (matrices, grid))
     # All of a stack at once would take several float32 arrays of its size.
-    codes = lax.map(lambda matrix: encode(matrix, form, dtype=w.dtype, block=block), flat)
+    codes = lax.map(lambda one: encode(one[0], form, dtype=w.dtype, block=block, grid=one[1]), flat)
     codes = jax.tree.map(lambda part: part.reshape(*layout.stack, *part.shape[1:]), codes)
     return Quantized(codes, layout, w.dtype, rows)

@@ -43,6 +43,7 @@ def folders(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_a_decoders_plan_is_that_of_the_library(folders, capsys):
     command = ["plan", "--model", folders["decoder"], "--rank", "2", "--batch-size", "4"]
     found = json.loads(run(capsys, *command, "--max-length", "16", "--json"))

@@ -35,8 +35,9 @@ BATCH = {"x": jax.ShapeDtypeStruct((B, D), F32), "labels": jax.ShapeDtypeStruct(
 LORA = pj.chain(pj.lora(rank=4), pj.unfreeze(["head"]))
 
 
-def plan(method=LORA, dtype=F32, target="cpu"):
-    return pj.plan(method, model, shapes_of(dtype), BATCH, optimizer=optax.adam(1e-3), target=target)
+def plan(method=LORA, dtype=F32, target="cpu", **options):
+    shapes = shapes_of(dtype)
+    return pj.plan(method, model, shapes, BATCH, optimizer=optax.adam(1e-3), target=target, **options)
 
 
 def needs(module):
@@ -66,6 +67,17 @@ def test_the_kinds_of_arguments_are_what_the_compiler_is_given(target):
     assert found.trainable_parameters == factors + D * 10
     assert found.flops > 0
     assert not found.uncounted
+
+
+@ON_EVERY_TARGET
+def test_an_optimizer_on_the_host_is_no_argument_of_the_device(target):
+    here, there = plan(target=target).bytes, plan(target=target, optimizer_memory="pinned_host").bytes
+    assert there.weights + there.trainable + there.optimizer + there.batch == there.arguments
+    assert there.arguments == here.arguments - (here.optimizer - there.optimizer)
+    assert here.host == 0
+    if target != "cpu":  # which has one memory
+        assert there.optimizer < 0.1 * here.optimizer  # its counter
+        assert there.host >= 2 * (2 * L * 4 * (D + F) + D * 10) * 4
 
 
 def test_bytes_on_a_cpu_are_those_of_the_arrays():

@@ -72,6 +72,7 @@ def test_a_seed_changes_images_and_classifier_but_not_the_body_or_the_test(image
     assert np.array_equal(test.pixels, test_again.pixels)
 
 
+@pytest.mark.slow
 def test_training_validation_and_test_share_no_image(images, base):
     tasks, test = make_tasks(images, base, SMALL.transfer)
     for task in tasks:

@@ -123,6 +123,7 @@ def parameters(model):
     return tree.count(model.params(model.backbone()))
 
 
+@pytest.mark.slow
 def test_the_models_have_the_sizes_of_their_names():
     millions = {model.name: parameters(model) / 1e6 for model in block_models()}
     assert millions["RoBERTa-large"] == pytest.approx(355, rel=0.02)

@@ -25,6 +25,7 @@ def exported(tmp_path_factory):
     return folder, model, params, peft
 
 
+@pytest.mark.slow
 def test_import_makes_an_adapter_of_it(exported, tmp_path):
     folder, model, params, peft = exported
     made = import_saved(peft, str(folder), tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close
+from support import KEY, all_but_slow, assert_close
 
 from peftjax.core.errors import PeftError
 from peftjax.kernels.dequantized_matmul import dequantized_matmul, gpu, reference, tpu
@@ -142,6 +142,7 @@ def test_residuals_are_the_codes_and_the_factors():
         assert shapes == sorted(part.shape for part in (*codes[:2], *given))
 
 
+@pytest.mark.slow
 def test_scales_are_constants_and_forward_mode_and_second_derivatives_are_right():
     codes, scales, shifts = stored(NF4, 24, 64, 16, shifted=True)
     w = dense(codes, scales, shifts, NF4, 16)
@@ -164,6 +165,7 @@ def stack_of_three():
     return *stack[:2], ws, product
 
 
+@pytest.mark.slow
 def test_a_stack_is_scanned():
     codes, scales, ws, product = stack_of_three()
     x = array(5, 64) / 8
@@ -180,6 +182,7 @@ def test_a_stack_is_scanned():
         assert_close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_stack_and_inputs_are_mapped():
     codes, scales, ws, product = stack_of_three()
     x = array(5, 64)
@@ -332,7 +335,7 @@ def test_what_fits_no_kernel_takes_the_reference(body, group, width, out):
     assert "pallas_call" not in str(f(body)(array(0, 256)))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("platform", all_but_slow(["cpu", "tpu", "cuda"], ["cpu"]))
 def test_flops_are_the_products(platform, monkeypatch):
     monkeypatch.setattr(reference, "LARGEST", 2**12)
     codes, scales, _ = stored(NF4, 128, 256, 64, stack=(2,))

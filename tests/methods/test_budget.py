@@ -213,6 +213,7 @@ def test_the_budget_is_the_papers_sequence_of_operations():
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_before_an_epoch_the_levels_are_exactly_the_allocation_and_else_they_stay():
     tx = METHOD.optimizer(optax.sgd(0.1))
     frozen, trainable = start()

@@ -416,7 +416,6 @@ def test_every_layer_of_a_stack_drops_its_own(make):
             {"padding": "REFLECT", "kernel_dilation": 2},
             {"feature_group_count": 2, "strides": 2},
         ],
-        0,
         3,
     ),
     ids=str,

@@ -196,6 +196,7 @@ def test_the_first_update_after_a_reset_of_the_first_moment_is_a_tenth():
     np.testing.assert_allclose(new.trainable["up/kernel"]["b"] - old, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", quick_at(["m", "m,v"], 0))
 def test_a_restart_in_the_middle_of_a_window_turns_the_sum_into_gradients_of_the_new_factors(reset):
     tx = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()

@@ -84,6 +84,7 @@ def test_in_a_chain_whole_methods_may_be_masked_out():
     assert all(not leaf.any() for leaf in jax.tree.leaves(got["sara"]))
 
 
+@pytest.mark.slow
 def test_a_budget_is_that_of_a_group_where_groups_have_optimizers_of_their_own():
     """SNELLA shares out, within each group, what the schedule keeps of all weights."""
     method = pj.snella(rank=2, total_steps=9, allocate_every=3, sparsity=0.5)

@@ -48,7 +48,7 @@ def expected(frozen, trainable):
     )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["int4", "int3 grouped", "nf4 grouped"])
+@pytest.mark.parametrize("options", quick_at(OPTIONS, 0), ids=["int4", "int3 grouped", "nf4 grouped"])
 def test_it_starts_as_the_rounded_model_and_its_gradients_are_those_of_the_dense_weights(options):
     method = pj.peqa(**options)
     frozen, fresh = method.init(KEY, PARAMS)
@@ -131,7 +131,8 @@ def test_it_trains_the_scales_of_codes_that_are_there():
         pj.chain(pj.nf4(), pj.peqa()).init(KEY, PARAMS)
 
 
-@pytest.mark.parametrize("group", quick_at([-1, 16], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [-1, 16])
 def test_scales_and_their_changes_are_sharded_as_the_weight(group):
     """Inside a scan, and inside `shard_map`: the step is that of one device."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))

@@ -72,6 +72,7 @@ def prefixed(decoder):
     return trained_of(pj.prefix(length=4, mlp_size=None, init_std=0.5), decoder[1])
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_changes_no_token(decoder, prefixed):
     model, params = decoder
     alone = states(prefixed, {"input_ids": np.array(PROMPTS[1:2])}, model, params)

@@ -40,6 +40,7 @@ def test_it_merges_into_the_zero_points_and_leaves_the_codes():
     assert_close(run({"layers": {"up": {"kernel": merged}}}, x), out, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_uses_it_as_the_dense_array():
     method = pj.qa_lora(rank=2, group=8, targets="w")
     frozen, fresh = method.init(KEY, {"w": PARAMS["layers"]["up"]["kernel"][0]})

@@ -30,7 +30,7 @@ def loss(params, x):
     return jnp.sum(jnp.sin(model(params, x)))
 
 
-@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4", "int8", "int3")))
+@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4", "int8")))
 def test_rows_across_the_codes_are_those_of_the_decoded_array(name):
     """Also where groups run on, or are cut short; a number past the end is a row of zeros."""
     rows = jnp.array([0, 5, 69, 2**31 - 1])
@@ -82,6 +82,7 @@ def test_it_starts_as_the_base_of_codes_and_its_gradients_are_rows_of_the_dense_
     assert_close(chained.merge(*chained.init(KEY, PARAMS)), rounded)
 
 
+@pytest.mark.slow
 def test_rows_from_before_the_coding_have_no_rounding_error():
     method = pj.qpaca(rank=3, format="int4", scales=None, group=8, init_from="original", targets=["down"])
     frozen, trainable = method.init(KEY, PARAMS)

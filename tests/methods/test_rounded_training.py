@@ -30,7 +30,7 @@ def loss(params, x):
     return jnp.sum(jnp.sin(model(params, x)))
 
 
-@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("nf4", "int4")))
+@pytest.mark.parametrize("name", all_but_slow(FORMATS, ("int4",)))
 def test_forward_is_that_of_the_codes_and_the_gradient_passes_through(name):
     options = {"format": name, "search": 1}
     method, plain = pj.quantized(**options, train=True), pj.quantized(**options)
@@ -60,6 +60,7 @@ def test_forward_is_that_of_the_codes_and_the_gradient_passes_through(name):
         assert_close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_gets_no_gradient():
     """Ranges that a search makes smaller: 2 bits of numbers of which one is far larger."""
     w = jnp.ones((64, 1)).at[0].set(1.6)

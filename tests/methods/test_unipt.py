@@ -191,6 +191,7 @@ def test_each_weight_of_the_backbone_is_in_one_product(remat):
     assert {(8, 16), (16, 8)} & made_here  # of the way up
 
 
+@pytest.mark.slow
 def test_bfloat16_features_give_finite_gradients_also_of_a_row_of_padding():
     model, params = tiny("encoder").forward, tiny("encoder").params
     model = dataclasses.replace(model, dtype="bfloat16")

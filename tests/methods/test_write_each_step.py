@@ -178,6 +178,7 @@ def test_a_loop_that_opens_and_closes_by_hand_trains_what_pj_training_trains():
     assert_close(method.merge(frozen, trainable), wanted[-1], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_is_given_less_by_what_z_has():
     """Weights, gradients and moments are the same; the compiled step has no argument for Z and the factor."""
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import all_but_slow, quick_at
+from support import all_but_slow
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -71,7 +71,8 @@ def test_a_chain_on_coded_parameters_trains_and_tells_another_format(folder):
         load(folder, quantize=pj.lora())
 
 
-@pytest.mark.parametrize("of_layers", quick_at([False, True], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("of_layers", [False, True])
 def test_codes_go_where_the_weights_go(folder, of_layers):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     method = pj.quantized(format="int8")

@@ -205,6 +205,7 @@ def test_tables_of_t5s_stacks_that_differ_are_each_used(held, tmp_path, random_d
     np.testing.assert_array_equal(alone["embed"]["word"]["embedding"], encoder)
 
 
+@pytest.mark.slow
 def test_more_layers_than_config_json_has_are_named(tmp_path, random_decoder, decoders, caplog):
     save(tmp_path, *random_decoder(decoders["llama2"]))
     edit(tmp_path, dict, num_hidden_layers=2)

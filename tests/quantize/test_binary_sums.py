@@ -151,6 +151,7 @@ def test_errors_name_the_option():
         ({"format": "bcq2", "search": 4}, "bcq2 tries no ranges"),
         ({"format": "int4", "rounds": 4}, "int4 is not fitted in turns"),
         ({"format": "bcq2", "affine": True}, "bcq2 has no zero point"),
+        ({"format": "bcq2", "train": True, "anneal": 0.005}, "bcq2 has several"),
     ):
         with pytest.raises(PeftError, match=message):
             pj.quantized(**options)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.scipy.special import ndtri
-from support import all_but_slow
+from support import all_but_slow, quick_at
 
 from peftjax.core import tree
 from peftjax.quantize.elements import E2M1, NF4, Natural, Table
@@ -91,19 +91,20 @@ def test_bitsandbytes_gives_the_same(name, shape):
     np.testing.assert_allclose(twice.scales.mean.item(), state.offset.item(), rtol=1e-6)
 
 
-def test_packing_is_undone_for_every_byte_and_width():
-    every = np.arange(256, dtype=np.uint8)
-    for bits in (1, 2, 4, 8):
+@pytest.mark.parametrize("bits", quick_at(range(1, 9), 2, 3))
+def test_packing_is_undone_for_every_byte_and_width(bits):
+    if 8 % bits == 0:
+        every = np.arange(256, dtype=np.uint8)
         np.testing.assert_array_equal(pack(unpack(every, bits, 256 * 8 // bits), bits), every)
-    np.testing.assert_array_equal(
-        unpack(np.uint8([0x1F]), 4, 2), [1, 15]
-    )  # the first one is in the high bits
-    for bits in (1, 2, 3, 4, 5, 6):
-        for width in (1, 7, 24):
-            codes = np.random.default_rng(bits).integers(0, 2**bits, (2, width)).astype(np.uint8)
-            packed = pack(codes, bits)
-            assert packed.shape == (2, packed_bytes(width, bits))
-            np.testing.assert_array_equal(unpack(packed, bits, width), codes)
+    for width in (1, 7, 24) if bits < 7 else ():
+        codes = np.random.default_rng(bits).integers(0, 2**bits, (2, width)).astype(np.uint8)
+        packed = pack(codes, bits)
+        assert packed.shape == (2, packed_bytes(width, bits))
+        np.testing.assert_array_equal(unpack(packed, bits, width), codes)
+
+
+def test_the_first_code_is_in_the_high_bits_and_three_bits_fill_bytes():
+    np.testing.assert_array_equal(unpack(np.uint8([0x1F]), 4, 2), [1, 15])
     assert packed_bytes(64, 3) == 24
 
 
@@ -138,6 +139,7 @@ def test_bits_a_number():
         "nf4": 4.5, "fp4": 4.5, "int8": 8.008, "int4": 4.25, "int3": 3.5, "int2": 2.5,
         "fp8_e4m3": 8.008, "fp8_e5m2": 8.008, "mxfp4": 4.25, "nvfp4": 4.5, "power_of_two": 5.002,
         "bcq1": 1.25, "bcq2": 2.5, "bcq3": 3.75, "bcq4": 5.0,
+        "statsq4": 4.008, "statsq3": 3.008, "statsq2": 2.008,
     }  # fmt: skip
     double = jax.eval_shape(lambda x: encode(x, DOUBLE), rows)
     assert tree.nbytes(double) == 4096**2 // 2 + 4096 * 64 + 4 * 4096 * 64 // 256 + 4
@@ -152,12 +154,14 @@ def test_what_is_decoded_has_the_same_codes_again(name):
     form = FORMATS[name]
     codes, found = coded(NORMAL, form)
     again, twice = coded(found, form)
-    if form.search == 1 and form.scales_a_group == 1:
+    if form.search == 1 and form.range == "largest" and form.scales_a_group == 1:
+        # Of others what is decoded has another mean, or other signs fit as well.
         np.testing.assert_allclose(twice, found, rtol=1e-6)
     golden = {
         "nf4": 0.092, "fp4": 0.121, "int8": 0.0081, "int4": 0.118, "int3": 0.21, "int2": 0.431,
         "fp8_e4m3": 0.026, "fp8_e5m2": 0.052, "mxfp4": 0.115, "nvfp4": 0.0956, "power_of_two": 0.209,
         "bcq1": 0.6, "bcq2": 0.338, "bcq3": 0.187, "bcq4": 0.104,
+        "statsq4": 0.223, "statsq3": 0.267, "statsq2": 0.371,
     }[name]  # fmt: skip
     assert abs(relative(NORMAL, found) / golden - 1) < 0.06
     assert codes.codes.dtype in (jnp.uint8, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -195,7 +199,7 @@ def test_more_ranges_tried_never_give_a_larger_error():
     assert errors[1] < 0.9 * errors[0]
 
 
-@pytest.mark.parametrize("name", ["nf4", "int3", "nvfp4", "fp8_e4m3"])
+@pytest.mark.parametrize("name", all_but_slow(["nf4", "int3", "nvfp4", "fp8_e4m3", "bcq2", "bcq3"], ["nf4"]))
 def test_codes_of_blocks_of_rows_are_those_of_all_at_once(name):
     """Blocks that do not divide the rows, in groups and in rows, for a row that is none and many."""
     x = jnp.asarray(NORMAL[:12, :192]).reshape(3, 4, 192)

@@ -122,7 +122,10 @@ def test_trains_with_accumulation_and_without_evaluation():
 
 @pytest.mark.slow
 def test_real_method_resumes(tmp_path):
-    """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece."""
+    """A chain of adapters with dropout: interrupted and continued, it equals a run in one piece.
+
+    So it does with an optimizer in the host's memory.
+    """
     params = {**tiny.base(), **tiny.parameters()[1], "layer": {"kernel": jnp.eye(16)}}
 
     def forward(params, batch, *, key=None):
@@ -134,8 +137,9 @@ def test_real_method_resumes(tmp_path):
     options["identity"] = run_identity(method.config, params)
     options["forward"] = method.model(forward)
     config = replace(tiny.CONFIG, schedule="constant", warmup_ratio=0.0, steps=20, keep_best=0)
-    tiny.run(tmp_path, replace(config, steps=8), **options)
-    continued = tiny.run(tmp_path, config, **options)
+    paged = replace(config, optimizer_memory="pinned_host")
+    tiny.run(tmp_path, replace(paged, steps=8), **options)
+    continued = tiny.run(tmp_path, paged, **options)
     whole = tiny.run(config=config, **options)
     jax.tree.map(np.testing.assert_array_equal, continued.trainable, whole.trainable)
     assert jnp.abs(whole.trainable["lora"]["layer/kernel"]["b"]).max() > 0.01

@@ -9,6 +9,7 @@ import tiny
 from support import KEY
 
 import peftjax as pj
+from peftjax.core.errors import PeftError
 from peftjax.losses import accuracy, classification, cross_entropy
 from peftjax.train.data.batches import make_batch
 from peftjax.train.evaluate import make_evaluate
@@ -170,3 +171,27 @@ def test_an_evaluation_of_which_nothing_counts_says_so(batches):
     evaluate = make_evaluate(tiny.forward, tiny.METHOD, classification)
     with pytest.raises(pj.PeftError, match="no example of the evaluation counts"):
         evaluate(trainable, frozen, batches)
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("galore", marks=pytest.mark.slow)])
+def test_an_optimizer_on_the_host_trains_the_same(name):
+    galore = pj.galore(rank=2, every=2, targets="head/kernel")
+    method = {"adamw": tiny.METHOD, "galore": galore}[name]
+    params = {**tiny.base(), **tiny.parameters()[1]}
+    batch, results = batch_of_unequal_weights(), []
+    for memory in ("device", "pinned_host"):
+        loss = model_loss(deterministic, classification)
+        training = pj.training(method, loss, optax.adamw(1e-2), optimizer_memory=memory)
+        state = training.start(KEY, params)
+        for _ in range(3):
+            kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+            assert kinds == {memory}
+            state, _ = training.step(state, batch)
+        results.append(jax.tree.leaves((state.trainable, state.opt_state, state.frozen.state)))
+    for here, there in zip(*results, strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_a_memory_that_is_none_is_an_error():
+    with pytest.raises(PeftError, match=r"optimizer_memory must be one of device, pinned_host"):
+        training_of(deterministic, optimizer_memory="host")

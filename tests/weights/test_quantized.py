@@ -83,6 +83,7 @@ def test_backward_keeps_the_input_of_the_adapter_and_nothing_of_the_weights_size
     assert all(np.prod(array.shape, dtype=int) <= 4 * 256 for array in found), found
 
 
+@pytest.mark.slow
 def test_codes_and_scales_are_sharded_as_the_weight_is():
     """And the step is that of one device, for inputs, outputs and stacks that are divided."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))

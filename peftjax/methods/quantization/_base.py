@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
+import optax
 from jax import Array
 
 from peftjax.core import tree
@@ -10,13 +13,14 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import Targets
 from peftjax.quantize.formats import describe
 from peftjax.quantize.groups import Format
+from peftjax.transform.around import Around, require_given
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.coding import Coding, rows_of
 from peftjax.weights.layout import layout_of
 from peftjax.weights.quantized import Quantized
-from peftjax.weights.rounded import Rounded
+from peftjax.weights.rounded import Rounded, near_a_boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,15 @@ def quantized_base(name: str, form: Format, options: BaseOptions) -> Transform:
     return Transform(name, {}, init, apply, codings=codings_of)
 
 
-def rounded_base(name: str, form: Format, options: BaseOptions) -> Transform:
+def rounded_base(name: str, form: Format, options: BaseOptions, *, anneal: float | None = None) -> Transform:
     """A method that trains the targeted weights, or what earlier methods train in them, rounded in each step.
 
     Args:
         name: the method's name.
         form: how they are coded.
         options: which of them.
+        anneal: how far from the middle of two codes a weight is moved by a step, as a share of the scale; by
+            default all are moved.
     """
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
@@ -76,7 +82,13 @@ def rounded_base(name: str, form: Format, options: BaseOptions) -> Transform:
                     "in that method's place"
                 )
         layouts = tuple((path, layout_of(path, leaves, options.layouts)) for path in paths)
-        taken, rest = tree.partition(params, [p for p in paths if not isinstance(leaves[p], Weight)])
+        adapted = [path for path in paths if isinstance(leaves[path], Weight)]
+        if adapted and anneal is not None:
+            raise PeftError(
+                f"{name}: anneal holds weights that {name} itself trains, and {adapted[0]!r} is a "
+                f"{type(leaves[adapted[0]]).__name__} of an earlier method; leave one of the two out"
+            )
+        taken, rest = tree.partition(params, [path for path in paths if path not in adapted])
         return Frozen(rest, plan=layouts), taken
 
     def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Params:
@@ -88,7 +100,32 @@ def rounded_base(name: str, form: Format, options: BaseOptions) -> Transform:
         }
         return tree.replace(params, rounded)
 
-    return Transform(name, {}, init, apply)
+    around = None if anneal is None else _annealed(name, form, anneal)
+    return Transform(name, {}, init, apply, around=around)
+
+
+def _annealed(name: str, form: Format, share: float) -> Around:
+    """What moves only the weights that are close to two codes, those before the step deciding.
+
+    The others' gradients are zero, and so, whatever the optimizer's moments and decay would do, are their
+    updates: a negative zero, which leaves each number as it is, zeros of either sign too.
+    """
+
+    def where_near(otherwise: float) -> optax.GradientTransformationExtraArgs:
+        def update(
+            updates: Any, state: Any, params: Any = None, *, frozen: Frozen | None = None, **extra: Any
+        ) -> tuple[Any, Any]:
+            layouts = dict(require_given(name, params, frozen).plan)
+
+            def moved(path: str, value: Array) -> Array:
+                near = near_a_boundary(params[path], layouts[path], form, share)
+                return jnp.where(near, value, jnp.asarray(otherwise, value.dtype))
+
+            return {path: moved(path, value) for path, value in updates.items()}, state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    return Around(gradients=where_near(0.0), updates=where_near(-0.0))
 
 
 def quantized_params(

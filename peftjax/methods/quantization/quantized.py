@@ -9,6 +9,9 @@ With `train` it is quantization-aware training with the straight-through estimat
 1308.3432):
 
     y = x·r(w),  r(w) = decode(encode(w))        dw = dr where w is within its codes' reach, else 0
+
+The formats `statsq4`, `statsq3`, `statsq2` are for that (OFQ, Liu et al., ICML 2023, arXiv 2302.02210), and
+so is `anneal`, which then moves no weight but those that are close to two codes.
 """
 
 from dataclasses import dataclass, replace
@@ -105,14 +108,28 @@ class QuantizedOptions(FormatOptions):
 
     Attributes:
         train: train the weights, of which a step sees what they are rounded to.
+        anneal: of the trained weights, a step moves those alone that are no further from the middle of two
+            codes than this share of the scale; the others stay bit for bit. OFQ's last epochs have 0.005.
     """
 
     train: bool = False
+    anneal: float | None = None
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        positive(caller, "anneal", self.anneal)
+        if self.anneal is not None and not self.train:
+            raise PeftError(f"{caller}: anneal is of weights that are trained; give train=True too")
+        if self.anneal is not None and isinstance(self.form.element, BinarySum):
+            raise PeftError(
+                f"{caller}: anneal is of formats with one scale for a weight; {self.format} has several"
+            )
 
 
 @register(
     kind="rewrite",
-    paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two, sums of binaries",
+    paper="round-to-nearest bases: int8 ... int2, float8, MXFP4, NVFP4, powers of two, StatsQ, binaries",
     trains="nothing; with `train` the weights, rounded in every step",
     backward_keeps="the codes, 2 to 8 bits a weight; with `train` x and the weights",
     quantized_base=False,
@@ -138,5 +155,5 @@ def quantized(options: QuantizedOptions) -> Transform:
         'int8'
     """
     if options.train:
-        return rounded_base("quantized", options.form, options)
+        return rounded_base("quantized", options.form, options, anneal=options.anneal)
     return quantized_base("quantized", options.form, options)
