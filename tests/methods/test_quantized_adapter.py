@@ -9,8 +9,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import KEY, assert_close, noisy
+from tiny_models import tiny
 
 import peftjax as pj
+import peftjax.testing
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.vit import ViTConfig, vit
@@ -165,3 +167,14 @@ def test_numbers_divided_over_devices_are_rounded_and_coded_as_those_of_one(kind
     assert got.sharding.spec == PartitionSpec(None, None, "tensor")
     assert_close(got, seen(trained))
     np.testing.assert_array_equal(codes.codes, encode_normal(trained["b"], 1, 2).codes)
+
+
+@pytest.mark.slow
+def test_a_method_of_blocks_without_biases_is_trained_in_one_bit():
+    method = pj.quantized_adapter(pj.adaptformer(size=3, scale=10.0, bias=False, dropout=0.0))
+    backbone = tiny("backbone")
+    frozen, fresh = method.init(KEY, backbone.params)
+    assert {name.rsplit("/", 1)[-1] for name in tree.named_leaves(fresh)} == {"kernel"}
+    coded = method.stored(frozen, fresh)["blocks"]["feed_forward"]["up"]["kernel"]
+    assert coded.mean.shape == (len(fresh["blocks"]["feed_forward"]["up"]["kernel"]),)  # of each layer
+    pj.testing.check_method(method, backbone, mergeable=False, starts_as_base=False)
