@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.adapters.rounding import rounded
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.config import CONFIG, FIELDS, OF_ALL_VERSIONS, TASK_MODULES, TENSORS, clean, rank_power
@@ -95,6 +96,9 @@ def export_peft(
         export_prefix(Path(path), model, method, trainable, base)
         return
     frozen = replace(frozen, advanced=True)
+    if initial is not None:
+        initial = rounded(method, frozen, initial)[2]
+    method, frozen, trainable = rounded(method, frozen, trainable)
     leaves = tree.named_leaves(method.apply(frozen, trainable))
     rows = trained_rows(frozen, leaves)
     factors, trained = changed_parameters(

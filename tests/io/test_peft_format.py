@@ -236,6 +236,21 @@ def test_round_trips_are_exact(method, tmp_path):
     assert_close(load_adapter(tmp_path / "ours", PARAMS).trainable, trainable, 0)
 
 
+def test_an_adapter_of_one_bit_is_written_as_the_model_sees_it(tmp_path):
+    inner = pj.rslora(rank=2, targets=["up"], dropout=0.2)
+    method = pj.quantized_adapter(inner)
+    frozen, trainable, _ = make(method)
+    pj.export_peft(tmp_path, TABLE, method, frozen, trainable)
+    config = config_of(tmp_path)
+    assert (config["use_rslora"], config["lora_dropout"]) == (True, 0.2)
+    again = pj.import_peft(tmp_path, TABLE, PARAMS)
+    assert_close(again[0].merge(*again[1:]), method.merge(frozen, trainable), 1e-6)
+    residual = pj.quantized_adapter(pj.pissa(rank=2, targets=["up"]))
+    frozen, trainable, _ = make(residual)
+    with pytest.raises(PeftError, match="pissa trains on a residual of the base"):
+        pj.export_peft(tmp_path, TABLE, residual, frozen, trainable)
+
+
 def test_the_file_is_no_larger_than_what_is_trained(tmp_path):
     params = draw({"blocks": {"up": {"kernel": (4, 256, 256)}}})
     method = pj.lora(rank=16)

@@ -80,8 +80,12 @@ def test_the_model_sees_two_values_a_layer_and_an_ordinary_lora_has_them():
             step = median_table(1)[1] * np.std(latent, ddof=1)
             wanted = np.mean(latent) + step * np.where(latent > np.mean(latent), 1, -1)
             np.testing.assert_allclose(layer, wanted, rtol=1e-5, atol=1e-6)
-    with pytest.raises(PeftError, match="'lora' is no quantized_adapter"):
-        pj.adapters.rounded(inner, own, values)
+    assert pj.adapters.rounded(inner, own, values) == (inner, own, values)
+    both = pj.chain(pj.nf4(targets=["head/kernel"]), pj.lora(rank=2, targets=["head/kernel"]), method)
+    frozen, fresh = both.init(KEY, PARAMS)
+    whole, of_floats, values = pj.adapters.rounded(both, frozen, fresh)
+    assert list(values) == ["nf4", "lora", "lora_2"]
+    assert_close(whole.merge(of_floats, values), both.merge(frozen, fresh), 0)
 
 
 def test_a_matrix_of_zeros_starts_around_them():
