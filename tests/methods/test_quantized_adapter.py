@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from support import KEY, assert_close, noisy
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import KEY, assert_close, noisy, quick_at
 from tiny_models import tiny
 
 import peftjax as pj
@@ -154,7 +154,7 @@ def test_training_lowers_the_loss(bits):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+@pytest.mark.parametrize("kind", quick_at((AxisType.Explicit, AxisType.Auto), 0))
 def test_numbers_divided_over_devices_are_rounded_and_coded_as_those_of_one(kind):
     """With the mean and the deviation of the whole matrix."""
     method = quantized(2)
