@@ -186,9 +186,11 @@ def test_every_basis_is_of_the_smaller_side():
 def test_refreshes_are_timed_and_compared(folder, monkeypatch):
     training = options(folder, width=64, layers=1, rank=8)
     chosen = refresh.Options(training, folder.parent / "refresh", rate=1e-2, shapes=((16, 24),), rounds=1)
+    bases = (BASES[0], BASES[3])  # the others differ in their numbers alone
+    monkeypatch.setattr(refresh, "BASES", bases)
     refresh.main(chosen)
     found = json.loads((folder.parent / "refresh" / "results.json").read_text())
-    assert set(found["refreshes"]) == {STEP, *(basis.label for basis in BASES)}
+    assert set(found["refreshes"]) == {STEP, *(basis.label for basis in bases)}
     energy = found["energy"]
     assert energy["SVD"]["steps"] == [0, 2, 4]
     assert energy["subspace, 1, start before"]["steps"] == [2, 4]
@@ -199,4 +201,4 @@ def test_refreshes_are_timed_and_compared(folder, monkeypatch):
     assert (folder.parent / "refresh" / "results.png").stat().st_size > 0
     monkeypatch.setattr(run, "train", None)  # a call of it fails
     refresh.main(chosen)
-    assert "| subspace, 2 |" in (folder.parent / "refresh" / "results.md").read_text()
+    assert "| subspace, 1 |" in (folder.parent / "refresh" / "results.md").read_text()
