@@ -12,27 +12,12 @@ import argparse
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import peftjax as pj
-from peftjax.backbone.backbone import Backbone
-from peftjax.models.load import FAMILIES
+from experiments.step_memory.models import LLAMA_3_8B, llama_model
+from peftjax.planner.step import Bytes
 
-LLAMA_3_8B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "rope_theta": 500_000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 RECORD = (7.37 * 2**30, 227.5e3)
 """Bytes that are fixed, and for each token."""
 LENGTHS = (32_768, 65_536, 131_072)
@@ -43,28 +28,19 @@ POLICIES = {
 }
 
 
-def llama(remat: str, tile: int | None) -> Backbone:
-    """The model under its policies."""
-    family = FAMILIES["llama"]
-    model = family.build(family.read_config(LLAMA_3_8B), head="causal_lm", dtype="bfloat16", remat=remat)
-    return dataclasses.replace(model, feed_forward_tile=tile)
-
-
-def planned(policy: str, tokens: int, target: str) -> dict[str, float]:
-    """Bytes on the device and on the host of a step on one row."""
-    model = llama(*POLICIES[policy])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
-    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    found = pj.plan(
+def planned(policy: str, tokens: int, target: str) -> Bytes:
+    """What a step on one row takes."""
+    remat, tile = POLICIES[policy]
+    model = llama_model("Llama-3-8B", LLAMA_3_8B, 1, tokens)
+    backbone = dataclasses.replace(model.backbone(remat), feed_forward_tile=tile)
+    return pj.plan(
         pj.chain(pj.nf4(), pj.lora(rank=16)),
-        model,
-        params,
-        {"input_ids": row, "labels": row},
+        backbone,
+        model.params(backbone),
+        model.inputs(backbone),
         optimizer=optax.adamw(1e-4),
         target=target,
-    )
-    return {"peak": found.bytes.peak, "host": found.bytes.host}
+    ).bytes
 
 
 def main() -> None:
@@ -77,9 +53,9 @@ def main() -> None:
         peaks = []
         for tokens in LENGTHS:
             found = planned(policy, tokens, arguments.target)
-            peaks.append(found["peak"])
-            record = RECORD[0] + RECORD[1] * tokens
-            sizes = {name: round(size / 2**30, 2) for name, size in {**found, "record": record}.items()}
+            peaks.append(found.peak)
+            sizes = {"peak": found.peak, "host": found.host, "record": RECORD[0] + RECORD[1] * tokens}
+            sizes = {name: round(size / 2**30, 2) for name, size in sizes.items()}
             print(policy, f"{tokens:,} tokens, GiB:", json.dumps(sizes), flush=True)
         each = (peaks[-1] - peaks[0]) / (LENGTHS[-1] - LENGTHS[0])
         fixed = (peaks[0] - each * LENGTHS[0]) / 2**30
