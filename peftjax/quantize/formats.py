@@ -79,4 +79,5 @@ def describe(form: Format) -> str:
         names = [name for name, known in FORMATS.items() if known.element == form.element]
     name = names[0] if names else f"{form.element.bits}-bit numbers with zero points"
     of = "each row" if form.group is None else f"{form.group} numbers"
-    return f"{name} with a {form.scales} scale for {of}"
+    rotation = ", rotated" if form.rotate else ""
+    return f"{name} with a {form.scales} scale for {of}{rotation}"

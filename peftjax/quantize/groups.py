@@ -44,6 +44,8 @@ class Format:
         runs_on: whether groups that do not divide a row run on into the next one.
         range: what the outermost codes stand for: the largest size of a group's numbers, or, half a code
             further out, twice their mean size.
+        rotate: whether codes are of weights whose inputs have been rotated, see `peftjax.ops.hadamard`; a
+            `Quantized` does so, and undoes it.
     """
 
     element: Element | BinarySum
@@ -53,6 +55,7 @@ class Format:
     search: int = 1
     runs_on: bool = False
     range: Literal["largest", "mean"] = "largest"
+    rotate: bool = False
 
     @property
     def reach(self) -> float:

@@ -11,12 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import dequantized_matmul
+from peftjax.ops.hadamard import rotated
 from peftjax.quantize.groups import Format, Grid, GroupCodes, encode
 from peftjax.weights.base import Weight, lazily_merged
 from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Dot, Gather
 from peftjax.weights.fields import coded, static, structured
 from peftjax.weights.layout import Layout, Side
+from peftjax.weights.sharding import whole
 
 
 @structured
@@ -27,7 +29,8 @@ class Quantized(Weight):
     codes alone. A lookup of rows decodes those rows.
 
     Attributes:
-        codes: `[*stack, rows, width]`; or `[*stack, 1, rows · width]`, where groups run on from row to row.
+        codes: `[*stack, rows, width]`; or `[*stack, 1, rows · width]`, where groups run on from row to row. Of
+            a rotated format they are those of `R w`, R being of the inputs.
         layout: of the logical axes.
         of_dtype: of the array that it stands for.
         rows: the side whose axes the rows of the codes are; groups run along the other one.
@@ -49,13 +52,25 @@ class Quantized(Weight):
 
     def decoded(self, codes: GroupCodes) -> Array:
         """The array that other codes of this weight's shape stand for; it differentiates their scales."""
-        return self.arranged(replace(codes, dtype=self.dtype).decode())
+        if not self.rotates:
+            return self.arranged(replace(codes, dtype=self.dtype).decode())
+        # Rounded once, after the rotation.
+        matrices = self._in_rows(replace(codes, dtype=jnp.float32).decode())
+        return self.arranged(_rotated_inputs(matrices, self.rows)).astype(self.dtype)
 
     def arranged(self, matrices: Array) -> Array:
         """An array in the order of the codes, `[*stack, rows, width]`, in the logical shape."""
-        n, m = self.layout.matrix
-        matrices = matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
+        matrices = self._in_rows(matrices)
         return to_logical(matrices.swapaxes(-1, -2) if self.rows == "o" else matrices, self.layout)
+
+    def _in_rows(self, matrices: Array) -> Array:
+        n, m = self.layout.matrix
+        return matrices.reshape(*self.layout.stack, *((m, n) if self.rows == "o" else (n, m)))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the codes are of rotated inputs."""
+        return self.codes.format.rotate
 
     def cast(self, dtype: Any) -> "Quantized":
         """The same codes, decoded to another dtype."""
@@ -71,7 +86,7 @@ class Quantized(Weight):
             not self.layout.stack
             and "1" not in self.layout.letters
             and not self._runs_on
-            and side_of(self.layout, rule.w_contract) is not None
+            and side_of(self.layout, rule.w_contract) in (("i",) if self.rotates else ("i", "o"))
             and not rule.w_batch
             and rule.precision is None
             and rule.out_sharding is None
@@ -96,6 +111,7 @@ class Quantized(Weight):
         free = [n for n in range(x.ndim) if n not in met]
         lead = [x.shape[n] for n in free]
         x = lax.transpose(x, (*free, *met)).reshape(*lead, -1)
+        x = rotated(x) if self.rotates else x
         transposed, codes = side == self.rows, self.codes.codes
         y = dequantized_matmul(
             x, codes, scales, shifts, u, v, table=table, group=self.codes.group, transposed=transposed
@@ -107,7 +123,7 @@ class Quantized(Weight):
         """Rows of this weight, of which those alone are decoded."""
         side = side_of(self.layout, (rule.axis,))
         left = self.layout.positions("i" if side == "o" else "o")
-        if side is None or left != tuple(p for p in range(self.ndim) if p != rule.axis):
+        if self.rotates or side is None or left != tuple(p for p in range(self.ndim) if p != rule.axis):
             return lazily_merged(rule, indices, self)
         codes, numbers = replace(lax.stop_gradient(self.codes), dtype=self.dtype), indices[..., 0]
         if self._runs_on:
@@ -126,7 +142,7 @@ class Quantized(Weight):
     def slice_features(self, position: int, cut: range) -> "Quantized | None":
         """A slice of rows, or one of whole groups and bytes."""
         kind = self.layout.axes[position].kind
-        if self._runs_on or len(self.layout.positions(kind)) > 1:
+        if self._runs_on or self._turns(kind) or len(self.layout.positions(kind)) > 1:
             return None
         sizes = list(self.shape)
         sizes[position] = len(cut)
@@ -143,7 +159,7 @@ class Quantized(Weight):
         kind = self.layout.axes[position].kind
         if kind in ("s", "1"):
             return super().reverse(position)
-        if self._runs_on or kind != self.rows:
+        if self._runs_on or self._turns(kind) or kind != self.rows:
             return None
         sizes, place = self.layout.sizes(kind), self.layout.positions(kind).index(position)
 
@@ -157,7 +173,7 @@ class Quantized(Weight):
         """One of several axes of the rows read as a stack."""
         axis, n = self.layout.axes[position], len(self.layout.stack)
         sizes = self.layout.sizes(axis.kind)
-        if axis.kind != self.rows or len(sizes) < 2 or self._runs_on:
+        if axis.kind != self.rows or len(sizes) < 2 or self._runs_on or self._turns(axis.kind):
             return None
         place = self.layout.positions(axis.kind).index(position)
 
@@ -176,7 +192,7 @@ class Quantized(Weight):
         divided = {}
         for side in ("i", "o"):
             first, *others = (full[p] for p in self.layout.positions(side))
-            if any(others) or (self._runs_on and first is not None):
+            if any(others) or ((self._runs_on or self._turns(side)) and first is not None):
                 return None
             divided[side] = first
         row, along = (divided["o"], divided["i"]) if self.rows == "o" else (divided["i"], divided["o"])
@@ -191,7 +207,7 @@ class Quantized(Weight):
     ) -> "Quantized | None":
         """The weight with its rows, or whole groups of each, gathered; see `Views.gather_features`."""
         axis = self.layout.axes[position]
-        if axis.kind not in "io" or axis.place != 0 or self._runs_on:
+        if axis.kind not in "io" or axis.place != 0 or self._runs_on or self._turns(axis.kind):
             return None
         sizes = list(self.shape)
         sizes[position] = size
@@ -211,6 +227,10 @@ class Quantized(Weight):
         n, m = layout.matrix
         width = n * m if self._runs_on else n if self.rows == "o" else m
         return replace(self, layout=layout, codes=self.codes.of_width(width))
+
+    def _turns(self, kind: str) -> bool:
+        """Whether axes of that kind are rotated as a whole: a part of them is none of the codes."""
+        return self.rotates and kind == "i"
 
     @property
     def _runs_on(self) -> bool:
@@ -239,14 +259,32 @@ def quantize(
     """
     matrices = to_canonical(w, layout)
     matrices = matrices.swapaxes(-1, -2) if rows == "o" else matrices
+    if form.rotate:
+        matrices = whole(matrices)
+    shape = matrices.shape[-2:]
     if form.runs_on and matrices.shape[-1] % (form.group or 1):
         if sharding := explicit_sharding(matrices):
             # Groups that run on from row to row lie on one device.
-            whole = PartitionSpec(*sharding.spec[: len(layout.stack)], None, None)
-            matrices = jax.sharding.reshard(matrices, NamedSharding(sharding.mesh, whole))
+            one_device = PartitionSpec(*sharding.spec[: len(layout.stack)], None, None)
+            matrices = jax.sharding.reshard(matrices, NamedSharding(sharding.mesh, one_device))
         matrices = matrices.reshape(*layout.stack, 1, -1)
     flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[-2:]), (matrices, grid))
+
+    def coded_matrix(one: tuple[Array, Grid | None]) -> GroupCodes:
+        matrix, grid = one
+        if form.rotate:
+            turned = _rotated_inputs(matrix.reshape(shape).astype(jnp.float32), rows)
+            matrix = turned.reshape(matrix.shape)
+        return encode(matrix, form, dtype=w.dtype, block=block, grid=grid)
+
     # All of a stack at once would take several float32 arrays of its size.
-    codes = lax.map(lambda one: encode(one[0], form, dtype=w.dtype, block=block, grid=one[1]), flat)
+    codes = lax.map(coded_matrix, flat)
     codes = jax.tree.map(lambda part: part.reshape(*layout.stack, *part.shape[1:]), codes)
     return Quantized(codes, layout, w.dtype, rows)
+
+
+def _rotated_inputs(matrices: Array, rows: Side) -> Array:
+    """Matrices `[*stack, rows, width]` with their inputs rotated."""
+    if rows == "o":
+        return rotated(matrices)
+    return rotated(matrices.swapaxes(-1, -2)).swapaxes(-1, -2)

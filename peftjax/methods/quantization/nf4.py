@@ -31,10 +31,12 @@ class Nf4Options(BaseOptions):
         group: how many weights share a scale.
         double: how the scales are quantized: by the 8-bit dynamic map, as the released code does, by float8,
             as the paper says, or not.
+        rotate: code the weights with their inputs rotated, as in `quantized`.
     """
 
     group: int = 64
     double: Literal["dynamic", "float8", "none"] = "dynamic"
+    rotate: bool = False
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
@@ -65,5 +67,5 @@ def nf4(options: Nf4Options) -> Transform:
         >>> frozen.params["up"]["kernel"].codes.codes.shape
         (8, 32)
     """
-    form = replace(FORMATS["nf4"], group=options.group, scales=_SCALES[options.double])
+    form = replace(FORMATS["nf4"], group=options.group, scales=_SCALES[options.double], rotate=options.rotate)
     return quantized_base("nf4", form, options)

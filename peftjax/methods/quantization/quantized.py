@@ -1,6 +1,7 @@
 """Quantized bases of any format: whole numbers, floats of 4 and 8 bits, powers of two, sums of binaries.
 
     w ≈ scale_g · element(code)        affine:  w ≈ scale_g · (code - zero_g)        bcq:  w ≈ Σ_k ±scale_gk
+    with `rotate`:  x·w = (x R)·(R w),  R = I ⊗ H / √b, of which R w is coded
 
 The formats are those of `peftjax.quantize.formats`. It trains nothing and goes before a method, as `nf4`. A
 layer decodes its weight for its product, forward and backward, and keeps the codes.
@@ -110,10 +111,13 @@ class QuantizedOptions(FormatOptions):
         train: train the weights, of which a step sees what they are rounded to.
         anneal: of the trained weights, a step moves those alone that are no further from the middle of two
             codes than this share of the scale; the others stay bit for bit. OFQ's last epochs have 0.005.
+        rotate: code `R w` instead of w, R being the Hadamard rotation of the inputs, and multiply with x R:
+            what is large in a few inputs is spread over all, so that no group's range is one number's.
     """
 
     train: bool = False
     anneal: float | None = None
+    rotate: bool = False
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
@@ -121,6 +125,8 @@ class QuantizedOptions(FormatOptions):
         positive(caller, "anneal", self.anneal)
         if self.anneal is not None and not self.train:
             raise PeftError(f"{caller}: anneal is of weights that are trained; give train=True too")
+        if self.rotate and self.train:
+            raise PeftError(f"{caller}: rotate is of weights that stay as they are; leave train out")
         if self.anneal is not None and isinstance(self.form.element, BinarySum):
             raise PeftError(
                 f"{caller}: anneal is of formats with one scale for a weight; {self.format} has several"
@@ -156,4 +162,4 @@ def quantized(options: QuantizedOptions) -> Transform:
     """
     if options.train:
         return rounded_base("quantized", options.form, options, anneal=options.anneal)
-    return quantized_base("quantized", options.form, options)
+    return quantized_base("quantized", replace(options.form, rotate=options.rotate), options)
