@@ -29,8 +29,8 @@ class Quantized(Weight):
     codes alone. A lookup of rows decodes those rows.
 
     Attributes:
-        codes: `[*stack, rows, width]`; or `[*stack, 1, rows · width]`, where groups run on from row to row. Of
-            a rotated format they are those of `R w`, R being of the inputs.
+        codes: `[*stack, rows, width]`; or `[*stack, 1, rows · width]`, where groups run on from row to row.
+            Of a rotated format they are those of `R w`, R being of the inputs.
         layout: of the logical axes.
         of_dtype: of the array that it stands for.
         rows: the side whose axes the rows of the codes are; groups run along the other one.
