@@ -8,10 +8,11 @@ from typing import Literal
 
 import peftjax as pj
 from experiments.harness.contenders import Contender
+from experiments.harness.quantized_bases import BASES
 from peftjax.methods.sparse.shira import Mask
 
-Group = Literal["plain", "blocks", "sparse"]
-"""LoRA and the reference points alone; or beside them methods of blocks, or sparse methods."""
+Group = Literal["plain", "blocks", "sparse", "quantized"]
+"""LoRA and the reference points alone; or beside them methods of blocks, sparse ones, or bases of codes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sizes:
 def contenders(chosen: Group, sizes: Sizes) -> tuple[Contender, ...]:
     """The contenders of a set, the reference points first."""
     lora = Contender(f"LoRA r={sizes.rank}", lambda setting: pj.lora(rank=sizes.rank))
-    others = {"plain": (), "blocks": blocks(sizes), "sparse": sparse(sizes)}
+    others = {"plain": (), "blocks": blocks(sizes), "sparse": sparse(sizes), "quantized": quantized(sizes)}
     return (*references(), lora, *others[chosen])
 
 
@@ -106,6 +107,24 @@ def sparse(sizes: Sizes) -> tuple[Contender, ...]:
             f"SaRA {density:.1%}",
             lambda setting: pj.sara(density=density, reselect_at=setting.steps // 2),
         ),
+    )
+
+
+def quantized(sizes: Sizes) -> tuple[Contender, ...]:
+    """LoRA on bases of codes, and methods made for them."""
+    rank = sizes.rank
+    on_codes = (
+        Contender(
+            f"LoRA r={rank}, {name}", lambda setting, make=BASES[name]: pj.chain(make(), pj.lora(rank=rank))
+        )
+        for name in ("nf4", "int8", "fp8_e4m3", "mxfp4", "int4", "int3", "int2")
+    )
+    return (
+        *on_codes,
+        Contender(f"LoftQ r={rank}", lambda setting: pj.loftq(rank=rank)),
+        Contender(f"QPaCA r={2 * rank}", lambda setting: pj.qpaca(rank=2 * rank)),
+        Contender(f"QA-LoRA r={rank}", lambda setting: pj.qa_lora(rank=rank), matched=False),
+        Contender("PEQA int4", lambda setting: pj.peqa(format="int4"), matched=False),
     )
 
 
