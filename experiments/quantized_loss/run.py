@@ -5,7 +5,13 @@ r"""What does a base of few bits cost a language model, and how much of it does 
 
 Expected, the loss on the test part in nats a byte, rounded and after a LoRA on the codes:
 
-@@TABLE@@
+    | results | of | is |
+    |---|---|---|
+    | wikitext2 | float32 | 1.9942, 1.9725 |
+    | wikitext2 | nf4 | 1.9953, 1.9692 |
+    | wikitext2 | int4 | 1.9970, 1.9706 |
+    | wikitext2 | int3 | 2.0035, 1.9752 |
+    | wikitext2 | int2 | 2.1043, 1.9751 |
 
 A small Llama over bytes is trained on a folder of text files (WikiText-2), rounded to each format, and
 trained on the same text with a LoRA of every linear layer of its blocks, at the learning rate that is best on
@@ -55,23 +61,23 @@ class Options:
     """A folder of .txt files."""
     output: Path | None = None
     """Where the results go; by default a folder named like the data beside this file."""
-    width: int = 192
+    width: int = 96
     """Of the model, a multiple of 32."""
     layers: int = 4
     """Blocks."""
     length: int = 128
     """Bytes of a row."""
-    batch: int = 16
+    batch: int = 8
     """Rows a step."""
-    steps: int = 500
+    steps: int = 400
     """Of the base."""
-    rate: float = 3e-3
+    rate: float = 1e-2
     """Peak learning rate of the base."""
-    adapter_steps: int = 150
+    adapter_steps: int = 100
     """Of each LoRA."""
     rank: int = 8
     """Of each LoRA; alpha is twice that."""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2)
     """Peak learning rates of the LoRAs, of which each format takes its best."""
     tested: int = 16
     """Batches of the held-out part, and of the test part."""

@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize(
-    "base", quick_at([pj.nf4(), pj.quantized(format="int8")], 0), ids=lambda base: base.name
+    "base", quick_at([pj.nf4(), pj.quantized(format="int8")], 1), ids=lambda base: base.name
 )
 def test_merged_codes_are_those_of_the_dense_merge(base):
     params = {
