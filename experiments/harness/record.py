@@ -84,9 +84,13 @@ def _lines(value: Any, levels: int, depth: int = 0) -> str:
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """The command, the commit, the machine and the versions of packages, as JSON values."""
+    """The command, the commit, the machine and the versions of packages, as JSON values.
+
+    Of a path that is one of this machine alone the command has the name.
+    """
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv[1:]]
     return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *words]),
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in packages},

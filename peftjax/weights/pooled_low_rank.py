@@ -92,9 +92,7 @@ class PooledLowRank(Weight):
 
     def part_specs(self, spec: PartitionSpec) -> "PooledLowRank | None":
         """None where inputs are divided: a group may lie on two devices."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        divided = any(full[p] is not None for p in self.layout.positions("i"))
-        return None if divided else super().part_specs(spec)
+        return None if self.divides(spec, ("i",)) else super().part_specs(spec)
 
     def gather_features(
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int

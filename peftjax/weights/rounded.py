@@ -1,14 +1,12 @@
 """A trained weight that a model sees rounded to a format of codes."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from peftjax.core import tree
 from peftjax.core.derivatives import with_backward
@@ -20,13 +18,14 @@ from peftjax.weights.fields import canonical, logical, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.quantized import Quantized, quantize
 from peftjax.weights.sharding import like
+from peftjax.weights.views import WholeMatrices
 
 LARGEST_LOG = math.log(4)
 """Of a trained factor of a step, or of a number before it is rounded."""
 
 
 @structured
-class Rounded(Weight):
+class Rounded(WholeMatrices, Weight):
     """`w = decode(encode(base))`, whose gradient is the base's where that is within reach of the codes.
 
     Without a `step` ranges are those of the base at hand, and constants in the gradient. With one the scales
@@ -35,7 +34,8 @@ class Rounded(Weight):
         d log_step = Σ dw ∘ (w - base·1[within])        of each group
 
     A number that rounds to a code is within reach; one that is cut off to the outermost code gets no
-    gradient, but for ranges that are of a mean: all are within those. Backward rounds the base again.
+    gradient, but for ranges that are of a mean: all are within those. Backward rounds the base again. A part
+    of a matrix would have other ranges.
 
     Attributes:
         base: an array, or a weight with an adapter.
@@ -96,27 +96,6 @@ class Rounded(Weight):
     def cast(self, dtype: Any) -> "Rounded":
         """The same codes, decoded to another dtype."""
         return replace(self, of_dtype=jnp.dtype(dtype))
-
-    def slice_features(self, position: int, cut: range) -> None:
-        """None: a part of a group has another range."""
-
-    def reverse(self, position: int) -> "Rounded | None":
-        """A reversed stack."""
-        return super().reverse(position) if self.layout.axes[position].kind in "s1" else None
-
-    def as_stack(self, position: int) -> None:
-        """None: a part of a group has another range."""
-
-    def part_specs(self, spec: PartitionSpec) -> "Rounded | None":
-        """None where inputs or outputs are divided: a part of a group has another range."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        divided = any(full[p] is not None for p in (*self.layout.positions("i"), *self.layout.positions("o")))
-        return None if divided else super().part_specs(spec)
-
-    def gather_features(
-        self, position: int, mesh_axes: Sequence[str], fn: Callable[[Array, int], Array], size: int
-    ) -> None:
-        """None, as there are no divided features."""
 
 
 def with_codes(params: Any) -> Any:

@@ -115,9 +115,7 @@ class TrainedRows(Weight):
 
     def part_specs(self, spec: Any) -> "TrainedRows | None":
         """None where inputs are sharded: the rows are numbered over all of them."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        sharded = any(full[p] is not None for p in self.layout.positions("i"))
-        return None if sharded else super().part_specs(spec)
+        return None if self.divides(spec, ("i",)) else super().part_specs(spec)
 
     def gather_features(
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int

@@ -60,9 +60,7 @@ class Shifted(Weight):
 
     def part_specs(self, spec: Any) -> "Shifted | None":
         """None where inputs are sharded: the sum over the shards would have the bias of each."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        sharded = any(full[p] is not None for p in self.layout.positions("i"))
-        return None if sharded else super().part_specs(spec)
+        return None if self.divides(spec, ("i",)) else super().part_specs(spec)
 
     def gather_features(
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int

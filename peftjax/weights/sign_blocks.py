@@ -1,26 +1,26 @@
 """A frozen weight as a sum of blocks of one bit a number, of which any first few are an approximation."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from peftjax.quantize.packing import unpack
 from peftjax.weights.base import Weight
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.fields import canonical, static, structured
 from peftjax.weights.layout import Layout
+from peftjax.weights.views import WholeMatrices
 
 
 @structured
-class SignBlocks(Weight):
+class SignBlocks(WholeMatrices, Weight):
     """`w = Σ_i S_i ∘ (a_iᵀ b_i)`, a weight without a base; S_i are signs.
 
     A layer adds the blocks up for its product, in the forward pass and again in the backward pass, which
-    keeps signs and factors alone. A block whose b is zero counts for nothing.
+    keeps signs and factors alone. A block whose b is zero counts for nothing. A byte has the signs of several
+    outputs, so that matrices are not cut.
 
     Attributes:
         signs: uint8 `[*stack, blocks, in, bytes]`, 8 outputs to a byte, the first in the high bit; 1 is +.
@@ -61,27 +61,6 @@ class SignBlocks(Weight):
     def cast(self, dtype: Any) -> "SignBlocks":
         """The same blocks, whose sum is rounded to another dtype."""
         return replace(self, of_dtype=jnp.dtype(dtype))
-
-    def slice_features(self, position: int, cut: range) -> None:
-        """None: a byte has the signs of several outputs."""
-
-    def reverse(self, position: int) -> "SignBlocks | None":
-        """A reversed stack."""
-        return super().reverse(position) if self.layout.axes[position].kind in "s1" else None
-
-    def as_stack(self, position: int) -> None:
-        """None, as for a slice."""
-
-    def part_specs(self, spec: PartitionSpec) -> "SignBlocks | None":
-        """The parts divided along the stack; None where inputs or outputs are divided."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        divided = any(full[p] is not None for p in (*self.layout.positions("i"), *self.layout.positions("o")))
-        return None if divided else super().part_specs(spec)
-
-    def gather_features(
-        self, position: int, mesh_axes: Sequence[str], fn: Callable[[Array, int], Array], size: int
-    ) -> None:
-        """None, as there are no divided features."""
 
 
 def signed_product(signs: Array, a: Array, b: Array) -> Array:

@@ -91,9 +91,7 @@ class SparseEntries(Weight):
 
     def part_specs(self, spec: Any) -> "SparseEntries | None":
         """None where inputs or outputs are sharded: entries are numbered over all of them."""
-        full = (*spec, *(None,) * (self.ndim - len(spec)))
-        sharded = any(full[p] is not None for side in ("i", "o") for p in self.layout.positions(side))
-        return None if sharded else super().part_specs(spec)
+        return None if self.divides(spec, ("i", "o")) else super().part_specs(spec)
 
     def gather_features(
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int

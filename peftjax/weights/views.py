@@ -129,6 +129,11 @@ class Views(Opaque, abc.ABC):
 
         return self._rebuild(layout, lambda w: w.as_stack(position) if isinstance(w, Views) else w, stacked)
 
+    def divides(self, spec: PartitionSpec, sides: Sequence[Side]) -> bool:
+        """Whether a sharding of the logical axes divides an axis of these sides."""
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+        return any(full[position] is not None for side in sides for position in self.layout.positions(side))
+
     def part_specs(self, spec: PartitionSpec) -> Self | None:
         """The same structure with the sharding of each part in its place, from that of the whole.
 
@@ -313,6 +318,29 @@ def _for_part(part: Array, options: tuple[tuple[str, Any], ...]) -> tuple[tuple[
     if jnp.issubdtype(part.dtype, jnp.floating):
         return tuple((dict(options) | {"fill_value": 0}).items())
     return tuple((dict(options) | {"mode": GatherScatterMode.CLIP, "fill_value": None}).items())
+
+
+class WholeMatrices(Views):
+    """A weight of which only the stack can be cut, reversed or divided: a part of a matrix is none of it."""
+
+    def slice_features(self, position: int, cut: range) -> None:
+        """None."""
+
+    def reverse(self, position: int) -> Self | None:
+        """A reversed stack."""
+        return super().reverse(position) if self.layout.axes[position].kind in "s1" else None
+
+    def as_stack(self, position: int) -> None:
+        """None."""
+
+    def part_specs(self, spec: PartitionSpec) -> Self | None:
+        """None where inputs or outputs are divided."""
+        return None if self.divides(spec, ("i", "o")) else super().part_specs(spec)
+
+    def gather_features(
+        self, position: int, mesh_axes: Sequence[str], fn: Callable[[Array, int], Array], size: int
+    ) -> None:
+        """None, as there are no divided features."""
 
 
 def transpose(w: Any, permutation: Sequence[int]) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from support import quick_at
 
 import peftjax as pj
-from peftjax.quantize.groups import encode
+from peftjax.quantize.encoding import encode
 from peftjax.weights.quantized import Quantized
 
 KEY = jax.random.key(0)

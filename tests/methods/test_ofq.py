@@ -9,8 +9,8 @@ from support import KEY
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
+from peftjax.quantize.encoding import encode
 from peftjax.quantize.formats import FORMATS
-from peftjax.quantize.groups import encode
 from peftjax.weights.rounded import with_codes
 
 W = jax.random.normal(KEY, (48, 6))

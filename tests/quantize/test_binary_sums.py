@@ -12,8 +12,9 @@ from support import KEY, assert_close
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.quantize.binary_sums import BinarySum, fit_scales, nearest
+from peftjax.quantize.encoding import encode
 from peftjax.quantize.formats import FORMATS, describe
-from peftjax.quantize.groups import BinaryCodes, Format, encode
+from peftjax.quantize.groups import BinaryCodes, Format
 
 NORMAL = np.random.default_rng(0).standard_normal((6, 80)).astype(np.float32)
 ROUNDS = (0, 2, 20)

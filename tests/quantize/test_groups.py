@@ -12,8 +12,9 @@ from support import all_but_slow, quick_at
 
 from peftjax.core import tree
 from peftjax.quantize.elements import E2M1, NF4, Natural, Table
+from peftjax.quantize.encoding import encode
 from peftjax.quantize.formats import FORMATS
-from peftjax.quantize.groups import Format, encode
+from peftjax.quantize.groups import Format
 from peftjax.quantize.packing import pack, packed_bytes, unpack
 
 NORMAL = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
