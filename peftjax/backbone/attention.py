@@ -80,6 +80,7 @@ class _Block:
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
+        sinks: Float[Array, "K G"] | None,
     ) -> Float[Array, "B K GT H"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
@@ -92,15 +93,23 @@ class _Block:
         parts = [("bkts,bksh->bkth", scores, value)]
         if prefix is not None:
             parts.append(self.of_prefix(query, prefix))
-        return self.mixed(parts, dropout_key)
+        if sinks is not None:
+            sinks = jnp.repeat(sinks.astype(jnp.float32), query.shape[2] // sinks.shape[1], axis=1)[..., None]
+        return self.mixed(parts, dropout_key, sinks)
 
-    def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
-        """One softmax over the scores of all parts, times their values."""
+    def mixed(
+        self,
+        parts: list[tuple[str, Array, Array]],
+        dropout_key: Key[Array, ""] | None,
+        sinks: Float[Array, "K GT 1"] | None,
+    ) -> Array:
+        """One softmax over the scores of all parts and the sinks, times the parts' values."""
         # Normalized after the product with the values: fewer passes over the scores, and a gradient without
         # a sum over them. The maximum only guards the exponential, its gradient is zero.
         largest = [jnp.max(scores, axis=-1, keepdims=True) for _, scores, _ in parts]
-        largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))
-        totals, sums = [], []
+        largest = functools.reduce(jnp.maximum, largest if sinks is None else [*largest, sinks])
+        largest = jax.lax.stop_gradient(largest)
+        totals, sums = [] if sinks is None else [jnp.exp(sinks - largest)], []
         for number, (product, scores, values) in enumerate(parts):
             weights = jnp.exp(scores - largest)
             totals.append(jnp.sum(weights, axis=-1, keepdims=True))
@@ -141,12 +150,14 @@ def attend(
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     prefix: Prefix | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
     `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
     `k G ... (k + 1) G - 1` read key and value head k. A query that sees nothing gets the mean of
-    the values.
+    the values; with sinks, whose exponentials join the sum of the softmax (Xiao et al. 2023, arXiv
+    2309.17453, in gpt-oss's form), it gets zero.
 
     Args:
         query: N heads.
@@ -162,6 +173,7 @@ def attend(
         dropout_key: draws the masks, which the backward pass recomputes.
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
+        sinks: scores of no key, one for each head, neither scaled nor bounded.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -172,6 +184,7 @@ def attend(
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     if bias is not None:
         bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+    sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
 
     def part(start: int | Int[Array, ""], rows: int, first: int, last: int) -> Float[Array, "B K G t H"]:
         own = jax.lax.dynamic_slice_in_dim(grouped, start, rows, 3) if rows < length else grouped
@@ -188,7 +201,7 @@ def attend(
             added = added.reshape(*added.shape[:2], -1, last - first)
         drop_key = None if dropout_key is None or dropout == 0.0 else jax.random.fold_in(dropout_key, start)
         flat = own.reshape(batch, kv_heads, -1, width)
-        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix)
+        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix, sinks)
         return mixed.reshape(own.shape)
 
     parts = []

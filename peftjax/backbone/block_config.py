@@ -9,7 +9,27 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from peftjax.backbone.layers import RMSNorm, layer_norm
+from peftjax.core.errors import PeftError
 from peftjax.ops.coded.bits import Bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Experts in place of one feed-forward.
+
+    Attributes:
+        count: E.
+        chosen: k, how many each token has.
+        normalized: whether coefficients are the softmax of the chosen logits, and not of all.
+        router_bias: whether the router has a bias.
+        bound: c of the gated activation `f(min(gate, c)) (1 + clip(up, -c, c))`; None is `f(gate) up`.
+    """
+
+    count: int
+    chosen: int
+    normalized: bool = True
+    router_bias: bool = False
+    bound: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +41,8 @@ class BlockConfig:
         num_heads: N query heads.
         num_kv_heads: K heads of keys and values, a divisor of N; default N.
         head_dim: H; default D / N.
-        inner_size: F of the feed-forward.
+        inner_size: F of the feed-forward; of each expert, where there are some.
+        experts: those that take its place.
         activation: a name in `ACTIVATIONS`.
         gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
         norm: "layer", "rms", or "rms_plus_one" (the stored scale is a difference from one).
@@ -38,6 +59,7 @@ class BlockConfig:
         causal: whether a token sees only those before it.
         window: how many places back a token sees, itself included; None is all.
         softcap: bound of the attention scores.
+        sinks: whether each head has a learned score of no key, which takes its share of the softmax.
         query_scale: factor of the scores; default `H ** -0.5`.
         attention_dropout: rate on the attention weights.
         output_dropout: rate on what each branch adds.
@@ -55,6 +77,7 @@ class BlockConfig:
     inner_size: int
     activation: str
     norm_epsilon: float
+    experts: Experts | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
@@ -70,6 +93,7 @@ class BlockConfig:
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     query_scale: float | None = None
     attention_dropout: float = 0.0
     output_dropout: float = 0.0
@@ -79,6 +103,13 @@ class BlockConfig:
     residuals: Bits | None = None
     feed_forward_tile: int | None = None
     offloaded_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.experts is not None and self.residuals is not None:
+            raise PeftError(
+                "coded residuals know no experts; leave coded_residuals or s2a out, and save memory with the "
+                "model's remat"
+            )
 
     @property
     def head_width(self) -> int:
