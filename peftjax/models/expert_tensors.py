@@ -39,6 +39,14 @@ def experts(path: str, name: str, *, bias: bool = False) -> tuple[TensorEntry, .
     return (*kernels, *biases) if bias else kernels
 
 
+def router(path: str, name: str) -> tuple[TensorEntry, TensorEntry]:
+    """The kernel and bias of a router, which no class of linear layers holds at Hugging Face."""
+    return (
+        TensorEntry(f"{path}/kernel", f"{name}.weight", transpose=True, kind="parameter"),
+        TensorEntry(f"{path}/bias", f"{name}.bias"),
+    )
+
+
 # gpt-oss: `gate_up_proj` [E, in, 2 out], or codes [E, 2 out, in], whose outputs are gate's and up's in turn.
 
 _INTERLEAVED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_bias)?")

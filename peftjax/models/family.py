@@ -69,6 +69,8 @@ class Family:
         gathered: the tensors of a file -> those of the table, where one of the latter is part of one of the
             former or several of them.
         scattered: undoes `gathered`, of arrays.
+        interleaved: whether a model in memory has the outputs of experts' `gate` and `up` in turn, and not
+            one behind the other.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Family:
     in_memory: Callable[[str], str] = str
     gathered: Callable[[Mapping[str, Stored]], dict[str, Stored]] = dict
     scattered: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    interleaved: bool = False
 
     def table(self, model: Backbone) -> tuple[TensorEntry, ...]:
         """Every parameter of a model of the family with its Hugging Face name."""

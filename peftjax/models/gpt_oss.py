@@ -13,7 +13,7 @@ from typing import Any
 from peftjax.backbone.block_config import Experts
 from peftjax.backbone.rope import read_rope
 from peftjax.models.decoder import FULL, SLIDING, DecoderConfig, read_windows, window_settings
-from peftjax.models.expert_tensors import experts, from_interleaved, to_interleaved
+from peftjax.models.expert_tensors import experts, from_interleaved, router, to_interleaved
 from peftjax.models.family import require_settings
 from peftjax.models.llama import (
     ATTENTION,
@@ -26,7 +26,7 @@ from peftjax.models.llama import (
     llama_family,
 )
 from peftjax.models.mixtral import require_choice
-from peftjax.models.weight_map import TensorEntry, linear
+from peftjax.models.weight_map import TensorEntry
 
 DEFAULTS = {
     "head_dim": 64,
@@ -56,7 +56,7 @@ WEIGHTS = (
     *ATTENTION,
     *BLOCK_NORMS,
     TensorEntry("blocks/attention/sinks", LAYER + "self_attn.sinks"),
-    *linear("blocks/feed_forward/router", LAYER + "mlp.router"),
+    *router("blocks/feed_forward/router", LAYER + "mlp.router"),
     *experts("blocks/feed_forward/experts", LAYER + "mlp.experts", bias=True),
 )
 
@@ -90,5 +90,11 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
 
 
 GPT_OSS = llama_family(
-    "gpt_oss", read_config, "GptOss", WEIGHTS, gathered=from_interleaved, scattered=to_interleaved
+    "gpt_oss",
+    read_config,
+    "GptOss",
+    WEIGHTS,
+    gathered=from_interleaved,
+    scattered=to_interleaved,
+    interleaved=True,
 )

@@ -8,7 +8,7 @@ from typing import Any
 from peftjax.backbone.block_config import Experts
 from peftjax.core.errors import PeftError
 from peftjax.models.decoder import FULL, SLIDING, DecoderConfig, read_windows, window_settings
-from peftjax.models.expert_tensors import experts, from_single, to_single
+from peftjax.models.expert_tensors import experts, from_single, router, to_single
 from peftjax.models.family import require_settings, require_size
 from peftjax.models.llama import (
     ATTENTION,
@@ -20,7 +20,6 @@ from peftjax.models.llama import (
     llama_config,
     llama_family,
 )
-from peftjax.models.weight_map import linear
 
 DEFAULTS = {
     "num_key_value_heads": 8,
@@ -37,7 +36,7 @@ WEIGHTS = (
     *TABLES,
     *ATTENTION,
     *BLOCK_NORMS,
-    *linear("blocks/feed_forward/router", MODULE + "gate"),
+    *router("blocks/feed_forward/router", MODULE + "gate"),
     *experts("blocks/feed_forward/experts", MODULE + "experts"),
 )
 

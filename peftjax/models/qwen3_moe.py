@@ -7,7 +7,7 @@ from typing import Any
 
 from peftjax.backbone.block_config import Experts
 from peftjax.models.decoder import FULL, SLIDING, DecoderConfig, read_windows, window_settings
-from peftjax.models.expert_tensors import experts, from_single, to_single
+from peftjax.models.expert_tensors import experts, from_single, router, to_single
 from peftjax.models.family import require_settings
 from peftjax.models.llama import (
     ATTENTION,
@@ -21,7 +21,6 @@ from peftjax.models.llama import (
     llama_family,
 )
 from peftjax.models.mixtral import require_choice
-from peftjax.models.weight_map import linear
 
 DEFAULTS = {
     "num_key_value_heads": 4,
@@ -41,7 +40,7 @@ WEIGHTS = (
     *ATTENTION,
     *BLOCK_NORMS,
     *QUERY_KEY_NORMS,
-    *linear("blocks/feed_forward/router", LAYER + "mlp.gate"),
+    *router("blocks/feed_forward/router", LAYER + "mlp.gate"),
     *experts("blocks/feed_forward/experts", LAYER + "mlp.experts"),
 )
 

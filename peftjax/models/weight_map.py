@@ -17,8 +17,9 @@ from peftjax.core.errors import PeftError
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
 # an output layer that shares an embedding's table, and so has its inputs and outputs exchanged. A tensor of
-# 'experts' [E, out, in] is what `Family.gathered` makes of those of a file.
-Kind = Literal["linear", "embedding", "convolution", "tied", "experts"]
+# 'experts' [E, out, in] is what `Family.gathered` makes of those of a file; a 'parameter' [out, in] lies in a
+# module that is no linear layer.
+Kind = Literal["linear", "embedding", "convolution", "tied", "experts", "parameter"]
 
 
 @dataclasses.dataclass(frozen=True)

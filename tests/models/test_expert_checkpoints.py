@@ -1,4 +1,4 @@
-"""Checkpoints with experts: gpt-oss's MXFP4 made from its definition, and single experts' matrices as codes."""
+"""Checkpoints with experts: gpt-oss's MXFP4 made from its definition, and codes of single experts."""
 
 import json
 
