@@ -5,7 +5,7 @@
     y = sum_e c_e E_e(x)               over those k;  E_e as in `FeedForward`
 
 Pairs of a token and one of its experts are sorted by expert, so that a product with all experts is one
-`jax.lax.ragged_dot`: k rows a token, however many experts there are. `c` enters before the way down, which
+`ragged_product`: k rows a token, however many experts there are. `c` enters before the way down, which
 keeps its gradient free of a product.
 """
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from peftjax.backbone.block_config import BlockConfig, Experts
 from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, recompute_module
+from peftjax.kernels.ragged_product import ragged_product
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +89,7 @@ class ExpertLinear(nn.Module):
         shape = (self.experts, rows.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
         rows = rows if scale is None else rows * scale
-        y = jax.lax.ragged_dot(rows, kernel.astype(self.dtype), routing.sizes)
+        y = ragged_product(rows, kernel.astype(self.dtype), routing.sizes)
         if self.use_bias:
             table = self.param("bias", nn.initializers.zeros, (self.experts, self.features), jnp.float32)
             bias = table.astype(self.dtype).at[routing.experts].get(mode="promise_in_bounds")
