@@ -105,6 +105,11 @@ def test_codes_stay_codes_are_decoded_and_written_as_floats(mxfp4, tmp_path):
     np.testing.assert_array_equal(pj.dense(layers["gate"]["kernel"])[1], joined[..., ::2])
     down = tensors["model.layers.0.mlp.experts.down_proj"]
     np.testing.assert_array_equal(pj.dense(layers["down"]["kernel"])[0], down)
+    _, coded = load(folder, param_dtype="bfloat16", quantize=pj.quantized(format="mxfp4"))
+    assert jax.tree.structure(coded["blocks"]["feed_forward"]) == jax.tree.structure(
+        params["blocks"]["feed_forward"]
+    )
+    assert isinstance(coded["blocks"]["attention"]["query"]["kernel"], Quantized)
     assert lacking(folder, model) == set()
     assert stored_dtypes(folder, model)["blocks/feed_forward/experts/up/kernel"] == jnp.bfloat16
     save(tmp_path, model, tree.map_named(lambda path, leaf: pj.dense(leaf), load(folder)[1]))

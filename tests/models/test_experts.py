@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from support import KEY, assert_close, assert_no_dense_gradient, noisy, normal
 
 import peftjax as pj
@@ -159,6 +160,34 @@ def test_on_codes_a_step_is_that_on_the_numbers_they_stand_for(gpt_oss):
     wanted, gradients = step(model, base, lora, adapter["lora"])
     assert_close(loss, wanted, 1e-6)
     assert_close(grads["lora"], gradients, 1e-5)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_and_divided_over_devices(gpt_oss):
+    """Rows over two devices and experts over none, or both over their axis of a mesh."""
+    model, params = gpt_oss
+    method = pj.lora(rank=2, targets=["query", "down"])
+    frozen, trainable = method.init(KEY, params)
+    trainable = noisy(trainable, scale=0.02)
+
+    def gradient(model):
+        forward = pj.adapt(model)
+        loss = lambda t, f, b: pj.losses.cross_entropy(forward(method.apply(f, t), b), b)
+        return jax.jit(jax.value_and_grad(loss))
+
+    wanted = gradient(model)(trainable, frozen, BATCH)
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    rows = jax.device_put(BATCH, place("data"))
+    for spec in (place(), place(None, None, "fsdp")):
+        put = lambda path, leaf, spec=spec: jax.device_put(leaf, spec if "experts" in path else place())
+        divided = dataclasses.replace(frozen, params=tree.map_named(put, frozen.params))
+        assert_close(gradient(model)(trainable, divided, rows), wanted, 1e-5)
+    loss, grads = gradient(dataclasses.replace(model, dtype="bfloat16"))(trainable, frozen, BATCH)
+    assert abs(float(loss - wanted[0])) < 0.05
+    for own, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted[1]), strict=True):
+        assert own.dtype == other.dtype
+        assert np.vdot(own, other) > 0.9 * np.linalg.norm(own) * np.linalg.norm(other)
 
 
 def test_experts_are_named_or_left_out(gpt_oss):
