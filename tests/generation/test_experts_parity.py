@@ -26,10 +26,7 @@ CASES = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=["GptOss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Mixtral", "Qwen3Moe"))],
-)
+@pytest.fixture(scope="module", params=all_but_slow(CASES, ("GptOss",)))
 def tiny(request, tmp_path_factory):
     """A random model of transformers, with sinks and biases that are not zero, and its folder."""
     torch.manual_seed(0)
