@@ -45,7 +45,8 @@ class BlockConfig:
         experts: those that take its place.
         activation: a name in `ACTIVATIONS`.
         gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
-        norm: "layer", "rms", or "rms_plus_one" (the stored scale is a difference from one).
+        norm: "layer", "rms", "rms_float32" (scaled before it is rounded), or "rms_plus_one" (likewise, and
+            the stored scale is a difference from one).
         norm_epsilon: added to the variance.
         norm_order: "pre" (`x + f(norm(x))`), "post" (`norm(x + f(x))`), or "sandwich"
             (`x + norm(f(norm(x)))`).
@@ -81,7 +82,7 @@ class BlockConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
-    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    norm: Literal["layer", "rms", "rms_float32", "rms_plus_one"] = "layer"
     norm_order: Literal["pre", "post", "sandwich"] = "pre"
     qkv_bias: bool = True
     fused_qkv: bool = False
@@ -132,4 +133,4 @@ def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) ->
         return layer_norm(config.norm_epsilon, dtype, name)
     if config.norm == "rms_plus_one":
         return RMSNorm(config.norm_epsilon, dtype, offset=1.0, scale_last=False, name=name)
-    return RMSNorm(config.norm_epsilon, dtype, name=name)
+    return RMSNorm(config.norm_epsilon, dtype, scale_last=config.norm == "rms", name=name)

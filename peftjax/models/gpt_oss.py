@@ -81,6 +81,7 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
         **attention_biases(values),
         "feed_forward_bias": True,
         "sinks": True,
+        "norm": "rms_float32",
         "activation": ACTIVATION,
         "experts": require_choice("gpt_oss", chosen),
         **own,

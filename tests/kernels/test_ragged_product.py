@@ -80,6 +80,26 @@ def test_sums_in_bfloat16_are_those_of_the_products_of_all_rows():
         np.testing.assert_allclose(one, other, rtol=0, atol=float(jnp.abs(other).max()) / 128)
 
 
+def test_rows_of_several_devices_in_a_shard_map():
+    """The matrices are all devices', and their gradient is summed over them."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w, _, g = operands(140, [1, 1, 1])
+    sizes = jnp.array([[30, 0, 40], [10, 58, 0]])
+
+    def own(w, x, g, sizes):
+        return jax.lax.psum(jnp.sum(jnp.tanh(ragged_product(x, w, sizes[0])) * g), "x")
+
+    each, all_of = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    found = jax.shard_map(own, mesh=mesh, in_specs=(all_of, each, each, each), out_specs=all_of)
+
+    def wanted(w, x, g, sizes):
+        parts = zip(jnp.split(x, 2), jnp.split(g, 2), sizes)
+        return sum(jnp.sum(jnp.tanh(lax.ragged_dot(x, w, own)) * g) for x, g, own in parts)
+
+    both = lambda *args: [jax.value_and_grad(f, (0, 1))(*args) for f in (found, wanted)]
+    assert_close(*jax.jit(both)(w, x, g, sizes), 1e-5)
+
+
 def test_it_is_one_equation_that_structured_weights_answer():
     x, w, sizes, _ = operands(9, [2, 0, 4])
     method = pj.lora(rank=2, targets=".*", layouts={"w": "sio"})

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from peftjax.core import primitives
+from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.kernels.ragged_product import tiled
 
@@ -45,7 +45,9 @@ def ragged_product(
     """
     dtype = jnp.promote_types(x.dtype, w.dtype)
     preferred = jnp.dtype(dtype if preferred is None else preferred)
-    return _product(x.astype(dtype), w.astype(dtype), sizes, transposed=transposed, preferred=preferred)[0]
+    # Inside a shard_map, what all devices share is cast first: its gradient is then summed over them.
+    x, w, sizes = compat.varying_alike((x.astype(dtype), w.astype(dtype), sizes))
+    return _product(x, w, sizes, transposed=transposed, preferred=preferred)[0]
 
 
 def ragged_outer(
@@ -54,7 +56,8 @@ def ragged_outer(
     """The sums over each group's rows of their outer products."""
     dtype = jnp.promote_types(x.dtype, g.dtype)
     preferred = jnp.dtype(dtype if preferred is None else preferred)
-    return _outer(x.astype(dtype), g.astype(dtype), sizes, preferred=preferred)[0]
+    x, g, sizes = compat.varying_alike((x.astype(dtype), g.astype(dtype), sizes))
+    return _outer(x, g, sizes, preferred=preferred)[0]
 
 
 def numbers_of_product(transposed: bool) -> lax.RaggedDotDimensionNumbers:

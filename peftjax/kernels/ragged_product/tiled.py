@@ -5,6 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.core import compat
+
 SMALLEST, LARGEST = 64, 1024
 """Rows of a tile."""
 
@@ -42,7 +44,7 @@ def product(x: Array, w: Array, sizes: Array, *, transposed: bool, preferred: An
         product = lax.dot_general(own, matrix, over, preferred_element_type=preferred)
         return lax.dynamic_update_slice_in_dim(y, product, first[number], 0)
 
-    empty = jnp.zeros((rows + tile, w.shape[1 if transposed else 2]), preferred)
+    empty = _alike(jnp.zeros((rows + tile, w.shape[1 if transposed else 2]), preferred), x)
     y = lax.fori_loop(0, len(first), step, empty)[:rows]
     return [jnp.where((jnp.arange(rows) < sizes.sum())[:, None], y, jnp.zeros((), preferred))]
 
@@ -63,5 +65,10 @@ def outer(x: Array, g: Array, sizes: Array, *, preferred: Any) -> list[Array]:
         return lax.dynamic_update_index_in_dim(total, before + product, group[number], 0)
 
     wide = jnp.promote_types(preferred, jnp.float32)
-    empty = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), wide)
+    empty = _alike(jnp.zeros((len(sizes), x.shape[1], g.shape[1]), wide), x)
     return [lax.fori_loop(0, len(first), step, empty).astype(preferred)]
+
+
+def _alike(empty: Array, x: Array) -> Array:
+    """An array that varies over the devices of a `shard_map` as x does."""
+    return compat.varying_alike((empty, x))[0]
