@@ -12,9 +12,12 @@ SMALLEST, LARGEST = 64, 1024
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """How many rows a tile has: a quarter of a group's, so that few tiles are not full."""
-    wanted = max(1, rows // (4 * groups))
-    return min(LARGEST, max(SMALLEST, 1 << (wanted - 1).bit_length()))
+    """How many rows a tile has: half of what a group has, or up to half less.
+
+    More rows read the matrix of a group less often, and fewer leave less of the last tile of a group empty.
+    """
+    half = max(1, rows // (2 * groups))
+    return min(LARGEST, max(SMALLEST, 1 << (half.bit_length() - 1)))
 
 
 def _tiles(rows: int, sizes: Array, tile: int) -> tuple[Array, Array, Array]:
