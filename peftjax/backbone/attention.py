@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from peftjax.quantize.activations import LogSqrt2
 from peftjax.weights.dropout import drop
 
 ROWS = 64
@@ -80,6 +81,7 @@ class _Block:
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
+        codes: LogSqrt2 | None,
     ) -> Float[Array, "B K GT H"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
@@ -92,7 +94,22 @@ class _Block:
         parts = [("bkts,bksh->bkth", scores, value)]
         if prefix is not None:
             parts.append(self.of_prefix(query, prefix))
-        return self.mixed(parts, dropout_key)
+        return self.mixed(parts, dropout_key) if codes is None else self.rounded(parts, dropout_key, codes)
+
+    def rounded(
+        self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None, codes: LogSqrt2
+    ) -> Array:
+        """As `mixed`, with the weights rounded before they meet the values."""
+        weights = jax.nn.softmax(jnp.concatenate([scores for _, scores, _ in parts], axis=-1), axis=-1)
+        weights = codes.rounded(weights)
+        if dropout_key is not None:
+            weights = drop(weights, self.dropout, dropout_key)
+        own = jnp.split(weights, [parts[0][1].shape[-1]], axis=-1)
+        sums = [
+            jnp.einsum(product, part.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            for part, (product, _, values) in zip(own, parts)
+        ]
+        return functools.reduce(operator.add, sums).astype(parts[0][2].dtype)
 
     def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
         """One softmax over the scores of all parts, times their values."""
@@ -130,7 +147,7 @@ class _Block:
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     mask: Bool[ArrayLike, "B S"] | None = None,
     segments: Int[ArrayLike, "B S"] | None = None,
@@ -141,7 +158,8 @@ def attend(
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     prefix: Prefix | None = None,
-) -> Float[Array, "B T N H"]:
+    codes: LogSqrt2 | None = None,
+) -> Float[Array, "B T N V"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
     `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
@@ -151,7 +169,7 @@ def attend(
     Args:
         query: N heads.
         key: K heads, K a divisor of N.
-        value: as `key`.
+        value: as `key`, of heads that may have another width.
         mask: True where a key is a token.
         segments: a query sees only keys of its own segment; self-attention only (T = S).
         visible: causal order and window.
@@ -162,6 +180,7 @@ def attend(
         dropout_key: draws the masks, which the backward pass recomputes.
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
+        codes: what the weights are rounded to; they then need not sum to 1.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -188,8 +207,8 @@ def attend(
             added = added.reshape(*added.shape[:2], -1, last - first)
         drop_key = None if dropout_key is None or dropout == 0.0 else jax.random.fold_in(dropout_key, start)
         flat = own.reshape(batch, kv_heads, -1, width)
-        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix)
-        return mixed.reshape(own.shape)
+        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix, codes)
+        return mixed.reshape(*own.shape[:-1], value.shape[-1])
 
     parts = []
     for start, blocks, rows in _segments(length, visible.causal):
@@ -199,9 +218,9 @@ def attend(
             continue
         starts = start + rows * jnp.arange(blocks)
         mapped = jax.lax.map(lambda at, r=rows, f=first, e=last: part(at, r, f, e), starts)
-        parts.append(jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * rows, width))
+        parts.append(jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * rows, value.shape[-1]))
     mixed = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:
