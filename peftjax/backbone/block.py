@@ -182,6 +182,12 @@ def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
 
 
 def _output(block: Block, mixed: Array) -> Array:
+    # Of what rounding gives nothing is kept: it is recomputed, as norms are.
+    part = _of_mixed if block.config.rounding is None else recompute_module(_of_mixed)
+    return part(block, mixed)
+
+
+def _of_mixed(block: Block, mixed: Array) -> Array:
     return block.attention.output(block._entering(mixed, "attention_output"))
 
 

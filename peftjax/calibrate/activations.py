@@ -90,24 +90,25 @@ def activation_ranges(
         return {name: tails[name].joined(*rows) for name, rows in observed(layer, hidden, context)[1].items()}
 
     @jax.jit
-    def compare(errors: Any, tried: Any, layer: Any, hidden: Array, context: Any) -> tuple[Any, Array]:
+    def compare(tried: Any, layer: Any, hidden: Array, context: Any) -> tuple[Any, Array]:
         out, rows = observed(layer, hidden, context)
-        return {name: errors[name] + squared_errors(tried[name], *rows[name]) for name in rows}, out
+        more = {name: squared_errors(tried[name][0], *rows[name]) for name in rows}
+        return {name: (codes, errors + more[name]) for name, (codes, errors) in tried.items()}, out
 
     try_ranges = jax.jit(lambda tails: {name: candidates(tails[name], makers[name]) for name in makers})
-    tails_at_first = _no_tails(config, by_channel, [hidden.shape for hidden, _ in streams])
-    start = {name: tails_at_first[name] for name in makers}
+    empty = _no_tails(config, by_channel, [hidden.shape for hidden, _ in streams])
+    start = {name: tails for name, tails in empty.items() if name in makers}
     found = []
     for number in range(backbone.num_layers):
         layer, tails = (cut(params["blocks"], number), own_of(backbone, number)), start
         for stream in streams:
             tails = widen(tails, layer, *stream)
         tried = try_ranges(tails)
-        errors, outs = dict.fromkeys(makers, 0.0), []
+        outs = []
         for stream in streams:
-            errors, out = compare(errors, tried, layer, *stream)
+            tried, out = compare(tried, layer, *stream)
             outs.append((out, stream[1]))
-        chosen = {name: best(tried[name], errors[name]) for name in makers}
+        chosen = {name: best(*codes_and_errors) for name, codes_and_errors in tried.items()}
         of_all = {name: own for name, own in chosen.items() if name not in by_channel}
         found.append({**chosen, **jax.tree.map(lambda array: array[0], of_all)})
         streams = outs

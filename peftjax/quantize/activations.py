@@ -59,7 +59,9 @@ class Uniform:
     def rounded(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """`decode(encode(x))` in x's dtype, with the straight-through gradient: of what is cut off none."""
         low, high = self.limits
-        whole = jnp.clip(straight_through(jnp.round, x.astype(jnp.float32) / self.scale), low, high)
+        whole = straight_through(jnp.round, x.astype(jnp.float32) / self.scale)
+        # Not `jnp.clip`, which halves the gradient of what is at an end, as all of the outermost codes are.
+        whole = jnp.where(whole < low, low, jnp.where(whole > high, high, whole))
         return (whole * self.scale).astype(x.dtype)
 
     @property
@@ -161,7 +163,8 @@ class LogSqrt2:
 
     def rounded(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
         """`decode(encode(a))` in a's dtype, with the straight-through gradient: of what is cut off none."""
-        kept = jnp.minimum(a.astype(jnp.float32), self.scale)
+        wide = a.astype(jnp.float32)
+        kept = jnp.where(wide > self.scale, self.scale, wide)
         return straight_through(lambda x: self.decode(self.encode(x)), kept).astype(a.dtype)
 
 

@@ -52,21 +52,23 @@ class Tails:
 def no_tails(channels: int, values: int) -> Tails:
     """Tails that hold what `PERCENTILES` need of so many values a channel, and have none yet."""
     size = min(values, math.ceil((1 - min(PERCENTILES)) * values) + 2)
-    ends = jnp.full((size, channels), jnp.inf)
+    ends = jnp.full((size, channels), jnp.inf, jnp.float32)
     return Tails(ends, -ends, jnp.int32(0))
 
 
 def candidates(
     tails: Tails, quantizer_of: Callable[[Array, Array], Uniform | LogSqrt2]
-) -> Uniform | LogSqrt2:
-    """The quantizers of all percentiles, one more axis before the others of each array.
+) -> tuple[Uniform | LogSqrt2, Float[Array, "P C"]]:
+    """The quantizers of all percentiles, one more axis before the others of each array, and errors of 0.
 
     Args:
         tails: of all values.
         quantizer_of: what makes one of a range's ends `[C]`.
     """
     found = [quantizer_of(*tails.range_of(percentile)) for percentile in PERCENTILES]
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found), jnp.zeros(
+        (len(found), tails.low.shape[1])
+    )
 
 
 def squared_errors(
@@ -81,6 +83,7 @@ def squared_errors(
     return jax.lax.map(error, quantizers)
 
 
+@jax.jit
 def best(quantizers: Uniform | LogSqrt2, errors: Float[Array, "P C"]) -> Uniform | LogSqrt2:
     """Of each channel that quantizer among some whose error is the least, the first of equals."""
     chosen = jnp.argmin(errors, axis=0)
