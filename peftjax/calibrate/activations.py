@@ -53,7 +53,8 @@ def activation_ranges(
         params: its parameters; weights may be codes.
         batches: what is calibrated on; its hidden states are all held. RepQ-ViT takes 32 images.
         bits: of what enters linear layers, 2 to 8.
-        weight_bits: of attention's weights, likewise; None leaves those as they are.
+        weight_bits: of attention's weights, likewise, of which a layer's of one batch are held at once; None
+            leaves those as they are.
         channels: whether what follows a norm has a range for each channel.
         symmetric: whether there are no zero points. By default there are some, but not for the channels after
             a norm where it, or a layer that reads it, has no bias: that is where `reparameterize` puts them.

@@ -258,6 +258,9 @@ def test_what_cannot_be_done_is_said_with_the_remedy(of_vit):
         ),
         (lambda: rounded(ranges=one), "ranges are of attention, attention_output"),
         (lambda: rounded(ranges=ranges, bits=8), "bits is 8, and the ranges are of 4"),
+        (lambda: rounded(ranges={**ranges, "attention": {"bits": 4, "scale": ["x"]}}), "has no numbers"),
+        (lambda: rounded(ranges={**ranges, "attention": {"bits": 4}}), "is of no layers"),
+        (lambda: rounded(ranges={**ranges, "attention": ranges["attention_weights"]}), "is no Uniform"),
         (lambda: rounded(train=True), "train moves known ranges"),
         (lambda: rounded(ranges=ranges, clip=0.5), "clip is of ranges of tokens"),
         (
@@ -310,6 +313,24 @@ def test_padding_does_not_count_and_norms_without_a_bias_have_no_zero_points():
     want = jax.jit(model)(params, batch)
     assert float(jnp.abs(out - want)[mask == 1].max()) < 0.2 * float(jnp.abs(want).max())
     assert all(np.any(g["b"]) for g in gradient["lora"].values())
+
+
+@pytest.mark.slow
+def test_norms_after_the_branches_have_one_range_for_all_channels():
+    config = BertConfig(
+        vocab_size=19, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model = bert(config, head="none")
+    params, batch = drawn(model), {"input_ids": RNG.integers(1, 19, (4, 6))}
+    ranges = pj.calibrate.activation_ranges(model, params, [batch], bits=8, channels=False)
+    assert {own.scale.shape for own in ranges.values()} == {(LAYERS,)}
+    method = pj.rounded_activations(ranges=ranges)
+    frozen, _ = method.init(KEY, params)
+    got, want = jax.jit(method.model(model))(method.apply(frozen, {}), batch), jax.jit(model)(params, batch)
+    error = float(jnp.mean((got - want) ** 2) / jnp.mean(want**2))
+    assert 0 < error < 0.01
+    with pytest.raises(PeftError, match="channels=True"):
+        pj.calibrate.reparameterize(model, params, ranges)
 
 
 @pytest.mark.slow

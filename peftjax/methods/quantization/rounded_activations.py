@@ -175,14 +175,18 @@ def _read(ranges: Mapping[str, Any]) -> dict[str, Uniform | LogSqrt2]:
 def _read_one(name: str, own: Any) -> Uniform | LogSqrt2:
     kind = LogSqrt2 if name == WEIGHTS else Uniform
     if isinstance(own, Mapping):
-        arrays = {
-            field: None if own.get(field) is None else jnp.asarray(own[field], jnp.float32)
-            for field in ("scale", "zero")[: 1 + (kind is Uniform)]
-        }
-        own = kind(**arrays, bits=own.get("bits"))
-    if not isinstance(own, kind) or own.scale is None or own.scale.ndim not in (1, 2):
-        raise PeftError(f"{_NAME}: the range of {name!r} is no {kind.__name__} of layers")
+        fields = ("scale",) if kind is LogSqrt2 else ("scale", "zero")
+        try:
+            arrays = [None if own.get(f) is None else jnp.asarray(own[f], jnp.float32) for f in fields]
+        except (TypeError, ValueError) as error:
+            raise PeftError(f"{_NAME}: the range of {name!r} has no numbers: {error}") from error
+        own = kind(*arrays, own.get("bits"))
+    if not isinstance(own, kind):
+        raise PeftError(f"{_NAME}: the range of {name!r} is no {kind.__name__}")
     require_bits(_NAME, f"bits of {name!r}", own.bits)
+    shapes = {jnp.shape(array) for array in _arrays(own).values()}
+    if own.scale is None or len(shapes) != 1 or len(shapes.pop()) not in (1, 2):
+        raise PeftError(f"{_NAME}: the range of {name!r} is of no layers; give [L] or [L, D] numbers")
     return own
 
 
@@ -194,7 +198,7 @@ def _written(own: Uniform | LogSqrt2) -> dict[str, Any]:
 def _arrays(own: Uniform | LogSqrt2, layers: int | None = None) -> dict[str, Array]:
     """The arrays of a range, of the first layers."""
     arrays = {"scale": own.scale, "zero": getattr(own, "zero", None)}
-    return {name: jnp.asarray(array)[:layers] for name, array in arrays.items() if array is not None}
+    return {name: array[:layers] for name, array in arrays.items() if array is not None}
 
 
 def _require_sizes(known: Mapping[str, Uniform | LogSqrt2], params: Params, layers: int) -> None:
