@@ -65,6 +65,7 @@ class Contender:
         optimizer: of a setting and a learning rate or its schedule; given to the method's hook.
         matched: whether it has to train as many parameters as the others; a reference point does not.
         remat: policy of the backbone.
+        tile: tokens that its feed-forward takes at a time.
         own_head: whether the method makes all that the loss reads: no classifier is trained beside it.
     """
 
@@ -73,6 +74,7 @@ class Contender:
     optimizer: Callable[[Setting, Any], optax.GradientTransformation] = adamw
     matched: bool = True
     remat: str | None = None
+    tile: int | None = None
     own_head: bool = False
 
 

@@ -44,9 +44,9 @@ class Model:
     dtype: str
     layers: int | None = None
 
-    def backbone(self, remat: str | None = None) -> Backbone:
+    def backbone(self, remat: str | None = None, tile: int | None = None) -> Backbone:
         """The model under a policy."""
-        return dataclasses.replace(self.build(self.layers, self.dtype), remat=remat)
+        return dataclasses.replace(self.build(self.layers, self.dtype), remat=remat, feed_forward_tile=tile)
 
     def params(self, model: Backbone) -> Params:
         """The shapes of its parameters."""
@@ -118,7 +118,7 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
     `model` are the bytes of the parameters, `beside` those of all else that stays between steps, and
     `working` is the peak less what stays.
     """
-    backbone = model.backbone(contender.remat)
+    backbone = model.backbone(contender.remat, contender.tile)
     params = model.params(backbone)
     try:
         plan = pj.plan(

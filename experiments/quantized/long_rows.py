@@ -1,66 +1,140 @@
-"""One row of many tokens: what a QLoRA step of Llama-3-8B needs on an H200, fixed and for each token.
+"""QLoRA on one row of many tokens, beside the field's record: Llama-3-8B and 70B."""
 
-    python -m experiments.quantized.long_rows
+from __future__ import annotations
 
-Asked of the H200's compiler; nothing is run. Fixed and per token are the line through two lengths. The
-record known to us for QLoRA at this size is 7.37 GiB and 227.5 kB a token (`RECORD`). Measured: with
-"offload_attention" and tiles of 2,048 tokens the peak is below the record's on rows of 32,768 and 65,536
-tokens, and above it on 131,072.
-"""
-
-import argparse
-import dataclasses
-import json
-
-import optax
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import peftjax as pj
+from experiments.harness.contenders import Contender
+from experiments.harness.memory import Model, Plans, Table, memory_report
+from experiments.harness.plot import saved
+from experiments.harness.report import table
 from experiments.step_memory.models import LLAMA_3_8B, llama_model
-from peftjax.planner.step import Bytes
 
-RECORD = (7.37 * 2**30, 227.5e3)
-"""Bytes that are fixed, and for each token."""
-LENGTHS = (32_768, 65_536, 131_072)
-POLICIES = {
-    "remat": ("nothing_saveable", None),
-    "remat, tiles": ("nothing_saveable", 2048),
-    "offloaded, tiles": ("offload_attention", 2048),
+TILE = 2048
+"""Tokens that the feed-forward takes at a time."""
+LLAMA_3_70B = {
+    **LLAMA_3_8B,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28_672,
 }
+RECORDS = {"Llama-3-8B": (7.37, 227.5), "Llama-3-70B": (42.99, 444.6)}
+"""Of the longest rows known to us for QLoRA of rank 32: GiB that are fixed, and kB a token."""
+LENGTHS = (32_768, 65_536, 131_072)
+MODELS = tuple(
+    llama_model(f"{name}, {length:,} tokens", values, 1, length)
+    for name, values in (("Llama-3-8B", LLAMA_3_8B), ("Llama-3-70B", LLAMA_3_70B))
+    for length in LENGTHS
+)
 
 
-def planned(policy: str, tokens: int, target: str) -> Bytes:
-    """What a step on one row takes."""
-    remat, tile = POLICIES[policy]
-    model = llama_model("Llama-3-8B", LLAMA_3_8B, 1, tokens)
-    backbone = dataclasses.replace(model.backbone(remat), feed_forward_tile=tile)
-    return pj.plan(
-        pj.chain(pj.nf4(), pj.lora(rank=16)),
-        backbone,
-        model.params(backbone),
-        model.inputs(backbone),
-        optimizer=optax.adamw(1e-4),
-        target=target,
-    ).bytes
+def qlora() -> pj.Transform:
+    """LoRA of every linear layer of the blocks, on NF4 codes."""
+    return pj.chain(pj.nf4(), pj.lora(rank=32))
 
 
-def main() -> None:
-    """Print a line for each policy and length, and the fixed and growing parts of each policy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--target", default="h200", help="as of pj.plan")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    arguments = parser.parse_args()
-    for policy in arguments.policies:
-        peaks = []
-        for tokens in LENGTHS:
-            found = planned(policy, tokens, arguments.target)
-            peaks.append(found.peak)
-            sizes = {"peak": found.peak, "host": found.host, "record": RECORD[0] + RECORD[1] * tokens}
-            sizes = {name: round(size / 2**30, 2) for name, size in sizes.items()}
-            print(policy, f"{tokens:,} tokens, GiB:", json.dumps(sizes), flush=True)
-        each = (peaks[-1] - peaks[0]) / (LENGTHS[-1] - LENGTHS[0])
-        fixed = (peaks[0] - each * LENGTHS[0]) / 2**30
-        print(policy, f"{fixed:.2f} GiB fixed, {each / 1e3:.1f} kB a token", flush=True)
+def contender(label: str, method: Callable[[], pj.Transform], **options: Any) -> Contender:
+    """A method, made without any statistics."""
+    return Contender(label, lambda setting: method(), **options)
 
 
-if __name__ == "__main__":
-    main()
+CONTENDERS = (
+    contender("QLoRA, remat", qlora, remat="nothing_saveable"),
+    contender("QLoRA, remat, tiles", qlora, remat="nothing_saveable", tile=TILE),
+    contender("QLoRA, offloaded, tiles", qlora, remat="offload_attention", tile=TILE),
+    contender(
+        "MEFT1 on NF4, tiles", lambda: pj.chain(pj.nf4(), pj.meft(variant=1)), matched=False, tile=TILE
+    ),
+)
+
+
+def asked(model: Model, contender: Contender) -> bool:
+    """On the larger model only what needs the least."""
+    return model.name.startswith("Llama-3-8B") or contender.label == "QLoRA, offloaded, tiles"
+
+
+def record(name: str, tokens: int) -> float:
+    """GiB of the record at a length."""
+    fixed, each = RECORDS[name]
+    return fixed + each * 1e3 * tokens / 2**30
+
+
+def lines(plans: Plans) -> Iterator[tuple[str, str, dict[int, dict[str, Any]]]]:
+    """Model, contender and the plans by length."""
+    for name in RECORDS:
+        rows = {length: plans.get(f"{name}, {length:,} tokens", {}) for length in LENGTHS}
+        for one in CONTENDERS:
+            found = {
+                length: row[one.label] for length, row in rows.items() if "peak" in row.get(one.label, {})
+            }
+            if found:
+                yield name, one.label, found
+
+
+def growth(found: dict[int, dict[str, Any]]) -> tuple[float, float]:
+    """GiB that are fixed and kB a token, of the line through the shortest and the longest row."""
+    short, long = min(found), max(found)
+    each = (found[long]["peak"] - found[short]["peak"]) / (long - short)
+    return (found[short]["peak"] - each * short) / 2**30, each / 1e3
+
+
+def report(plans: Plans) -> str:
+    """The plans in Markdown."""
+    some = next(plan for rows in plans.values() for plan in rows.values() if "peak" in plan)
+    text = [
+        f"One training step on one row, as compiled for {some['device']} by jax {some['jax']}: peak "
+        "of device memory in GiB, in brackets what lies in the host's. Fixed and per token: the line through the "
+        "shortest and the longest row.",
+        "",
+    ]
+    rows = []
+    for name, label, found in lines(plans):
+        cells = [
+            f"{found[length]['peak'] / 2**30:.2f} ({found[length]['bytes']['host'] / 2**30:.0f})"
+            if length in found
+            else ""
+            for length in LENGTHS
+        ]
+        fixed, each = growth(found)
+        rows.append((name, label, *cells, f"{fixed:.2f}", f"{each:.1f}"))
+    for name, (fixed, each) in RECORDS.items():
+        cells = [f"{record(name, length):.2f}" for length in LENGTHS]
+        rows.append((name, "the record", *cells, f"{fixed:.2f}", f"{each:.1f}"))
+    header = ("", "", *(f"{length:,}" for length in LENGTHS), "GiB fixed", "kB a token")
+    return "\n".join([*text, *table(header, rows), ""])
+
+
+def draw(plans: Plans, file: Path) -> None:
+    """The peaks by length, and the record's line."""
+    with saved(file, len(RECORDS), size=(5 * len(RECORDS), 4)) as (_, axes):
+        for axis, name in zip(axes, RECORDS):
+            for model, label, found in lines(plans):
+                if model == name:
+                    axis.plot(list(found), [one["peak"] / 2**30 for one in found.values()], "o-", label=label)
+            axis.plot(LENGTHS, [record(name, length) for length in LENGTHS], "k--", label="the record")
+            axis.set_title(name)
+            axis.set_xlabel("tokens of the row")
+            axis.set_ylabel("peak, GiB")
+            axis.set_ylim(0)
+            axis.legend(fontsize=8)
+
+
+def answer(plans: Plans) -> dict[str, str]:
+    """The best policy of each model beside the record."""
+    best = "QLoRA, offloaded, tiles"
+    return {
+        f"{name}, {label}": f"{fixed:.2f} GiB + {each:.1f} kB a token (record {RECORDS[name][0]:.2f} + "
+        f"{RECORDS[name][1]:.1f})"
+        for name, label, found in lines(plans)
+        if label == best
+        for fixed, each in [growth(found)]
+    }
+
+
+REPORT = memory_report(report, draw, answer)
+make_table = partial(Table, MODELS, CONTENDERS, REPORT, asked=asked)

@@ -54,6 +54,10 @@ CONTENDERS = (
     _contender("QLoRA", partial(on_nf4, LORA)),
     _contender("LoRA, bfloat16 + remat", LORA, remat=REMAT),
     _contender("QLoRA + remat", partial(on_nf4, LORA), remat=REMAT),
+    _contender("QPaCA", partial(pj.qpaca, rank=64)),
+    _contender("QPaCA + remat", partial(pj.qpaca, rank=64), remat=REMAT),
+    _contender("PEQA, int4", partial(pj.peqa, format="int4")),
+    _contender("PEQA, int4 + remat", partial(pj.peqa, format="int4"), remat=REMAT),
     _contender("QLoRA + 4-bit residuals", lambda: pj.chain(pj.nf4(), pj.coded_residuals(), LORA())),
     _contender("MEFT1, NF4", partial(on_nf4, MEFT)),
 )
@@ -63,7 +67,7 @@ HEADER = ("", "trained", "weights", "optimizer", "activations", "temporaries", "
 
 def asked(model: Model, contender: Contender) -> bool:
     """On 16 rows what keeps all activations is left out."""
-    bare = contender.label in ("LoRA, bfloat16", "QLoRA")
+    bare = contender.label in ("LoRA, bfloat16", "QLoRA", "QPaCA", "PEQA, int4")
     return not (bare and model.batch > 1)
 
 

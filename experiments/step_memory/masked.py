@@ -17,6 +17,7 @@ from jax import Array
 
 import peftjax as pj
 from peftjax.core import tree
+from peftjax.core.targets import select
 from peftjax.weights.fields import logical, static, structured
 from peftjax.weights.layout import Layout, layout_of
 
@@ -47,7 +48,7 @@ def masked(share: float = 0.01) -> pj.Transform:
     """Train a random `share` of the entries of all linear layers; weight decay would move the others."""
 
     def init(key: Array, params: Any) -> tuple[pj.Frozen, dict[str, Array]]:
-        paths = tree.select(params, "all-linear", caller="masked")
+        paths = select(params, "all-linear", caller="masked")
         taken, rest = tree.partition(params, paths)
         keys = jax.random.split(key, len(paths))
         masks = {path: jax.random.bernoulli(k, share, taken[path].shape) for path, k in zip(paths, keys)}

@@ -2,7 +2,7 @@
 
 A block of rows meets only the keys it may see, and its weights are recomputed in the backward pass
 from query, key and value, so those three are all that is kept. Under a causal mask that is also half
-of the arithmetic.
+of the arithmetic. Nothing of T x S numbers is kept, no mask either, unless a bias is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +77,13 @@ class _Block:
         self,
         query: Float[Array, "B K GT H"],
         key: Float[Array, "B K S H"],
-        value: Float[Array, "B K S H"],
+        value: Float[Array, "B K S V"],
         allowed: Bool[Array, "#B 1 #T S"] | None,
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
         codes: LogSqrt2 | None,
-    ) -> Float[Array, "B K GT H"]:
+    ) -> Float[Array, "B K GT V"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
             scores = scores + bias
@@ -144,6 +145,27 @@ class _Block:
         return "bktp,pkh->bkth", scores, values
 
 
+class _Rows(NamedTuple):
+    """Rows of the queries from one on, and what belongs to each."""
+
+    start: Int[Array, ""]
+    query: Float[Array, "B K G t H"]
+    segments: Int[Array, "B t"] | None
+    bias: Float[Array, "#B K G t S"] | None
+
+    def split(self, blocks: int) -> _Rows:
+        """So many blocks of equal size, along a new first axis."""
+
+        def cut(x: Array | None, axis: int) -> Array | None:
+            if x is None:
+                return None
+            shape = (*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+        starts = self.start + self.query.shape[3] // blocks * jnp.arange(blocks)
+        return _Rows(starts, cut(self.query, 3), cut(self.segments, 1), cut(self.bias, 3))
+
+
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -185,40 +207,60 @@ def attend(
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     block = _Block(width**-0.5 if scale is None else scale, softcap, dropout)
-    run = jax.checkpoint(block, prevent_cse=False)
     # [B, K, G, T, H] and [B, K, S, H]: the rows of all heads that share a key are one operand.
     grouped = query.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    dtype = key.dtype
+    if length > ROWS:  # their gradients are sums over blocks, which float32 can hold
+        key, value = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in (key, value))
     if bias is not None:
         bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+    if dropout == 0.0:
+        dropout_key = None
 
-    def part(start: int | Int[Array, ""], rows: int, first: int, last: int) -> Float[Array, "B K G t H"]:
-        own = jax.lax.dynamic_slice_in_dim(grouped, start, rows, 3) if rows < length else grouped
-        keys = slice(first, last)
-        places = start + jnp.arange(rows)
-        conditions = [] if mask is None else [mask[:, None, keys]]
-        if segments is not None:
-            own_segments = jax.lax.dynamic_slice_in_dim(segments, start, rows, 1)
-            conditions.append(own_segments[:, :, None] == segments[:, None, keys])
-        allowed = _all_of(visible.allowed(places, jnp.arange(first, last)), *conditions)
-        added = None
-        if bias is not None:
-            added = jax.lax.dynamic_slice_in_dim(bias, start, rows, 3)[..., keys]
-            added = added.reshape(*added.shape[:2], -1, last - first)
-        drop_key = None if dropout_key is None or dropout == 0.0 else jax.random.fold_in(dropout_key, start)
-        flat = own.reshape(batch, kv_heads, -1, width)
-        mixed = run(flat, key[:, :, keys], value[:, :, keys], allowed, added, drop_key, prefix, codes)
-        return mixed.reshape(*own.shape[:-1], value.shape[-1])
+    def attending(
+        key: Float[Array, "B K S H"], value: Float[Array, "B K S V"], first: int, last: int
+    ) -> Callable[[_Rows], Float[Array, "B K G t V"]]:
+        own_key, own_value = key[:, :, first:last], value[:, :, first:last]
+        own_mask, own_segments = (None if x is None else x[:, None, first:last] for x in (mask, segments))
+
+        # What says which keys are seen is made in here: kept for the backward pass it is of T x S numbers.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def of_rows(rows: _Rows) -> Float[Array, "B K G t V"]:
+            places = rows.start + jnp.arange(rows.query.shape[3])
+            allowed = _all_of(
+                visible.allowed(places, jnp.arange(first, last)),
+                own_mask,
+                None if rows.segments is None else rows.segments[:, :, None] == own_segments,
+            )
+            drop_key = None if dropout_key is None else jax.random.fold_in(dropout_key, rows.start)
+            added = None if rows.bias is None else rows.bias.reshape(*rows.bias.shape[:2], -1, last - first)
+            flat = rows.query.reshape(batch, kv_heads, -1, width)
+            own = own_key.astype(dtype), own_value.astype(dtype)
+            mixed = block(flat, *own, allowed, added, drop_key, prefix, codes)
+            return mixed.reshape(*rows.query.shape[:-1], mixed.shape[-1])
+
+        return of_rows
 
     parts = []
-    for start, blocks, rows in _segments(length, visible.causal):
-        first, last = visible.keys(start, start + blocks * rows, key.shape[2])
+    for start, blocks, size in _segments(length, visible.causal):
+        stop = start + blocks * size
+        first, last = visible.keys(start, stop, key.shape[2])
+        rows = _Rows(
+            jnp.asarray(start),
+            grouped[:, :, :, start:stop],
+            None if segments is None else segments[:, start:stop],
+            None if bias is None else bias[:, :, :, start:stop, first:last],
+        )
+        of_rows = attending(key, value, first, last)
         if blocks == 1:
-            parts.append(part(start, rows, first, last))
-            continue
-        starts = start + rows * jnp.arange(blocks)
-        mapped = jax.lax.map(lambda at, r=rows, f=first, e=last: part(at, r, f, e), starts)
-        parts.append(jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * rows, value.shape[-1]))
+            part = of_rows(rows)
+        else:
+            mapped = jax.lax.map(of_rows, rows.split(blocks))
+            part = jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * size, -1)
+        if stop < length:  # one run after the other, in both directions: each has arrays of its own
+            key, value, part = jax.lax.optimization_barrier((key, value, part))
+        parts.append(part)
     mixed = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
@@ -239,10 +281,12 @@ def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:
 
 
 def _all_of(
-    order: Bool[Array, "T S"] | None, *conditions: Bool[ArrayLike, "#B #T S"]
+    order: Bool[Array, "T S"] | None, *conditions: Bool[ArrayLike, "#B #T S"] | None
 ) -> Bool[Array, "#B 1 #T S"] | None:
     """The conjunction of the conditions given, with an axis for the heads."""
-    allowed = None if order is None else order[None]
-    for condition in conditions:
-        allowed = condition if allowed is None else allowed & condition
-    return None if allowed is None else allowed[:, None]
+    given = [
+        condition
+        for condition in (None if order is None else order[None], *conditions)
+        if condition is not None
+    ]
+    return functools.reduce(operator.and_, given)[:, None] if given else None

@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def weights(
         self, query: Float[Array, "B S N H"], key: Float[Array, "B S K H"], context: Context
     ) -> Float[Array, "B S N S"]:
-        """The weights that `mix` gives to every token's value, float32, without dropout, cache and prefix."""
+        """The weights that `mix` gives to every token's value, without dropout, cache and prefix."""
         config, length = self.config, key.shape[1]
         if config.qk_norm:
             query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))

@@ -9,7 +9,7 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, select
 
 Loss = Callable[[Any, Any], Array]
 """`(params, batch) -> loss`, of plain parameters, a scalar."""
@@ -37,7 +37,7 @@ def mean_gradient(
     Raises:
         PeftError: nothing is matched, or there is no batch.
     """
-    paths = tree.select(params, targets, caller="mean_gradient", exclude=exclude)
+    paths = select(params, targets, caller="mean_gradient", exclude=exclude)
     total, count = _summed("mean_gradient", loss, params, batches, paths, lambda g: g)
     return {path: value / count for path, value in total.items()}
 
@@ -67,7 +67,7 @@ def fisher_information(
     Raises:
         PeftError: nothing is matched, or there is no batch.
     """
-    paths = tree.select(params, targets, caller="fisher_information", exclude=exclude)
+    paths = select(params, targets, caller="fisher_information", exclude=exclude)
     return _summed("fisher_information", loss, params, batches, paths, jnp.square, per_example=per_example)[0]
 
 

@@ -183,10 +183,8 @@ def _rescaled_layer(layer: Params, ratio: Array, shift: Array | None) -> Params:
     kernel = layer["kernel"].astype(jnp.float32) * ratio[..., None]
     new = {**layer, "kernel": kernel.astype(layer["kernel"].dtype)}
     if shift is not None:
-        bias = layer["bias"].astype(jnp.float32) - jnp.einsum(
-            "ld,ldf->lf", shift, kernel, precision="highest"
-        )
-        new["bias"] = bias.astype(layer["bias"].dtype)
+        moved = jnp.einsum("ld,ldf->lf", shift, kernel, precision="highest")
+        new["bias"] = (layer["bias"].astype(jnp.float32) - moved).astype(layer["bias"].dtype)
     return new
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, select
 from peftjax.interpreter.evaluate import Evaluator
 from peftjax.interpreter.rules import RULES
 from peftjax.weights.contraction import Contraction, met_axes
@@ -61,7 +61,7 @@ def layouts_of(
     leaves = tree.named_leaves(params)
     return {
         f"^{path}": _first_that_fits(fn, params, inputs, path, leaves)
-        for path in tree.select(params, targets, caller="layouts_of", exclude=exclude)
+        for path in select(params, targets, caller="layouts_of", exclude=exclude)
     }
 
 

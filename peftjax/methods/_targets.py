@@ -12,7 +12,7 @@ from jax import Array
 from peftjax.core import naming, tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, pattern_value, require_patterns_used, select
 from peftjax.weights.layout import Layout, layout_of
 
 
@@ -64,7 +64,7 @@ def find_targets(
             used; a rank is not positive or larger than the matrix.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, caller=caller, exclude=exclude)
+    paths = select(params, targets, caller=caller, exclude=exclude)
     if layers is not None:
         wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}
@@ -73,11 +73,11 @@ def find_targets(
     else:
         picked = dict.fromkeys(paths)
     for patterns in (rank_pattern, layouts):
-        tree.require_patterns_used(caller, patterns, paths)
+        require_patterns_used(caller, patterns, paths)
     found = []
     for path in paths:
         layout = layout_of(path, leaves, layouts, one_way=one_way)
-        own_rank = tree.pattern_value(path, rank_pattern, rank)
+        own_rank = pattern_value(path, rank_pattern, rank)
         positive(caller, "rank", own_rank, path=path)
         if own_rank > min(layout.matrix):
             raise PeftError(

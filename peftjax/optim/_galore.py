@@ -21,7 +21,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.core.checks import one_of
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.optim._adamw import decay_updated_weights, scale_by_released_adam
 from peftjax.optim.projection import project
 from peftjax.optim.refresh import Compressed, Method, Signs

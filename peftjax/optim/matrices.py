@@ -9,7 +9,7 @@ from typing import Any
 
 from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, pattern_value, require_patterns_used, select
 from peftjax.weights.layout import Layout, layout_of
 
 
@@ -44,14 +44,14 @@ def select_matrices(
         eligible: `(path, leaf) -> bool`, which parameters can be meant.
 
     Raises:
-        PeftError: as `tree.select`, for targets that are named.
+        PeftError: as `select`, for targets that are named.
     """
     if not strict and targets == "all-linear" and exclude is None:
         try:
-            return tree.select(params, targets, caller=caller, eligible=eligible)
+            return select(params, targets, caller=caller, eligible=eligible)
         except PeftError:
             return []
-    return tree.select(params, targets, caller=caller, exclude=exclude, eligible=eligible)
+    return select(params, targets, caller=caller, exclude=exclude, eligible=eligible)
 
 
 def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, caller: str) -> dict[str, Layout]:
@@ -69,10 +69,10 @@ def matrix_layouts(params: Any, layouts: Mapping[str, str] | None, *, caller: st
         PeftError: letters do not fit a shape, or a pattern matches no parameter.
     """
     leaves = tree.named_leaves(params)
-    tree.require_patterns_used(caller, layouts, list(leaves))
+    require_patterns_used(caller, layouts, list(leaves))
     found = {}
     for path, leaf in leaves.items():
-        letters = tree.pattern_value(path, layouts, None)
+        letters = pattern_value(path, layouts, None)
         if letters is None and is_matrix(path, leaf):
             letters = _guess(path, leaves)
         if letters is None or _names_vectors(letters, path, leaf):

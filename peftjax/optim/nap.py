@@ -21,7 +21,7 @@ import optax
 from jax import Array
 
 from peftjax.core import tree
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, select
 from peftjax.optim.matrices import is_matrix, matrix_layouts, select_matrices
 from peftjax.optim.updates import is_placeholder, require_params, widened
 
@@ -134,7 +134,7 @@ def _matrices(
 def _pairs(params: Any, norms: Targets | None) -> dict[str, _Sphere]:
     if norms is None:
         return {}
-    scales = tree.select(params, norms, caller=_CALLER, eligible=_is_scale, names=_names_of_norm)
+    scales = select(params, norms, caller=_CALLER, eligible=_is_scale, names=_names_of_norm)
     leaves, last = tree.named_leaves(params), ((-1,),)
     biases = {path: f"{tree.module_of(path)}/bias" for path in scales}
     return {

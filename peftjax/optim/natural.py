@@ -24,7 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from peftjax.core import tree
 from peftjax.core.checks import at_least, one_of, positive
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.optim._galore import Mask, Order, scale_by_adam, step_and_decay
 from peftjax.optim.matrices import select_matrices
 from peftjax.optim.projection import project

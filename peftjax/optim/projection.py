@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from peftjax.core import tree
 from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.optim import refresh as of
 from peftjax.optim.rotation import Moments, follow_bases, gradient_sums, require_rotatable
 from peftjax.optim.updates import is_placeholder

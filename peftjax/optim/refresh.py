@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, require_patterns_used
 from peftjax.optim.bases import (
     Side,
     gram_basis,
@@ -87,7 +87,7 @@ def find_projected(
     """
     leaves = tree.named_leaves(params)
     paths = select_matrices(params, targets, caller="project", exclude=exclude, strict=strict)
-    tree.require_patterns_used("project", layouts, paths)
+    require_patterns_used("project", layouts, paths)
     found = {}
     for path in paths:
         layout = layout_of(path, leaves, layouts)

@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from peftjax.core.checks import one_of
 from peftjax.quantize.elements import Integers, Natural
@@ -46,17 +46,17 @@ class Uniform:
         """The whole numbers."""
         return Integers(self.bits) if self.zero is None else Natural(self.bits)
 
-    def encode(self, x: Float[Array, "... D"]) -> Int[Array, "... D"]:
+    def encode(self, x: Float[Array, "..."]) -> Integer[Array, "..."]:
         """The codes, of 8 bits without a zero point int8, else uint8."""
         whole = jnp.round(x.astype(jnp.float32) / self.scale)
         return self.element.encode(whole if self.zero is None else whole + self.zero)
 
-    def decode(self, codes: Int[Array, "... D"]) -> Float[Array, "... D"]:
+    def decode(self, codes: Integer[Array, "..."]) -> Float[Array, "..."]:
         """The float32 numbers that codes stand for."""
         whole = self.element.decode(codes)
         return (whole if self.zero is None else whole - self.zero) * self.scale
 
-    def rounded(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def rounded(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`decode(encode(x))` in x's dtype, with the straight-through gradient: of what is cut off none."""
         low, high = self.limits
         whole = straight_through(jnp.round, x.astype(jnp.float32) / self.scale)
@@ -168,7 +168,7 @@ class LogSqrt2:
         return straight_through(lambda x: self.decode(self.encode(x)), kept).astype(a.dtype)
 
 
-def shifts_of(codes: UInt8[Array, "..."]) -> tuple[Int[Array, "..."], Array]:
+def shifts_of(codes: UInt8[Array, "..."]) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
     """A power of √2 as a shift and a factor that only its parity decides, for hardware of powers of two.
 
         2^(-q/2) = 2^(-⌈q/2⌉) (1 + (√2 - 1)·[q odd])

@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from peftjax.quantize.activations import LogSqrt2, Uniform
 
@@ -26,26 +26,26 @@ class Tails:
     Attributes:
         low: `[k, C]`, rising, infinite where there were fewer.
         high: `[k, C]`, falling, minus infinity where there were fewer.
-        count: of a channel.
+        count: of a channel, float32: the weights of long rows are more than int32 counts.
     """
 
     low: Float[Array, "k C"]
     high: Float[Array, "k C"]
-    count: Int[Array, ""]
+    count: Float[Array, ""]
 
     def joined(self, x: Float[Array, "N C"], counts: Bool[Array, " N"]) -> "Tails":
         """With further values, those of the rows that count."""
         x, size = x.astype(jnp.float32), len(self.low)
         low = jnp.sort(jnp.concatenate([self.low, jnp.where(counts[:, None], x, jnp.inf)]), axis=0)[:size]
         high = jnp.sort(jnp.concatenate([-self.high, jnp.where(counts[:, None], -x, jnp.inf)]), axis=0)
-        return Tails(low, -high[:size], self.count + counts.sum())
+        return Tails(low, -high[:size], self.count + counts.sum().astype(jnp.float32))
 
     def range_of(self, percentile: float) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
         """The values below which `1 - percentile` and `percentile` of each channel are, interpolated."""
         place = (1 - percentile) * jnp.maximum(self.count - 1, 0)
         below = place.astype(jnp.int32)
         part = place - below
-        above = jnp.minimum(below + 1, jnp.maximum(self.count - 1, 0))
+        above = jnp.minimum(below + 1, jnp.maximum(self.count - 1, 0).astype(jnp.int32))
         return tuple(ends[below] + part * (ends[above] - ends[below]) for ends in (self.low, self.high))
 
 
@@ -53,7 +53,7 @@ def no_tails(channels: int, values: int) -> Tails:
     """Tails that hold what `PERCENTILES` need of so many values a channel, and have none yet."""
     size = min(values, math.ceil((1 - min(PERCENTILES)) * values) + 2)
     ends = jnp.full((size, channels), jnp.inf, jnp.float32)
-    return Tails(ends, -ends, jnp.int32(0))
+    return Tails(ends, -ends, jnp.float32(0))
 
 
 def candidates(

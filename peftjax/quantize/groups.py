@@ -41,8 +41,8 @@ class Format:
         runs_on: whether groups that do not divide a row run on into the next one.
         range: what the outermost codes stand for: the largest size of a group's numbers, or, half a code
             further out, twice their mean size.
-        rotate: whether codes are of weights whose inputs have been rotated, see `peftjax.ops.hadamard`; a
-            `Quantized` does so, and undoes it.
+        rotate: whether codes are of weights whose inputs have been rotated, see `peftjax.quantize.hadamard`;
+            a `Quantized` does so, and undoes it.
     """
 
     element: Element | BinarySum

@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 from peftjax.core.errors import PeftError
 from peftjax.core.naming import STACKS, is_convolution
 from peftjax.core.shapes import match_sizes
-from peftjax.core.tree import Opaque, module_of, pattern_value
+from peftjax.core.targets import pattern_value
+from peftjax.core.tree import Opaque, module_of
 
 # "s" stack (layers, experts), "i" input (kernel window included), "o" output, "1" an added unit axis, "m"
 # axes of several kinds in one.

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import dequantized_matmul
-from peftjax.ops.hadamard import rotated
 from peftjax.quantize.encoding import encode
 from peftjax.quantize.groups import Format, Grid, GroupCodes
+from peftjax.quantize.hadamard import rotated
 from peftjax.weights.base import Weight, lazily_merged
 from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Dot, Gather

@@ -6,9 +6,9 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.patterns import fullmatches, match
+from peftjax.core.targets import pattern_value, select
 from peftjax.hf.config import _layer_of
 
 NAMES = [
@@ -77,9 +77,9 @@ def test_every_place_of_a_pattern_names_it():
     params = {"up": {"kernel": jnp.zeros((4, 4))}}
     for options in ({"targets": "(u"}, {"targets": "all-linear", "exclude": "(u"}):
         with pytest.raises(PeftError, match=r"'\(u' is no regular expression"):
-            tree.select(params, caller="lora", **options)
+            select(params, caller="lora", **options)
     with pytest.raises(PeftError, match=r"'\(u' is no regular expression"):
-        tree.pattern_value("up/kernel", {"(u": 3}, 1)
+        pattern_value("up/kernel", {"(u": 3}, 1)
 
 
 def test_a_pattern_of_layers_may_have_groups():

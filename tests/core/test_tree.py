@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from peftjax.core import naming, tree
+from peftjax.core import targets as chosen
 from peftjax.core.errors import PeftError
+from peftjax.core.targets import pattern_value
 
 
 def matrices(*paths):
@@ -33,8 +35,8 @@ MODEL = matrices(
 MODEL["layers"]["1"]["conv_in"] = {"kernel": jnp.zeros((3, 4, 4))}  # two axes would be a linear layer
 
 
-def select(targets, **options):
-    return tree.select(MODEL, targets, caller="test", **options)
+def select(wanted, **options):
+    return chosen.select(MODEL, wanted, caller="test", **options)
 
 
 def test_path_names_in_every_kind_of_tree():
@@ -120,7 +122,7 @@ def test_layer_index(path, pattern, wanted):
     ],
 )
 def test_rank_patterns_match_the_end_of_a_name_and_the_first_wins(patterns, wanted):
-    assert tree.pattern_value("layers/0/query/kernel", patterns, 8) == wanted
+    assert pattern_value("layers/0/query/kernel", patterns, 8) == wanted
 
 
 def test_partition_and_join_are_inverse():
@@ -158,7 +160,7 @@ def test_a_parameter_called_value_keeps_its_name():
     w = jnp.zeros((4, 4))
     for params in ({"attn": {"query": w, "value": w}}, {"attn": Attention(w, w)}):
         assert list(tree.named_leaves(params)) == ["attn/query", "attn/value"]
-        assert tree.select(params, ["query", "value"], caller="test") == ["attn/query", "attn/value"]
+        assert chosen.select(params, ["query", "value"], caller="test") == ["attn/query", "attn/value"]
     assert list(tree.named_leaves({"attn": {"value": w}})) == ["attn/value"]
     assert list(tree.named_leaves({"value": {"value": w}})) == ["value/value"]
     state = nnx.State({"value": nnx.Param(w), "query": nnx.Param(w)})
@@ -186,14 +188,14 @@ def test_what_is_no_parameter_is_not_selected_and_an_error_says_why():
     others = tree.not_parameters(state)
     assert sorted(others) == ["norm/mean", "norm/var"]
     with pytest.raises(PeftError, match=r"'norm/mean' cannot be trained, it is a BatchStat"):
-        tree.select(state, ["mean"], caller="test", eligible=lambda *_: True)
+        chosen.select(state, ["mean"], caller="test", eligible=lambda *_: True)
     flax = {"params": {"w": jnp.ones((2, 2))}, "batch_stats": {"mean": jnp.ones((2, 2))}}
     assert list(tree.not_parameters(flax)) == ["batch_stats/mean"]
     module = {"w": jnp.ones((2, 2)), "act": jax.nn.relu, "rate": 0.5}
     assert sorted(tree.not_parameters(module)) == ["act", "rate"]
     assert tree.count(module) == 4
     with pytest.raises(PeftError, match="'act' cannot be trained, it is no array"):
-        tree.select(module, ["act"], caller="test")
+        chosen.select(module, ["act"], caller="test")
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64])
@@ -201,7 +203,7 @@ def test_what_is_no_parameter_is_not_selected_and_an_error_says_why():
 def test_a_target_that_is_not_floating_is_named_with_its_dtype(dtype, targets):
     params = {"layer": {"w": jnp.ones((4, 4), dtype)}, "u": jnp.ones((4, 4))}
     with pytest.raises(PeftError, match=f"'layer/w' cannot be trained, it is {jnp.dtype(dtype)}"):
-        tree.select(params, targets, caller="test")
+        chosen.select(params, targets, caller="test")
 
 
 def test_biases_in_the_words_of_every_library():
@@ -215,11 +217,11 @@ def test_all_linear_leaves_out_the_output_layer_and_nothing_for_a_name_further_i
     inside = ["attn/heads/0/q", "converter/kernel", "a", "b", "scale", "layers/0/attn/score/kernel"]
     inside += ["attention/logits/kernel", "blocks/3/head/kernel", "conv_proj/kernel"]
     params = matrices(*inside, "lm_head/kernel", "params/head/kernel", "heads/0/kernel")
-    assert sorted(tree.select(params, "all-linear", caller="test")) == sorted(inside)
+    assert sorted(chosen.select(params, "all-linear", caller="test")) == sorted(inside)
     assert naming.why_not_linear("lm_head/kernel", jnp.zeros((4, 4))) == "in the output layer 'lm_head'"
 
 
 def test_stacked_biases_and_scales_are_no_matrices():
     params = matrices("layers/norm/scale", "h/norm/scale", "h/mlp/b") | {"up": {"kernel": jnp.zeros((4, 4))}}
     params["h"]["mlp"]["w"] = jnp.zeros((4, 4, 4))
-    assert tree.select(params, "all-linear", caller="test") == ["h/mlp/w", "up/kernel"]
+    assert chosen.select(params, "all-linear", caller="test") == ["h/mlp/w", "up/kernel"]

@@ -240,3 +240,27 @@ def test_dropout_of_a_prefix_keeps_the_mean():
     dropped = run(dropout=0.3, dropout_key=KEYS[5])
     assert float(jnp.abs(dropped - run()).max()) > 0.01
     np.testing.assert_allclose(float(dropped.mean()), float(run().mean()), rtol=0.05)
+
+
+def gradients(args):
+    return jax.grad(lambda *a: attend(*a, visible=Visibility(True)).sum(dtype="float32"), (0, 1, 2))(*args)
+
+
+def test_what_a_causal_mask_takes_grows_with_the_length_and_not_with_its_square(monkeypatch):
+    monkeypatch.setattr("peftjax.backbone.attention.GROUPS", 2)
+
+    def temporaries(length):
+        of_shape = jax.ShapeDtypeStruct((1, length, 1, 8), "float32")
+        return jax.jit(gradients).lower([of_shape] * 3).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 2.1 * temporaries(1024)
+
+
+def test_gradients_of_bfloat16_keys_are_summed_over_blocks_in_float32(monkeypatch):
+    monkeypatch.setattr("peftjax.backbone.attention.GROUPS", 1)
+    monkeypatch.setattr("peftjax.backbone.attention.ROWS", 4)
+    coarse = [x.astype("bfloat16") for x in inputs(512, heads=1, kv_heads=1, batch=1)]
+    got, want = (jax.jit(gradients)(args) for args in (coarse, [x.astype("float32") for x in coarse]))
+    for a, b in zip(got, want):
+        error = jnp.linalg.norm(a.astype("float32") - b) / jnp.linalg.norm(b)
+        assert error < 0.004

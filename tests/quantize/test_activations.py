@@ -51,10 +51,10 @@ def test_uniform_codes_are_those_of_the_equation(symmetric):
         np.testing.assert_array_equal(own.zero, zero)
         assert zero[3] < -15  # a range far from zero
         codes = np.clip(np.round(X / scale) + zero, 0, 15)
-        np.testing.assert_array_equal(own.encode(X), codes)
+        np.testing.assert_array_equal(own.encode(jnp.asarray(X)), codes)
         whole = codes - zero
-    np.testing.assert_allclose(own.decode(own.encode(X)), whole * scale, rtol=1e-6)
-    np.testing.assert_array_equal(own.rounded(jnp.asarray(X)), own.decode(own.encode(X)))
+    np.testing.assert_allclose(own.decode(own.encode(jnp.asarray(X))), whole * scale, rtol=1e-6)
+    np.testing.assert_array_equal(own.rounded(jnp.asarray(X)), own.decode(own.encode(jnp.asarray(X))))
     ends = np.array([[-7.0], [7.0]]) if symmetric else np.array([-zero, 15 - zero])
     within = jnp.asarray((ends[:, None] + np.array([[-0.4], [0.4]])) * scale)
     slope = jax.grad(lambda x: own.rounded(x).sum())(within)

@@ -12,8 +12,8 @@ from support import KEY, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
-from peftjax.ops.hadamard import rotated
 from peftjax.quantize.formats import FORMATS
+from peftjax.quantize.hadamard import rotated
 from peftjax.weights.quantized import Quantized
 
 METHODS = {

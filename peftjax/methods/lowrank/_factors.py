@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from peftjax.core import tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.naming import is_embedding
+from peftjax.core.targets import pattern_value, require_patterns_used
 from peftjax.methods import _targets
 from peftjax.methods._targets import Target
 from peftjax.weights.base import Weight
@@ -55,9 +55,9 @@ def find_targets(
     """
     found = []
     plain = _targets.find_targets(params, caller=caller, **where)
-    tree.require_patterns_used(caller, alpha_pattern, [target.path for target in plain])
+    require_patterns_used(caller, alpha_pattern, [target.path for target in plain])
     for target in plain:
-        own_alpha = tree.pattern_value(target.path, alpha_pattern, alpha)
+        own_alpha = pattern_value(target.path, alpha_pattern, alpha)
         positive(caller, "alpha", own_alpha, path=target.path)
         scale = own_alpha / (math.sqrt(target.rank) if rslora else target.rank)
         found.append(ScaledTarget(**vars(target), scale=scale))

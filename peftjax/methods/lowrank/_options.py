@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from peftjax.core.checks import fraction, one_of, positive
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.methods.lowrank._factors import (
     Bias,
     Start,

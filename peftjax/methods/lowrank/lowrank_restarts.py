@@ -25,7 +25,8 @@ from jax import Array, lax
 from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, rebalance, svd_of
-from peftjax.core.tree import Targets, named_leaves, pattern_value
+from peftjax.core.targets import Targets, pattern_value
+from peftjax.core.tree import named_leaves
 from peftjax.methods._entries import entry_count, random_entries
 from peftjax.methods._rest import with_targets, without_targets
 from peftjax.methods._targets import Target, find_targets, key_for

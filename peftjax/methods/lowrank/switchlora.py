@@ -25,7 +25,7 @@ from jax import Array, lax
 from peftjax.core import tree
 from peftjax.core.checks import one_of
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.methods._rest import with_targets, without_targets
 from peftjax.methods._targets import key_for, keys_of_matrices
 from peftjax.methods.lowrank._factors import ScaledTarget, find_targets, plain_matrices, residual

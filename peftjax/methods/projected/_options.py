@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from peftjax.core.checks import at_least, one_of, positive
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.methods.projected._projected import Write
 from peftjax.optim.refresh import Method
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, require_patterns_used, select
 from peftjax.quantize.formats import describe
 from peftjax.quantize.groups import Format
 from peftjax.transform.around import Around, require_given
@@ -73,8 +73,8 @@ def rounded_base(name: str, form: Format, options: BaseOptions, *, anneal: float
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         leaves = tree.named_leaves(params)
-        paths = tree.select(params, options.targets, caller=name, exclude=options.exclude)
-        tree.require_patterns_used(name, options.layouts, paths)
+        paths = select(params, options.targets, caller=name, exclude=options.exclude)
+        require_patterns_used(name, options.layouts, paths)
         for path in paths:
             if isinstance(leaves[path], Quantized):
                 raise PeftError(
@@ -157,8 +157,8 @@ def codings(
     The arguments and errors are those of `quantized_params`; `params` may be shapes.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, options.targets, caller=name, exclude=options.exclude)
-    tree.require_patterns_used(name, options.layouts, paths)
+    paths = select(params, options.targets, caller=name, exclude=options.exclude)
+    require_patterns_used(name, options.layouts, paths)
     found = {}
     for path in paths:
         leaf = leaves[path]

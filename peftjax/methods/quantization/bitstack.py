@@ -27,7 +27,7 @@ from peftjax.core import tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
 from peftjax.core.linalg import balanced, randomized_svd, svd_of
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, pattern_value, require_patterns_used, select
 from peftjax.methods.quantization._base import BaseOptions
 from peftjax.quantize.packing import pack
 from peftjax.transform.frozen import Frozen, Params, Trainable
@@ -134,9 +134,9 @@ def decompose(
         PeftError: as `bitstack`; norms of another shape.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, caller=NAME, exclude=exclude)
-    tree.require_patterns_used(NAME, layouts, paths)
-    tree.require_patterns_used(NAME, input_norms, paths)
+    paths = select(params, targets, caller=NAME, exclude=exclude)
+    require_patterns_used(NAME, layouts, paths)
+    require_patterns_used(NAME, input_norms, paths)
     made = {}
     for path in paths:
         leaf = leaves[path]
@@ -263,7 +263,7 @@ def _squares(w: SignBlocks) -> np.ndarray:
 
 
 def _norms(path: str, input_norms: Mapping[str, Array], matrices: Array) -> Array:
-    norms = tree.pattern_value(path, input_norms, None)
+    norms = pattern_value(path, input_norms, None)
     if norms is None:
         return jnp.ones(matrices.shape[:-1])
     if norms.shape != matrices.shape[:-1]:

@@ -16,7 +16,7 @@ from jax import Array
 
 from peftjax.core import naming, tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, select
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
@@ -108,7 +108,7 @@ def bitfit() -> Transform:
 def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transform:
     def find(params: Any) -> list[str]:
         _say_complex(name, params)
-        return tree.select(
+        return select(
             params,
             targets,
             caller=name,

@@ -14,7 +14,7 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, require_patterns_used, select
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
@@ -54,8 +54,8 @@ def rows(
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         leaves = tree.named_leaves(params)
-        paths = tree.select(params, targets, caller="rows", exclude=exclude)
-        tree.require_patterns_used("rows", layouts, paths)
+        paths = select(params, targets, caller="rows", exclude=exclude)
+        require_patterns_used("rows", layouts, paths)
         plan = tuple((path, layout_of(path, leaves, layouts)) for path in paths)
         trainable = {}
         for path, layout in plan:

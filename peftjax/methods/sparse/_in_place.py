@@ -13,7 +13,7 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, require_patterns_used, select
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import Placement
 from peftjax.weights.base import Weight
@@ -71,8 +71,8 @@ def find_weights(
             not an array.
     """
     leaves = tree.named_leaves(params)
-    paths = tree.select(params, targets, caller=caller, exclude=exclude)
-    tree.require_patterns_used(caller, layouts, paths)
+    paths = select(params, targets, caller=caller, exclude=exclude)
+    require_patterns_used(caller, layouts, paths)
     for path in paths:
         if in_place and isinstance(leaves[path], Weight):
             raise PeftError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peftjax.core.checks import fraction, positive
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, pattern_value, require_patterns_used
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
 from peftjax.transform.frozen import Frozen, Trainable
@@ -89,12 +89,12 @@ def paca(
             one_way=True,
         )
         for patterns in (rank_pattern, alpha_pattern, given):
-            tree.require_patterns_used("paca", patterns, list(found))
+            require_patterns_used("paca", patterns, list(found))
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
         for path, layout in found.items():
-            r = tree.pattern_value(path, rank_pattern, rank)
-            rows = _rows(key_for(key, path), path, layout, r, tree.pattern_value(path, given, None))
-            own = tree.pattern_value(path, alpha_pattern, alpha) / rows.shape[-1]
+            r = pattern_value(path, rank_pattern, rank)
+            rows = _rows(key_for(key, path), path, layout, r, pattern_value(path, given, None))
+            own = pattern_value(path, alpha_pattern, alpha) / rows.shape[-1]
             place = Place(path, layout, rows.shape[-1], own)
             original = rows_of(leaves[path], layout, rows)
             places.append(place)

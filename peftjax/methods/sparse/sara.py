@@ -24,7 +24,7 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.checks import at_least, one_of, positive, positive_share
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets
 from peftjax.methods._entries import Entries, entry_count, largest_entries
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
 from peftjax.methods.sparse._nuclear import Polar, penalized

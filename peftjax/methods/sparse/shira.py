@@ -22,7 +22,7 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive, positive_share
 from peftjax.core.errors import PeftError
-from peftjax.core.tree import Targets
+from peftjax.core.targets import Targets, pattern_value, require_patterns_used
 from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
 from peftjax.methods._targets import key_for
 from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
@@ -85,10 +85,10 @@ def shira(
         found = find_weights(
             params, caller="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
-        tree.require_patterns_used("shira", rank_pattern, list(found))
+        require_patterns_used("shira", rank_pattern, list(found))
         leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
         for path, layout in found.items():
-            own = tree.pattern_value(path, rank_pattern, rank)
+            own = pattern_value(path, rank_pattern, rank)
             count = entry_count("shira", path, layout, own, density)
             rows, columns = _entries(key_for(key, path), path, layout, count, mask, leaves[path], given)
             places.append(Place(path, layout, rows.shape[-1]))

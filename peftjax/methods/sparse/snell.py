@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from peftjax.core import tree
 from peftjax.core.checks import fraction, one_of
 from peftjax.core.errors import PeftError
+from peftjax.core.targets import pattern_value, require_patterns_used
 from peftjax.kernels.kernelized_merge import KernelFunction
 from peftjax.methods._targets import Target
 from peftjax.methods.sparse._budget import LEVEL
@@ -89,14 +90,14 @@ def snell(options: SnellOptions) -> Transform:
     kernel_function = KernelFunction(options.kernel, options.coefficients, options.mode)
 
     def kernel_function_of(target: Target) -> tuple[KernelFunction, float]:
-        share = tree.pattern_value(target.path, patterns, None)
+        share = pattern_value(target.path, patterns, None)
         if share is None:
             raise PeftError(f"snell: no pattern of sparsity matches {target.path!r}; add one, or exclude it")
         unsparsified = share == 0 and options.mode == "released"
         return (replace(kernel_function, mode="none") if unsparsified else kernel_function), float(share)
 
     def check(paths: list[str]) -> None:
-        tree.require_patterns_used("snell", patterns, paths)
+        require_patterns_used("snell", patterns, paths)
 
     scalars = _SCALARS.get(options.kernel, {})
     return kernelized("snell", vars(options), kernel_function_of, check=check, start_of_scalars=scalars)
@@ -125,10 +126,10 @@ def set_sparsity(frozen: Frozen, sparsity: Sparsity) -> Frozen:
     }
     if not levels:
         raise PeftError("set_sparsity: no weight has a sparsifier; give snell a sparsity above 0")
-    tree.require_patterns_used("set_sparsity", patterns, list(levels))
+    require_patterns_used("set_sparsity", patterns, list(levels))
     new = {
         f"{path}{suffix}": jnp.full_like(level, share)
         for path, level in levels.items()
-        if (share := tree.pattern_value(path, patterns, None)) is not None
+        if (share := pattern_value(path, patterns, None)) is not None
     }
     return replace(frozen, state=tree.replace(frozen.state, new))

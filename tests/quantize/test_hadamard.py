@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import hadamard
 from support import KEY, normal
 
-from peftjax.ops.hadamard import rotated
+from peftjax.quantize.hadamard import rotated
 
 
 @pytest.mark.parametrize(("n", "block"), [(256, 256), (12, 4), (7, 1), (36 * 128, 512)])
