@@ -1,4 +1,4 @@
-"""Statistics of a model over a few batches, and what is trained on a few."""
+"""Statistics of a model over a few batches, what is rewritten by them, and what is trained on a few."""
 
 from peftjax.calibrate.activations import activation_ranges
 from peftjax.calibrate.gradients import fisher_information, mean_gradient

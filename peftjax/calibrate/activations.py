@@ -1,7 +1,7 @@
 """Ranges of the activations of a backbone's blocks, over a few batches."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -97,8 +97,7 @@ def activation_ranges(
         return {name: (codes, errors + more[name]) for name, (codes, errors) in tried.items()}, out
 
     try_ranges = jax.jit(lambda tails: {name: candidates(tails[name], makers[name]) for name in makers})
-    empty = _no_tails(config, by_channel, [hidden.shape for hidden, _ in streams])
-    start = {name: tails for name, tails in empty.items() if name in makers}
+    start = _no_tails(config, by_channel, [hidden.shape for hidden, _ in streams], weights=WEIGHTS in makers)
     found = []
     for number in range(backbone.num_layers):
         layer, tails = (cut(params["blocks"], number), own_of(backbone, number)), start
@@ -152,9 +151,9 @@ def _observed(
 
 
 def _no_tails(
-    config: BlockConfig, by_channel: tuple[str, ...], shapes: list[tuple[int, ...]]
-) -> Mapping[str, Tails]:
-    """Tails for all values of hidden states of these shapes [B, S, D]."""
+    config: BlockConfig, by_channel: tuple[str, ...], shapes: list[tuple[int, ...]], *, weights: bool
+) -> dict[str, Tails]:
+    """Tails for all values of hidden states of these shapes [B, S, D], with attention's weights or without."""
     tokens = sum(shape[0] * shape[1] for shape in shapes)
     widths = {
         "attention": config.width,
@@ -162,9 +161,10 @@ def _no_tails(
         "feed_forward": config.width,
         "feed_forward_output": config.inner_size,
     }
-    of_inputs = {
+    tails = {
         name: no_tails(width, tokens) if name in by_channel else no_tails(1, tokens * width)
         for name, width in widths.items()
     }
-    pairs = sum(shape[0] * shape[1] ** 2 for shape in shapes)
-    return {**of_inputs, WEIGHTS: no_tails(1, config.num_heads * pairs)}
+    if weights:
+        tails[WEIGHTS] = no_tails(1, config.num_heads * sum(shape[0] * shape[1] ** 2 for shape in shapes))
+    return tails
