@@ -153,7 +153,7 @@ def _observed(
 def _no_tails(
     config: BlockConfig, by_channel: tuple[str, ...], shapes: list[tuple[int, ...]], *, weights: bool
 ) -> dict[str, Tails]:
-    """Tails for all values of hidden states of these shapes [B, S, D], with attention's weights or without."""
+    """Tails for all values of hidden states of these shapes [B, S, D], and perhaps attention's weights."""
     tokens = sum(shape[0] * shape[1] for shape in shapes)
     widths = {
         "attention": config.width,
