@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from peftjax.quantize.activations import LogSqrt2
 from peftjax.weights.dropout import drop
 
 ROWS = 64
@@ -76,12 +77,13 @@ class _Block:
         self,
         query: Float[Array, "B K GT H"],
         key: Float[Array, "B K S H"],
-        value: Float[Array, "B K S H"],
+        value: Float[Array, "B K S V"],
         allowed: Bool[Array, "#B 1 #T S"] | None,
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
-    ) -> Float[Array, "B K GT H"]:
+        codes: LogSqrt2 | None,
+    ) -> Float[Array, "B K GT V"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
             scores = scores + bias
@@ -93,7 +95,22 @@ class _Block:
         parts = [("bkts,bksh->bkth", scores, value)]
         if prefix is not None:
             parts.append(self.of_prefix(query, prefix))
-        return self.mixed(parts, dropout_key)
+        return self.mixed(parts, dropout_key) if codes is None else self.rounded(parts, dropout_key, codes)
+
+    def rounded(
+        self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None, codes: LogSqrt2
+    ) -> Array:
+        """As `mixed`, with the weights rounded before they meet the values."""
+        weights = jax.nn.softmax(jnp.concatenate([scores for _, scores, _ in parts], axis=-1), axis=-1)
+        weights = codes.rounded(weights)
+        if dropout_key is not None:
+            weights = drop(weights, self.dropout, dropout_key)
+        own = jnp.split(weights, [parts[0][1].shape[-1]], axis=-1)
+        sums = [
+            jnp.einsum(product, part.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            for part, (product, _, values) in zip(own, parts)
+        ]
+        return functools.reduce(operator.add, sums).astype(parts[0][2].dtype)
 
     def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
         """One softmax over the scores of all parts, times their values."""
@@ -152,7 +169,7 @@ class _Rows(NamedTuple):
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     mask: Bool[ArrayLike, "B S"] | None = None,
     segments: Int[ArrayLike, "B S"] | None = None,
@@ -163,7 +180,8 @@ def attend(
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     prefix: Prefix | None = None,
-) -> Float[Array, "B T N H"]:
+    codes: LogSqrt2 | None = None,
+) -> Float[Array, "B T N V"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
     `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
@@ -173,7 +191,7 @@ def attend(
     Args:
         query: N heads.
         key: K heads, K a divisor of N.
-        value: as `key`.
+        value: as `key`, of heads that may have another width.
         mask: True where a key is a token.
         segments: a query sees only keys of its own segment; self-attention only (T = S).
         visible: causal order and window.
@@ -184,6 +202,7 @@ def attend(
         dropout_key: draws the masks, which the backward pass recomputes.
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
+        codes: what the weights are rounded to; they then need not sum to 1.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -200,14 +219,14 @@ def attend(
         dropout_key = None
 
     def attending(
-        key: Float[Array, "B K S H"], value: Float[Array, "B K S H"], first: int, last: int
-    ) -> Callable[[_Rows], Float[Array, "B K G t H"]]:
+        key: Float[Array, "B K S H"], value: Float[Array, "B K S V"], first: int, last: int
+    ) -> Callable[[_Rows], Float[Array, "B K G t V"]]:
         own_key, own_value = key[:, :, first:last], value[:, :, first:last]
         own_mask, own_segments = (None if x is None else x[:, None, first:last] for x in (mask, segments))
 
         # What says which keys are seen is made in here: kept for the backward pass it is of T x S numbers.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def of_rows(rows: _Rows) -> Float[Array, "B K G t H"]:
+        def of_rows(rows: _Rows) -> Float[Array, "B K G t V"]:
             places = rows.start + jnp.arange(rows.query.shape[3])
             allowed = _all_of(
                 visible.allowed(places, jnp.arange(first, last)),
@@ -217,10 +236,9 @@ def attend(
             drop_key = None if dropout_key is None else jax.random.fold_in(dropout_key, rows.start)
             added = None if rows.bias is None else rows.bias.reshape(*rows.bias.shape[:2], -1, last - first)
             flat = rows.query.reshape(batch, kv_heads, -1, width)
-            mixed = block(
-                flat, own_key.astype(dtype), own_value.astype(dtype), allowed, added, drop_key, prefix
-            )
-            return mixed.reshape(rows.query.shape)
+            own = own_key.astype(dtype), own_value.astype(dtype)
+            mixed = block(flat, *own, allowed, added, drop_key, prefix, codes)
+            return mixed.reshape(*rows.query.shape[:-1], mixed.shape[-1])
 
         return of_rows
 
@@ -239,12 +257,12 @@ def attend(
             part = of_rows(rows)
         else:
             mapped = jax.lax.map(of_rows, rows.split(blocks))
-            part = jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * size, width)
+            part = jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * size, -1)
         if stop < length:  # one run after the other, in both directions: each has arrays of its own
             key, value, part = jax.lax.optimization_barrier((key, value, part))
         parts.append(part)
     mixed = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:
