@@ -8,7 +8,7 @@ that fills no whole byte is filled up with zeros.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Array, Int, Integer, UInt8
 
 _PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
