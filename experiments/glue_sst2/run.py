@@ -130,9 +130,12 @@ def pick(split: Split, rows: np.ndarray) -> Split:
     return Split(tuple(split.texts[row] for row in rows), tuple(split.labels[row] for row in rows))
 
 
-def open_minilm(seed: int) -> tuple[Backbone, Params]:
+def open_minilm(seed: int, dtype: str = "float32") -> tuple[Backbone, Params]:
     """MiniLM with a new classifier on the mean of its states."""
-    return pj.load(minilm_path(), head="mean_classifier", num_labels=2, key=jax.random.key(seed))
+    key = jax.random.key(seed)
+    return pj.load(
+        minilm_path(), head="mean_classifier", num_labels=2, key=key, dtype=dtype, param_dtype=dtype
+    )
 
 
 def make_method(

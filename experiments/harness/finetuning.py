@@ -117,7 +117,7 @@ def quantized(sizes: Sizes) -> tuple[Contender, ...]:
         Contender(
             f"LoRA r={rank}, {name}", lambda setting, make=BASES[name]: pj.chain(make(), pj.lora(rank=rank))
         )
-        for name in ("nf4", "int8", "fp8_e4m3", "mxfp4", "int4", "int3", "int2")
+        for name in BASES
     )
     return (
         *on_codes,

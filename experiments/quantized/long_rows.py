@@ -88,8 +88,8 @@ def report(plans: Plans) -> str:
     some = next(plan for rows in plans.values() for plan in rows.values() if "peak" in plan)
     text = [
         f"One training step on one row, as compiled for {some['device']} by jax {some['jax']}: peak "
-        "of device memory in GiB, in brackets what lies in the host's. Fixed and per token: the line through the "
-        "shortest and the longest row.",
+        "of device memory in GiB, in brackets what lies in the host's. Fixed and per token: the line "
+        "through the shortest and the longest row.",
         "",
     ]
     rows = []

@@ -21,7 +21,8 @@ Expected, the peak of a step:
 Asked of the H200's compiler; nothing is run, and no GPU is needed. The first LLaMAs, with random weights'
 shapes alone, in bfloat16 on rows of 512 tokens; LoRA of rank 64 on every linear layer but the head, as in
 QLoRA's paper, with AdamW in float32. Long rows: Llama-3, LoRA of rank 32, one row; the record is the line
-through the longest rows known to us for QLoRA at these sizes. Results of an earlier run stay where this one does not replace them.
+through the longest rows known to us for QLoRA at these sizes. Results of an earlier run stay where this
+one does not replace them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from peftjax.quantize.activations import LogSqrt2
 from peftjax.weights.dropout import drop
 
 ROWS = 64
@@ -76,13 +77,14 @@ class _Block:
         self,
         query: Float[Array, "B K GT H"],
         key: Float[Array, "B K S H"],
-        value: Float[Array, "B K S H"],
+        value: Float[Array, "B K S V"],
         allowed: Bool[Array, "#B 1 #T S"] | None,
         bias: Float[Array, "#B K GT S"] | None,
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
+        codes: LogSqrt2 | None,
         sinks: Float[Array, "K G"] | None,
-    ) -> Float[Array, "B K GT H"]:
+    ) -> Float[Array, "B K GT V"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
             scores = scores + bias
@@ -96,7 +98,31 @@ class _Block:
             parts.append(self.of_prefix(query, prefix))
         if sinks is not None:
             sinks = jnp.repeat(sinks.astype(jnp.float32), query.shape[2] // sinks.shape[1], axis=1)[..., None]
+        if codes is not None:
+            return self.rounded(parts, dropout_key, codes, sinks)
         return self.mixed(parts, dropout_key, sinks)
+
+    def rounded(
+        self,
+        parts: list[tuple[str, Array, Array]],
+        dropout_key: Key[Array, ""] | None,
+        codes: LogSqrt2,
+        sinks: Float[Array, "K GT 1"] | None,
+    ) -> Array:
+        """As `mixed`, with the weights rounded before they meet the values."""
+        scores = [scores for _, scores, _ in parts]
+        if sinks is not None:
+            scores.append(jnp.broadcast_to(sinks, (*scores[0].shape[:-1], 1)))
+        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+        weights = codes.rounded(weights if sinks is None else weights[..., :-1])
+        if dropout_key is not None:
+            weights = drop(weights, self.dropout, dropout_key)
+        own = jnp.split(weights, [parts[0][1].shape[-1]], axis=-1)
+        sums = [
+            jnp.einsum(product, part.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            for part, (product, _, values) in zip(own, parts)
+        ]
+        return functools.reduce(operator.add, sums).astype(parts[0][2].dtype)
 
     def mixed(
         self,
@@ -161,7 +187,7 @@ class _Rows(NamedTuple):
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     mask: Bool[ArrayLike, "B S"] | None = None,
     segments: Int[ArrayLike, "B S"] | None = None,
@@ -172,8 +198,9 @@ def attend(
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     prefix: Prefix | None = None,
+    codes: LogSqrt2 | None = None,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
     `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
@@ -184,7 +211,7 @@ def attend(
     Args:
         query: N heads.
         key: K heads, K a divisor of N.
-        value: as `key`.
+        value: as `key`, of heads that may have another width.
         mask: True where a key is a token.
         segments: a query sees only keys of its own segment; self-attention only (T = S).
         visible: causal order and window.
@@ -195,6 +222,7 @@ def attend(
         dropout_key: draws the masks, which the backward pass recomputes.
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
+        codes: what the weights are rounded to; they then need not sum to 1.
         sinks: scores of no key, one for each head, neither scaled nor bounded.
     """
     batch, length, heads, width = query.shape
@@ -213,14 +241,14 @@ def attend(
         dropout_key = None
 
     def attending(
-        key: Float[Array, "B K S H"], value: Float[Array, "B K S H"], first: int, last: int
-    ) -> Callable[[_Rows], Float[Array, "B K G t H"]]:
+        key: Float[Array, "B K S H"], value: Float[Array, "B K S V"], first: int, last: int
+    ) -> Callable[[_Rows], Float[Array, "B K G t V"]]:
         own_key, own_value = key[:, :, first:last], value[:, :, first:last]
         own_mask, own_segments = (None if x is None else x[:, None, first:last] for x in (mask, segments))
 
         # What says which keys are seen is made in here: kept for the backward pass it is of T x S numbers.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def of_rows(rows: _Rows) -> Float[Array, "B K G t H"]:
+        def of_rows(rows: _Rows) -> Float[Array, "B K G t V"]:
             places = rows.start + jnp.arange(rows.query.shape[3])
             allowed = _all_of(
                 visible.allowed(places, jnp.arange(first, last)),
@@ -230,9 +258,9 @@ def attend(
             drop_key = None if dropout_key is None else jax.random.fold_in(dropout_key, rows.start)
             added = None if rows.bias is None else rows.bias.reshape(*rows.bias.shape[:2], -1, last - first)
             flat = rows.query.reshape(batch, kv_heads, -1, width)
-            keys, values = own_key.astype(dtype), own_value.astype(dtype)
-            mixed = block(flat, keys, values, allowed, added, drop_key, prefix, sinks)
-            return mixed.reshape(rows.query.shape)
+            own = own_key.astype(dtype), own_value.astype(dtype)
+            mixed = block(flat, *own, allowed, added, drop_key, prefix, codes, sinks)
+            return mixed.reshape(*rows.query.shape[:-1], mixed.shape[-1])
 
         return of_rows
 
@@ -251,12 +279,12 @@ def attend(
             part = of_rows(rows)
         else:
             mapped = jax.lax.map(of_rows, rows.split(blocks))
-            part = jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * size, width)
+            part = jnp.moveaxis(mapped, 0, 3).reshape(*grouped.shape[:3], blocks * size, -1)
         if stop < length:  # one run after the other, in both directions: each has arrays of its own
             key, value, part = jax.lax.optimization_barrier((key, value, part))
         parts.append(part)
     mixed = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def _segments(length: int, causal: bool) -> Iterator[tuple[int, int, int]]:

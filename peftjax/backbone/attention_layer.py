@@ -96,6 +96,18 @@ class Attention(nn.Module):
             result = attended(config.residuals, mixed, (query, key, value), rest)
         return checkpoint_name(result.reshape(*result.shape[:2], -1), ATTENTION_RESULT)
 
+    def weights(
+        self, query: Float[Array, "B S N H"], key: Float[Array, "B S K H"], context: Context
+    ) -> Float[Array, "B S N S"]:
+        """The weights that `mix` gives to every token's value, without dropout, cache and prefix."""
+        config, length = self.config, key.shape[1]
+        if config.qk_norm:
+            query, key = plain_value(self.query_norm(query)), plain_value(self.key_norm(key))
+        seen = Context(**{name: getattr(context, name) for name in SEEN if name != "prefix"})
+        # Of values that are rows of the identity a weighted mean is the weights.
+        each = jnp.broadcast_to(jnp.eye(length)[None, :, None], (*key.shape[:3], length))
+        return _mixed(config, None, query, key, each, seen, None, None, self.sinks if config.sinks else None)
+
     def _through_cache(
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
@@ -132,7 +144,7 @@ class CrossAttention(Attention):
         )
 
 
-SEEN = ("mask", "segments", "bias", "prefix", "window", "rotation", "local_rotation", "local")
+SEEN = ("mask", "segments", "bias", "prefix", "window", "rotation", "local_rotation", "local", "weight_codes")
 """What attention reads of the context, beside the slot of the first token in a cache."""
 
 
@@ -151,7 +163,8 @@ def _mixed(
 
     With `place` the queries are beside the tokens, each row's where its token of that number stands.
     """
-    query, key, value = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key, value))
+    query, key = (x.reshape(*x.shape[:2], -1, config.head_width) for x in (query, key))
+    value = value.reshape(*key.shape[:3], -1)
     start = 0 if cache_index is None else cache_index
     window = config.window if context.window is None else context.window
     visible = Visibility(config.causal, window, start)
@@ -169,6 +182,7 @@ def _mixed(
         dropout=config.attention_dropout,
         dropout_key=dropout_key,
         prefix=context.prefix,
+        codes=context.weight_codes,
         sinks=sinks,
     )
 

@@ -35,6 +35,7 @@ from peftjax.backbone.feed_forward import FeedForward
 from peftjax.backbone.layers import Dropout, recompute_module
 from peftjax.backbone.protocols import Sublayers
 from peftjax.backbone.remat import split_by_name
+from peftjax.backbone.rounding import RoundedActivations
 from peftjax.backbone.tiles import in_tiles
 
 
@@ -69,6 +70,8 @@ class Block(Sublayers, nn.Module):
             if config.cross_attention:
                 self.cross_attention_post_norm = norm(config, dtype)
             self.feed_forward_post_norm = norm(config, dtype)
+        if config.rounding is not None:
+            self.rounding = RoundedActivations(config.rounding)
         self.attention_dropout = Dropout(config.output_dropout)
         self.feed_forward_dropout = Dropout(config.output_dropout)
 
@@ -81,9 +84,19 @@ class Block(Sublayers, nn.Module):
         query, key, value = self._by_tokens(_project, hidden)
         if context.attended is not None:
             _, key, value = self._by_tokens(_project, context.attended)
+        if self.config.rounding is not None and self.config.rounding.weight_bits is not None:
+            context = self._with_rounded_weights(query, key, context)
         mixed = self.attention.mix(query, key, value, context)
         update = self.attention_dropout(self._by_tokens(_output, mixed))
         return plain_value(self.attention_post_norm(update)) if self._sandwich else update
+
+    def _with_rounded_weights(self, query: Array, key: Array, context: Context) -> Context:
+        """The context in which attention's weights are rounded; of a block that observes, as it is."""
+        codes = self.rounding.attention_weights
+        if not codes.rounding.observe:
+            return dataclasses.replace(context, weight_codes=codes())
+        codes.observe(self.attention.weights(query, key, context))
+        return context
 
     def attention_join(
         self, hidden: Float[Array, "B S D"], update: Float[Array, "B S D"]
@@ -101,7 +114,7 @@ class Block(Sublayers, nn.Module):
         """What attention to `context.encoded` adds; a prefix in a context given here is this branch's."""
         own = Context(mask=context.encoded_mask, prefix=context.prefix)
         mixed = self.cross_attention.mix(*_project_cross(self, hidden, context.encoded), own)
-        update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed)))
+        update = self.cross_attention_dropout(self.cross_attention.output(self._entering(mixed, None)))
         return plain_value(self.cross_attention_post_norm(update)) if self._sandwich else update
 
     def cross_attention_join(
@@ -156,11 +169,14 @@ class Block(Sublayers, nn.Module):
         """A part of the block that acts on each token by itself."""
         return split_by_name(self.config.offloaded_tokens, partial(part, self), x, *then)
 
-    def _entering(self, x: Float[Array, "B S D"], norm: nn.Module | None = None) -> Any:
-        """What a linear layer takes of `x`, normed if there is a norm."""
-        if norm is not None:
-            return norm(x)
-        return x if self.config.residuals is None else kept_as_codes(x, self.config.residuals)
+    def _entering(self, x: Float[Array, "B S D"], name: str | None, norm: nn.Module | None = None) -> Any:
+        """What a linear layer takes of `x`, normed if there is a norm, and rounded if it has a name."""
+        entering = x if norm is None else norm(x)
+        if self.config.rounding is not None and name is not None:
+            return getattr(self.rounding, name)(entering)
+        if norm is not None or self.config.residuals is None:
+            return entering
+        return kept_as_codes(x, self.config.residuals)
 
 
 def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,24 +190,30 @@ def _recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
 
 @_recomputed
 def _project(block: Block, hidden: Array) -> tuple[Array, Array, Array]:
-    return block.attention.project(block._entering(hidden, None if block._post else block.attention_norm))
+    norm = None if block._post else block.attention_norm
+    return block.attention.project(block._entering(hidden, "attention", norm))
 
 
 def _output(block: Block, mixed: Array) -> Array:
-    return block.attention.output(block._entering(mixed))
+    # Of what rounding gives nothing is kept: it is recomputed, as norms are.
+    part = _of_mixed if block.config.rounding is None else recompute_module(_of_mixed)
+    return part(block, mixed)
+
+
+def _of_mixed(block: Block, mixed: Array) -> Array:
+    return block.attention.output(block._entering(mixed, "attention_output"))
 
 
 @_recomputed
 def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, Array, Array]:
     norm = None if block._post else block.cross_attention_norm
-    return block.cross_attention.project(block._entering(hidden, norm), encoded)
+    return block.cross_attention.project(block._entering(hidden, None, norm), encoded)
 
 
 @_recomputed
 def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
-    return block.feed_forward.expand(
-        block._entering(hidden, None if block._post else block.feed_forward_norm)
-    )
+    norm = None if block._post else block.feed_forward_norm
+    return block.feed_forward.expand(block._entering(hidden, "feed_forward", norm))
 
 
 def _tile_of_feed_forward(block: Block, hidden: Array) -> Array:
@@ -200,4 +222,7 @@ def _tile_of_feed_forward(block: Block, hidden: Array) -> Array:
 
 @_recomputed
 def _contract(block: Block, *inner: Array) -> Array:
-    return block.feed_forward.contract(*inner)
+    entering = block.feed_forward.activate(*inner)
+    if block.config.rounding is not None:
+        entering = block.rounding.feed_forward_output(entering)
+    return block.feed_forward.down(entering)

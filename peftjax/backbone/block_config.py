@@ -9,6 +9,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from peftjax.backbone.layers import RMSNorm, layer_norm
+from peftjax.backbone.rounding import Rounding
 from peftjax.core.errors import PeftError
 from peftjax.ops.coded.bits import Bits
 
@@ -71,6 +72,11 @@ class BlockConfig:
         feed_forward_tile: how many of each row's tokens the feed-forward takes at a time; None is all.
         offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" recomputes
             norms and activations only.
+        rounding: how many bits what enters linear layers is rounded to; None rounds nothing.
+
+    Raises:
+        PeftError: it both rounds what enters linear layers and keeps codes of that, or does one of them and
+            has experts.
     """
 
     width: int
@@ -104,12 +110,23 @@ class BlockConfig:
     residuals: Bits | None = None
     feed_forward_tile: int | None = None
     offloaded_tokens: float = 0.0
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
+        if self.rounding is not None and self.residuals is not None:
+            raise PeftError(
+                "chain: 'rounded_activations' and coded residuals both change what enters a linear layer; "
+                "leave one of the two out"
+            )
         if self.experts is not None and self.residuals is not None:
             raise PeftError(
                 "coded residuals know no experts; leave coded_residuals or s2a out, and save memory with the "
                 "model's remat"
+            )
+        if self.experts is not None and self.rounding is not None:
+            raise PeftError(
+                "rounded activations know no experts; leave rounded_activations out, and round the weights "
+                "alone (pj.quantized)"
             )
 
     @property

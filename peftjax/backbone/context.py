@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.backbone.attention import Prefix
+from peftjax.quantize.activations import LogSqrt2
 
 Rotation = tuple[Float[Array, "#B S h"], Float[Array, "#B S h"]]
 """Cosine and sine of every position's angles, in float32; h is half of a head's width."""
@@ -37,6 +38,7 @@ class Context:
         attended: [B, S, D], the stream of the tokens, where a block is given queries beside them.
         prefix: further keys and values that every query of a branch sees, as they are: not normed, not
             rotated, in no slot of the cache.
+        weight_codes: what a layer's attention weights are rounded to; None rounds nothing.
     """
 
     mask: Bool[Array, "B K"] | None = None
@@ -54,3 +56,4 @@ class Context:
     local: Bool[Array, ""] | None = None
     attended: Float[Array, "B S D"] | None = None
     prefix: Prefix | None = None
+    weight_codes: LogSqrt2 | None = None

@@ -158,11 +158,15 @@ class RoutedFeedForward(nn.Module):
         routing = routed(self.route(x), self.config.experts, self.dtype)
         return (*self.experts.expand(routing.rows(x), routing), routing)
 
-    def contract(self, *inner: Float[Array, "n F"] | Routing) -> Float[Array, "B S D"]:
-        """The activation, the way down and the sum over a token's experts."""
+    def activate(self, *inner: Float[Array, "n F"] | Routing) -> tuple[Float[Array, "n F"], Routing]:
+        """What enters the way down."""
         *inner, routing = inner
-        activated = self.dropout(_activated(self.config, *inner))
-        return routing.tokens(self.experts.contract(activated, routing))
+        return self.dropout(_activated(self.config, *inner)), routing
+
+    def down(self, entering: tuple[Float[Array, "n F"], Routing]) -> Float[Array, "B S D"]:
+        """The way down and the sum over a token's experts."""
+        rows, routing = entering
+        return routing.tokens(self.experts.contract(rows, routing))
 
 
 def _activated(config: BlockConfig, first: Array, up: Array | None = None) -> Array:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import activated, linear
 from peftjax.backbone.layers import ACTIVATIONS, Dropout
+from peftjax.ops.coded.linear import Input
 
 
 class FeedForward(nn.Module):
@@ -35,10 +36,10 @@ class FeedForward(nn.Module):
         """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
         return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
 
-    def contract(self, *inner: Float[Array, "B S F"]) -> Float[Array, "B S D"]:
-        """The activation and the way down."""
+    def activate(self, *inner: Float[Array, "B S F"]) -> Input | Float[Array, "B S F"]:
+        """What enters the way down."""
         config = self.config
         if config.residuals is not None:
-            return self.down(activated(config, self.dropout, *inner))
+            return activated(config, self.dropout, *inner)
         result = ACTIVATIONS[config.activation](inner[0])
-        return self.down(self.dropout(result * inner[1] if config.gated else result))
+        return self.dropout(result * inner[1] if config.gated else result)

@@ -1,6 +1,17 @@
-"""Statistics of a model over a few batches, and what is trained on a few."""
+"""Statistics of a model over a few batches, what is rewritten by them, and what is trained on a few."""
 
+from peftjax.calibrate.activations import activation_ranges
 from peftjax.calibrate.gradients import fisher_information, mean_gradient
 from peftjax.calibrate.reconstruction import Reconstruction, reconstruct
+from peftjax.calibrate.reparameterization import Reparameterized, migrate_outliers, reparameterize
 
-__all__ = ["Reconstruction", "fisher_information", "mean_gradient", "reconstruct"]
+__all__ = [
+    "Reconstruction",
+    "Reparameterized",
+    "activation_ranges",
+    "fisher_information",
+    "mean_gradient",
+    "migrate_outliers",
+    "reconstruct",
+    "reparameterize",
+]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jaxtyping import Key
@@ -20,6 +19,7 @@ from peftjax.backbone.backbone import Backbone, Layer
 from peftjax.backbone.context import Context
 from peftjax.backbone.protocols import Batch, Params
 from peftjax.backbone.rewriting import require_backbone, require_one_stack, require_scan
+from peftjax.calibrate._blocks import cut, own_of
 from peftjax.core.checks import at_least
 from peftjax.core.errors import PeftError
 from peftjax.interpreter import adapt
@@ -106,7 +106,7 @@ def reconstruct(
     trained, before, after = [], [], []
     with show_progress(backbone.num_layers * steps, 0) if progress else nullcontext(_silent) as report:
         for number in range(backbone.num_layers):
-            blocks, own = {"blocks": layers.blocks(number)}, _own(backbone, number)
+            blocks, own = {"blocks": layers.blocks(number)}, own_of(backbone, number)
             streams = [{**one, "own": own} for one in streams]
             streams = [{**one, "target": run(blocks, one)} for one in streams]
             frozen, trainable = layers.part(number)
@@ -145,13 +145,13 @@ class _Layers:
         leaves, structure = jax.tree.leaves((self.frozen, self.trainable)), jax.tree.structure(self.one)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.one)]
         stacked = [leaf for leaf, shape in zip(leaves, shapes, strict=True) if leaf.shape != shape]
-        cut = iter(_cut(stacked, number))
-        of_block = [next(cut) if leaf.shape != shape else leaf for leaf, shape in zip(leaves, shapes)]
+        parts = iter(cut(stacked, number))
+        of_block = [next(parts) if leaf.shape != shape else leaf for leaf, shape in zip(leaves, shapes)]
         return jax.tree.unflatten(structure, of_block)
 
     def blocks(self, number: int) -> Params:
         """The parameters of one block as it was."""
-        return _cut(self.params["blocks"], number)
+        return cut(self.params["blocks"], number)
 
     def whole(self, trained: list[Trainable]) -> Trainable:
         """What is trained of all blocks."""
@@ -160,7 +160,7 @@ class _Layers:
 
 def _layers_of(method: Transform, params: Params, key: Key[Array, ""]) -> _Layers:
     frozen, trainable = method.init(key, params)
-    first = jax.eval_shape(lambda blocks: _cut(blocks, 0), params["blocks"])
+    first = jax.eval_shape(lambda blocks: cut(blocks, 0), params["blocks"])
     one = jax.eval_shape(method.init, key, {**params, "blocks": first})
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
     if not paths:
@@ -169,18 +169,6 @@ def _layers_of(method: Transform, params: Params, key: Key[Array, ""]) -> _Layer
         if "['blocks/" not in path:
             raise PeftError(f"reconstruct: {method.name} trains {path}, which is in no block; exclude it")
     return _Layers(params, frozen, trainable, one)
-
-
-@jax.jit
-def _cut(leaves: Any, number: int | Array) -> Any:
-    """One block's part of arrays `[L, ...]`, as a stack of one."""
-    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, number, 1, 0), leaves)
-
-
-def _own(backbone: Backbone, number: int) -> dict[str, Any]:
-    """What differs between the layers, of one of them."""
-    own = {name: np.asarray(values)[number] for name, values in backbone.per_layer.items()}
-    return {**own, "layer": np.int32(number)}
 
 
 def _embedded(backbone: Backbone, params: Params, batch: Batch) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from peftjax.methods.quantization.quantized import quantized as quantized
 from peftjax.methods.quantization.peqa import peqa as peqa
 from peftjax.methods.quantization.qpaca import qpaca as qpaca
 from peftjax.methods.quantization.flexround import flexround as flexround
+from peftjax.methods.quantization.rounded_activations import rounded_activations as rounded_activations
 from peftjax.methods.quantization.loftq import loftq as loftq
 from peftjax.methods.quantization.qa_lora import qa_lora as qa_lora
 from peftjax.methods.quantization.bitstack import bitstack as bitstack

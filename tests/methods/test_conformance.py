@@ -264,5 +264,5 @@ def test_on_a_base_that_is_not_a_plain_array(smallest, beneath, request):
         wanted = smallest.model.compiled(own.merge(frozen, trained), batch)
     else:
         dense = own.apply(begun(own, lower.merge(base, adapter))[0], trained)
-        wanted = jax.jit(own.model(smallest.model.forward))(dense, batch)
+        wanted = jax.jit(pj.adapt(own.model(smallest.model.forward)))(dense, batch)
     assert_close(out, wanted)

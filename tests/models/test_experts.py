@@ -13,12 +13,14 @@ import peftjax as pj
 from peftjax.backbone.attention import Visibility, attend
 from peftjax.backbone.block_config import BlockConfig, Experts
 from peftjax.backbone.experts import RoutedFeedForward
+from peftjax.backbone.rounding import Rounding
 from peftjax.backbone.router_logits import with_router_logits
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.models.load import FAMILIES
 from peftjax.planner.flops import count_flops
 from peftjax.planner.residuals import kept_arrays
+from peftjax.quantize.activations import LogSqrt2
 
 IDS = jax.random.randint(KEY, (2, 11), 1, 61)
 BATCH = {"input_ids": IDS, "labels": IDS}
@@ -60,7 +62,7 @@ CASES = {
 
 
 def _whole(module, x):
-    return module.contract(*module.expand(x))
+    return module.down(module.activate(*module.expand(x)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,6 +211,8 @@ def test_what_knows_no_experts_says_so(gpt_oss, decoders, random_decoder):
     model, params = gpt_oss
     with pytest.raises(PeftError, match="coded residuals know no experts"):
         pj.coded_residuals().model(model)
+    with pytest.raises(PeftError, match="rounded activations know no experts"):
+        dataclasses.replace(model.block.config, rounding=Rounding(8, None))
     with pytest.raises(PeftError, match=r"lst: no smaller block of one with 'blocks/.*(experts|sinks)"):
         pj.lst(reduction=2).init(KEY, params)
     with pytest.raises(PeftError, match="have no experts"):
@@ -271,6 +275,12 @@ def test_sinks_take_their_share_with_masks_windows_and_a_prefix():
         return total(ours), total(formula)
 
     assert_close(*jax.jit(both)(query, key, value, sinks, prefix), 2e-5)
+    codes = LogSqrt2(jnp.float32(1), 4)
+    column = jnp.broadcast_to(sinks[:, None, None], (2, 4, 70, 1))
+    scores = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, 2, axis=2)) * 8**-0.5
+    weights = codes.rounded(jax.nn.softmax(jnp.concatenate([scores, column], -1), axis=-1)[..., :-1])
+    rounded = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, 2, axis=2))
+    assert_close(attend(query, key, value, sinks=sinks, codes=codes), rounded, 1e-5)
     alone = attend(query[:1, :1], key[:1], value[:1], mask=np.zeros((1, 70), bool), sinks=sinks)
     np.testing.assert_array_equal(alone, 0)
 
