@@ -88,7 +88,11 @@ def to_interleaved(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-# Others: `experts.0.gate_proj.weight` [out, in] and so on.
+# Others: `experts.0.gate_proj.weight` [out, in] and so on; or, as in memory, `experts.down_proj` and
+# `experts.gate_up_proj` [E, 2 out, in], whose outputs are those of gate and then those of up.
+
+
+_JOINED = re.compile(r"(.*\.experts)\.gate_up_proj")
 
 
 def from_single(names: Mapping[str, str]) -> Callable[[Mapping[str, Stored]], dict[str, Stored]]:
@@ -103,11 +107,14 @@ def from_single(names: Mapping[str, str]) -> Callable[[Mapping[str, Stored]], di
         found: dict[str, Stored] = {}
         stacks: dict[str, dict[int, Stored]] = {}
         for name, tensor in tensors.items():
-            match = single.fullmatch(name)
-            if match is None:
-                found[name] = tensor
-            else:
+            if match := single.fullmatch(name):
                 stacks.setdefault(f"{match[1]}.{names[match[3]]}", {})[int(match[2])] = tensor
+            elif (match := _JOINED.fullmatch(name)) and len(tensor.shape) > 1:
+                half = tensor.shape[1] // 2
+                found[f"{match[1]}.gate_proj"] = _part(tensor, slice(half), swapped=False)
+                found[f"{match[1]}.up_proj"] = _part(tensor, slice(half, None), swapped=False)
+            else:
+                found[name] = tensor
         return found | {name: _stacked(name, own) for name, own in stacks.items()}
 
     return gathered
@@ -172,9 +179,9 @@ class OfExperts(Tensor):
 
 
 def _part(tensor: Stored, outputs: slice, swapped: bool) -> Stored:
-    shape = (tensor.shape[0], *tensor.shape[:0:-1]) if swapped else tensor.shape
-    if len(shape) < 2:
+    if len(tensor.shape) < 2:
         return tensor  # of another shape than the model's, which the reader says
+    shape = (tensor.shape[0], *tensor.shape[:0:-1]) if swapped else tensor.shape
     own = range(shape[1])[outputs]
     shape = (shape[0], len(own), *shape[2:])
     if isinstance(tensor, Tensor):

@@ -157,6 +157,19 @@ def test_matrices_of_single_experts_may_be_codes(tmp_path):
     np.testing.assert_allclose(pj.dense(gate)[1, 2], wanted, atol=1e-6)
 
 
+def test_a_file_may_have_the_tensors_of_a_model_in_memory(tmp_path):
+    _, tensors = floats(tmp_path, QWEN)
+    _, params = load(tmp_path)
+    joined = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        own = f"model.layers.{layer}.mlp.experts"
+        of = lambda name, own=own: np.stack([tensors[f"{own}.{n}.{name}_proj.weight"] for n in range(3)])
+        joined[f"{own}.gate_up_proj"] = np.concatenate([of("gate"), of("up")], axis=1)
+        joined[f"{own}.down_proj"] = of("down")
+    write(tmp_path, QWEN, joined)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], params)
+
+
 def test_a_part_of_the_experts_is_read_where_a_device_has_a_part(tmp_path):
     _, params = load_of(tmp_path)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
