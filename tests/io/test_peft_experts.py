@@ -92,6 +92,20 @@ def test_theirs_come_in_and_go_out(base, parameters, tmp_path):
     close(theirs(peft.PeftModel.from_pretrained(load_theirs(folder, name), str(tmp_path / "ours"))), want)
 
 
+def test_all_linear_of_peft(base, tmp_path):
+    """Attention alone of gpt-oss; of families whose experts once were linear layers, also these and routers."""
+    family, name, folder = base
+    model = peft.get_peft_model(load_theirs(folder, name), peft.LoraConfig(r=2, target_modules="all-linear"))
+    move(model, 0.2)
+    model.save_pretrained(tmp_path)
+    backbone, params = pj.load(folder)
+    method, frozen, trainable = pj.import_peft(tmp_path, backbone, params)
+    close(ours(backbone, method.apply(frozen, trainable)), theirs(model))
+    targets = ".*attention.*" if family == "gpt_oss" else ".*(attention|experts|router).*"
+    fresh = pj.lora(rank=2, targets=targets).init(jax.random.key(0), params)[1]
+    assert trainable.keys() == fresh.keys()
+
+
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_ours_go_out_and_come_back(base, layers, tmp_path):
     """Gate and up have factors of their own, which are one pair of twice the rank there."""

@@ -170,8 +170,8 @@ def test_a_file_may_have_the_tensors_of_a_model_in_memory(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], params)
 
 
-def test_a_part_of_the_experts_is_read_where_a_device_has_a_part(tmp_path):
-    _, params = load_of(tmp_path)
+def test_a_part_of_the_experts_is_read_where_a_device_has_a_part(tmp_path, mxfp4):
+    floats(tmp_path, GPT_OSS)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def sharding(path, shape):
@@ -179,13 +179,11 @@ def test_a_part_of_the_experts_is_read_where_a_device_has_a_part(tmp_path):
         divided = axes if axes and shape[-1] % 2 == 0 else ()
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*divided))
 
-    _, placed = load(tmp_path, sharding=sharding)
-    jax.tree.map(np.testing.assert_array_equal, placed, params)
-
-
-def load_of(folder):
-    floats(folder, GPT_OSS)
-    return load(folder)
+    for folder in (tmp_path, mxfp4[0]):
+        placed = load(folder, sharding=sharding)[1]
+        jax.tree.map(np.testing.assert_array_equal, placed, load(folder)[1])
+    up = placed["blocks"]["feed_forward"]["experts"]["up"]["kernel"]
+    assert up.codes.codes.sharding.spec == jax.sharding.PartitionSpec(None, None, "x", None)
 
 
 def test_experts_that_a_file_lacks_are_named(tmp_path):
