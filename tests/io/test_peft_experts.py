@@ -93,7 +93,7 @@ def test_theirs_come_in_and_go_out(base, parameters, tmp_path):
 
 
 def test_all_linear_of_peft(base, tmp_path):
-    """Attention alone of gpt-oss; of families whose experts were linear layers once, these and routers too."""
+    """Attention alone of gpt-oss; of families whose experts were linear layers once, all of it."""
     family, name, folder = base
     model = peft.get_peft_model(load_theirs(folder, name), peft.LoraConfig(r=2, target_modules="all-linear"))
     move(model, 0.2)
