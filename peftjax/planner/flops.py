@@ -107,7 +107,7 @@ def _of_primitive(eqn: Any, platform: str) -> Flops | None:
             numbers = params["ragged_dot_dimension_numbers"]
             (_, contracted), (_, batch) = numbers.dot_dimension_numbers
             return Flops(_product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions)))
-        case "ragged_product" | "ragged_outer" | "ragged_product_in_tiles" | "ragged_outer_in_tiles":
+        case str() if name.startswith(("ragged_product", "ragged_outer")):
             return Flops(2 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1])
         case "conv_general_dilated":
             return Flops(_convolution(eqn))

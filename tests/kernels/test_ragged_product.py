@@ -116,6 +116,27 @@ def test_it_is_one_equation_that_structured_weights_answer():
     assert w.shape not in {v.aval.shape for eqn in thin.eqns for v in eqn.outvars}
 
 
+@pytest.mark.parametrize("form", ["nf4", "mxfp4", "nvfp4"])
+def test_of_codes_one_matrix_is_decoded_at_a_time(form):
+    """Both ways through weights whose scales are codes too, beside low-rank factors, and mapped over rows."""
+    x, w = normal(KEY, (90, 64)), normal(jax.random.key(1), (3, 64, 32))
+    sizes, layouts = jnp.array([40, 0, 45]), {"w": "sio"}
+    coded = pj.nf4(layouts=layouts, targets=".*") if form == "nf4" else None
+    coded = coded or pj.quantized(format=form, layouts=layouts, targets=".*")
+    method = pj.chain(coded, pj.lora(rank=2, targets=".*", layouts=layouts))
+    frozen, trainable = method.init(KEY, {"w": w})
+    dense = method.merge(frozen, trainable)
+
+    def run(params, x):
+        forward = pj.adapt(lambda params, x: ragged_product(x, params["w"], sizes))
+        y, pull = jax.vjp(lambda x: forward(params, x), x)
+        return y, pull(jnp.sin(y)), jax.vmap(forward, (None, 0))(params, jnp.stack([x, -x]))
+
+    assert_close(jax.jit(run)(method.apply(frozen, trainable), x), jax.jit(run)(dense, x), 1e-5)
+    program = jax.jit(lambda params, x: run(params, x)[1]).lower(method.apply(frozen, trainable), x)
+    assert not re.search(r"f32\[3,(64,32|32,64)\]", program.compile().as_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_compiled_for_an_accelerator_it_copies_nothing_for_each_group(platform):

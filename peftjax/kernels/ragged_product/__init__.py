@@ -5,6 +5,7 @@ from peftjax.kernels.ragged_product.operation import (
     numbers_of_product,
     ragged_outer,
     ragged_product,
+    ragged_product_of,
 )
 
-__all__ = ["PRODUCT", "numbers_of_product", "ragged_outer", "ragged_product"]
+__all__ = ["PRODUCT", "numbers_of_product", "ragged_outer", "ragged_product", "ragged_product_of"]

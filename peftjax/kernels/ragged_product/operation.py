@@ -9,7 +9,7 @@ times the arithmetic and E copies of x; here the rows go a tile at a time, each 
     tiles <= n / t + E of t rows     a tile's rows beyond its group are overwritten by the next one's
 
 so that the arithmetic is (1 + E t / n) times that of the product at most, 1.5 where n is large, and nothing
-is copied E times.
+is copied E times. Of matrices that are made of parts, such as codes, one exists at a time: `ragged_product_of`.
 Programs that XLA partitions over devices take `jax.lax.ragged_dot`.
 """
 
@@ -61,6 +61,48 @@ def ragged_outer(
     return _outer(x, g, sizes, preferred=preferred)[0]
 
 
+def ragged_product_of(
+    x: Float[Array, "n D"],
+    parts: Any,
+    sizes: Int[Array, " E"],
+    *,
+    decode: Callable[[Any], Float[Array, "D F"]],
+    transposed: bool = False,
+    preferred: Any = None,
+) -> Float[Array, "n F"]:
+    """`ragged_product` with matrices that are made of parts: in tiles, one exists at a time.
+
+    The gradient is that of x: parts are constants.
+
+    Args:
+        x: as in `ragged_product`.
+        parts: a tree of arrays `[E, ...]`.
+        sizes: as in `ragged_product`.
+        decode: makes a group's matrix, of the dtype of x, of its parts; a function that can be hashed.
+        transposed: as in `ragged_product`.
+        preferred: as in `ragged_product`.
+    """
+    leaves, structure = jax.tree.flatten(parts)
+    x, sizes, *leaves = compat.varying_alike((x, sizes, *leaves))
+    preferred = jnp.dtype(x.dtype if preferred is None else preferred)
+    static = {"decode": decode, "structure": structure}
+
+    def of(x: Array, sizes: Array, *leaves: Array, transposed: bool, preferred: Any) -> Array:
+        def run(*operands: Array) -> Array:
+            return _of_parts(*operands, transposed=transposed, preferred=preferred, **static)[0]
+
+        def forward(*operands: Array) -> tuple[Array, Any]:
+            return run(*operands), operands[1:]
+
+        def backward(kept: Any, y: Array) -> tuple[Any, ...]:
+            g = y.astype(x.dtype)
+            return of(g, *kept, transposed=not transposed, preferred=x.dtype), *[None] * len(kept)
+
+        return with_backward(run, forward, backward)(x, sizes, *leaves)
+
+    return of(x, sizes, *leaves, transposed=transposed, preferred=preferred)
+
+
 def numbers_of_product(transposed: bool) -> lax.RaggedDotDimensionNumbers:
     """Which axes the product is over, as `jax.lax.ragged_dot_general` says it."""
     return lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), (0,), (0,))
@@ -78,14 +120,28 @@ def _plain_outer(x: Array, g: Array, sizes: Array, *, preferred: Any) -> list[Ar
     return [lax.ragged_dot_general(x, g, sizes, _OF_OUTER, preferred_element_type=preferred)]
 
 
+def _product_in_tiles(x: Array, w: Array, sizes: Array, **static: Any) -> list[Array]:
+    return [tiled.product(x, w, sizes, decode=lambda matrix: matrix, **static)]
+
+
+def _plain_of_parts(
+    x: Array, sizes: Array, *leaves: Array, decode: Any, structure: Any, **static: Any
+) -> list[Array]:
+    matrices = jax.vmap(decode)(jax.tree.unflatten(structure, leaves))
+    return _plain_product(x, matrices, sizes, **static)
+
+
+def _of_parts_in_tiles(
+    x: Array, sizes: Array, *leaves: Array, decode: Any, structure: Any, **static: Any
+) -> list[Array]:
+    parts = jax.tree.unflatten(structure, leaves)
+    return [tiled.product(x, parts, sizes, decode=decode, **static)]
+
+
 def _one_by_one(op: Callable[..., list[Array]], arrays: Sequence[Array], axes: Any, **static: Any) -> Any:
     """The operation mapped over an axis, one after the other: their rows lie in groups of other sizes."""
-    (size,) = {array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None}
-    mapped = [
-        jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(arrays, axes)
-    ]
-    return lax.map(lambda one: op(*one, **static), tuple(mapped))
+    mapped = {n: jnp.moveaxis(arrays[n], axis, 0) for n, axis in enumerate(axes) if axis is not None}
+    return lax.map(lambda one: op(*(one.get(n, array) for n, array in enumerate(arrays)), **static), mapped)
 
 
 def _with_axes(op: Callable[..., list[Array]], arrays: Sequence[Array], axes: Any, **static: Any) -> Any:
@@ -93,16 +149,22 @@ def _with_axes(op: Callable[..., list[Array]], arrays: Sequence[Array], axes: An
     return out, [0] * len(out)
 
 
+def _by_platform(
+    name: str, plain: Callable[..., list[Array]], in_tiles: Callable[..., list[Array]]
+) -> Callable[..., list[Array]]:
+    def one_by_one(arrays: Sequence[Array], axes: Any, **static: Any) -> Any:
+        return _with_axes(chosen, arrays, axes, **static)
+
+    platforms = dict.fromkeys(("cpu", "cuda", "rocm"), in_tiles)
+    chosen = primitives.by_platform(name, plain, platforms, batched=one_by_one)
+    return chosen
+
+
 def _operation(
     name: str, plain: Callable[..., list[Array]], in_tiles: Callable[..., list[Array]], backward: Any
 ) -> Callable[..., list[Array]]:
     """A product that is one equation until it is differentiated, and whose gradients are such ones too."""
-    platforms = dict.fromkeys(("cpu", "cuda", "rocm"), in_tiles)
-
-    def one_by_one(arrays: Sequence[Array], axes: Any, **static: Any) -> Any:
-        return _with_axes(chosen, arrays, axes, **static)
-
-    chosen = primitives.by_platform(f"{name}_in_tiles", plain, platforms, batched=one_by_one)
+    chosen = _by_platform(f"{name}_in_tiles", plain, in_tiles)
 
     def differentiable(moving: Sequence[bool], operands: Sequence[Any], **static: Any) -> Any:
         def whole(values: Sequence[Any]) -> list[Any]:
@@ -145,5 +207,6 @@ def _g_of_outer(x: Array, g: None, sizes: Array, w: Array, dtype: Any, **_: Any)
 
 PRODUCT, OUTER = "ragged_product", "ragged_outer"
 """The names of the equations."""
-_product = _operation(PRODUCT, _plain_product, tiled.product, (_x_of_product, _w_of_product))
+_product = _operation(PRODUCT, _plain_product, _product_in_tiles, (_x_of_product, _w_of_product))
+_of_parts = _by_platform("ragged_product_of_parts", _plain_of_parts, _of_parts_in_tiles)
 _outer = _operation(OUTER, _plain_outer, tiled.outer, (_x_of_outer, _g_of_outer))

@@ -1,7 +1,9 @@
 """The products in tiles of rows, each with the matrix of its group."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -34,22 +36,33 @@ def _tiles(rows: int, sizes: Array, tile: int) -> tuple[Array, Array, Array]:
     return first, group, jnp.where(used, jnp.minimum(ends[group] - first, tile), 0)
 
 
-def product(x: Array, w: Array, sizes: Array, *, transposed: bool, preferred: Any) -> list[Array]:
-    """`ragged_product`, a tile after the other."""
-    rows, tile = len(x), tile_rows(len(x), len(w))
+def product(
+    x: Array,
+    parts: Any,
+    sizes: Array,
+    *,
+    decode: Callable[[Any], Array],
+    transposed: bool,
+    preferred: Any,
+) -> Array:
+    """`ragged_product`, a tile after the other, with the matrix that `decode` makes of its group's parts."""
+    rows, tile = len(x), tile_rows(len(x), len(sizes))
     first, group, _ = _tiles(rows, sizes, tile)
     whole = jnp.pad(x, ((0, tile), (0, 0)))
     over = (((1,), (1 if transposed else 0,)), ((), ()))
 
+    def matrix(group: Array) -> Array:
+        return decode(jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, group, keepdims=False), parts))
+
     def step(number: Array, y: Array) -> Array:
         own = lax.dynamic_slice_in_dim(whole, first[number], tile)
-        matrix = lax.dynamic_index_in_dim(w, group[number], keepdims=False)
-        product = lax.dot_general(own, matrix, over, preferred_element_type=preferred)
+        product = lax.dot_general(own, matrix(group[number]), over, preferred_element_type=preferred)
         return lax.dynamic_update_slice_in_dim(y, product, first[number], 0)
 
-    empty = _alike(jnp.zeros((rows + tile, w.shape[1 if transposed else 2]), preferred), x)
+    width = jax.eval_shape(matrix, group[0]).shape[0 if transposed else 1]
+    empty = _alike(jnp.zeros((rows + tile, width), preferred), x)
     y = lax.fori_loop(0, len(first), step, empty)[:rows]
-    return [jnp.where((jnp.arange(rows) < sizes.sum())[:, None], y, jnp.zeros((), preferred))]
+    return jnp.where((jnp.arange(rows) < sizes.sum())[:, None], y, jnp.zeros((), preferred))
 
 
 def outer(x: Array, g: Array, sizes: Array, *, preferred: Any) -> list[Array]:
