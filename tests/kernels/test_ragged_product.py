@@ -148,8 +148,24 @@ def test_compiled_for_an_accelerator_it_copies_nothing_for_each_group(platform):
     dtypes = {"dtype": jnp.bfloat16}
     types = shape(rows, width, **dtypes), shape(groups, width, out, **dtypes), shape(groups, dtype=jnp.int32)
     program = compiled(step, types, platform)
-    largest = max(
-        int(np.prod([int(n) for n in found.split(",")]))
-        for found in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", program.as_text())
-    )
-    assert largest <= groups * width * out
+    assert largest_float(program) <= groups * width * out
+
+
+@pytest.mark.slow
+def test_compiled_for_a_gpu_no_more_than_a_matrix_of_codes_is_dense():
+    rows, groups, width, out = 4096, 32, 1024, 512
+    codes = pj.quantized(format="mxfp4", layouts={"w": "sio"}, targets=".*")
+    coded = jax.eval_shape(codes.init, KEY, {"w": shape(groups, width, out, dtype=jnp.bfloat16)})[0].params
+
+    def step(params, x, sizes):
+        forward = pj.adapt(lambda params, x: ragged_product(x, params["w"], sizes))
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.square(forward(params, x).astype(jnp.float32))))(x)
+
+    operands = coded, shape(rows, width, dtype=jnp.bfloat16), shape(groups, dtype=jnp.int32)
+    assert largest_float(compiled(step, operands, "cuda")) < groups * width * out
+
+
+def largest_float(program):
+    """Elements of the largest floating-point array of a program."""
+    found = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", program.as_text())
+    return max(int(np.prod([int(n) for n in lengths.split(",")])) for lengths in found)

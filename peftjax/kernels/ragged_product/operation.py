@@ -9,7 +9,7 @@ times the arithmetic and E copies of x; here the rows go a tile at a time, each 
     tiles <= n / t + E of t rows     a tile's rows beyond its group are overwritten by the next one's
 
 so that the arithmetic is (1 + E t / n) times that of the product at most, 1.5 where n is large, and nothing
-is copied E times. Of matrices that are made of parts, such as codes, one exists at a time: `ragged_product_of`.
+is copied E times. Of matrices made of parts, such as codes, one exists at a time: `ragged_product_of`.
 Programs that XLA partitions over devices take `jax.lax.ragged_dot`.
 """
 
