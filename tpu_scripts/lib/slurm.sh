@@ -109,8 +109,8 @@ EOS
 }
 
 backend_stop() {
-  look || die "SLURM does not answer, so nothing was cancelled"
-  [[ -z $JOB ]] || run_or_explain "cancelling job $JOB" scancel "$JOB"
+  look || die "SLURM does not answer, so nothing was canceled"
+  [[ -z $JOB ]] || run_or_explain "canceling job $JOB" scancel "$JOB"
   [[ ! -f $JOB_FILE ]] || run_or_explain "forgetting the last job" rm -f "$JOB_FILE"
   DRY_JOB=""
 }
