@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 
 import pytest
@@ -46,7 +47,7 @@ def test_create_asks_for_a_slice_and_waits_until_it_is_active(tpu):
     assert done.returncode == 0, done.stderr
     assert [call for call in tpu.calls if "create" in call] == [CREATE]
     for state in ("WAITING_FOR_RESOURCES", "PROVISIONING"):
-        assert f"a-run: {state}, 0 min 0 s" in done.stderr
+        assert re.search(f"^a-run: {state}, 0 min [0-9]+ s$", done.stderr, re.MULTILINE)
     assert "start.sh" in done.stderr
 
 
@@ -282,6 +283,45 @@ def test_run_waits_out_answers_that_fail(tpu):
     done = tpu("run")
     assert done.returncode == 0, done.stderr
     assert tpu.done == ["delete"]
+
+
+def test_run_leaves_alone_what_it_cannot_see(tpu):
+    tpu.answers(STATE, "ACTIVE", Reply(err="ERROR: 503\n", code=1))
+    tpu.answers(WORKERS, on_workers("running"))
+    done = tpu("run")
+    assert done.returncode == 1
+    assert "could not be seen in 20 looks" in done.stderr
+    assert "the queued resource a-run in us-west4-a (unknown)" in done.stderr
+    assert tpu.done == []
+
+
+def test_run_ends_when_somebody_deletes_the_slice(tpu):
+    tpu.answers(STATE, "ACTIVE", "DELETING", "DELETING", NOT_FOUND)
+    tpu.answers(WORKERS, on_workers("running"))
+    done = tpu("run")
+    assert done.returncode == 1
+    assert "a-run is there no more: somebody deleted it" in done.stderr
+    assert tpu.done == []
+
+
+def test_an_interrupted_run_says_what_goes_on(tpu):
+    tpu.settings["POLL_SECONDS"] = "60"
+    tpu.answers(STATE, "ACTIVE")
+    tpu.answers(WORKERS, on_workers("running"))
+    (tpu.folder / "fakes" / "bin" / "sleep").write_text("#!/usr/bin/env bash\nkill -INT $PPID\n")
+    (tpu.folder / "fakes" / "bin" / "sleep").chmod(0o755)
+    done = tpu("run")
+    assert done.returncode == 130
+    assert "Still there, and perhaps paid for: the queued resource a-run" in done.stderr
+    assert tpu.done == []
+
+
+def test_a_program_that_is_not_there(tpu):
+    tpu.settings["BACKEND"] = "slurm"
+    (tpu.folder / "fakes" / "bin" / "squeue").unlink()
+    done = tpu("delete", "--yes")
+    assert done.returncode == 1
+    assert "delete.sh: squeue is not on this machine's PATH: install it" in done.stderr
 
 
 def test_delete_is_told_yes_and_can_be_repeated(tpu):

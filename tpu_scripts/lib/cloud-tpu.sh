@@ -30,14 +30,15 @@ look() {
   [[ -n $QUEUE ]] || QUEUE=unknown
 }
 
-backend_connect() { :; }
+backend_connect() { need gcloud; }
 
 backend_state() {
   look
   case $QUEUE in
   missing | unknown) STATE=$QUEUE ;;
   ACTIVE) workers ;;
-  SUSPENDING | SUSPENDED | FAILED | DELETING) STATE=lost ;;
+  DELETING) STATE=deleting ;;
+  SUSPENDING | SUSPENDED | FAILED) STATE=lost ;;
   *) STATE=waiting ;;
   esac
 }

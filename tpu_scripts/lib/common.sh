@@ -1,6 +1,10 @@
 # What all commands share: messages, running or printing a command, asking a service, waiting.
 # shellcheck shell=bash
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "these scripts need bash 4.4 or newer; this is $BASH_VERSION" >&2
+  exit 1
+}
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=no
 MUTATED=no # whether a command was run that makes, changes or deletes something
@@ -51,6 +55,14 @@ ask() {
   return "$code"
 }
 
+# Without this an absent program would read like an absent slice.
+need() { # PROGRAM...
+  local program
+  for program; do
+    [[ $DRY_RUN == yes ]] || command -v "$program" >/dev/null || die "$program is not on this machine's PATH: install it"
+  done
+}
+
 not_found() { [[ ${ERRORS,,} == *"not_found"* || ${ERRORS,,} == *"notfound"* || ${ERRORS,,} == *"not found"* ]]; }
 
 pause() { [[ $DRY_RUN == yes ]] || sleep "$POLL_SECONDS"; }
@@ -68,7 +80,12 @@ confirm() {
 
 # The remedy for what a service said, in one sentence.
 explain() {
-  case ${1,,} in
+  local said=${1,,}
+  case ${said//quota project/} in
+  *permission* | *forbidden* | *unauthenticated* | *reauthentication* | *"gcloud auth login"*)
+    printf '%s' "the account in use may not do this: \`gcloud auth login\`, and roles such as roles/tpu.admin" \
+      " or roles/container.developer on project ${PROJECT:-}"
+    ;;
   *quota*)
     printf '%s' "the project's quota does not allow $WANTED in $WHERE: ask for more at" \
       " https://console.cloud.google.com/iam-admin/quotas, delete queued resources that are failed or" \
@@ -76,10 +93,6 @@ explain() {
     ;;
   *"no more capacity"* | *stockout* | *resource_exhausted* | *"resource pool exhausted"* | *resource_pool_exhausted* | *"insufficient"*"capacity"*)
     printf '%s' "$WHERE has no $WANTED free now: choose another ZONE, SPOT=no, a smaller slice, or try later"
-    ;;
-  *permission* | *forbidden* | *unauthenticated* | *"reauthentication"* | *"gcloud auth login"*)
-    printf '%s' "the account in use may not do this: \`gcloud auth login\`, and roles such as roles/tpu.admin" \
-      " or roles/container.developer on project ${PROJECT:-}"
     ;;
   *already*exists*) printf '%s' "the name $NAME is taken: choose another NAME, or delete what has it" ;;
   *"submit"*"limit"* | *qos* | *"accounting"* | *"account/partition"*)

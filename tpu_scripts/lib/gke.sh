@@ -55,6 +55,7 @@ backend_state() {
 
 # kubectl's context of the cluster; a file of this machine is all that changes.
 backend_connect() {
+  need gcloud kubectl
   run_or_explain "getting the cluster's credentials" gcloud container clusters get-credentials "$GKE_CLUSTER" \
     "--project=$PROJECT" "--location=$GKE_LOCATION"
   MUTATED=no
@@ -110,7 +111,8 @@ spec:
   failurePolicy:
     maxRestarts: $MAX_RESUMES
     rules: # bad options or data (exit code 2, below): starting again does not help
-      - action: FailJobSet
+      - name: refused
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
@@ -167,7 +169,7 @@ backend_stop() {
 }
 
 backend_follow() {
-  kube logs --follow --tail=-1 --container=train "--pod-running-timeout=${WAIT_MINUTES}m" \
+  kube logs --follow --tail=-1 --container=train "--pod-running-timeout=$((WAIT_MINUTES + 1))m" \
     "--selector=$PODS,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
   [[ $DRY_RUN == no ]] || { ask "" "${KUBE[@]}" && return; }
   "${KUBE[@]}"

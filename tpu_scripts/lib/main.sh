@@ -4,7 +4,8 @@
 #   ready     machines without a training    queued    the job waits for machines (gke, slurm)
 #   running   it trains                      finished  it trained to its end
 #   refused   its options cannot be used     failed    it ended otherwise
-#   lost      machines were taken away       unknown   nobody says
+#   lost      machines were taken away       deleting  somebody deletes them
+#   unknown   nobody says
 # shellcheck shell=bash
 
 LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,6 +14,9 @@ LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$LIB/launch.sh"
 
 USAGE="options: --dry-run (print every command, run none), --settings FILE, --yes (delete.sh: do not ask)"
+
+WATCHING=no          # whether run.sh watches a run
+DELETE_ON_FAILURE=no # whether run.sh, when it gives up, deletes what there is
 
 main() { # COMMAND OPTIONS...
   COMMAND=$1
@@ -65,9 +69,9 @@ ended() {
   local code=$?
   trap - EXIT
   trap '' INT TERM
-  if ((code != 0)) && [[ $MUTATED == yes && $COMMAND != delete ]]; then
-    # A terminal that was closed, or Ctrl-C, leaves the training running; a run that cannot go on does not.
-    if [[ $COMMAND == run && $DELETE_AFTER_RUN == always && $code == 1 ]]; then
+  if ((code != 0)) && [[ $MUTATED == yes || $WATCHING == yes ]] && [[ $COMMAND != delete ]]; then
+    # Ctrl-C leaves the training running; a run that cannot go on leaves nothing.
+    if [[ $DELETE_ON_FAILURE == yes && $code == 1 ]]; then
       say "DELETE_AFTER_RUN=always:"
       (backend_remove) || true
     fi
@@ -128,8 +132,8 @@ resume_from() { # STATE
     [[ $BACKEND == cloud-tpu ]] || backend_create
     backend_start
     ;;
-  lost)
-    say "$NAME was lost; it is made anew and goes on from its checkpoint in $RUN_DIR/output"
+  lost | deleting)
+    say "$NAME is $1; it is made anew and goes on from its checkpoint in $RUN_DIR/output"
     backend_remove
     backend_create
     backend_start
@@ -151,7 +155,9 @@ do_delete() {
 do_run() {
   local resumes=0 unseen=0 before="" since=$SECONDS
   backend_state
+  [[ $STATE == unknown || $DELETE_AFTER_RUN != always ]] || DELETE_ON_FAILURE=yes
   resume_from "$STATE" || true # the first look below sees what became of it
+  WATCHING=yes
   while true; do
     pause
     backend_state
@@ -164,14 +170,21 @@ do_run() {
     [[ $STATE == unknown ]] || unseen=0
     case $STATE in
     finished) break ;;
-    running) continue ;;
+    running | deleting) continue ;;
     queued | waiting)
       [[ $BACKEND == slurm ]] || ((SECONDS - since < WAIT_MINUTES * 60)) || {
         backend_details || true
         give_up "no machines in WAIT_MINUTES=$WAIT_MINUTES: $WHERE has no $WANTED free, or no quota for it"
       }
       ;;
-    unknown) ((unseen++ < 10)) || give_up "it could not be seen in 10 looks how $NAME is" ;;
+    unknown)
+      ((unseen += 1))
+      ((unseen < 20)) || {
+        DELETE_ON_FAILURE=no # it may be training
+        give_up "it could not be seen in 20 looks how $NAME is"
+      }
+      ;;
+    missing) give_up "$NAME is there no more: somebody deleted it" ;;
     refused) give_up "peftjax cannot use these options or this data: follow.sh shows its last lines" ;;
     *)
       ((resumes < MAX_RESUMES)) || give_up "it is $STATE after MAX_RESUMES=$MAX_RESUMES resumes"

@@ -22,7 +22,7 @@ look() {
   read -r JOB JOB_STATE REASON <<<"$ANSWER" || true
 }
 
-backend_connect() { :; }
+backend_connect() { need sbatch squeue scancel sinfo; }
 
 backend_state() {
   if ! look; then
@@ -120,11 +120,8 @@ backend_follow() {
     ask "" tail --lines=+1 --follow=name --retry "$LOG"
     return
   fi
-  tail --lines=+1 --follow=name --retry "$LOG" &
-  local reader=$!
+  tail --lines=+1 --follow=name --retry --pid=$$ "$LOG" & # ends after this script, having read all
   while backend_state && [[ $STATE == running || $STATE == queued || $STATE == unknown ]]; do pause; done
-  sleep 1
-  kill "$reader"
 }
 
 backend_details() {
