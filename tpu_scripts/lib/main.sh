@@ -83,6 +83,7 @@ ended() {
       say "  to bring it on: $(command_line resume)"
     fi
   fi
+  [[ -z ${KEEPER-} ]] || kill "$KEEPER" 2>/dev/null || true
   rm -rf "$SCRATCH"
   exit "$code"
 }

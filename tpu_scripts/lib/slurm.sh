@@ -120,8 +120,14 @@ backend_follow() {
     ask "" tail --lines=+1 --follow=name --retry "$LOG"
     return
   fi
-  tail --lines=+1 --follow=name --retry --pid=$$ "$LOG" & # ends after this script, having read all
+  # Once the keeper is gone, tail reads to the end and ends.
+  sleep infinity &
+  KEEPER=$!
+  tail --lines=+1 --follow=name --retry "--pid=$KEEPER" "$LOG" &
+  local reader=$!
   while backend_state && [[ $STATE == running || $STATE == queued || $STATE == unknown ]]; do pause; done
+  { kill "$KEEPER" && wait "$KEEPER"; } 2>/dev/null || true
+  wait "$reader"
 }
 
 backend_details() {
