@@ -37,7 +37,7 @@ class BinarySum:
 
 
 def fit_scales(
-    groups: Float[Array, "*lead group"], valid: Float[Array, "*lead group"], element: BinarySum
+    groups: Float[Array, "*lead group"], valid: Float[Array, "... group"], element: BinarySum
 ) -> Float[Array, "*lead q"]:
     """The scales α of each group, whose squared error no round has made larger.
 

@@ -8,7 +8,7 @@ that fills no whole byte is filled up with zeros.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Integer, UInt8
 
 _PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
@@ -18,7 +18,7 @@ def packed_bytes(width: int, bits: int) -> int:
     return sum(-(-width * part // 8) for part in _PARTS[bits])
 
 
-def pack(codes: Int[Array, "*lead width"], bits: int) -> UInt8[Array, "*lead bytes"]:
+def pack(codes: Integer[Array, "*lead width"], bits: int) -> UInt8[Array, "*lead bytes"]:
     """Codes 0 ... 2^bits - 1, of any integer type, as bytes."""
     parts, above = [], bits
     for part in _PARTS[bits]:
