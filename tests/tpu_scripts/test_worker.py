@@ -1,10 +1,14 @@
 """What a worker does with the folder that it gets: the training in the background, its log, code and end."""
 
+import re
 import shlex
 import subprocess
+import sys
 import time
 
 import pytest
+import tiny_decoder_folder
+from fake_cluster import ROOT
 
 JOB = """
 NAME=a-run
@@ -54,8 +58,8 @@ def state(worker):
     return worker("state").stdout.split()[0].removeprefix("peftjax-state=")
 
 
-def await_end(worker):
-    for _ in range(100):
+def await_end(worker, seconds=10):
+    for _ in range(10 * seconds):
         if (found := state(worker)) != "running":
             return found
         time.sleep(0.1)
@@ -113,3 +117,44 @@ def test_an_installation_that_fails_starts_nothing(worker, cluster):
     assert worker("start", "true").returncode == 1
     assert worker("install-and-train", "true").returncode == 1
     assert state(worker) == "ready"
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_goes_on_from_its_checkpoint(worker, cluster):
+    home, output = cluster.folder / "home", cluster.folder / "output"
+    data = tiny_decoder_folder.write_completions(cluster.folder / "train.jsonl", 60)
+    (cluster.folder / "model").mkdir()
+    model = tiny_decoder_folder.save_decoder(cluster.folder / "model")
+    command = [
+        "train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output",
+        output,
+    ]
+    command += ["--steps", "150", "--save-every", "10", "--max-length", "16", "--batch-size", "4"]
+    words = " ".join(shlex.quote(str(word)) for word in command)
+    with (home / "peftjax-launch" / "job.sh").open("a") as job:
+        job.write(f"COMMAND=({words})\nENVIRONMENT=(JAX_PLATFORMS=cpu PYTHONPATH={shlex.quote(str(ROOT))})\n")
+    program = home / "peftjax-venv" / "bin" / "peftjax"
+    program.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'from peftjax.cli.main import main; main()' \"$@\"\n"
+    )
+    program.chmod(0o755)
+    log = home / "a-run.log"
+
+    assert worker("start").returncode == 0
+    for _ in range(600):
+        if {"10", "20", "30"} & {path.name for path in output.glob("checkpoints/*")}:
+            break
+        time.sleep(0.1)
+    worker("stop")
+    (saved,) = re.findall("interrupted: step ([0-9]+) is saved", log.read_text())
+    before = len(log.read_text())
+    assert worker("start").returncode == 0
+    assert await_end(worker, seconds=200) == "finished"
+    steps = [int(step) for step in re.findall("step ([0-9]+)/150", log.read_text()[before:])]
+    assert int(saved) < steps[0] <= int(saved) + 10
+    assert steps[-1] == 150

@@ -100,6 +100,7 @@ explain() {
       " or another --account or --qos in SLURM_FLAGS"
     ;;
   *partition*) printf '%s' "SLURM_PARTITION=$SLURM_PARTITION cannot be used: \`sinfo\` lists those that can" ;;
+  "") printf '%s' "no reason is given; status.sh shows all that is known" ;;
   *) printf '%s' "see the message above" ;;
   esac
 }
