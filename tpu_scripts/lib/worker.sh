@@ -86,6 +86,8 @@ start() {
   rm -f "$CODE_FILE"
   nohup setsid bash "$HERE/worker.sh" keep_log >>"$LOG" 2>&1 </dev/null &
   echo $! >"$PID_FILE"
+  # Its group is what `stop` ends, so it has to be there before anybody can ask for that.
+  until kill -0 -- "-$!" 2>/dev/null || ! alive; do sleep 0.1; done
 }
 
 stop() {
