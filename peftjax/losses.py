@@ -60,6 +60,36 @@ def classification(
     return {"loss": loss, "accuracy": hits}, jnp.sum(weights)
 
 
+def load_balancing(
+    logits: Float[Array, "*L E"], chosen: int, mask: Int[Array, "*B"] | None = None
+) -> Float[Array, ""]:
+    """How unevenly a router fills its experts (Fedus et al. 2022, arXiv 2101.03961, equations 4 to 6).
+
+        E sum_e f_e p_e     f_e: how many of a token's choices are e, p_e: the mean probability of e
+
+    over all tokens of all layers; the least is k, where all experts are taken alike.
+
+    Args:
+        logits: `[*layers, *tokens, E]`, as of `peftjax.backbone.router_logits`.
+        chosen: k, how many experts each token has.
+        mask: of the tokens, those that count: of the shape of `logits` without layers and E.
+
+    Examples:
+        >>> float(pj.losses.load_balancing(jnp.zeros((2, 8, 4)), chosen=1))
+        1.0
+    """
+    count = logits.shape[-1]
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    _, numbers = jax.lax.top_k(probabilities, chosen)
+    weights = jnp.ones((), jnp.float32) if mask is None else mask.astype(jnp.float32)
+    weights = jnp.broadcast_to(weights, logits.shape[:-1])
+    choices = (numbers[..., None] == jnp.arange(count)).sum(-2)
+    shares, means = (
+        mean(jnp.einsum("...e,...->e", one, weights), weights.sum()) for one in (choices, probabilities)
+    )
+    return count * jnp.sum(shares * means)
+
+
 def mean(total: Float[Array, "*S"], weight: Float[Array, ""]) -> Float[Array, "*S"]:
     """`total / weight`, and zeros where nothing has weight."""
     some = weight > 0

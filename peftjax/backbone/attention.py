@@ -83,6 +83,7 @@ class _Block:
         dropout_key: Key[Array, ""] | None,
         prefix: Prefix | None,
         codes: LogSqrt2 | None,
+        sinks: Float[Array, "K G"] | None,
     ) -> Float[Array, "B K GT V"]:
         scores = self.scores("bkth,bksh->bkts", query, key)
         if bias is not None:
@@ -95,14 +96,25 @@ class _Block:
         parts = [("bkts,bksh->bkth", scores, value)]
         if prefix is not None:
             parts.append(self.of_prefix(query, prefix))
-        return self.mixed(parts, dropout_key) if codes is None else self.rounded(parts, dropout_key, codes)
+        if sinks is not None:
+            sinks = jnp.repeat(sinks.astype(jnp.float32), query.shape[2] // sinks.shape[1], axis=1)[..., None]
+        if codes is not None:
+            return self.rounded(parts, dropout_key, codes, sinks)
+        return self.mixed(parts, dropout_key, sinks)
 
     def rounded(
-        self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None, codes: LogSqrt2
+        self,
+        parts: list[tuple[str, Array, Array]],
+        dropout_key: Key[Array, ""] | None,
+        codes: LogSqrt2,
+        sinks: Float[Array, "K GT 1"] | None,
     ) -> Array:
         """As `mixed`, with the weights rounded before they meet the values."""
-        weights = jax.nn.softmax(jnp.concatenate([scores for _, scores, _ in parts], axis=-1), axis=-1)
-        weights = codes.rounded(weights)
+        scores = [scores for _, scores, _ in parts]
+        if sinks is not None:
+            scores.append(jnp.broadcast_to(sinks, (*scores[0].shape[:-1], 1)))
+        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+        weights = codes.rounded(weights if sinks is None else weights[..., :-1])
         if dropout_key is not None:
             weights = drop(weights, self.dropout, dropout_key)
         own = jnp.split(weights, [parts[0][1].shape[-1]], axis=-1)
@@ -112,13 +124,19 @@ class _Block:
         ]
         return functools.reduce(operator.add, sums).astype(parts[0][2].dtype)
 
-    def mixed(self, parts: list[tuple[str, Array, Array]], dropout_key: Key[Array, ""] | None) -> Array:
-        """One softmax over the scores of all parts, times their values."""
+    def mixed(
+        self,
+        parts: list[tuple[str, Array, Array]],
+        dropout_key: Key[Array, ""] | None,
+        sinks: Float[Array, "K GT 1"] | None,
+    ) -> Array:
+        """One softmax over the scores of all parts and the sinks, times the parts' values."""
         # Normalized after the product with the values: fewer passes over the scores, and a gradient without
         # a sum over them. The maximum only guards the exponential, its gradient is zero.
         largest = [jnp.max(scores, axis=-1, keepdims=True) for _, scores, _ in parts]
-        largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))
-        totals, sums = [], []
+        largest = functools.reduce(jnp.maximum, largest if sinks is None else [*largest, sinks])
+        largest = jax.lax.stop_gradient(largest)
+        totals, sums = [] if sinks is None else [jnp.exp(sinks - largest)], []
         for number, (product, scores, values) in enumerate(parts):
             weights = jnp.exp(scores - largest)
             totals.append(jnp.sum(weights, axis=-1, keepdims=True))
@@ -181,12 +199,14 @@ def attend(
     dropout_key: Key[Array, ""] | None = None,
     prefix: Prefix | None = None,
     codes: LogSqrt2 | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N V"]:
     """`softmax(c(s Q K^T) + bias) V` over the keys a query may see, the softmax in float32.
 
     `c(x) = softcap tanh(x / softcap)` where a softcap is given. With N = G K heads, the query heads
     `k G ... (k + 1) G - 1` read key and value head k. A query that sees nothing gets the mean of
-    the values.
+    the values; with sinks, whose exponentials join the sum of the softmax (Xiao et al. 2023, arXiv
+    2309.17453, in gpt-oss's form), it gets zero.
 
     Args:
         query: N heads.
@@ -203,6 +223,7 @@ def attend(
         prefix: further keys and values that every query sees, whatever the mask, the segments and
             `visible` say; without bias.
         codes: what the weights are rounded to; they then need not sum to 1.
+        sinks: scores of no key, one for each head, neither scaled nor bounded.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -215,6 +236,7 @@ def attend(
         key, value = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in (key, value))
     if bias is not None:
         bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+    sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
     if dropout == 0.0:
         dropout_key = None
 
@@ -237,7 +259,7 @@ def attend(
             added = None if rows.bias is None else rows.bias.reshape(*rows.bias.shape[:2], -1, last - first)
             flat = rows.query.reshape(batch, kv_heads, -1, width)
             own = own_key.astype(dtype), own_value.astype(dtype)
-            mixed = block(flat, *own, allowed, added, drop_key, prefix, codes)
+            mixed = block(flat, *own, allowed, added, drop_key, prefix, codes, sinks)
             return mixed.reshape(*rows.query.shape[:-1], mixed.shape[-1])
 
         return of_rows

@@ -24,7 +24,7 @@ from peftjax.backbone.rope import layer_rotation, rotate
 class Attention(nn.Module):
     """Multi-head attention with kernels `query` [D, N H], `key` and `value` [D, K H], `output` [N H, D].
 
-    With `fused_qkv` the first three are one kernel `qkv`.
+    With `fused_qkv` the first three are one kernel `qkv`; with `sinks` there is a vector `sinks` [N].
     """
 
     config: BlockConfig
@@ -51,6 +51,10 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = norm(config, dtype)
             self.key_norm = norm(config, dtype)
+        if config.sinks:
+            self.sinks = self.param(
+                "sinks", nn.initializers.normal(config.init_std), (config.num_heads,), jnp.float32
+            )
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
@@ -83,7 +87,8 @@ class Attention(nn.Module):
         place = None if context.attended is None else _place_of_queries(context, *key.shape[:2])
         drops = config.attention_dropout > 0.0 and self.has_rng("dropout")
         seen = Context(**{name: getattr(context, name) for name in SEEN})
-        rest = seen, place, self.make_rng("dropout") if drops else None
+        sinks = self.sinks if config.sinks else None
+        rest = seen, place, self.make_rng("dropout") if drops else None, sinks
         # Not among the arrays: where it is known while tracing, attention is cut to the keys seen from there.
         mixed = partial(_mixed, config, context.cache_index)
         if config.residuals is None:
@@ -102,7 +107,7 @@ class Attention(nn.Module):
         seen = Context(**{name: getattr(context, name) for name in SEEN if name != "prefix"})
         # Of values that are rows of the identity a weighted mean is the weights.
         each = jnp.broadcast_to(jnp.eye(length)[None, :, None], (*key.shape[:3], length))
-        return _mixed(config, None, query, key, each, seen, None, None)
+        return _mixed(config, None, query, key, each, seen, None, None, self.sinks if config.sinks else None)
 
     def _through_cache(
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], context: Context
@@ -153,6 +158,7 @@ def _mixed(
     context: Context,
     place: Int[Array, " B"] | None,
     dropout_key: Key[Array, ""] | None,
+    sinks: Float[Array, " N"] | None,
 ) -> Array:
     """The values that every token sees, mixed [B, S, N, H]; with a cache, its keys are rotated already.
 
@@ -178,6 +184,7 @@ def _mixed(
         dropout_key=dropout_key,
         prefix=context.prefix,
         codes=context.weight_codes,
+        sinks=sinks,
     )
 
 

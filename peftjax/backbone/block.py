@@ -9,6 +9,8 @@ norm before them. A post-norm block keeps 2 D more: its norms come after the bra
 2 D more, and norms of query and key q + k. Cross-attention adds D + 2 q per token and 2 k per token of
 the encoder; `Context.encoded` is kept once for all blocks, and so is `Context.bias`.
 
+Of experts, F is k times that of one, and the sorted tokens are recomputed.
+
 With `config.residuals` a block keeps codes of a few bits instead and recomputes only attention: see
 `peftjax.backbone.coded_layers`, and `pj.coded_residuals` for what is kept.
 """
@@ -28,6 +30,7 @@ from peftjax.backbone.attention_layer import Attention, CrossAttention
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import kept_as_codes, norm, plain_value
 from peftjax.backbone.context import Context
+from peftjax.backbone.experts import RoutedFeedForward
 from peftjax.backbone.feed_forward import FeedForward
 from peftjax.backbone.layers import Dropout, recompute_module
 from peftjax.backbone.protocols import Sublayers
@@ -59,7 +62,8 @@ class Block(Sublayers, nn.Module):
             self.cross_attention = CrossAttention(dataclasses.replace(config, **apart), dtype)
             self.cross_attention_norm = norm(config, dtype)
             self.cross_attention_dropout = Dropout(config.output_dropout)
-        self.feed_forward = FeedForward(config, dtype)
+        feed_forward = FeedForward if config.experts is None else RoutedFeedForward
+        self.feed_forward = feed_forward(config, dtype)
         self.feed_forward_norm = norm(config, dtype)
         if config.norm_order == "sandwich":
             self.attention_post_norm = norm(config, dtype)
@@ -128,9 +132,16 @@ class Block(Sublayers, nn.Module):
         tile = self.config.feed_forward_tile
         if tile is not None and tile < hidden.shape[1] and not self.is_initializing():
             return in_tiles(_tile_of_feed_forward, self, hidden, tile)
+        if self.config.experts is not None:
+            # Rows in the order of experts do not join: each share of the tokens is finished by itself.
+            return self._by_tokens(_expand, hidden, self._fed_forward)
         return self._fed_forward(self._by_tokens(_expand, hidden))
 
-    def _fed_forward(self, inner: tuple[Array, ...]) -> Array:
+    def router_logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S E"]:
+        """The logits by which the feed-forward's experts are chosen, of the stream that enters it."""
+        return self.feed_forward.route(hidden if self._post else self.normalize_feed_forward(hidden))
+
+    def _fed_forward(self, inner: tuple[Any, ...]) -> Array:
         update = self.feed_forward_dropout(_contract(self, *inner))
         return plain_value(self.feed_forward_post_norm(update)) if self._sandwich else update
 
@@ -152,9 +163,11 @@ class Block(Sublayers, nn.Module):
     def _sandwich(self) -> bool:
         return self.config.norm_order == "sandwich"
 
-    def _by_tokens(self, part: Callable[..., Any], x: Float[Array, "B S D"]) -> Any:
+    def _by_tokens(
+        self, part: Callable[..., Any], x: Float[Array, "B S D"], *then: Callable[[Any], Any]
+    ) -> Any:
         """A part of the block that acts on each token by itself."""
-        return split_by_name(self.config.offloaded_tokens, partial(part, self), x)
+        return split_by_name(self.config.offloaded_tokens, partial(part, self), x, *then)
 
     def _entering(self, x: Float[Array, "B S D"], name: str | None, norm: nn.Module | None = None) -> Any:
         """What a linear layer takes of `x`, normed if there is a norm, and rounded if it has a name."""

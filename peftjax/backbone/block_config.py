@@ -16,6 +16,25 @@ from peftjax.ops.coded.bits import Bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Experts in place of one feed-forward.
+
+    Attributes:
+        count: E.
+        chosen: k, how many each token has.
+        normalized: whether coefficients are the softmax of the chosen logits, and not of all.
+        router_bias: whether the router has a bias.
+        bound: c of the gated activation `f(min(gate, c)) (1 + clip(up, -c, c))`; None is `f(gate) up`.
+    """
+
+    count: int
+    chosen: int
+    normalized: bool = True
+    router_bias: bool = False
+    bound: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """What differs between the blocks of the families.
 
@@ -24,10 +43,12 @@ class BlockConfig:
         num_heads: N query heads.
         num_kv_heads: K heads of keys and values, a divisor of N; default N.
         head_dim: H; default D / N.
-        inner_size: F of the feed-forward.
+        inner_size: F of the feed-forward; of each expert, where there are some.
+        experts: those that take its place.
         activation: a name in `ACTIVATIONS`.
         gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
-        norm: "layer", "rms", or "rms_plus_one" (the stored scale is a difference from one).
+        norm: "layer", "rms", "rms_float32" (scaled before it is rounded), or "rms_plus_one" (likewise, and
+            the stored scale is a difference from one).
         norm_epsilon: added to the variance.
         norm_order: "pre" (`x + f(norm(x))`), "post" (`norm(x + f(x))`), or "sandwich"
             (`x + norm(f(norm(x)))`).
@@ -41,6 +62,7 @@ class BlockConfig:
         causal: whether a token sees only those before it.
         window: how many places back a token sees, itself included; None is all.
         softcap: bound of the attention scores.
+        sinks: whether each head has a learned score of no key, which takes its share of the softmax.
         query_scale: factor of the scores; default `H ** -0.5`.
         attention_dropout: rate on the attention weights.
         output_dropout: rate on what each branch adds.
@@ -55,7 +77,8 @@ class BlockConfig:
         rounding: how many bits what enters linear layers is rounded to; None rounds nothing.
 
     Raises:
-        PeftError: it both rounds what enters linear layers and keeps codes of that.
+        PeftError: it both rounds what enters linear layers and keeps codes of that, or does one of them and
+            has experts.
     """
 
     width: int
@@ -63,10 +86,11 @@ class BlockConfig:
     inner_size: int
     activation: str
     norm_epsilon: float
+    experts: Experts | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
-    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    norm: Literal["layer", "rms", "rms_float32", "rms_plus_one"] = "layer"
     norm_order: Literal["pre", "post", "sandwich"] = "pre"
     qkv_bias: bool = True
     fused_qkv: bool = False
@@ -78,6 +102,7 @@ class BlockConfig:
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     query_scale: float | None = None
     attention_dropout: float = 0.0
     output_dropout: float = 0.0
@@ -95,6 +120,16 @@ class BlockConfig:
             raise PeftError(
                 "chain: 'rounded_activations' and coded residuals both change what enters a linear layer; "
                 "leave one of the two out"
+            )
+        if self.experts is not None and self.residuals is not None:
+            raise PeftError(
+                "coded residuals know no experts; leave coded_residuals or s2a out, and save memory with the "
+                "model's remat"
+            )
+        if self.experts is not None and self.rounding is not None:
+            raise PeftError(
+                "rounded activations know no experts; leave rounded_activations out, and round the weights "
+                "alone (pj.quantized)"
             )
 
     @property
@@ -118,4 +153,4 @@ def make_norm(config: BlockConfig, dtype: DTypeLike, name: str | None = None) ->
         return layer_norm(config.norm_epsilon, dtype, name)
     if config.norm == "rms_plus_one":
         return RMSNorm(config.norm_epsilon, dtype, offset=1.0, scale_last=False, name=name)
-    return RMSNorm(config.norm_epsilon, dtype, name=name)
+    return RMSNorm(config.norm_epsilon, dtype, scale_last=config.norm == "rms", name=name)

@@ -70,7 +70,7 @@ def norm_of(config: BlockConfig, dtype: DTypeLike) -> Norm:
         layer = nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, parent=None)
         return Norm(functools.partial(_layer_normalized, layer), centered, epsilon, 0.0, dtype)
     offset = 1.0 if config.norm == "rms_plus_one" else 0.0
-    plain = functools.partial(rms_normalized, epsilon, dtype, offset, not offset)
+    plain = functools.partial(rms_normalized, epsilon, dtype, offset, config.norm == "rms")
     return Norm(lambda x, scale, _: plain(x, scale), centered, epsilon, offset, dtype)
 
 

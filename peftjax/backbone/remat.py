@@ -57,23 +57,29 @@ def read_remat(remat: str | None) -> tuple[str, float]:
     return name, number
 
 
-def split_by_name(share: float, part: Callable[[Array], Any], x: Float[Array, "B S D"]) -> Any:
-    """`part(x)`, of which the first `share` of the tokens go by the name `OFFLOADED_TOKENS`.
+def split_by_name(
+    share: float,
+    part: Callable[[Array], Any],
+    x: Float[Array, "B S D"],
+    then: Callable[[Any], Any] = lambda inner: inner,
+) -> Any:
+    """`then(part(x))`, where what `part` gives of the first `share` of tokens is named `OFFLOADED_TOKENS`.
 
     A policy that keeps this name recomputes only the other tokens, which is why `part`, a function of each
     token by itself, runs once for either.
 
     Args:
         share: in [0, 1], of the tokens of every row, rounded down to a whole number.
-        part: gives a tree of arrays [B, S, ...].
+        part: gives a tree, whose arrays are [B, S, ...] without `then`.
         x: the tokens.
+        then: gives a tree of arrays [B, S, ...] of that, and is not named.
     """
     length = x.shape[1]
     first = int(share * length)
     if first == 0:
-        return part(x)
-    named = checkpoint_name(part(x[:, :first]), OFFLOADED_TOKENS)
+        return then(part(x))
+    named = then(checkpoint_name(part(x[:, :first]), OFFLOADED_TOKENS))
     if first == length:
         return named
-    rest = part(x[:, first:])
+    rest = then(part(x[:, first:]))
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, axis=1), named, rest)

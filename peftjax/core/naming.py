@@ -12,7 +12,10 @@ OUTPUT_LAYERS = ("head", "heads", "lm_head", "classifier", "score", "logits", "o
 WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
 # Names under which layers or experts are stacked along a leading axis.
 STACKS = ("blocks", "layers", "experts", "scan")
-VECTOR_NAMES = ("bias", "scale", "b")
+VECTOR_NAMES = ("bias", "scale", "b", "sinks")
+# What chooses a token's experts: 'all-linear' leaves it alone.
+ROUTERS = ("router",)
+EXPERTS = "experts"
 
 
 def is_weight(path: str, leaf: Any, leaves: Mapping[str, Any] | None = None) -> bool:
@@ -54,14 +57,21 @@ def is_embedding(path: str) -> bool:
 
 
 def why_not_linear(path: str, leaf: Any) -> str | None:
-    """Why 'all-linear' leaves a weight out: an output layer, a convolution or a lookup table; else None."""
+    """Why 'all-linear' leaves a weight out, such as a lookup table, a router or a head; else None."""
     if is_embedding(path):
         return "a lookup table"
     if is_convolution(path, leaf.ndim):
         return "a convolution"
+    if not {*ROUTERS}.isdisjoint(path.split("/")[:-1]):
+        return "a router"
     if (called := _output_layer(path)) is not None:
         return f"in the output layer {called!r}"
     return None
+
+
+def is_of_experts(path: str) -> bool:
+    """Whether the parameter is one of experts."""
+    return EXPERTS in path.split("/")
 
 
 def _output_layer(path: str) -> str | None:

@@ -62,7 +62,7 @@ def one_equation(
     body: Body,
     differentiable: Callable[..., Body],
     mapped: Body,
-    on_weights: OnWeights,
+    on_weights: OnWeights | None,
 ) -> Callable[..., list[Any]]:
     """A function of arrays and static keywords that is one equation in a jaxpr until it is differentiated.
 
@@ -70,7 +70,8 @@ def one_equation(
     with a rule, that stands for it where those `arrays` for which `moving` is True have a tangent; it takes
     these alone. `mapped(arrays, axes, **static)` gives the outputs mapped over those axes, axis 0 of each.
     `on_weights(evaluator, eqn, operands)` is the equation in `peftjax.adapt`, where some operands are
-    structured weights: its results, or None where one of them has no such form.
+    structured weights: its results, or None where one of them has no such form; by default the interpreter's
+    own rule.
     """
     primitive = _Operation(name, {None: body}, on_weights)
     primitive.def_impl(body)

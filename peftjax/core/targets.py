@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from peftjax.core.errors import PeftError
-from peftjax.core.naming import is_weight, names_of_weight, why_not_linear
+from peftjax.core.naming import is_of_experts, is_weight, names_of_weight, why_not_linear
 from peftjax.core.patterns import fullmatches, match
 from peftjax.core.tree import Hole, named_leaves, nearest, not_parameters
 
@@ -39,7 +39,7 @@ def select(
         tree: parameters, structured leaves included.
         targets: a regular expression that must match a whole name; or a list of exact names or path
             suffixes (whole components: 'head' is not 'my_head'); or 'all-linear': every linear layer
-            but the output layer (`OUTPUT_LAYERS`, outside layers), convolutions and embeddings.
+            but the output layer (`OUTPUT_LAYERS`, outside layers), routers, convolutions and embeddings.
         caller: the method that asks, for the errors.
         exclude: the same two forms; wins over `targets`.
         eligible: which parameters may be hit at all; by default matrices.
@@ -110,6 +110,17 @@ def _why(leaves: Mapping[str, Any], paths: Sequence[str], others: Mapping[str, s
             return f": {path!r} cannot be trained, {others[path]}"
         return f": {path!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, not what the method adapts"
     return ""
+
+
+def require_experts_named(caller: str, targets: Targets, paths: Sequence[str]) -> None:
+    """Raise a PeftError where 'all-linear' alone would train something for every expert of a model."""
+    experts = [path for path in paths if is_of_experts(path)]
+    if targets == "all-linear" and experts:
+        raise PeftError(
+            f"{caller}: 'all-linear' does not tell what becomes of the experts, such as {experts[0]!r}: "
+            "leave them out (exclude='.*experts.*'), or name them (targets='.*(attention|experts).*'), "
+            "and each gets parameters of its own"
+        )
 
 
 def pattern_value(path: str, patterns: Mapping[str, T] | None, default: T) -> T:

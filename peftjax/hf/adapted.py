@@ -13,6 +13,7 @@ import numpy as np
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.config import TIED_EMBEDDING, LoraConfig
+from peftjax.hf.experts import read_experts
 from peftjax.hf.factors import MAGNITUDE, factor_names, from_file, magnitude_shape
 from peftjax.hf.names import Names, module_of, require_one_stack
 from peftjax.hf.tensors import PREFIX, Tensors
@@ -23,7 +24,10 @@ from peftjax.weights.layout import Layout, layout_of
 
 @dataclass(frozen=True)
 class Layer:
-    """The adapter of one module, at its own rank and scale: `a [r, in]`, `b [r, out]`, float32."""
+    """The adapter of one module, at its own rank and scale: `a [r, in]`, `b [r, out]`, float32.
+
+    Of experts they are `[E, r, in]` and `[E, r, out]`.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -31,6 +35,11 @@ class Layer:
     magnitude: np.ndarray | None
     shift: np.ndarray | None = None
     """The bias that the file gives a layer which has none."""
+
+    @property
+    def rank(self) -> int:
+        """Its own rank."""
+        return self.a.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,12 @@ class Adapted:
     @property
     def rank(self) -> int:
         """The largest rank of a layer."""
-        return max(len(layer.a) for layer in self.layers.values())
+        return max(layer.rank for layer in self.layers.values())
 
     @property
     def scale(self) -> float:
         """The scale of the first layer of the largest rank, which the others take on."""
-        return next(layer.scale for layer in self.layers.values() if len(layer.a) == self.rank)
+        return next(layer.scale for layer in self.layers.values() if layer.rank == self.rank)
 
     def filled(self, slots: Mapping[str, jax.Array], chosen: list[int] | None) -> dict[str, jax.Array]:
         """The trainable of this parameter: `slots`, as `init` gave it, with the file's numbers.
@@ -63,9 +72,9 @@ class Adapted:
             values[SHIFT][...] = 0.0
         for number, layer in self.layers.items():
             row = ... if number is None else chosen.index(number) if chosen is not None else number
-            rank, factor = len(layer.a), layer.scale / self.scale
-            values["a"][row][:rank] = layer.a
-            values["b"][row][:rank] = layer.b if factor == 1.0 else layer.b * np.float64(factor)
+            rank, factor = layer.rank, layer.scale / self.scale
+            values["a"][row][..., :rank, :] = layer.a
+            values["b"][row][..., :rank, :] = layer.b if factor == 1.0 else layer.b * np.float64(factor)
             if layer.magnitude is not None:
                 values["magnitude"][row] = layer.magnitude
             if layer.shift is not None:
@@ -90,7 +99,15 @@ def read_adapted(
     tied: dict[str, dict[str, Layer]] = {}
     shapes: dict[str, Layout] = {}
     known = set()
+    of_experts, modules = read_experts(
+        config, file, names, {path: leaf.shape for path, leaf in leaves.items()}
+    )
+    for slot, (a, b), scale in of_experts:
+        shapes.setdefault(slot.path, layout_of(slot.path, leaves, layouts))
+        found.setdefault(slot.path, {})[slot.layer] = Layer(a, b, scale, None)
     for module, tensors in file.factors.items():
+        if module in modules:
+            continue
         name, slot = names.place(f"{module}.weight")
         layout = shapes.setdefault(slot.path, layout_of(slot.path, leaves, layouts))
         require_one_stack(slot, name, layout)

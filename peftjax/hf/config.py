@@ -163,7 +163,10 @@ class LoraConfig:
 
     def by_parameter(self, module: str) -> bool:
         """Whether the factors of a module are those of its weight as a parameter, `weight + scale · B·A`."""
-        name = f"{module}.weight"
+        return self.asks_for_parameter(f"{module}.weight")
+
+    def asks_for_parameter(self, name: str) -> bool:
+        """Whether a parameter has factors of its own."""
         return any(name == part or name.endswith(f".{part}") for part in self.parameters)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
@@ -179,11 +182,11 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        return _pattern_value(self.rank_pattern, self._key_of(module), self.rank)
+        return self.rank_of_key(self._key_of(module))
 
-    def alpha_of(self, module: str) -> float:
-        """The alpha of a module's adapter."""
-        return _pattern_value(self.alpha_pattern, self._key_of(module), self.alpha)
+    def rank_of_key(self, key: str) -> int:
+        """The rank of what patterns match: a module, or a parameter."""
+        return _pattern_value(self.rank_pattern, key, self.rank)
 
     def _key_of(self, module: str) -> str:
         """What patterns match: a module, or a parameter."""
@@ -191,7 +194,12 @@ class LoraConfig:
 
     def scale_of(self, module: str) -> float:
         """The factor of a module's product `B·A`."""
-        return self.alpha_of(module) / rank_power(self.rank_of(module), self.rslora)
+        return self.scale_of_key(self._key_of(module))
+
+    def scale_of_key(self, key: str) -> float:
+        """The factor of the product `B·A` of what patterns match."""
+        alpha = _pattern_value(self.alpha_pattern, key, self.alpha)
+        return alpha / rank_power(self.rank_of_key(key), self.rslora)
 
     def targets(self, module: str) -> bool:
         """Whether a list or a pattern asks for a module; 'all-linear' asks for every one."""

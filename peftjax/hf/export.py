@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from peftjax.adapters.rounding import rounded
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.config import CONFIG, FIELDS, OF_ALL_VERSIONS, TASK_MODULES, TENSORS, clean, rank_power
-from peftjax.hf.factors import MAGNITUDE, magnitude_shape, rank_in_file, to_file
+from peftjax.hf.experts import expert_modules
+from peftjax.hf.factors import MAGNITUDE, Module, magnitude_shape, rank_in_file, to_file
 from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.hf.prefix import export_prefix
 from peftjax.hf.tensors import PREFIX, TOKENS
@@ -42,15 +43,6 @@ from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 
 
-@dataclass(frozen=True)
-class _Module:
-    """One adapted module of the file."""
-
-    rank: int
-    alpha: float
-    tensors: Mapping[str, np.ndarray]
-
-
 def export_peft(
     path: str | os.PathLike[str],
     model: Model,
@@ -70,7 +62,7 @@ def export_peft(
     twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `unfreeze` trains are
     `modules_to_save`, biases as PEFT writes them, `rows` of a table `trainable_token_indices`. Of a `prefix`
     the keys and values are written that its MLP gives; PEFT's means the same on decoders with rotary
-    positions and no window.
+    positions and no window. Factors of experts and routers are `target_parameters`, without dropout.
 
     Args:
         path: the folder; made if absent. Both files are complete before either replaces what was there.
@@ -138,8 +130,8 @@ def export_peft(
             "is for all modules, so export them as two adapters or merge one"
         )
     rslora = all(is_rslora(config, frozen.plan, trainable, name) for name in factors)
-    modules = _modules(names, factors, rslora)
-    if not modules:
+    modules, experts = _modules(names, factors, rslora), expert_modules(names, factors, rslora)
+    if not modules and not experts:
         raise PeftError(f"{method.name}: every factor is zero, so there is no adapter to write")
     task = _task(names, modules)
     values, plain = _plain(names, leaves, trained, modules, task)
@@ -148,18 +140,26 @@ def export_peft(
         for module, own in modules.items()
         for name, tensor in own.tensors.items()
     }
+    tensors |= {
+        f"{PREFIX}{names.written(place)}.{name}": tensor
+        for place, own in experts.values()
+        for name, tensor in own.tensors.items()
+    }
     tokens = {names.written(module): own for module, own in written_tokens(rows, names).items()}
     tensors |= {f"{PREFIX}{module}.{TOKENS}": own.values for module, own in tokens.items()}
-    written = {names.written(module): own for module, own in modules.items()}
-    values |= _ranks(written) | {
+    written, by_parameter = _asked_for(names, modules)
+    by_parameter |= {names.written(name): own for name, (_, own) in experts.items()}
+    dropout = max((part.get("dropout", 0.0) for part in method_parts(config)), default=0.0)
+    values |= _ranks(written | by_parameter) | {
         "base_model_name_or_path": base,
         "ensure_weight_tying": any(
             names.kept_together(path) for path in names.tied_weights() & (factors.keys() | trained)
         ),
         "fan_in_fan_out": _fan_in_fan_out(names, factors, modules),
         "lora_bias": any(own.shift is not None for own in factors.values()),
-        "lora_dropout": max((part.get("dropout", 0.0) for part in method_parts(config)), default=0.0),
+        "lora_dropout": 0.0 if by_parameter else dropout,
         "target_modules": sorted(written),
+        "target_parameters": sorted(by_parameter) or None,
         "task_type": task,
         "trainable_token_indices": {module: list(own.indices) for module, own in tokens.items()} or None,
         "use_dora": bool(dora),
@@ -178,18 +178,31 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: every[name] for name in every if name in OF_ALL_VERSIONS or every[name] != FIELDS[name]}
 
 
-def _modules(names: Names, factors: Mapping[str, Factors], rslora: bool) -> dict[str, _Module]:
+def _asked_for(names: Names, modules: Mapping[str, Module]) -> tuple[dict[str, Module], dict[str, Module]]:
+    """The modules by what the configuration asks for: the classes' modules, and parameters of modules."""
+    written: dict[str, Module] = {}
+    by_parameter: dict[str, Module] = {}
+    for module, own in modules.items():
+        weight = f"{module}.weight"
+        if weight in names.slots and names.slots[weight].weight.kind == "parameter":
+            by_parameter[names.written(weight)] = own
+        else:
+            written[names.written(module)] = own
+    return written, by_parameter
+
+
+def _modules(names: Names, factors: Mapping[str, Factors], rslora: bool) -> dict[str, Module]:
     """Every adapted module: a layer each of the stacks, without the layers that have only zeros."""
     modules = {}
     with_bias = any(own.shift is not None for own in factors.values())
     for name, slot in (*names.slots.items(), *names.tied.items()):
-        own = factors.get(slot.path)
+        own = factors.get(slot.path) if slot.weight.kind != "experts" else None
         if own is not None and (module := _module(name, slot, own, rslora, with_bias)) is not None:
             modules[module_of(name)] = module
     return modules
 
 
-def _module(name: str, slot: Slot, own: Factors, rslora: bool, with_bias: bool) -> _Module | None:
+def _module(name: str, slot: Slot, own: Factors, rslora: bool, with_bias: bool) -> Module | None:
     require_one_stack(slot, name, own.layout)
     row = ... if slot.layer is None else slot.layer
     a, b = own.a[row], own.b[row]
@@ -224,10 +237,10 @@ def _module(name: str, slot: Slot, own: Factors, rslora: bool, with_bias: bool) 
         scale = alpha / rank_power(rank, rslora)
         shift = np.zeros(own.layout.matrix[1], np.float32) if shift is None else shift
         tensors["lora_B.bias"] = (shift / np.float64(scale)).astype(np.float32)
-    return _Module(rank, clean(alpha), tensors)
+    return Module(rank, clean(alpha), tensors)
 
 
-def _ranks(modules: Mapping[str, _Module]) -> dict[str, Any]:
+def _ranks(modules: Mapping[str, Module]) -> dict[str, Any]:
     """The commonest rank and alpha, and patterns for the modules that have others."""
     values: dict[str, Any] = {}
     for field, pattern, of in (
@@ -241,7 +254,7 @@ def _ranks(modules: Mapping[str, _Module]) -> dict[str, Any]:
     return values
 
 
-def _fan_in_fan_out(names: Names, factors: Mapping[str, Factors], modules: Mapping[str, _Module]) -> bool:
+def _fan_in_fan_out(names: Names, factors: Mapping[str, Factors], modules: Mapping[str, Module]) -> bool:
     """Whether Hugging Face keeps the linear weights as [in, out], as GPT-2's Conv1D does."""
     slots = [slot for name, slot in names.slots.items() if module_of(name) in modules]
     linear = [slot for slot in slots if slot.path in factors and slot.weight.kind == "linear"]
@@ -251,7 +264,7 @@ def _fan_in_fan_out(names: Names, factors: Mapping[str, Factors], modules: Mappi
     )
 
 
-def _task(names: Names, modules: Mapping[str, _Module]) -> str | None:
+def _task(names: Names, modules: Mapping[str, Module]) -> str | None:
     """The class's task; None when it would make PEFT save an output layer that has an adapter."""
     own = TASK_MODULES.get(names.task or "", ())
     return None if any(module.endswith(own) for module in modules if own) else names.task
@@ -267,11 +280,17 @@ def _plain(
     names: Names,
     leaves: Mapping[str, Any],
     trained: set[str],
-    modules: Mapping[str, _Module],
+    modules: Mapping[str, Module],
     task: str | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The fields of the configuration for what is trained as it is, and its tensors by name."""
     held = {name for name, slot in names.slots.items() if slot.path in trained}
+    for name in held:
+        if names.slots[name].weight.kind == "experts":
+            raise PeftError(
+                f"{names.slots[name].path!r} is trained as it is, and PEFT's format has no form for a part "
+                "of a module of experts: give it factors (pj.lora), leave it out, or merge"
+            )
     # PEFT wraps a module whole, and reads all of its tensors; other parameters go by their own name.
     saved = {
         module_of(name)

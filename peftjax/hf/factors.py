@@ -12,6 +12,7 @@ block-diagonal A of rank groups·r.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +23,15 @@ from peftjax.weights.layout import Layout
 MAGNITUDE = "lora_magnitude_vector"
 A_NAMES = {"embedding": "lora_embedding_A"}
 B_NAMES = {"embedding": "lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module of a file, or one of its parameters."""
+
+    rank: int
+    alpha: float
+    tensors: Mapping[str, np.ndarray]
 
 
 def factor_names(weight: TensorEntry) -> tuple[str, str]:

@@ -37,6 +37,7 @@ class Names:
         canonical: the table's spelling of a name.
         in_memory: the spelling of `transformers`' models.
         uncalled_slots: where the tensors of `uncalled` lie.
+        interleaved: whether a model in memory has the outputs of experts' gate and up in turn.
         untied: a table with each parameter that is the same one where the model is not loaded with `untie`.
     """
 
@@ -52,6 +53,7 @@ class Names:
     in_memory: Callable[[str], str] = str
     uncalled_slots: Mapping[str, Slot] = field(default_factory=dict)
     untied: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
 
     def written(self, name: str) -> str:
         """The class's own spelling of a name of the table."""
@@ -173,6 +175,7 @@ def names_of(model: Model, params: Any) -> Names:
         head.in_memory or family.in_memory,
         without_calls,
         _untied(model, family, shapes),
+        family.interleaved,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from jax import Array
 
 from peftjax.interpreter.gathers import gathered
+from peftjax.kernels.ragged_product import PRODUCT, numbers_of_product
 from peftjax.weights.base import Weight, contract
 from peftjax.weights.contraction import Contraction, Conv, Dot, RaggedDot
 
@@ -85,9 +86,16 @@ def _ragged_dot_general(eqn: Any, operands: list[Any]) -> Array | None:
     return _apply(x, weight, rule)
 
 
+def _ragged_product(eqn: Any, operands: list[Any]) -> Array | None:
+    x, weight, sizes = operands
+    numbers = numbers_of_product(eqn.params["transposed"])
+    return _apply(x, weight, RaggedDot(sizes, None, eqn.params["preferred"], numbers))
+
+
 PRODUCTS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "dot_general": _dot_general,
     "gather": _gather,
     "conv_general_dilated": _conv_general_dilated,
     "ragged_dot_general": _ragged_dot_general,
+    PRODUCT: _ragged_product,
 }

@@ -12,7 +12,13 @@ from jax import Array
 from peftjax.core import naming, tree
 from peftjax.core.checks import positive
 from peftjax.core.errors import PeftError
-from peftjax.core.targets import Targets, pattern_value, require_patterns_used, select
+from peftjax.core.targets import (
+    Targets,
+    pattern_value,
+    require_experts_named,
+    require_patterns_used,
+    select,
+)
 from peftjax.weights.layout import Layout, layout_of
 
 
@@ -61,10 +67,11 @@ def find_targets(
 
     Raises:
         PeftError: nothing, or only part of a list, is matched; a pattern or a layer number is not
-            used; a rank is not positive or larger than the matrix.
+            used; a rank is not positive or larger than the matrix; 'all-linear' meets experts.
     """
     leaves = tree.named_leaves(params)
     paths = select(params, targets, caller=caller, exclude=exclude)
+    require_experts_named(caller, targets, paths)
     if layers is not None:
         wanted = (layers,) if isinstance(layers, int) else tuple(sorted({int(layer) for layer in layers}))
         picked = {path: _layers_of(path, leaves, wanted, layers_pattern, layouts) for path in paths}

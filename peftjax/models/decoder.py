@@ -293,9 +293,10 @@ def decoder_heads(causal_lm: str, classifier: str, base: str) -> dict[str, Head]
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The content of `config.json` that gives `config` back: what was read, with its labels.
 
-    It names no dtype, which is that of the tensors saved with it.
+    It names no dtype, which is that of the tensors saved with it, and no format of codes, which are not.
     """
-    values = {name: value for name, value in config.values.items() if name not in ("dtype", "torch_dtype")}
+    gone = ("dtype", "torch_dtype", "quantization_config")
+    values = {name: value for name, value in config.values.items() if name not in gone}
     return {
         **values,
         "model_type": config.model_type,

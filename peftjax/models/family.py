@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from peftjax.backbone.backbone import Backbone
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
+from peftjax.models.quantized.scheme import Stored
 from peftjax.models.weight_map import TensorEntry
 
 
@@ -63,6 +66,11 @@ class Family:
         prefix: what the backbone's names begin with in a class that has a head, such as "bert.".
         in_memory: the name of a module's tensor in `transformers`' model, from that in a file; an adapter of
             PEFT's has the former, and `canonical` reads both.
+        gathered: the tensors of a file -> those of the table, where one of the latter is part of one of the
+            former or several of them.
+        scattered: undoes `gathered`, of arrays.
+        interleaved: whether a model in memory has the outputs of experts' `gate` and `up` in turn, and not
+            one behind the other.
     """
 
     name: str
@@ -75,6 +83,9 @@ class Family:
     ignored: str = ""
     prefix: str = ""
     in_memory: Callable[[str], str] = str
+    gathered: Callable[[Mapping[str, Stored]], dict[str, Stored]] = dict
+    scattered: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    interleaved: bool = False
 
     def table(self, model: Backbone) -> tuple[TensorEntry, ...]:
         """Every parameter of a model of the family with its Hugging Face name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,20 +31,27 @@ QUERY_KEY_NORMS = (
     scale("blocks/attention/key_norm", LAYER + "self_attn.k_norm"),
 )
 """Norms that Llama lacks and some of its relatives have."""
-SHARED = (
+TABLES = (
     embedding("embed/word", "model.embed_tokens"),
-    *linear("blocks/attention/query", LAYER + "self_attn.q_proj"),
-    *linear("blocks/attention/key", LAYER + "self_attn.k_proj"),
-    *linear("blocks/attention/value", LAYER + "self_attn.v_proj"),
-    *linear("blocks/attention/output", LAYER + "self_attn.o_proj"),
-    *linear("blocks/feed_forward/gate", LAYER + "mlp.gate_proj"),
-    *linear("blocks/feed_forward/up", LAYER + "mlp.up_proj"),
-    *linear("blocks/feed_forward/down", LAYER + "mlp.down_proj"),
     scale("head/norm", "model.norm"),
     *linear("head/output", "lm_head"),
     *linear("head/classifier", "score"),
 )
+ATTENTION = (
+    *linear("blocks/attention/query", LAYER + "self_attn.q_proj"),
+    *linear("blocks/attention/key", LAYER + "self_attn.k_proj"),
+    *linear("blocks/attention/value", LAYER + "self_attn.v_proj"),
+    *linear("blocks/attention/output", LAYER + "self_attn.o_proj"),
+)
+SHARED = (
+    *TABLES,
+    *ATTENTION,
+    *linear("blocks/feed_forward/gate", LAYER + "mlp.gate_proj"),
+    *linear("blocks/feed_forward/up", LAYER + "mlp.up_proj"),
+    *linear("blocks/feed_forward/down", LAYER + "mlp.down_proj"),
+)
 """Every weight but the norms of the blocks."""
+CANONICAL = with_prefix("model.", "lm_head.", "score.")
 # The rotation's frequencies, and a constant of old masks.
 IGNORED = r".*rotary_emb\.inv_freq|.*\.masked_bias"
 SIZES = (
@@ -149,6 +157,7 @@ def llama_family(
     classes: str,
     weights: tuple[TensorEntry, ...] = (*SHARED, *BLOCK_NORMS),
     base: str = "",
+    **settings: Any,
 ) -> Family:
     """A family like Llama.
 
@@ -159,19 +168,21 @@ def llama_family(
             `base`.
         weights: every parameter with its Hugging Face name.
         base: as `classes`, where it differs.
+        settings: where its `Family` differs from Llama's.
     """
     base = base or classes
-    return Family(
+    own = Family(
         name=name,
         read_config=read_config,
         write_config=write_config,
         build=decoder,
         heads=decoder_heads(f"{classes}ForCausalLM", f"{base}ForSequenceClassification", f"{base}Model"),
         weights=weights,
-        canonical=with_prefix("model.", "lm_head.", "score."),
+        canonical=CANONICAL,
         ignored=IGNORED,
         prefix="model.",
     )
+    return dataclasses.replace(own, **settings)
 
 
 LLAMA = llama_family("llama", read_config, "Llama")

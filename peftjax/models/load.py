@@ -22,17 +22,21 @@ from jaxtyping import Array, Key
 from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.io.files import checked, read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, Tensor, write_tensors
+from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.bert import BERT
 from peftjax.models.family import Family
 from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
 from peftjax.models.gpt2 import GPT2
+from peftjax.models.gpt_oss import GPT_OSS
 from peftjax.models.llama import LLAMA
 from peftjax.models.mistral import MISTRAL
+from peftjax.models.mixtral import MIXTRAL
 from peftjax.models.opt import OPT
 from peftjax.models.quantized.checkpoint import stored_tensors
+from peftjax.models.quantized.scheme import Stored
 from peftjax.models.qwen2 import QWEN2
 from peftjax.models.qwen3 import QWEN3
+from peftjax.models.qwen3_moe import QWEN3_MOE
 from peftjax.models.read_weights import read_weights
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
 from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
@@ -47,7 +51,7 @@ from peftjax.weights.coding import Coding
 
 CONFIG_FILE = "config.json"
 _ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
-_DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, GPT2, OPT)
+_DECODERS = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_OSS, OPT)
 _ENCODER_DECODERS = (T5, MT5)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_ENCODERS, *_DECODERS, *_ENCODER_DECODERS)}
 
@@ -113,7 +117,7 @@ def load(
     family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    stored = stored_tensors(folder, values)
+    stored = family.gathered(stored_tensors(folder, values))
     tensors = {family.canonical(name): tensor for name, tensor in stored.items()}
     config = with_vocabulary_of(family, family.read_config(values), tensors, folder)
     config = settle(family, config, tensors, folder)
@@ -212,10 +216,7 @@ def lacking(path: str | os.PathLike[str], model: Backbone, *, untie: bool = Fals
     """The paths of a model's parameters that a checkpoint does not hold, which `load` draws."""
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(model.shapes, sep="/")
-    tensors = {
-        family.canonical(name): tensor
-        for name, tensor in stored_tensors(Path(path), read_json(Path(path) / CONFIG_FILE)).items()
-    }
+    tensors = {family.canonical(name): tensor for name, tensor in _stored(family, Path(path)).items()}
     slots = slots_of({name: spec.shape for name, spec in specs.items()}, family.table(model))
     others = names_to_read(family, model, untie=untie)
     absent = {
@@ -234,10 +235,7 @@ def stored_dtypes(
     family = FAMILIES[model.config.model_type]
     specs = flatten_dict(model.shapes, sep="/")
     others = names_to_read(family, model, untie=untie)
-    tensors = {
-        family.canonical(name): tensor
-        for name, tensor in stored_tensors(Path(path), read_json(Path(path) / CONFIG_FILE)).items()
-    }
+    tensors = {family.canonical(name): tensor for name, tensor in _stored(family, Path(path)).items()}
     found: dict[str, np.dtype] = {}
     for name, slot in slots_of({p: s.shape for p, s in specs.items()}, family.table(model)).items():
         read = next((tensors[other] for other in others.get(name, (name,)) if other in tensors), None)
@@ -289,7 +287,13 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
     folder = Path(path)
     with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        write_tensors(weights_file, to_hf(params, family.table(model)), {"format": "pt"})
+        tensors = family.scattered(to_hf(params, family.table(model)))
+        write_tensors(weights_file, tensors, {"format": "pt"})
+
+
+def _stored(family: Family, folder: Path) -> dict[str, Stored]:
+    """What a checkpoint holds, by the names of the family's table or others of its."""
+    return family.gathered(stored_tensors(folder, read_json(folder / CONFIG_FILE)))
 
 
 def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
@@ -312,7 +316,7 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def _of_another_size(
-    model: Backbone, family: Family, tensors: Mapping[str, Tensor], redraw: bool
+    model: Backbone, family: Family, tensors: Mapping[str, Stored], redraw: bool
 ) -> set[str]:
     """The paths of the task head's layers that have another shape in the checkpoint, to be drawn.
 

@@ -16,15 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from peftjax.core.errors import PeftError
-from peftjax.io.safetensors import Tensor
-from peftjax.models.quantized.scheme import CodedTensor, one_layer
+from peftjax.models.quantized.scheme import CodedTensor, Stored, one_layer
 from peftjax.models.weight_map import TensorEntry
 from peftjax.weights.coding import Coding, code_shardings, rows_of, stacked
 from peftjax.weights.layout import Layout
 from peftjax.weights.quantized import Quantized
 
-Stored = Tensor | CodedTensor
-"""What a checkpoint holds of a parameter."""
 BLOCK_NUMBERS = 2**20
 """How many numbers of a tensor are read at a time: 4 MiB of float32, twice, beside the result."""
 
@@ -98,10 +95,11 @@ def read_codes(parameter: Parameter, layout: Layout) -> Quantized | None:
         PeftError: the codes cannot be read, or are of a weight of another kind than a linear layer's.
     """
     tensors, sharding = parameter.tensors, parameter.sharding
-    if not parameter.weight.transpose or parameter.weight.kind != "linear":
+    if not parameter.weight.transpose or parameter.weight.kind not in ("linear", "experts"):
         first = next(iter(tensors.values()))
         raise PeftError(
-            f"{first.name} of {first.file} is coded; codes are read of linear layers [out, in] alone"
+            f"{first.name} of {first.file} is coded; codes are read of linear layers alone, [out, in] or "
+            "[experts, out, in]"
         )
     dtype, alike = np.dtype(parameter.dtype), True
 

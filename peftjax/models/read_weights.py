@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import describe_tensors, find_tensors
-from peftjax.models.read_parameter import Parameter, Stored, code_as_read, read_array, read_codes
+from peftjax.models.quantized.scheme import Stored
+from peftjax.models.read_parameter import Parameter, code_as_read, read_array, read_codes
 from peftjax.models.weight_map import TensorEntry, slots_of
 from peftjax.weights.coding import Coding
 from peftjax.weights.layout import layout_of

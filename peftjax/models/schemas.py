@@ -94,6 +94,16 @@ class LlamaSettings(Common):
     query_pre_attn_scalar: Positive = 1.0
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
+    num_experts: Size | None = None
+    num_local_experts: Size | None = None
+    num_experts_per_tok: Size | None = None
+    moe_intermediate_size: Size | None = None
+    norm_topk_prob: bool | None = None
+    decoder_sparse_step: Layers | None = None
+    mlp_only_layers: list[int] | None = None
+    swiglu_alpha: Positive | None = None
+    swiglu_limit: Positive | None = None
+    router_jitter_noise: Deviation | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,10 @@ from flax.traverse_util import flatten_dict
 from peftjax.core.errors import PeftError
 
 # What the module with a `weight` is at Hugging Face, where that decides the form of an adapter; 'tied' is
-# an output layer that shares an embedding's table, and so has its inputs and outputs exchanged.
-Kind = Literal["linear", "embedding", "convolution", "tied"]
+# an output layer that shares an embedding's table, and so has its inputs and outputs exchanged. A tensor of
+# 'experts' [E, out, in] is what `Family.gathered` makes of those of a file; a 'parameter' [out, in] lies in a
+# module that is no linear layer.
+Kind = Literal["linear", "embedding", "convolution", "tied", "experts", "parameter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,8 @@ class TensorEntry:
     Attributes:
         path: ours, such as `blocks/attention/query/kernel`.
         name: Hugging Face's, with `{layer}` where the layer's number stands.
-        transpose: whether the two axes are swapped; of a convolution, whether ours is channel-last,
-            [*window, in, out], where Hugging Face has [out, in, *window].
+        transpose: whether the two axes are swapped, of experts the last two; of a convolution, whether ours
+            is channel-last, [*window, in, out], where Hugging Face has [out, in, *window].
         kind: what Hugging Face's module is.
         groups: of a convolution.
         leading: axes of length one that Hugging Face's tensor has before ours.
@@ -47,6 +49,8 @@ class TensorEntry:
             return tuple(range(ndim))
         if self.kind == "convolution":
             return (ndim - 1, ndim - 2, *range(ndim - 2))
+        if self.kind == "experts":
+            return (*range(ndim - 2), ndim - 1, ndim - 2)
         return tuple(reversed(range(ndim)))
 
 

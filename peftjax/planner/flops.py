@@ -1,6 +1,6 @@
 """FLOPs of a traced program, counted from its shapes: the products, with every loop counted in full.
 
-    product        2 · |lhs| · (free axes of rhs)          `dot_general`, `ragged_dot` (all rows in a group)
+    product        2 · |lhs| · (free axes of rhs)          `dot_general`, ragged ones (all rows in a group)
     convolution    2 · N · (C_in / groups) · C_out · Π (pairs of place and tap that meet an input)
     scan           length · body;   remat: as often as it is traced, so what is recomputed counts again
     cond           the branch of the platform where the platform chooses, else the largest
@@ -107,6 +107,8 @@ def _of_primitive(eqn: Any, platform: str) -> Flops | None:
             numbers = params["ragged_dot_dimension_numbers"]
             (_, contracted), (_, batch) = numbers.dot_dimension_numbers
             return Flops(_product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions)))
+        case str() if name.startswith(("ragged_product", "ragged_outer")):
+            return Flops(2 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1])
         case "conv_general_dilated":
             return Flops(_convolution(eqn))
         case "while":

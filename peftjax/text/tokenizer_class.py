@@ -26,6 +26,7 @@ _OF_MODEL = {
     "opt": _GPT2,
     "qwen2": _QWEN2,
     "qwen3": _QWEN2,
+    "qwen3_moe": _QWEN2,
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
@@ -33,6 +34,7 @@ _OF_MODEL = {
     "t5": _T5,
     "mt5": _T5,
     "mistral": _PLAIN,
+    "mixtral": _PLAIN,
 }
 # Models whose files on the hub name a wrong class, by transformers' own list.
 _MISNAMED = {"qwen2"}

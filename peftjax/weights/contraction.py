@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.kernels.ragged_product import numbers_of_product, ragged_product
+
 
 @dataclass(frozen=True)
 class Dot:
@@ -134,6 +136,11 @@ class RaggedDot:
 
     def __call__(self, x: Array, w: Array) -> Array:
         """The product when the weight is an array."""
+        if self.precision is None and (x.ndim, w.ndim, self.group_sizes.ndim) == (2, 3, 1):
+            for transposed in (False, True):
+                if self.numbers == numbers_of_product(transposed):
+                    options = {"transposed": transposed, "preferred": self.preferred}
+                    return ragged_product(x, w, self.group_sizes, **options)
         return lax.ragged_dot_general(
             x,
             w,

@@ -11,12 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax.core.sharding import explicit_sharding
 from peftjax.kernels.dequantized_matmul import dequantized_matmul
+from peftjax.kernels.ragged_product import ragged_product_of
 from peftjax.quantize.encoding import encode
 from peftjax.quantize.groups import Format, Grid, GroupCodes
 from peftjax.quantize.hadamard import rotated
 from peftjax.weights.base import Weight, lazily_merged
 from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
-from peftjax.weights.contraction import Dot, Gather
+from peftjax.weights.contraction import Dot, Gather, RaggedDot
 from peftjax.weights.fields import coded, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.sharding import whole
@@ -119,6 +120,22 @@ class Quantized(Weight):
         )
         y = y.reshape(*lead, *self.layout.sizes("o" if side == "i" else "i"))
         return result_of_dot(y, rule, self.layout, side)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """Rows of x times their experts' matrices, decoded one at a time where x goes in tiles."""
+        side = side_of(self.layout, rule.w_contract)
+        single = sorted(self.layout.letters) == ["i", "o", "s"] and not self._runs_on and not self.rotates
+        along_rows = rule.of_rows and rule.x_contract == (1,) and rule.precision is None
+        if side is None or not single or not along_rows or x.ndim != 2 or x.dtype != self.dtype:
+            return lazily_merged(rule, x, self)
+        return ragged_product_of(
+            x,
+            replace(lax.stop_gradient(self.codes), dtype=self.dtype),
+            rule.group_sizes,
+            decode=type(self.codes).decode,
+            transposed=side != self.rows,
+            preferred=rule.preferred,
+        )
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight, of which those alone are decoded."""

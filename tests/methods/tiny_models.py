@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from flax import nnx
 from support import KEY
 
 from peftjax.backbone.backbone import Backbone
-from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.block_config import BlockConfig, Experts
 from peftjax.models.bert import BertConfig, bert
 from peftjax.models.decoder import DecoderConfig, decoder
 from peftjax.testing.model import Model, moved
@@ -103,10 +104,10 @@ class NnxStack(nnx.Module):
         return self.words.attend(scan(x, self.blocks))
 
 
-def _backbone(**changes: Any) -> Model:
+def _backbone(block: Mapping[str, Any] | None = None, **changes: Any) -> Model:
     """A decoder of the library, pre-norm, whose classifier reads the last token."""
     # A key's bias has no gradient here either.
-    block = BlockConfig(
+    sizes = BlockConfig(
         width=WIDTH,
         num_heads=2,
         inner_size=12,
@@ -122,7 +123,7 @@ def _backbone(**changes: Any) -> Model:
         model_type="llama",
         vocab_size=VOCABULARY,
         num_layers=BLOCKS,
-        block=block,
+        block=dataclasses.replace(sizes, **(block or {})),
         max_positions=16,
         rope={"rope_type": "default", "rope_theta": 1e4},
         labels=("a", "b", "c"),
@@ -173,12 +174,14 @@ def tiny(name: str) -> Model:
         "backbone": _backbone,
         "backbone bf16": lambda: _backbone(dtype="bfloat16"),
         "backbone remat": lambda: _backbone(remat="nothing_saveable"),
+        # All are chosen: a step that changes which ones may raise the loss.
+        "experts": lambda: _backbone({"experts": Experts(count=3, chosen=3, bound=1.0), "sinks": True}),
         "encoder": _encoder,
         "encoder classifier": lambda: _encoder("classifier"),
     }
     return dataclasses.replace(makers[name](), name=name)
 
 
-MODELS = ("transformer", "vit", "convolutions", "nnx")
-BACKBONES = ("backbone", "encoder")
+MODELS = ("transformer", "vit", "convolutions", "nnx", "experts")
+BACKBONES = ("backbone", "encoder", "experts")
 CLASSIFIERS = ("backbone", "encoder classifier")

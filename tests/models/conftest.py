@@ -64,6 +64,29 @@ DECODERS = {
         "rope_parameters": GEMMA3_ROPES,
         **WINDOW,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 10,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        **WINDOW,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 10,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3, **WINDOW},
 }
 """The content of `config.json` of tiny decoders, one for each family and for each style of Llama."""
 
@@ -73,7 +96,7 @@ def decoders():
     return {name: {**TINY, **values} for name, values in DECODERS.items()}
 
 
-@pytest.fixture(scope="session", params=all_but_slow(DECODERS, ("llama3", "gemma2", "gemma3")))
+@pytest.fixture(scope="session", params=all_but_slow(DECODERS, ("llama3", "gemma2", "gemma3", "gpt_oss")))
 def decoder_values(request, decoders):
     return decoders[request.param]
 

@@ -23,6 +23,7 @@ OUTPUTS = {
     "gemma": ("lm_head.weight", None, "causal_lm"),
     "gemma2": ("lm_head.weight", None, "causal_lm"),
     "gemma3": ("lm_head.weight", None, "causal_lm"),
+    "gpt_oss": ("lm_head.weight", None, "causal_lm"),
     "gpt2": ("lm_head.weight", {"model_type": "gpt2", **GPT2}, "causal_lm"),
     "opt": ("lm_head.weight", {"model_type": "opt", **OPT}, "causal_lm"),
     "opt-350m": ("lm_head.weight", {"model_type": "opt", **OPT_350M}, "causal_lm"),

@@ -43,6 +43,16 @@ def require_plain(method: str, params: Part) -> None:
             )
 
 
+def _require_dense(method: str, params: Part) -> None:
+    """Raise a PeftError for blocks of which no smaller ones are known."""
+    for path in tree.named_leaves(params["blocks"]):
+        if naming.is_of_experts(path) or path.endswith("/sinks"):
+            raise PeftError(
+                f"{method}: no smaller block of one with 'blocks/{path}' is known; take a side network "
+                "without blocks (pj.unipt, pj.vqt), or a method of weights (pj.lora)"
+            )
+
+
 def start(
     method: str,
     key: Key[Array, ""],
@@ -65,8 +75,10 @@ def start(
         random: whether the blocks' kernels are drawn, U(±1/√in), and their biases zero.
 
     Raises:
-        PeftError: scores do not fit the parameters; as `stacks_of` and `used_layers`.
+        PeftError: scores do not fit the parameters; the blocks have experts or sinks; as `stacks_of` and
+            `used_layers`.
     """
+    _require_dense(method, params)
     scored = _scored(method, params, scores)
     width = stacks_of(method, params)[0].width
     if reduction > width:

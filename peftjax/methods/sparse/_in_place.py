@@ -13,7 +13,7 @@ from jax import Array
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.targets import Targets, require_patterns_used, select
+from peftjax.core.targets import Targets, require_experts_named, require_patterns_used, select
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.transform import Placement
 from peftjax.weights.base import Weight
@@ -67,11 +67,12 @@ def find_weights(
         one_way: whether it matters which side of a weight is the input, as in `layout_of`.
 
     Raises:
-        PeftError: nothing, or only part of a list, is matched; or a weight to be changed in place is
-            not an array.
+        PeftError: nothing, or only part of a list, is matched; 'all-linear' meets experts; or a weight to
+            be changed in place is not an array.
     """
     leaves = tree.named_leaves(params)
     paths = select(params, targets, caller=caller, exclude=exclude)
+    require_experts_named(caller, targets, paths)
     require_patterns_used(caller, layouts, paths)
     for path in paths:
         if in_place and isinstance(leaves[path], Weight):

@@ -13,6 +13,7 @@ from peftjax.models.quantized.awq import awq
 from peftjax.models.quantized.bitsandbytes import bitsandbytes
 from peftjax.models.quantized.compressed_tensors import compressed_tensors
 from peftjax.models.quantized.gptq import gptq
+from peftjax.models.quantized.mxfp4 import of_experts
 from peftjax.models.quantized.scheme import CodedTensor, Scheme, gathered
 
 SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
@@ -20,6 +21,7 @@ SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
+    "mxfp4": of_experts,
 }
 """By Hugging Face's `quant_method`."""
 
@@ -44,10 +46,11 @@ def stored_tensors(folder: Path, values: Mapping[str, Any]) -> dict[str, Tensor 
             f"{folder} is quantized by {method!r}; supported: {', '.join(SCHEMES)}. Others: load it with "
             "transformers, dequantize it and write it again by save_pretrained(folder)"
         )
-    return gathered(tensors, SCHEMES[method](settings), _dtype(values))
+    scheme = SCHEMES[method](settings)
+    return gathered(tensors, scheme, _dtype(values, scheme.dtype))
 
 
-def _dtype(values: Mapping[str, Any]) -> np.dtype:
+def _dtype(values: Mapping[str, Any], usual: str) -> np.dtype:
     """The dtype of a checkpoint before it was quantized."""
     name = values.get("dtype") or values.get("torch_dtype")
-    return jnp.dtype(name if name in ("float32", "float16", "bfloat16") else "float16")
+    return jnp.dtype(name if name in ("float32", "float16", "bfloat16") else usual)

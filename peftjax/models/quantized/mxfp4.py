@@ -4,13 +4,31 @@
 <name>_scales   uint8 [experts, out, in / 32], exponents plus 127
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from peftjax.core.errors import PeftError
+from peftjax.models.quantized.scheme import Parts, Scheme, whole
 from peftjax.models.quantized.words import swapped
 from peftjax.quantize.formats import FORMATS
 from peftjax.quantize.groups import GroupCodes
 from peftjax.quantize.scales import PowerScales
+
+
+def of_experts(settings: Mapping[str, Any]) -> Scheme:
+    """How the weights of a checkpoint lie; its `quantization_config` says nothing that changes it."""
+    return Scheme("mxfp4", "blocks|scales", "blocks", _shape, _codes, joint="_", weight="", dtype="bfloat16")
+
+
+def _shape(parts: Parts) -> tuple[int, ...]:
+    *outputs, groups, each = parts["blocks"].shape
+    return (*outputs, 2 * groups * each)
+
+
+def _codes(parts: Parts, dtype: np.dtype) -> GroupCodes:
+    return mxfp4(whole(parts, "blocks"), whole(parts, "scales"), dtype)
 
 
 def mxfp4(blocks: np.ndarray, scales: np.ndarray, dtype: np.dtype | str = "bfloat16") -> GroupCodes:

@@ -18,14 +18,14 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights `[out, in]` lie in a checkpoint.
+    """How weights `[out, in]`, or `[experts, out, in]`, lie in a checkpoint.
 
     Attributes:
         method: Hugging Face's `quant_method`.
         ends: regular expression of the ends of the names that belong to a weight.
         needed: regular expression of an end without which a weight is no codes.
-        shape: `parts -> (out, in)`.
-        codes: `(parts, dtype) -> the codes of one matrix`, or the array itself where no format of ours has
+        shape: `parts -> ([experts,] out, in)`.
+        codes: `(parts, dtype) -> the codes of that shape`, or the array itself where no format of ours has
             them.
     """
 
@@ -34,6 +34,9 @@ class Scheme:
     needed: str
     shape: Callable[[Parts], tuple[int, ...]]
     codes: Callable[[Parts, np.dtype], GroupCodes | np.ndarray]
+    joint: str = "."
+    weight: str = ".weight"
+    dtype: str = "float16"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class CodedTensor:
         name: what its module's weight would be called.
         parts: the tensors that tell it.
         scheme: how.
-        shape: `[out, in]`.
+        shape: `[out, in]`, or `[experts, out, in]`.
         dtype: of the weight that was coded.
     """
 
@@ -77,6 +80,10 @@ class CodedTensor:
             raise PeftError(f"{self.name} of {self.file}: {error}") from error
 
 
+Stored = Tensor | CodedTensor
+"""What a checkpoint holds of a parameter."""
+
+
 def gathered(
     tensors: Mapping[str, Tensor], scheme: Scheme, dtype: np.dtype
 ) -> dict[str, Tensor | CodedTensor]:
@@ -92,17 +99,17 @@ def gathered(
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if found := re.fullmatch(rf"(.+)\.({scheme.ends})", name):
+        if found := re.fullmatch(rf"(.+){re.escape(scheme.joint)}({scheme.ends})", name):
             modules.setdefault(found[1], {})[found[2]] = tensor
     coded = {
         module: parts
         for module, parts in modules.items()
         if any(re.fullmatch(scheme.needed, end) for end in parts)
     }
-    taken = {f"{module}.{end}" for module, parts in coded.items() for end in parts}
+    taken = {f"{module}{scheme.joint}{end}" for module, parts in coded.items() for end in parts}
     result: dict[str, Tensor | CodedTensor] = {n: t for n, t in tensors.items() if n not in taken}
     for module, parts in coded.items():
-        name = f"{module}.weight"
+        name = f"{module}{scheme.weight}"
         try:
             shape = scheme.shape(parts)
         except (PeftError, KeyError) as error:
