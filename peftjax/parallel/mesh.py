@@ -40,6 +40,11 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices))
 
 
+def find_mesh(sizes: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh that an option asks for: None is none, 'all' the default of `make_mesh`."""
+    return None if sizes is None else make_mesh(None if sizes == "all" else sizes, devices)
+
+
 def read_mesh(sizes: str | Mapping[str, int]) -> dict[str, int]:
     """The sizes of a mesh's axes by name, of a text such as "fsdp=8,tensor=4".
 

@@ -101,6 +101,11 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules | None =
     return PartitionSpec(*(None,) * (len(shape) - len(axes)), *last)
 
 
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """`spec_of` as a sharding."""
+    return NamedSharding(mesh, spec_of(path, shape, mesh, rules))
+
+
 def names_of(own: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one axis of an array."""
     return () if own is None else (own,) if isinstance(own, str) else own

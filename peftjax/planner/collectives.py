@@ -2,8 +2,9 @@
 
 Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
 loop's condition compares with; a loop without either counts once. A collective that a TPU's compiler has
-spread over others' work is written down several times under one channel, and counts once. Bytes are those of a device's result, of a
-reduce-scatter those of its operand: what has to pass its links, up to the factor that an algorithm adds.
+spread over others' work is written down several times under one channel, and counts once. Bytes are those of
+a device's result, of a reduce-scatter those of its operand: what has to pass its links, up to the factor that
+an algorithm adds.
 """
 
 import math

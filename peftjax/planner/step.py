@@ -25,7 +25,7 @@ from peftjax import losses
 from peftjax.backbone.backbone import Backbone
 from peftjax.core import compat, tree
 from peftjax.interpreter import adapt
-from peftjax.parallel.mesh import make_mesh
+from peftjax.parallel.mesh import find_mesh
 from peftjax.parallel.placement import batch_shardings, state_shardings
 from peftjax.parallel.rules import Rules
 from peftjax.planner.between import peaks_between
@@ -162,7 +162,7 @@ def plan(
     loss: Loss = losses.cross_entropy,
     target: str = "cpu",
     optimizer_memory: OptimizerMemory = "device",
-    mesh: str | Mapping[str, int] | None = None,
+    mesh: str | None = None,
     rules: Rules | None = None,
 ) -> Plan:
     """Compile one training step of `method` for `target` and read what it needs.
@@ -182,8 +182,8 @@ def plan(
         target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
             `peftjax.planner.machine` for the compilers they need.
         optimizer_memory: where the optimizer's state lies between steps, as in `pj.training`.
-        mesh: the mesh of all devices of the target, such as "fsdp=8,tensor=2", as of `pj.parallel.make_mesh`;
-            None is one device. Of a `Backbone` the activations lie on it too.
+        mesh: of all devices of the target, such as "fsdp=8,tensor=2", or "all" on fsdp, as of
+            `pj.parallel.make_mesh`; None is one device. Of a `Backbone` the activations lie on it too.
         rules: where parameters lie on the mesh, by default as of `pj.parallel.shard`.
 
     Raises:
@@ -192,7 +192,7 @@ def plan(
             says so when the step does not fit.
     """
     machine = find_machine(target)
-    on = None if mesh is None else make_mesh(mesh, machine.devices)
+    on = find_mesh(mesh, machine.devices)
     if on is not None and isinstance(model, Backbone):
         model = replace(model, mesh=on)
     run = training(method, method_loss(method, model, loss), optimizer, optimizer_memory=optimizer_memory)
