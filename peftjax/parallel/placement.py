@@ -1,5 +1,6 @@
 """Arrays put where rules say: parameters, what a method adds to them, the optimizer's state, a batch."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -76,19 +77,23 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
         if not isinstance(leaf, tree.Hole)
     }
 
+    for keys, leaf in jax.tree_util.tree_leaves_with_path((state.trainable, frozen.state)):
+        path, slot = _names(keys, shapes)
+        if path is not None and slot in (path, "value"):  # a weight that lies whole beside the others
+            shapes.setdefault(path, leaf.shape)
+
     def beside(arrays: Any) -> Any:
         """Of arrays that lie below the path of their parameter."""
 
         def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
-            path = next((name for name in names if name in shapes or "/" in name), None)
-            spec = PartitionSpec() if path is None else _slot_spec(path, names[-1], leaf.shape)
+            path, slot = _names(keys, shapes)
+            spec = slot_spec(path, slot, leaf.shape) if path in shapes else PartitionSpec()
             return NamedSharding(mesh, spec)
 
         return jax.tree_util.tree_map_with_path(place, arrays)
 
-    def _slot_spec(path: str, slot: str, shape: tuple[int, ...]) -> PartitionSpec:
-        of_weight = shapes.get(path, shape)
+    def slot_spec(path: str, slot: str, shape: tuple[int, ...]) -> PartitionSpec:
+        of_weight = shapes[path]
         spec = spec_of(path, of_weight, mesh, rules)
         if shape == of_weight or len(of_weight) < 2 or not shape:
             return spec if shape == of_weight else PartitionSpec()
@@ -123,3 +128,9 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
 
 def _of_shape(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _names(keys: tuple[Any, ...], known: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The parameter that an array of a method belongs to, by the names above it, and its own name."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
+    return next((name for name in names if name in known or "/" in name), None), names[-1]
