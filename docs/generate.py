@@ -22,6 +22,7 @@ API = {
     "optim": ("Optimizers", "peftjax.optim"),
     "losses": ("Losses", "peftjax.losses"),
     "calibrate": ("Statistics", "peftjax.calibrate"),
+    "parallel": ("Several devices", "peftjax.parallel"),
     "weights": ("Structured weights", "peftjax.weights.base"),
     "models": ("Tables of weights", "peftjax.models.weight_map"),
     "decode": ("Decoding step by step", "peftjax.generation.decode"),

@@ -1,6 +1,6 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
-from peftjax import adapters, calibrate, losses, methods, optim
+from peftjax import adapters, calibrate, losses, methods, optim, parallel
 from peftjax.core.errors import PeftError
 from peftjax.generation.generate import generate
 from peftjax.hf.export import export_peft
@@ -44,6 +44,7 @@ __all__ = [
     "matmul",
     "meft_check",
     "optim",
+    "parallel",
     "plan",
     "prefix_of",
     "register",

@@ -19,7 +19,7 @@ Objective = Callable[[Any, Batch], tuple[dict[str, Float[Array, ""]], Float[Arra
 means that nothing of the batch counts."""
 
 CHUNK = 512
-"""Tokens whose logits over a vocabulary exist at a time."""
+"""Tokens whose logits over a vocabulary exist at a time on a device."""
 
 
 def cross_entropy(logits: Float[Array, "*B C"] | Logits, batch: Batch) -> Float[Array, ""]:
@@ -141,7 +141,7 @@ def _chunked_sums(
         return jax.tree.map(jnp.add, sums, part), None
 
     zeros = (jnp.float32(0), jnp.float32(0))
-    return jax.lax.scan(add, zeros, _chunks(logits.hidden, labels, weights))[0]
+    return jax.lax.scan(add, zeros, _chunks(logits.devices, logits.hidden, labels, weights))[0]
 
 
 def _sums_and_gradients(logits: Any, labels: Any, weights: Any) -> tuple[tuple[Array, Array], Any]:
@@ -170,7 +170,7 @@ def _sums_and_gradients(logits: Any, labels: Any, weights: Any) -> tuple[tuple[A
 
     zeros = (jnp.float32(0), jnp.float32(0))
     totals = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in moving]
-    chunks = _chunks(plain.hidden, labels, weights)
+    chunks = _chunks(plain.devices, plain.hidden, labels, weights)
     (sums, totals), by_chunk = jax.lax.scan(add, (zeros, totals), chunks)
     hidden = jnp.moveaxis(by_chunk, 0, 1).reshape(plain.hidden.shape[0], -1, plain.hidden.shape[2])
     hidden = hidden[:, : plain.hidden.shape[1]] if of_hidden else None
@@ -187,10 +187,10 @@ def _scale_gradients(gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, 
 _chunked_sums.defvjp(_sums_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
-def _chunks(hidden: Float[Array, "B S D"], *by_token: Array) -> tuple[Array, ...]:
+def _chunks(devices: int, hidden: Float[Array, "B S D"], *by_token: Array) -> tuple[Array, ...]:
     """The arrays cut along the sequence, [chunks, B, s, ...], the last chunk padded with zeros."""
     batch, length = hidden.shape[:2]
-    size = max(1, min(length, CHUNK // batch))
+    size = max(1, min(length, CHUNK * devices // batch))
     count = -(-length // size)
     missing = count * size - length
 

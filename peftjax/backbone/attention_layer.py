@@ -16,6 +16,7 @@ from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import attended, linear, norm, plain_value
 from peftjax.backbone.context import Context, Rotation
 from peftjax.backbone.layers import recompute
+from peftjax.backbone.on_mesh import features_on_mesh
 from peftjax.backbone.remat import ATTENTION_RESULT
 from peftjax.backbone.rope import layer_rotation, rotate
 
@@ -59,10 +60,10 @@ class Attention(nn.Module):
         """Query [B, S, N, H], key and value [B, S, K, H] of the branch's input."""
         config = self.config
         if config.fused_qkv:
-            heads = self.qkv(x).reshape(*x.shape[:-1], -1, config.head_width)
+            heads = features_on_mesh(self.qkv(x).reshape(*x.shape[:-1], -1, config.head_width), config.mesh)
             return tuple(jnp.split(heads, (config.num_heads, config.num_heads + config.kv_heads), axis=-2))
         return tuple(
-            layer(x).reshape(*x.shape[:-1], -1, config.head_width)
+            features_on_mesh(layer(x).reshape(*x.shape[:-1], -1, config.head_width), config.mesh)
             for layer in (self.query, self.key, self.value)
         )
 

@@ -11,10 +11,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from peftjax.backbone.context import Context
 from peftjax.backbone.logits import Logits
+from peftjax.backbone.on_mesh import embeddings_on_mesh, ids_on_mesh, logits_on_mesh, stream_on_mesh
 from peftjax.backbone.protocols import Batch, BlockModule, Cache, DropoutKey, Module, Params
 from peftjax.backbone.remat import BLOCK_INPUT, REMAT_POLICIES, read_remat
 from peftjax.core.checks import positive
@@ -148,12 +150,14 @@ class Backbone:
         feed_forward_tile: how many of each row's tokens the feed-forward of a block takes at a time, for long
             rows: its inner activations exist of those alone, and its backward pass computes them again.
             None takes all.
+        mesh: of `pj.parallel.make_mesh`, on which activations lie by rows, tokens and heads; None leaves them
+            to the compiler.
         per_layer: what differs between the layers, arrays [num_layers, ...] by the field of the
             `Context` that they are in each block, such as `window`.
         stack: how the blocks are run; a method may put its own instead of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
-        encoder: the backbone that reads the batch first; it follows `dtype`, `remat`, `unroll` and
-            `feed_forward_tile`.
+        encoder: the backbone that reads the batch first; it follows `dtype`, `remat`, `unroll`,
+            `feed_forward_tile` and `mesh`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
@@ -171,6 +175,7 @@ class Backbone:
     remat: str | None = None
     dtype: str = "float32"
     feed_forward_tile: int | None = None
+    mesh: Mesh | None = None
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     stack: Stack = dataclasses.field(default_factory=Scan)
     unroll: int = 1
@@ -192,14 +197,21 @@ class Backbone:
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
         positive("backbone", "feed_forward_tile", self.feed_forward_tile)
-        policy = {"offloaded_tokens": share, "feed_forward_tile": self.feed_forward_tile}
+        policy = {
+            "offloaded_tokens": share, "feed_forward_tile": self.feed_forward_tile, "mesh": self.mesh
+        }  # fmt: skip
         config = getattr(self.block, "config", None)  # a block of another maker's may have none
-        has = {"offloaded_tokens": 0.0, "feed_forward_tile": None} if config is None else vars(config)
+        has = (
+            {"offloaded_tokens": 0.0, "feed_forward_tile": None, "mesh": None}
+            if config is None
+            else vars(config)
+        )
         if any(has[name] != value for name, value in policy.items()):
             config = dataclasses.replace(config, **policy)
             object.__setattr__(self, "block", self.block.clone(config=config))
         if self.encoder is not None:
-            same = {name: getattr(self, name) for name in ("dtype", "remat", "unroll", "feed_forward_tile")}
+            followed = ("dtype", "remat", "unroll", "feed_forward_tile", "mesh")
+            same = {name: getattr(self, name) for name in followed}
             object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
 
     def __call__(self, params: Params, batch: Batch, *, key: DropoutKey = None) -> Array | Logits:
@@ -276,7 +288,7 @@ class Backbone:
         self, layer: Layer, hidden: Float[Array, "B S D"], context: Context, *, part: Part = "block"
     ) -> Float[Array, "B S D"]:
         """The stream after one layer, or after one of its two parts."""
-        hidden = checkpoint_name(hidden, BLOCK_INPUT)
+        hidden = checkpoint_name(stream_on_mesh(hidden, self.mesh), BLOCK_INPUT)
         method, inputs = self._part(layer, hidden, context, part)
         variables = {"params": layer.weights}
         return self.block.apply(variables, *inputs, rngs=dropout_rngs(layer.key), method=method)
@@ -322,7 +334,9 @@ class Backbone:
     ) -> Array | Logits:
         """The outputs from the hidden states after the last block."""
         variables = {"params": params["head"]}
-        return self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))
+        hidden = stream_on_mesh(hidden, self.mesh)
+        outputs = self.head.apply(variables, hidden, context, params["embed"], rngs=dropout_rngs(key))
+        return logits_on_mesh(outputs, self.mesh)
 
     def init(self, key: Key[Array, ""], batch: Batch | None = None) -> Params:
         """Random parameters in float32; `batch` gives the inputs' shapes and dtypes, else `example`."""
@@ -359,7 +373,9 @@ class Backbone:
         return hidden, context
 
     def _embed(self, embed: Params, batch: Batch, key: DropoutKey = None) -> tuple[Array, Context]:
-        return self.embed.apply({"params": embed}, batch, rngs=dropout_rngs(key))
+        batch = ids_on_mesh(batch, self.mesh)
+        hidden, context = self.embed.apply({"params": embed}, batch, rngs=dropout_rngs(key))
+        return (embeddings_on_mesh(hidden, self.mesh) if "input_ids" in batch else hidden), context
 
 
 def _draw(module: Module, key: Key[Array, ""], *inputs: Any) -> Params:

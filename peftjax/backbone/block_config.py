@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from peftjax.backbone.layers import RMSNorm, layer_norm
@@ -72,6 +73,7 @@ class BlockConfig:
         feed_forward_tile: how many of each row's tokens the feed-forward takes at a time; None is all.
         offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" recomputes
             norms and activations only.
+        mesh: on which heads and inner features lie over `tensor`; None leaves them to the compiler.
         rounding: how many bits what enters linear layers is rounded to; None rounds nothing.
 
     Raises:
@@ -111,6 +113,7 @@ class BlockConfig:
     feed_forward_tile: int | None = None
     offloaded_tokens: float = 0.0
     rounding: Rounding | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.rounding is not None and self.residuals is not None:

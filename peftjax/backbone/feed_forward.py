@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import activated, linear
 from peftjax.backbone.layers import ACTIVATIONS, Dropout
+from peftjax.backbone.on_mesh import features_on_mesh
 from peftjax.ops.coded.linear import Input
 
 
@@ -34,7 +35,8 @@ class FeedForward(nn.Module):
 
     def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
         """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
-        return (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
+        inner = (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
+        return tuple(features_on_mesh(one, self.config.mesh) for one in inner)
 
     def activate(self, *inner: Float[Array, "B S F"]) -> Input | Float[Array, "B S F"]:
         """What enters the way down."""

@@ -27,6 +27,7 @@ class Logits:
         bias: [V], or None.
         softcap: bound of the logits, or None.
         tied: whether the kernel is an embedding table, read without a transposed copy.
+        devices: over how many devices rows and tokens are divided: a loss computes as many parts at a time.
     """
 
     hidden: Float[Array, "*B D"]
@@ -34,6 +35,7 @@ class Logits:
     bias: Float[Array, " V"] | None = None
     softcap: float | None = field(default=None, metadata={"static": True})
     tied: bool = field(default=False, metadata={"static": True})
+    devices: int = field(default=1, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

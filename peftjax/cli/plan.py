@@ -30,14 +30,18 @@ class PlanOptions:
     base: ModelOptions = field(default_factory=ModelOptions)
     tuning: MethodOptions = field(default_factory=MethodOptions)
     target: str = "cpu"
-    """The device: 'cpu', 'h100', 'h200', or one chip of a TPU topology, such as 'v5e:2x2'. Each needs its
-    compiler, not the hardware; where it is missing, the command says how to install it."""
+    """The device: 'cpu', 'h100', 'h200', or a TPU topology, such as 'v5e:2x2', of which without a mesh one
+    chip is meant. Each needs its compiler, not the hardware; where it is missing, the command says how to
+    install it."""
     num_labels: int = 2
     """Labels of a classifier; a decoder without a head given is planned as a language model."""
     batch_size: int = 32
     """Examples per optimizer step."""
     max_length: int | None = None
     """Tokens of every text; by default those of `peftjax train`."""
+    mesh: str | None = None
+    """All devices of the target, by axis, such as 'fsdp=8,tensor=2'; 'all' puts them on fsdp. Sizes are then
+    those of one device. By default the target is one device."""
     optimizer: Optimizer = "adamw"
     """The optax optimizer; adamw8bit and lion8bit keep their moments in eight bits."""
     optimizer_memory: OptimizerMemory = "device"
@@ -90,6 +94,7 @@ def planned(options: PlanOptions) -> Plan:
         optimizer=optimizer,
         target=options.target,
         optimizer_memory=config.optimizer_memory,
+        mesh=options.mesh,
     )
 
 

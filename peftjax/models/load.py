@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Key
 
 from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
@@ -45,6 +45,7 @@ from peftjax.models.shared import copies, names_to_read, settle, untied
 from peftjax.models.t5 import MT5, T5
 from peftjax.models.vit import VIT
 from peftjax.models.weight_map import slots_of, to_hf
+from peftjax.parallel.rules import sharding_of
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
 from peftjax.weights.coding import Coding
@@ -74,6 +75,7 @@ def load(
     key: Key[Array, ""] | None = None,
     replaced: Collection[str] = (),
     sharding: Shardings | None = None,
+    mesh: Mesh | None = None,
     quantize: Transform | None = None,
     described: tuple[Family, dict[str, Any]] | None = None,
 ) -> tuple[Backbone, Params]:
@@ -98,6 +100,8 @@ def load(
         replaced: paths whose numbers the caller puts in afterwards: zeros where the task head has none.
         sharding: where each parameter goes: a function of its path and shape, or a tree like the
             parameters'. Each process reads only what its devices hold, one parameter at a time.
+        mesh: of `pj.parallel.make_mesh`: parameters lie on it by the rules of `pj.parallel.shard`, and the
+            model's activations too.
         quantize: a method that does nothing but code weights, such as `pj.nf4()`: they are coded as they are
             read, so that no more than one layer of one of them is in memory as floats. The parameters are
             those of its `init`, and a chain on them begins with the same method.
@@ -107,13 +111,18 @@ def load(
         PeftError: for an unknown family, head, dtype or policy; a missing, misshapen or unreadable
             tensor; a task head of another size without `redraw_head`; a head to draw without `key`; labels
             for a head that has none; a head without an output layer to untie; a sharding that is absent from
-            its tree or does not divide a parameter; a `quantize` that does something else.
+            its tree or does not divide a parameter, or is beside a mesh; a `quantize` that does something
+            else.
 
     Examples:
         >>> model, params = pj.load("path/to/llama", head="causal_lm")  # doctest: +SKIP
         >>> model, params = pj.load("path/to/llama", quantize=pj.nf4())  # doctest: +SKIP
     """
     folder = Path(path)
+    if mesh is not None and sharding is not None:
+        raise PeftError("load: a mesh says where each parameter lies; leave sharding out")
+    if mesh is not None:
+        sharding = partial(sharding_of, mesh=mesh)
     family, values = described or read_family(folder)
     if param_dtype not in COMPUTE_DTYPES:
         raise PeftError(f"param_dtype {param_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
@@ -176,7 +185,7 @@ def load(
         logger.warning("not used from %s: %s", folder, _listed(unused, family, model))
     params = {"head": {}, **unflatten_dict(leaves, sep="/")}
     _codings(quantize, params)  # what the checkpoint holds as codes is of the same format
-    return model, params
+    return dataclasses.replace(model, mesh=mesh), params
 
 
 def build_model(

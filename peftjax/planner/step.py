@@ -11,26 +11,31 @@ shares buffers between values that do not live together. The numbers are those o
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from peftjax import losses
+from peftjax.backbone.backbone import Backbone
 from peftjax.core import compat, tree
 from peftjax.interpreter import adapt
+from peftjax.parallel.mesh import find_mesh
+from peftjax.parallel.placement import batch_shardings, state_shardings
+from peftjax.parallel.rules import Rules
 from peftjax.planner.between import peaks_between
+from peftjax.planner.collectives import Traffic, by_kind
 from peftjax.planner.compiling import compile_for
 from peftjax.planner.flops import Flops, count_flops
 from peftjax.planner.machine import Machine, find_machine
 from peftjax.planner.residuals import kept_arrays, nbytes
 from peftjax.train.paging import OptimizerMemory, is_paged
-from peftjax.train.step import Training, divided, training
+from peftjax.train.step import Training, TrainingState, divided, training
 from peftjax.transform.frozen import Params
 from peftjax.transform.transform import Forward, Transform
 
@@ -92,6 +97,8 @@ class Plan:
         compile_seconds: what the compiler took for the step.
         between: the peaks of the programs that the method runs before a step (its advances), each counted as
             that of the step.
+        devices: of the mesh; `bytes` are those of one of them, `kept` and `flops` those of all.
+        collectives: what passes between them, by kind.
     """
 
     method: str
@@ -104,6 +111,8 @@ class Plan:
     trainable_parameters: int
     compile_seconds: float
     between: tuple[int, ...] = ()
+    devices: int = 1
+    collectives: Mapping[str, Traffic] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = self.bytes
@@ -121,11 +130,16 @@ class Plan:
             ("code, on top", sizes.code),
             ("on the host", sizes.host),
         ]
+        where = self.device if self.devices == 1 else f"{self.devices} x {self.device}, each"
         left_out = f", without {', '.join(self.uncounted)}" if self.uncounted else ""
         return "\n".join(
             [
-                f"{self.method} on {self.target} ({self.device}), {self.trainable_parameters:,} trained",
+                f"{self.method} on {self.target} ({where}), {self.trainable_parameters:,} trained",
                 *(f"  {name:<20}{size / 2**20:>12,.2f} MiB" for name, size in rows),
+                *(
+                    f"  {kind:<20}{traffic.nbytes / 2**20:>12,.2f} MiB in {traffic.runs:,}"
+                    for kind, traffic in self.collectives.items()
+                ),
                 f"  {'FLOPs a step':<20}{self.flops:>12.4g}{left_out}",
                 f"  {'compiled in':<20}{self.compile_seconds:>12.1f} s",
             ]
@@ -148,6 +162,8 @@ def plan(
     loss: Loss = losses.cross_entropy,
     target: str = "cpu",
     optimizer_memory: OptimizerMemory = "device",
+    mesh: str | None = None,
+    rules: Rules | None = None,
 ) -> Plan:
     """Compile one training step of `method` for `target` and read what it needs.
 
@@ -166,14 +182,21 @@ def plan(
         target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
             `peftjax.planner.machine` for the compilers they need.
         optimizer_memory: where the optimizer's state lies between steps, as in `pj.training`.
+        mesh: of all devices of the target, such as "fsdp=8,tensor=2", or "all" on fsdp, as of
+            `pj.parallel.make_mesh`; None is one device. Of a `Backbone` the activations lie on it too.
+        rules: where parameters lie on the mesh, by default as of `pj.parallel.shard`.
 
     Raises:
-        PeftError: the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
+        PeftError: the mesh does not fit the target's devices;
+            the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
             says so when the step does not fit.
     """
     machine = find_machine(target)
+    on = find_mesh(mesh, machine.devices)
+    if on is not None and isinstance(model, Backbone):
+        model = replace(model, mesh=on)
     run = training(method, method_loss(method, model, loss), optimizer, optimizer_memory=optimizer_memory)
-    trainable, state, frozen, batch = _input_shapes(run, params, batch, machine)
+    trainable, state, frozen, batch = _input_shapes(run, params, batch, machine, on, rules)
     inputs = trainable, state, *divided(frozen, run.moves), batch
     step = partial(run.run_step, key=None)
     traced = jax.jit(step, donate_argnums=(0, 1, 2), keep_unused=True).trace(*inputs)
@@ -188,25 +211,37 @@ def plan(
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
     between = peaks_between(run, (trainable, state, frozen, batch), machine)
-    return _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
+    found = _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
+    return found if on is None else replace(found, devices=on.size, collectives=by_kind(compiled.as_text()))
 
 
-def _input_shapes(run: Training, params: Params, batch: Any, machine: Machine) -> tuple[Any, Any, Any, Any]:
-    """Shapes of trainable, optimizer state, frozen and batch, on the target's device."""
+def _input_shapes(
+    run: Training, params: Params, batch: Any, machine: Machine, mesh: Mesh | None, rules: Rules | None
+) -> tuple[Any, Any, Any, Any]:
+    """Shapes of trainable, optimizer state, frozen and batch, on the target's device or its mesh."""
     key = jax.eval_shape(jax.random.key, 0)
     frozen, trainable = jax.eval_shape(lambda *given: run.method.close(*run.method.init(*given)), key, params)
     frozen = replace(frozen, advanced=True)
     state = jax.eval_shape(lambda *given: run.tx.init(run.method.begin(*given)[1]), frozen, trainable)
-    place = SingleDeviceSharding(machine.device)
-    on_host = SingleDeviceSharding(machine.device, memory_kind="pinned_host")
+    if mesh is None:
+        place = SingleDeviceSharding(machine.device)
+        places = jax.tree.map(lambda _: place, (trainable, state, frozen, batch))
+    else:
+        whole = state_shardings(TrainingState(0, frozen, trainable, state, key), mesh, rules)
+        places = whole.trainable, whole.opt_state, whole.frozen, batch_shardings(batch, mesh)
+    trainable, state, frozen, batch = jax.tree.map(_placed, (trainable, state, frozen, batch), places)
     state = jax.tree.map(
-        lambda leaf: _placed(leaf, on_host if is_paged(leaf, run.optimizer_memory) else place), state
+        lambda leaf: (
+            _placed(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+            if is_paged(leaf, run.optimizer_memory)
+            else leaf
+        ),
+        state,
     )
-    trainable, frozen, batch = jax.tree.map(lambda leaf: _placed(leaf, place), (trainable, frozen, batch))
     return trainable, state, frozen, batch
 
 
-def _placed(leaf: Any, place: SingleDeviceSharding) -> jax.ShapeDtypeStruct:
+def _placed(leaf: Any, place: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
@@ -262,7 +297,8 @@ def _device_bytes(shapes: Any, formats: Any) -> int:
     """The bytes of arrays in the compiled program's layouts."""
     total = 0
     for leaf, held in zip(jax.tree.leaves(shapes), jax.tree.leaves(formats)):
+        own = jax.ShapeDtypeStruct(held.sharding.shard_shape(leaf.shape), leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        total += math.prod(compat.padded_shape(leaf.shape, held.layout)) * leaf.dtype.itemsize
+            own = jax.eval_shape(jax.random.key_data, own)
+        total += math.prod(compat.padded_shape(own.shape, held.layout)) * own.dtype.itemsize
     return total

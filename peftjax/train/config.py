@@ -56,6 +56,8 @@ class TrainConfig:
     """Compute dtype of the model; trainable parameters and their optimizer stay in float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    mesh: str | None = None
+    """The devices by axis, such as 'fsdp=4,tensor=2'; 'all' puts them all on fsdp. By default one device."""
     model_dropout: bool = False
     """Also use the pre-trained model's own dropout rates, as a Hugging Face trainer does."""
     seed: int = 0

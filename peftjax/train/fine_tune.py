@@ -12,6 +12,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.core import tree
 from peftjax.losses import Batch, classification, mean
 from peftjax.models.vocabulary import require_ids
+from peftjax.parallel.mesh import find_mesh
 from peftjax.train.config import TrainConfig
 from peftjax.train.evaluate import make_evaluate
 from peftjax.train.loop import FitResult, fit
@@ -28,7 +29,7 @@ from peftjax.transform.transform import Transform
 # Of the first batch, for the method's checks, which may keep what training does not.
 CHECKED_ROWS = 2
 # Options that change what is written or kept, and not the numbers of the run.
-_NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard")
+_NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard", "mesh")
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,15 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
             to another run, or a loss or gradient is not finite.
     """
     config, data, task = run.config, run.data, TASKS[run.task]
+    mesh = find_mesh(config.mesh)
     model, params = open_model(
-        run.base, run.options.base, data.num_labels, dtype=config.dtype, remat=config.remat, seed=config.seed
+        run.base,
+        run.options.base,
+        data.num_labels,
+        dtype=config.dtype,
+        remat=config.remat,
+        seed=config.seed,
+        mesh=mesh,
     )
     for tokens in (data.train, data.evaluation):
         name = f"the text by the tokenizer of {run.base.name}"
@@ -102,6 +110,7 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
         directory=run.options.output,
         identity=identity,
         evaluate=evaluate,
+        mesh=mesh,
     )
     scores = task.named_scores(evaluate(fitted.trainable, fitted.frozen, data.held_out()))
     return Result(method, model.head_name, fitted, scores, before, started, total)

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
 from peftjax.core.errors import PeftError
@@ -18,6 +19,7 @@ from peftjax.io.checkpoint import RunState
 from peftjax.io.files import checked
 from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
+from peftjax.parallel.placement import shard_batch, shard_state
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.evaluate import Evaluate, make_evaluate
@@ -61,6 +63,7 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     objective: Objective = classification,
     evaluate: Evaluate | None = None,
+    mesh: Mesh | None = None,
 ) -> FitResult:
     """Train, and continue exactly where an interrupted run with the same `directory` stopped.
 
@@ -78,6 +81,7 @@ def fit(
         identity: of the run, from `run_identity`, compared with what `directory` belongs to.
         objective: loss and scores of a batch.
         evaluate: from `make_evaluate` of the same, where the caller shares what it compiled.
+        mesh: on which the parameters lie: what is trained, the optimizer's state and batches lie on it too.
 
     Raises:
         PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
@@ -96,6 +100,8 @@ def fit(
     rate = learning_rate(config, steps.total)
     evaluate = evaluate or make_evaluate(forward, method, objective)
     state = run.begin(frozen, trainable, key)
+    if mesh is not None:
+        state = shard_state(state, mesh)
     best = Best()
 
     with contextlib.ExitStack() as stack:
@@ -124,7 +130,7 @@ def fit(
         while state.step < steps.total and not is_over(best, config.early_stopping_patience):
             batch = next(batches)
             throughput.before(batch)
-            state, metrics = run.step(state, batch)
+            state, metrics = run.step(state, batch if mesh is None else shard_batch(batch, mesh))
             throughput.after(batch, metrics)
             pending.append((state.step, metrics))
 

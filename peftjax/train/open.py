@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
@@ -78,6 +79,7 @@ def open_model(
     dtype: str = "float32",
     remat: str = "none",
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[Backbone, Params]:
     """The model with a classification head of `num_labels` columns, drawn from `seed` if new.
 
@@ -93,6 +95,7 @@ def open_model(
         dtype=dtype,
         remat=remat,
         key=jax.random.key(seed),
+        mesh=mesh,
         described=(base.family, base.config),
     )
 

@@ -1,0 +1,139 @@
+"""The collectives of a compiled step, read from its text: how many run, and what they bring each device.
+
+Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
+loop's condition compares with; a loop without either counts once. A collective that a TPU's compiler has
+spread over others' work is written down several times under one channel, and counts once. Bytes are those of
+a device's result, of a reduce-scatter those of its operand: what has to pass its links, up to the factor that
+an algorithm adds.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_BOUND = re.compile(r"= [su]\d+\[\].* constant\((\d+)\)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\w+)?\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=\d+")
+_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        shapes: of the arrays of its result.
+        nbytes: what one run of it brings a device.
+        runs: how often it runs in a call of the program.
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    nbytes: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind in a call of a program: how many run, and what they bring a device."""
+
+    runs: int
+    nbytes: int
+
+
+def by_kind(text: str) -> dict[str, Traffic]:
+    """The collectives of a compiled program, those of a kind together.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    found: dict[str, Traffic] = {}
+    for one in collectives(text):
+        so_far = found.get(one.kind, Traffic(0, 0))
+        found[one.kind] = Traffic(so_far.runs + one.runs, so_far.nbytes + one.runs * one.nbytes)
+    return found
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, Collective] = {}
+
+    def walk(name: str, runs: int) -> None:
+        for line in bodies.get(name, ()):
+            if one := _COLLECTIVE.match(line):
+                channel = _CHANNEL.search(line)
+                own = str(len(found)) if channel is None else channel[0]
+                if own not in found or runs < found[own].runs:
+                    found[own] = _read(one, runs)
+            for called, times in _called(line, bodies):
+                walk(called, runs * times)
+
+    walk(entry, 1)
+    return list(found.values())
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the first to run."""
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            name = start[2]
+            bodies[name] = []
+            entry = name if start[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """The computations that an instruction runs, and how often."""
+    if loop := _WHILE.search(line):
+        trips = _TRIPS.search(line)
+        yield loop[2], int(trips[1]) if trips else _bound(bodies.get(loop[1], ()))
+        return
+    for name in _CALLED.findall(line):
+        yield name, 1
+    if branches := _BRANCHES.search(line):
+        for name in branches[1].split(","):
+            yield name.strip().lstrip("%"), 1
+
+
+def _bound(condition: Iterable[str]) -> int:
+    """The one whole number of a loop's condition; 1 where there is none, or are several."""
+    bounds = [int(bound[1]) for line in condition if (bound := _BOUND.search(line))]
+    return bounds[0] if len(bounds) == 1 else 1
+
+
+def _read(found: re.Match[str], runs: int) -> Collective:
+    result, kind, started, rest = found.groups()
+    arrays = [
+        (name, tuple(map(int, filter(None, sizes.split(","))))) for name, sizes in _ARRAY.findall(result)
+    ]
+    if started:  # the operands are in the result too, and on a TPU counters
+        arrays = [array for array in arrays if array[0] not in ("u32", "s32") or array[1]]
+        arrays = arrays[len(arrays) // 2 :] or arrays
+    nbytes = sum(math.ceil(_bits(name) * math.prod(shape) / 8) for name, shape in arrays)
+    if kind == "reduce-scatter" and (groups := _GROUPS.search(rest)):
+        nbytes *= int(groups[2])
+    return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs)
+
+
+def _bits(name: str) -> int:
+    """Of a number of an HLO type, such as "bf16" or "s4"."""
+    bits = re.search(r"\d+", name)
+    return 8 if name == "pred" or bits is None else int(bits[0])

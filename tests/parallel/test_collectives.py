@@ -1,0 +1,97 @@
+"""What passes between devices in a step: weights, and thin sums, but no activation."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import CONFIG, begun
+
+import peftjax as pj
+from peftjax.core import tree
+from peftjax.parallel import make_mesh
+from peftjax.planner.collectives import collectives
+from peftjax.train.step import divided
+
+ROWS, LENGTH, RANK = 8, 48, 4
+
+
+def of_step(method, sizes):
+    run, state, batch = begun(method, make_mesh(sizes), rows=ROWS, length=LENGTH)
+    inputs = state.trainable, state.opt_state, *divided(state.frozen, run.moves), batch
+    step = jax.jit(partial(run.run_step, key=None), donate_argnums=(0, 1, 2))
+    return collectives(step.lower(*inputs).compile().as_text()), state
+
+
+def test_every_turn_of_a_loop_is_counted():
+    mesh = make_mesh("fsdp=8")
+
+    @jax.jit
+    def summed(x):
+        def turn(total, row):
+            whole = jax.lax.with_sharding_constraint(row, NamedSharding(mesh, P()))
+            return total * 0.5 + whole, None
+
+        return jax.lax.scan(turn, jnp.zeros(64), x)[0]
+
+    x = jax.device_put(jnp.ones((5, 64)), NamedSharding(mesh, P(None, "fsdp")))
+    found = [one for one in collectives(summed.lower(x).compile().as_text()) if one.kind == "all-gather"]
+    assert sum(one.runs * one.nbytes for one in found) == 5 * 64 * 4
+
+
+def test_fsdp_gathers_each_weight_twice_and_no_activation():
+    found, state = of_step(pj.lora(rank=RANK), "fsdp=8")
+    gathered = sum(one.runs * one.nbytes for one in found if one.kind == "all-gather")
+    matrices = {path: leaf for path, leaf in tree.named_leaves(state.frozen.params).items() if leaf.ndim > 1}
+    weights, trained = tree.nbytes(matrices), tree.nbytes(state.trainable)
+    ids = 4 * ROWS * LENGTH
+    assert gathered <= 2 * (weights + trained) + ids
+    assert weights - tree.nbytes(matrices["embed/word/embedding"]) <= gathered
+    rest = [one for one in found if one.kind != "all-gather"]
+    # The words, looked up by parts, go once to the devices of their rows; gradients are summed once.
+    looked_up = 4 * LENGTH * CONFIG["hidden_size"]
+    assert sum(one.runs * one.nbytes for one in rest if one.kind == "all-to-all") <= looked_up
+    sums = sum(one.runs * one.nbytes for one in rest if one.kind != "all-to-all")
+    assert sums <= trained + 64
+
+
+def test_without_a_mesh_in_the_model_activations_are_summed(monkeypatch):
+    """What the constraints are for: so that the test above can fail."""
+    monkeypatch.setattr("peftjax.backbone.on_mesh._on_mesh", lambda x, mesh, axes: x)
+    found, state = of_step(pj.lora(rank=RANK), "fsdp=8")
+    sums = sum(one.runs * one.nbytes for one in found if one.kind in ("all-reduce", "reduce-scatter"))
+    assert sums > 2 * tree.nbytes(state.trainable)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_sums_each_branch_once_and_low_rank_inputs():
+    found, state = of_step(pj.lora(rank=RANK), "tensor=4,data=2")
+    stream = 4 * (ROWS // 2) * LENGTH * CONFIG["hidden_size"]
+    large = [one for one in found if one.nbytes >= stream // 2]
+    # Two branches a layer, forward and backward; the words; nothing else has the size of the stream.
+    layers = CONFIG["num_hidden_layers"]
+    assert sum(one.runs for one in large if one.kind == "all-reduce") <= 4 * layers + 2
+    assert all(one.kind == "all-reduce" for one in large)
+    thin = [one for one in found if one.kind == "all-reduce" and one.nbytes < stream // 2]
+    assert sum(one.runs * one.nbytes for one in thin) <= 2 * tree.nbytes(state.trainable) + 14 * layers * (
+        4 * (ROWS // 2) * LENGTH * RANK
+    )
+
+
+def test_shapes_and_types_of_the_text():
+    text = """HloModule m
+
+ENTRY %main (p: bf16[4,8]) -> bf16[32,8] {
+  %a = bf16[32,8]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %b = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%p), channel_id=2, dimensions={0}
+  %c = f32[4]{0} reduce-scatter(%q), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %d = bf16[32,8]{1,0} all-gather-done(%b)
+}
+"""
+    kinds = {one.nbytes: one.kind for one in collectives(text)}
+    assert kinds == {2 * 32 * 8: "all-gather", 4 * 4 * 4: "reduce-scatter"}
+    assert math.isclose(np.sum([one.runs for one in collectives(text)]), 3)

@@ -1,0 +1,31 @@
+"""One text says what a mesh is, and what cannot be is said in one sentence."""
+
+import jax
+import pytest
+
+import peftjax as pj
+from peftjax.parallel import make_mesh, read_mesh
+
+
+def test_sizes_of_a_text():
+    assert read_mesh("fsdp=8, tensor=4") == {"fsdp": 8, "tensor": 4}
+
+
+def test_all_devices_are_on_fsdp_by_default():
+    mesh = make_mesh()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": len(jax.devices()), "tensor": 1, "sequence": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fsd=8", "no axis is called 'fsd'; closest: 'fsdp'"),
+        ("fsdp=2,fsdp=4", "has 'fsdp' twice"),
+        ("fsdp=0", "size of 'fsdp' must be a positive whole number, not '0'"),
+        ("fsdp", "size of 'fsdp' must be a positive whole number, not ''"),
+        ("fsdp=2,tensor=3", "of 6 devices and there are 8"),
+    ],
+)
+def test_what_is_no_mesh(text, message):
+    with pytest.raises(pj.PeftError, match=message):
+        make_mesh(text, jax.devices()[:8])

@@ -1,0 +1,62 @@
+"""A run gives the same losses on every mesh, and on devices in any order."""
+
+import jax
+import numpy as np
+import pytest
+from meshes import MESHES, losses
+
+import peftjax as pj
+
+METHODS = {
+    "full": pj.full,
+    "lora": lambda: pj.lora(rank=4),
+    "dora on int4": lambda: pj.chain(pj.quantized(format="int4", group=32), pj.dora(rank=4)),
+    "nf4": lambda: pj.chain(pj.nf4(), pj.lora(rank=4)),
+    "galore": lambda: pj.galore(rank=4, every=5),
+    "paca": lambda: pj.paca(rank=4),
+    "snell": lambda: pj.snell(rank=4),
+    "meft": lambda: pj.meft(variant=1),
+    "houlsby": lambda: pj.houlsby(size=8),
+    "prefix": lambda: pj.prefix(length=4),
+    "lst": lambda: pj.lst(reduction=4),
+    "coded residuals": lambda: pj.chain(pj.coded_residuals(), pj.lora(rank=4)),
+}
+BOUNDS = {"snell": 1e-4, "galore": 1e-4, "full": 2e-5, "meft": 2e-5, "coded residuals": 2e-3}
+"""Of what decides by sizes, inverts a block, or rounds what backward keeps to few bits."""
+
+
+def test_a_lora_on_all_kinds_of_axes():
+    wanted, _ = losses(METHODS["lora"](), steps=5)
+    found, state = losses(METHODS["lora"](), "data=2,fsdp=2,tensor=2", steps=5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    slots = state.trainable["blocks/feed_forward/up/kernel"]
+    assert slots["a"].sharding.spec[-1] == "fsdp"
+    assert slots["b"].sharding.spec[-1] == "tensor"
+    moments = state.opt_state[0].mu["blocks/feed_forward/down/kernel"]
+    assert moments["a"].sharding.spec[-1] == "tensor"
+    assert moments["b"].sharding.spec[-1] == "fsdp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_those_of_one_device(name):
+    method = METHODS[name]()
+    wanted, _ = losses(method)
+    assert wanted[-1] < wanted[0]
+    for sizes in MESHES:
+        found, _ = losses(method, sizes)
+        np.testing.assert_allclose(found, wanted, rtol=BOUNDS.get(name, 1e-5), err_msg=sizes)
+
+
+@pytest.mark.slow
+def test_fewer_devices_and_another_order():
+    method = METHODS["lora"]()
+    wanted, _ = losses(method)
+    devices = jax.devices()
+    for sizes, some in (
+        ("fsdp=2", devices[:2]),
+        ("fsdp=2,tensor=2", devices[4:8]),
+        ("fsdp=4,tensor=2", devices[::-1]),
+    ):
+        found, _ = losses(method, sizes, some)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=sizes)
