@@ -31,8 +31,8 @@ def shard(params: T, mesh: Mesh, rules: Rules | None = None) -> T:
         >>> mesh = pj.parallel.make_mesh("fsdp=1", jax.devices()[:1])
         >>> params = {"up": {"kernel": jnp.ones((8, 16))}}
         >>> params = pj.parallel.shard(params, mesh, [(".*/kernel", ("fsdp", "tensor"))])
-        >>> params["up"]["kernel"].sharding.spec
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(params["up"]["kernel"].sharding.spec)
+        ('fsdp', 'tensor')
     """
     return jax.device_put(params, shardings(params, mesh, rules))
 
