@@ -14,6 +14,7 @@ from peftjax.cli.generate import Generate, run_generate
 from peftjax.cli.peft import Export, Import, run_export, run_import
 from peftjax.cli.plan import PlanOptions, run_plan
 from peftjax.cli.report import show
+from peftjax.parallel.processes import is_first, join_processes
 from peftjax.train.method import make_method
 from peftjax.train.open import LANGUAGE_HEAD, find_base, open_model
 from peftjax.train.options import DataOptions, MethodOptions, ModelOptions, RunOptions
@@ -35,12 +36,24 @@ class Train(RunOptions):
     """A YAML file of these options by name, e.g. 'learning_rate: 1e-3'; options given here win."""
     json: bool = False
     """Print the summary as JSON."""
+    distributed: bool = False
+    """Join the processes of a TPU slice, a JobSet or a SLURM job: one run on all of their devices."""
+    coordinator: str | None = None
+    """Without such a cluster: HOST:PORT of the first process."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which this one is, from 0."""
 
 
 def run_train(command: Train, console: Console) -> None:
     """Train, with a line about each stage, and print the summary."""
+    if command.distributed or command.coordinator is not None:
+        join_processes(command.coordinator, command.processes, command.process)
+    console.quiet = not is_first()
     summary = run(command, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
-    show(command.json, summary, lambda: report.print_summary(summary))
+    if is_first():
+        show(command.json, summary, lambda: report.print_summary(summary))
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,10 @@ def make_mesh(
 
 
 def find_mesh(sizes: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh that an option asks for: None is none, 'all' the default of `make_mesh`."""
-    return None if sizes is None else make_mesh(None if sizes == "all" else sizes, devices)
+    """The mesh that an option asks for: 'all' is all devices on fsdp, and so is None of several processes."""
+    if sizes is None and (devices is not None or jax.process_count() == 1):
+        return None
+    return make_mesh(None if sizes == "all" else sizes, devices)
 
 
 def read_mesh(sizes: str | Mapping[str, int]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peftjax.core import tree
 from peftjax.core.mesh_axes import ROWS, TOKENS
 from peftjax.optim.coded_sharding import shardings_like
+from peftjax.parallel.processes import put
 from peftjax.parallel.rules import Rules, fitting, shardings, spec_of
 
 T = TypeVar("T")
@@ -34,12 +35,12 @@ def shard(params: T, mesh: Mesh, rules: Rules | None = None) -> T:
         >>> tuple(params["up"]["kernel"].sharding.spec)
         ('fsdp', 'tensor')
     """
-    return jax.device_put(params, shardings(params, mesh, rules))
+    return jax.tree.map(put, params, shardings(params, mesh, rules))
 
 
 def shard_batch(batch: T, mesh: Mesh) -> T:
     """A batch on a mesh: rows over `data` and `fsdp`, tokens over `sequence`, where they divide."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -64,7 +65,7 @@ def shard_state(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
         PeftError: as `shardings`.
     """
     places = state_shardings(state, mesh, rules)
-    placed = jax.device_put(replace(state, step=None), places)
+    placed = jax.tree.map(put, replace(state, step=None), places)
     return replace(placed, step=state.step)
 
 

@@ -12,6 +12,7 @@ import grain
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
+from rich.console import Console
 
 from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
@@ -20,6 +21,7 @@ from peftjax.io.files import checked
 from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
 from peftjax.parallel.placement import shard_batch, shard_state
+from peftjax.parallel.processes import is_first
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.evaluate import Evaluate, make_evaluate
@@ -107,7 +109,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if directory is not None:
-            if jax.process_index() == 0:
+            if is_first():
                 stack.enter_context(at_work(directory))
             claim_folder(directory, identity or {})
             checkpoints = stack.enter_context(
@@ -122,8 +124,10 @@ def fit(
                 state = _restored(run, state, found)
                 batches.set_state(found.data)
                 best = checked(Best, found.progress, f"the checkpoint of step {found.step}")
-        write = stack.enter_context(open_metrics(directory, state.step, tensorboard=config.tensorboard))
-        report = stack.enter_context(show_progress(steps.total, state.step))
+        own = directory if is_first() else None
+        write = stack.enter_context(open_metrics(own, state.step, tensorboard=config.tensorboard))
+        quiet = Console(stderr=True, quiet=not is_first())
+        report = stack.enter_context(show_progress(steps.total, state.step, quiet))
         throughput = Throughput()
         pending: list[tuple[int, Metrics]] = []
 

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+from peftjax.parallel.processes import gathered, is_first
 from peftjax.train.fine_tune import fine_tune
 from peftjax.train.options import RunOptions
 from peftjax.train.resolve import resolve
@@ -20,11 +22,18 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
         The contents of `summary.json`: the scores on the evaluation texts, counts of parameters, peak
         bytes of the process, real tokens (no padding) and counted labels per second of training; for
         classification the accuracies of the linear probe and of the majority class, for language the
-        scores before training, and how many tokens were counted, filled up and cut.
+        scores before training, and how many tokens were counted, filled up and cut. Of several processes the
+        first one has it, and writes.
 
     Raises:
         PeftError: an option, a file or the data cannot be used; earlier outputs stay as they were.
     """
     started = time.perf_counter()
     resolved = resolve(options, say)
-    return write(resolved, fine_tune(resolved, say), started=started)
+    result = fine_tune(resolved, say)
+    fitted = result.fitted
+    frozen = replace(fitted.frozen, state=gathered(fitted.frozen.state))
+    fitted = replace(fitted, frozen=frozen, trainable=gathered(fitted.trainable))
+    if not is_first():
+        return {}
+    return write(resolved, replace(result, fitted=fitted), started=started)
