@@ -16,7 +16,13 @@ from jaxtyping import Array, Float, Key
 
 from peftjax.backbone.context import Context
 from peftjax.backbone.logits import Logits
-from peftjax.backbone.on_mesh import embeddings_on_mesh, ids_on_mesh, logits_on_mesh, stream_on_mesh
+from peftjax.backbone.on_mesh import (
+    embeddings_on_mesh,
+    ids_on_mesh,
+    logits_on_mesh,
+    require_mesh,
+    stream_on_mesh,
+)
 from peftjax.backbone.protocols import Batch, BlockModule, Cache, DropoutKey, Module, Params
 from peftjax.backbone.remat import BLOCK_INPUT, REMAT_POLICIES, read_remat
 from peftjax.core.checks import positive
@@ -163,7 +169,8 @@ class Backbone:
             used and `params` stay as they are.
 
     Raises:
-        PeftError: when `remat` or `dtype` is not one of these names, or `feed_forward_tile` is not positive.
+        PeftError: when `remat` or `dtype` is not one of these names, `feed_forward_tile` is not positive, or
+            the mesh has other axes.
     """
 
     config: Any
@@ -197,6 +204,8 @@ class Backbone:
             module = getattr(self, part).clone(dtype=jnp.dtype(self.dtype))
             object.__setattr__(self, part, module)
         positive("backbone", "feed_forward_tile", self.feed_forward_tile)
+        if self.mesh is not None:
+            require_mesh(self.mesh)
         policy = {
             "offloaded_tokens": share, "feed_forward_tile": self.feed_forward_tile, "mesh": self.mesh
         }  # fmt: skip

@@ -11,14 +11,26 @@ from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from peftjax.backbone.logits import Logits
-from peftjax.core.mesh_axes import FEATURES, ROWS, TOKENS
+from peftjax.core.errors import PeftError
+from peftjax.core.mesh_axes import AXES, FEATURES, ROWS, TOKENS
 from peftjax.weights.base import Weight
 
 T = TypeVar("T")
+
+
+def require_mesh(mesh: Mesh) -> None:
+    """Raise a PeftError unless a mesh has the axes that activations lie over, and leaves the rest to XLA."""
+    if missing := [axis for axis in AXES if axis not in mesh.shape]:
+        raise PeftError(f"the mesh has no axis {missing[0]!r}; make one with pj.parallel.make_mesh")
+    if AxisType.Explicit in mesh.axis_types:
+        raise PeftError(
+            "the mesh has Explicit axes, on which arrays say themselves where they lie: leave the backbone's "
+            "mesh out, or make one with pj.parallel.make_mesh, whose axes are Auto"
+        )
 
 
 def stream_on_mesh(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
@@ -62,7 +74,7 @@ def logits_on_mesh(outputs: T, mesh: Mesh | None) -> T:
 
 
 def _on_mesh(x: Array, mesh: Mesh | None, axes: tuple[tuple[str, ...], ...]) -> Array:
-    """X with its first axes over those of a mesh."""
+    """An activation with its first axes over those of a mesh."""
     if mesh is None:
         return x
     parts = PartitionSpec(*_parts(x.shape, mesh, axes))

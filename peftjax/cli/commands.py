@@ -48,8 +48,9 @@ class Train(RunOptions):
 
 def run_train(command: Train, console: Console) -> None:
     """Train, with a line about each stage, and print the summary."""
-    if command.distributed or command.coordinator is not None:
-        join_processes(command.coordinator, command.processes, command.process)
+    by_hand = command.coordinator, command.processes, command.process
+    if command.distributed or any(given is not None for given in by_hand):
+        join_processes(*by_hand)
     console.quiet = not is_first()
     summary = run(command, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
     if is_first():

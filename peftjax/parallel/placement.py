@@ -127,10 +127,6 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
     )
 
 
-def _of_shape(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
 def _names(keys: tuple[Any, ...], known: Mapping[str, Any]) -> tuple[str | None, str]:
     """The parameter that an array of a method belongs to, by the names above it, and its own name."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]

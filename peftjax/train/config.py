@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from peftjax.core.errors import PeftError
+from peftjax.parallel.mesh import read_mesh
 from peftjax.train.paging import OptimizerMemory
 
 Optimizer = Literal["adamw", "adam", "sgd", "lion", "adafactor", "adamw8bit", "lion8bit"]
@@ -191,6 +192,8 @@ def validate(config: TrainConfig) -> None:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise PeftError(f"{name} is '{values[name]}', but has to be one of {', '.join(choices)}{hint}")
     require_numbers(values)
+    if config.mesh not in (None, "all"):
+        read_mesh(config.mesh)
     if config.batch_size % config.grad_accumulation:
         raise PeftError(
             f"batch_size {config.batch_size} cannot be computed in grad_accumulation "

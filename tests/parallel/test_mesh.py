@@ -1,7 +1,11 @@
 """One text says what a mesh is, and what cannot be is said in one sentence."""
 
+import dataclasses
+
 import jax
 import pytest
+from jax.sharding import AxisType
+from meshes import MODEL
 
 import peftjax as pj
 from peftjax.parallel import make_mesh, read_mesh
@@ -29,3 +33,16 @@ def test_all_devices_are_on_fsdp_by_default():
 def test_what_is_no_mesh(text, message):
     with pytest.raises(pj.PeftError, match=message):
         make_mesh(text, jax.devices()[:8])
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "message"),
+    [
+        (("data", "model"), AxisType.Auto, "no axis 'fsdp'"),
+        (("data", "fsdp", "tensor", "sequence"), AxisType.Explicit, "Explicit axes"),
+    ],
+)
+def test_a_backbone_refuses_a_mesh_of_other_axes(names, kind, message):
+    mesh = jax.make_mesh((8, *(1,) * (len(names) - 1)), names, axis_types=(kind,) * len(names))
+    with pytest.raises(pj.PeftError, match=message):
+        dataclasses.replace(MODEL, mesh=mesh)
