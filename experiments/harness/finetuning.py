@@ -110,6 +110,10 @@ def sparse(sizes: Sizes) -> tuple[Contender, ...]:
     )
 
 
+UNTUNED = ("power_of_two", "statsq4", "bcq3")
+"""Formats between two others, which are left out where every format is tuned."""
+
+
 def quantized(sizes: Sizes) -> tuple[Contender, ...]:
     """LoRA on bases of codes, and methods made for them."""
     rank = sizes.rank
@@ -118,6 +122,7 @@ def quantized(sizes: Sizes) -> tuple[Contender, ...]:
             f"LoRA r={rank}, {name}", lambda setting, make=BASES[name]: pj.chain(make(), pj.lora(rank=rank))
         )
         for name in BASES
+        if name not in UNTUNED
     )
     return (
         *on_codes,
