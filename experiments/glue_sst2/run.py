@@ -70,6 +70,8 @@ class Options:
     """SST-2's dev.tsv."""
     contenders: Group = "plain"
     """Which methods."""
+    labels: tuple[str, ...] = ()
+    """Those of the contenders to compare; all where none is given."""
     output: Path | None = None
     """Where the results go; by default the folder of the contenders beside this file."""
     sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(rank=8, size=72, density=1 / 32))
@@ -99,7 +101,8 @@ class Options:
     @property
     def chosen(self) -> tuple[Contender, ...]:
         """The contenders."""
-        return contenders_of(self.contenders, self.sizes)
+        found = contenders_of(self.contenders, self.sizes)
+        return tuple(one for one in found if not self.labels or one.label in self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +226,7 @@ def compare(chosen: Sequence[Contender], options: Options) -> None:
         "train": options.train.name,
         "evaluation": options.evaluation.name,
     }
-    for name in ("output", "contenders", "sizes", "tolerance"):
+    for name in ("output", "contenders", "labels", "sizes", "tolerance"):
         del settings[name]
     record = open_record(options.folder, settings)
     lines = []
