@@ -10,13 +10,15 @@ Expected, the peak of a step:
 
     | results | of | is |
     |---|---|---|
-    | memory | 7B, 1 x 512, LoRA, bfloat16 | 16.54 GiB |
-    | memory | 7B, 1 x 512, QLoRA | 7.56 GiB |
-    | memory | 7B, 1 x 512, QLoRA + remat | 6.34 GiB |
+    | memory | 7B, 1 x 512, LoRA, bfloat16 | 16.51 GiB |
+    | memory | 7B, 1 x 512, QLoRA | 7.53 GiB |
+    | memory | 7B, 1 x 512, QLoRA + remat | 6.38 GiB |
     | memory | 65B, 1 x 512, QLoRA | 51.44 GiB |
     | memory | 65B, 1 x 512, QLoRA + remat | 45.30 GiB |
     | memory | 65B, 16 x 512, QLoRA + remat | 58.10 GiB |
-    | memory | 7B, 16 x 512, QLoRA + remat | 9.94 GiB |
+    | memory | 7B, 16 x 512, QLoRA + remat | 10.15 GiB |
+    | long_rows | Llama-3-8B, QLoRA, offloaded, tiles | 6.60 GiB + 98.6 kB a token (record 7.37 + 227.5) |
+    | long_rows | Llama-3-70B, QLoRA, offloaded, tiles | 43.56 GiB + 145.7 kB a token (record 42.99 + 444.6) |
 
 Asked of the H200's compiler; nothing is run, and no GPU is needed. The first LLaMAs, with random weights'
 shapes alone, in bfloat16 on rows of 512 tokens; LoRA of rank 64 on every linear layer but the head, as in

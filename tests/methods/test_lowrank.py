@@ -337,7 +337,7 @@ def test_a_layer_filter_on_a_stack_is_one_on_a_list(layers, make):
 def test_an_expert_is_no_layer_and_every_expert_has_its_own_factors():
     layer = {"experts": {"up": {"kernel": jax.random.normal(KEY, (3, 4, 6))}}}
     params = {"layers": [layer, layer]}
-    method = pj.lora(rank=2, layers=1)
+    method = pj.lora(rank=2, layers=1, targets=".*experts.*")
     _, trainable = started(method, params)
     assert list(trainable) == ["layers/1/experts/up/kernel"]
     assert trainable["layers/1/experts/up/kernel"]["a"].shape == (3, 2, 4)

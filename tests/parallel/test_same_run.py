@@ -43,7 +43,7 @@ def test_losses_are_those_of_one_device(name):
     method = METHODS[name]()
     wanted, _ = losses(method)
     assert wanted[-1] < wanted[0]
-    for sizes in MESHES:
+    for sizes in MESHES if name in ("lora", "full") else MESHES[1::2]:
         found, _ = losses(method, sizes)
         np.testing.assert_allclose(found, wanted, rtol=BOUNDS.get(name, 1e-5), err_msg=sizes)
 

@@ -65,8 +65,10 @@ class Cluster:
         lines = [f"{name}={value}" for name, value in self.settings.items()]
         file = self.folder / "my settings.sh"
         file.write_text("\n".join([(self.scripts / "settings.sh").read_text(), *lines]))
+        # Whatever started the tests may have had interrupts ignored, and bash cannot trap those.
+        heard = ["env", "--default-signal=INT"]
         return subprocess.run(
-            [self.scripts / f"{command}.sh", "--settings", file, *options],
+            [*heard, self.scripts / f"{command}.sh", "--settings", file, *options],
             env=self.environment | (environment or {}),
             capture_output=True,
             text=True,
