@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from peftjax.core.errors import PeftError
-from peftjax.core.mesh_axes import AXES
+from peftjax.core.mesh_axes import AXES, ROWS
 from peftjax.core.tree import nearest
 
 
@@ -45,6 +45,16 @@ def find_mesh(sizes: str | None, devices: Sequence[jax.Device] | None = None) ->
     if sizes is None and (devices is not None or jax.process_count() == 1):
         return None
     return make_mesh(None if sizes == "all" else sizes, devices)
+
+
+def require_rows(caller: str, rows: int, mesh: Mesh) -> None:
+    """Raise a PeftError unless `data` and `fsdp` divide so many rows: else every device has all of them."""
+    devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % devices:
+        raise PeftError(
+            f"{caller}: {rows} rows at a time are not divided by the {devices} devices of data and fsdp; "
+            "choose a multiple, or put some of the devices on another axis"
+        )
 
 
 def read_mesh(sizes: str | Mapping[str, int]) -> dict[str, int]:

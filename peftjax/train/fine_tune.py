@@ -12,7 +12,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.core import tree
 from peftjax.losses import Batch, classification, mean
 from peftjax.models.vocabulary import require_ids
-from peftjax.parallel.mesh import find_mesh
+from peftjax.parallel.mesh import find_mesh, require_rows
 from peftjax.train.config import TrainConfig
 from peftjax.train.evaluate import make_evaluate
 from peftjax.train.loop import FitResult, fit
@@ -58,11 +58,13 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
         say: called with a line about each stage.
 
     Raises:
-        PeftError: the weights cannot be read, the method does not fit the model, the output folder belongs
+        PeftError: the mesh does not divide a batch, the weights cannot be read, the method does not fit the model, the output folder belongs
             to another run, or a loss or gradient is not finite.
     """
     config, data, task = run.config, run.data, TASKS[run.task]
     mesh = find_mesh(config.mesh)
+    if mesh is not None:
+        require_rows("batch_size", config.batch_size // config.grad_accumulation, mesh)
     model, params = open_model(
         run.base,
         run.options.base,

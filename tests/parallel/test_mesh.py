@@ -9,6 +9,7 @@ from meshes import MODEL
 
 import peftjax as pj
 from peftjax.parallel import make_mesh, read_mesh
+from peftjax.parallel.mesh import require_rows
 
 
 def test_sizes_of_a_text():
@@ -33,6 +34,12 @@ def test_all_devices_are_on_fsdp_by_default():
 def test_what_is_no_mesh(text, message):
     with pytest.raises(pj.PeftError, match=message):
         make_mesh(text, jax.devices()[:8])
+
+
+def test_a_batch_that_is_not_divided():
+    require_rows("batch_size", 16, make_mesh())
+    with pytest.raises(pj.PeftError, match="batch_size: 12 rows at a time are not divided by the 8 devices"):
+        require_rows("batch_size", 12, make_mesh())
 
 
 @pytest.mark.parametrize(
