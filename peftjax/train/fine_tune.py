@@ -58,8 +58,8 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
         say: called with a line about each stage.
 
     Raises:
-        PeftError: the mesh does not divide a batch, the weights cannot be read, the method does not fit the model, the output folder belongs
-            to another run, or a loss or gradient is not finite.
+        PeftError: the mesh does not divide a batch, the weights cannot be read, the method does not fit the
+            model, the output folder belongs to another run, or a loss or gradient is not finite.
     """
     config, data, task = run.config, run.data, TASKS[run.task]
     mesh = find_mesh(config.mesh)
