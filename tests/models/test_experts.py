@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import KEY, assert_close, assert_no_dense_gradient, noisy, normal
+from support import KEY, assert_close, assert_no_dense_gradient, noisy, normal, quick_at
 
 import peftjax as pj
 from peftjax.backbone.attention import Visibility, attend
@@ -65,7 +65,7 @@ def _whole(module, x):
     return module.down(module.activate(*module.expand(x)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick_at(CASES, 0))
 def test_outputs_and_gradients_are_those_of_the_formula(name):
     config, x = CASES[name], normal(KEY, (2, 7, 8))
     module = RoutedFeedForward(config, jnp.float32)
@@ -104,7 +104,7 @@ def step(model, params, method, adapter=None):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"feed_forward_tile": 4},
+        pytest.param({"feed_forward_tile": 4}, marks=pytest.mark.slow),
         pytest.param({"remat": "nothing_saveable"}, marks=pytest.mark.slow),
         pytest.param({"remat": "offload_attention:0.4"}, marks=pytest.mark.slow),
         pytest.param({"unroll": 3}, marks=pytest.mark.slow),
