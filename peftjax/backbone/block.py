@@ -211,7 +211,7 @@ def _project_cross(block: Block, hidden: Array, encoded: Array) -> tuple[Array, 
 
 
 @_recomputed
-def _expand(block: Block, hidden: Array) -> tuple[Array, ...]:
+def _expand(block: Block, hidden: Array) -> tuple[Any, ...]:
     norm = None if block._post else block.feed_forward_norm
     return block.feed_forward.expand(block._entering(hidden, "feed_forward", norm))
 
@@ -221,7 +221,7 @@ def _tile_of_feed_forward(block: Block, hidden: Array) -> Array:
 
 
 @_recomputed
-def _contract(block: Block, *inner: Array) -> Array:
+def _contract(block: Block, *inner: Any) -> Array:
     entering = block.feed_forward.activate(*inner)
     if block.config.rounding is not None:
         entering = block.rounding.feed_forward_output(entering)

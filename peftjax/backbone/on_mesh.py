@@ -12,7 +12,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from peftjax.backbone.logits import Logits
 from peftjax.core.errors import PeftError
@@ -43,7 +43,7 @@ def features_on_mesh(x: Float[Array, "B S N ..."], mesh: Mesh | None) -> Float[A
     return _on_mesh(x, mesh, (ROWS, TOKENS, FEATURES))
 
 
-def ids_on_mesh(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, Array]:
+def ids_on_mesh(batch: Mapping[str, ArrayLike], mesh: Mesh | None) -> Mapping[str, ArrayLike]:
     """A batch whose ids are on all devices of `fsdp`, each of which looks up its part of every embedding."""
     if mesh is None:
         return batch
