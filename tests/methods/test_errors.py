@@ -27,7 +27,7 @@ WHEN_MADE = [
     (lambda: pj.rslora(rslora=False), "rslora: unknown option 'rslora'"),
     (
         lambda: pj.lora(init="gauss"),
-        "lora: init must be one of uniform, gaussian, orthogonal, got 'gauss'",
+        "lora: init must be one of uniform, gaussian, orthogonal, zero_a, got 'gauss'",
     ),
     (lambda: pj.lora(dropout=1.0), "lora: dropout must be in [0, 1), got 1.0"),
     (lambda: pj.lora(dropout=-0.1), "lora: dropout must be in [0, 1), got -0.1"),

@@ -202,6 +202,14 @@ def test_an_orthogonal_start_has_product_zero_and_both_factors_train():
     np.testing.assert_allclose(slots["a"].T @ slots["b"], 0.0, atol=1e-6)
 
 
+def test_a_start_with_zero_a_trains_a_first():
+    slots = started(pj.lora(rank=4, init="zero_a"))[1][WEIGHT]
+    assert not np.any(slots["a"])
+    assert 0.4 < float(jnp.abs(slots["b"]).max()) <= 0.5  # 1/√r
+    with pytest.raises(pj.PeftError, match="lora_fa keeps `a` as it starts"):
+        pj.lora_fa(init="zero_a")
+
+
 STACKED = {"blocks": {"up": {"kernel": normal(KEY, (3, N_IN, N_OUT))}}}
 
 

@@ -153,7 +153,7 @@ def test_options_without_a_use_are_refused():
         (
             "lora",
             "init=gauss",
-            "lora: option 'init' is 'gauss', and can be 'uniform', 'gaussian', 'orthogonal'",
+            "lora: option 'init' is 'gauss', and can be 'uniform', 'gaussian', 'orthogonal', 'zero_a'",
         ),
         (
             "lora",

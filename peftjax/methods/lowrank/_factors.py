@@ -81,6 +81,15 @@ def start_gaussian(key: Array, target: Target, leaf: Any) -> tuple[Array, Array,
     return jax.random.normal(key, a.shape) / target.rank, b, leaf
 
 
+def start_zero_a(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Any]:
+    """`a = 0`, `b ~ U(-1/√r, 1/√r)`; for a lookup table as `start_uniform`."""
+    if is_embedding(target.path):
+        return start_uniform(key, target, leaf)
+    a, b = zeros(target)
+    bound = 1.0 / math.sqrt(target.rank)
+    return a, jax.random.uniform(key, b.shape, minval=-bound, maxval=bound), leaf
+
+
 def start_orthogonal(key: Array, target: Target, leaf: Any) -> tuple[Array, Array, Any]:
     """Both factors nonzero with `aᵀb = 0`: they span orthogonal halves of a random basis of rank r.
 

@@ -12,12 +12,14 @@ from peftjax.methods.lowrank._factors import (
     start_gaussian,
     start_orthogonal,
     start_uniform,
+    start_zero_a,
 )
 
 STARTS: dict[str, Start] = {
     "uniform": start_uniform,
     "gaussian": start_gaussian,
     "orthogonal": start_orthogonal,
+    "zero_a": start_zero_a,
 }
 
 
@@ -66,10 +68,11 @@ class StartOptions(LowRankOptions):
     """Those of a method whose factors can start in several ways.
 
     Attributes:
-        init: how `a` starts; 'orthogonal' starts both factors with product zero and needs an even r.
+        init: how `a` starts while `b = 0`; 'zero_a' starts with `a = 0` and a uniform `b`, 'orthogonal' both
+            with product zero, which needs an even r.
     """
 
-    init: Literal["uniform", "gaussian", "orthogonal"] = "uniform"
+    init: Literal["uniform", "gaussian", "orthogonal", "zero_a"] = "uniform"
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""

@@ -9,8 +9,9 @@ the layer's input x once (shared with its neighbors) and the thin x·aᵀ; never
 full gradient.
 
 Start: a ~ U(-1/√in, 1/√in), b = 0, as the authors' code does (the paper says Gaussian: `init=
-"gaussian"`, N(0, 1/r²)); lookup tables start with a = 0, b ~ N(0, 1). Defaults r = 8, alpha = 16 (s = 2) are
-those of common practice, not of the paper. Convolutions with groups share `a` among the groups, so that
+"gaussian"`, N(0, 1/r²)); lookup tables start with a = 0, b ~ N(0, 1), and with
+`init="zero_a"` all do so, b uniform. Defaults r = 8, alpha = 16 (s = 2) are those of common practice, not of
+the paper. Convolutions with groups share `a` among the groups, so that
 they merge exactly; the usual PyTorch library trains an ungrouped `a` there and cannot merge.
 """
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from peftjax.core.derivatives import with_backward
+from peftjax.core.errors import PeftError
 from peftjax.core.naming import is_embedding
 from peftjax.methods._targets import Target, all_layers
 from peftjax.methods.lowrank._options import LoraOptions
@@ -45,6 +46,14 @@ class LoraFaOptions(LoraOptions):
     """
 
     nearest_gradient: bool = False
+
+    def require_valid(self, caller: str) -> None:
+        """Raise a PeftError for an option out of range."""
+        super().require_valid(caller)
+        if self.init == "zero_a":
+            raise PeftError(
+                f"{caller} keeps `a` as it starts, and from a = 0 nothing is learned; choose another init"
+            )
 
 
 @register(
