@@ -70,6 +70,8 @@ class Eval:
     """Texts at a time."""
     untie: bool = False
     """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
+    mesh: str | None = None
+    """All devices by axis, such as 'fsdp=2,tensor=4', or 'all' for fsdp; by default one device."""
     json: bool = False
     """Print the scores as JSON."""
 
@@ -82,6 +84,7 @@ def run_eval(command: Eval, console: Console) -> None:
         model=command.model,
         batch_size=command.batch_size,
         untie=command.untie,
+        mesh=command.mesh,
     )
     show(command.json, scores, lambda: report.print_values(scores))
 
@@ -98,13 +101,15 @@ class Merge:
     """The base model's folder, where it is not the one the adapter was trained on."""
     untie: bool = False
     """Load a tied output layer as a parameter of its own, where the adapter does not say so itself."""
+    mesh: str | None = None
+    """All devices by axis, such as 'fsdp=2,tensor=4', or 'all' for fsdp; by default one device."""
     json: bool = False
     """Print the result as JSON."""
 
 
 def run_merge(command: Merge, console: Console) -> None:
     """Write the merged folder, and print where it is."""
-    merge_saved(command.adapter, command.output, model=command.model, untie=command.untie)
+    merge_saved(command.adapter, command.output, model=command.model, untie=command.untie, mesh=command.mesh)
     result = {"adapter": str(command.adapter), "merged": str(command.output)}
     show(command.json, result, lambda: report.print_values(result))
 

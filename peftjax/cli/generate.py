@@ -18,6 +18,7 @@ from peftjax.core.errors import PeftError
 from peftjax.generation.sampling import choice
 from peftjax.generation.text import stream, write
 from peftjax.models.load import load
+from peftjax.parallel.mesh import find_mesh
 from peftjax.train.adapter_info import Noted, read_noted
 from peftjax.train.config import require_numbers
 from peftjax.train.open import LANGUAGE_HEAD, BaseModel, find_base, open_tokenizer
@@ -49,6 +50,8 @@ class Generate(PromptOptions):
     """Prompts at a time."""
     dtype: str = "float32"
     """The dtype to compute in and to hold the weights in: float32, bfloat16 or float16."""
+    mesh: str | None = None
+    """All devices by axis, such as 'fsdp=2,tensor=4', or 'all' for fsdp; by default one device."""
     json: bool = False
     """Print the texts as JSON, one entry a prompt."""
 
@@ -119,6 +122,7 @@ def _open(options: Generate, noted: Noted, base: BaseModel) -> tuple[Backbone, P
         untie=options.untie or noted.untied,
         dtype=options.dtype,
         param_dtype=options.dtype,
+        mesh=find_mesh(options.mesh),
         described=(base.family, base.config),
     )
     if options.adapter is None:

@@ -15,6 +15,7 @@ from peftjax.core.errors import PeftError
 from peftjax.io.files import replacing
 from peftjax.losses import classification
 from peftjax.models.load import load, save, stored_dtypes
+from peftjax.parallel.mesh import find_mesh
 from peftjax.train.adapter_info import Info, read_info
 from peftjax.train.config import Task, require_numbers
 from peftjax.train.evaluate import make_evaluate
@@ -48,22 +49,26 @@ class Tuned:
     untied: bool = False  # whether its tied output layer was given a parameter of its own
 
 
-def open_tuned(adapter: Path, model: str | None = None, *, untie: bool = False) -> Tuned:
+def open_tuned(
+    adapter: Path, model: str | None = None, *, untie: bool = False, mesh: str | None = None
+) -> Tuned:
     """The model that an adapter was trained on, and the adapter.
 
     Args:
         adapter: folder that `run` or `save_adapter` wrote.
         model: the base model's folder, where it has moved since.
         untie: as of `load`, where the adapter does not say it.
+        mesh: all devices by axis, or "all" for fsdp; by default one device.
 
     Raises:
-        PeftError: the adapter was not made by `run`, or does not fit the model.
+        PeftError: the adapter was not made by `run`, or does not fit the model; the mesh is not of
+            the devices.
     """
     info = read_info(adapter)
-    return _opened(adapter, info, find_base(model or info.model), untie)
+    return _opened(adapter, info, find_base(model or info.model), untie, mesh)
 
 
-def _opened(adapter: Path, info: Info, base: BaseModel, untie: bool) -> Tuned:
+def _opened(adapter: Path, info: Info, base: BaseModel, untie: bool, mesh: str | None) -> Tuned:
     untie = untie or info.untied
     backbone, params = load(
         base.folder,
@@ -75,6 +80,7 @@ def _opened(adapter: Path, info: Info, base: BaseModel, untie: bool) -> Tuned:
         key=jax.random.key(read_config(adapter)["seed"]),
         replaced=trained_parameters(adapter),
         described=(base.family, base.config),
+        mesh=find_mesh(mesh),
     )
     if info.labels:
         named = dataclasses.replace(backbone.config, labels=tuple(info.labels))
@@ -89,6 +95,7 @@ def evaluate_saved(
     model: str | None = None,
     batch_size: int = 64,
     untie: bool = False,
+    mesh: str | None = None,
 ) -> dict:
     """The scores of a saved adapter, on texts prepared as in its training.
 
@@ -99,6 +106,7 @@ def evaluate_saved(
         model: the base model's folder, where it has moved since.
         batch_size: texts at a time.
         untie: as of `open_tuned`.
+        mesh: as of `open_tuned`.
 
     Raises:
         PeftError: the data cannot be read, is not for the adapter's task, or has a label the classifier
@@ -112,14 +120,21 @@ def evaluate_saved(
     check_data(data, task)
     base = find_base(model or info.model)
     batches, counts = TASKS[task].saved_batches(info, data, base, batch_size)
-    tuned = _opened(adapter, info, base, untie)
+    tuned = _opened(adapter, info, base, untie, mesh)
     method = tuned.adapter.method
     evaluate = make_evaluate(method.model(tuned.model), method, classification)
     scores = evaluate(tuned.adapter.trainable, tuned.adapter.frozen, batches)
     return {"adapter": str(adapter), "data": data.data, **counts, **TASKS[task].named_scores(scores)}
 
 
-def merge_saved(adapter: Path, output: Path, *, model: str | None = None, untie: bool = False) -> Path:
+def merge_saved(
+    adapter: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    untie: bool = False,
+    mesh: str | None = None,
+) -> Path:
     """Write the merged model as a Hugging Face folder, tokenizer included; the base stays as it is.
 
     Each parameter is merged in float32 and written in the dtype that the base's file has, rounded once; what
@@ -129,7 +144,7 @@ def merge_saved(adapter: Path, output: Path, *, model: str | None = None, untie:
         PeftError: a merged parameter is not finite, or too large for the base's dtype; the output is the
             base model's own folder.
     """
-    tuned = open_tuned(adapter, model, untie=untie)
+    tuned = open_tuned(adapter, model, untie=untie, mesh=mesh)
     if output.resolve() == tuned.folder.resolve():
         raise PeftError(f"{output} is the base model's folder; choose another output folder")
     merged = tuned.adapter.method.merge(tuned.adapter.frozen, tuned.adapter.trainable, safe=True)

@@ -53,7 +53,8 @@ def adapter(folder, tmp_path_factory):
     method = pj.lora(rank=2, targets=["query", "down"])
     frozen, trainable = method.init(jax.random.key(3), params)
     trainable = noisy(trainable, scale=0.2)
-    save_adapter(place, method, frozen, trainable, seed=3, info={"model": str(folder), "head": "causal_lm"})
+    info = {"model": str(folder), "head": "causal_lm", "labels": [], "max_length": 64}
+    save_adapter(place, method, frozen, trainable, seed=3, info=info)
     merged = tmp_path_factory.mktemp("merged")
     save(merged, model, method.merge(frozen, trainable))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -87,6 +88,16 @@ def base_text(folder):
 def test_the_text_and_where_it_stops(folder, capsys):
     rows = json.loads(run(capsys, "--model", folder, "--prompt", PROMPT, *NEW, "--json"))
     assert rows == [{"prompt": PROMPT, "text": base_text(folder), "tokens": 4, "stopped": True}]
+
+
+def test_on_a_mesh_it_writes_and_merges_the_same(folder, adapter, capsys, tmp_path):
+    place, merged = adapter
+    mesh = ["--mesh", "fsdp=2,tensor=2,data=2"]
+    wanted = run(capsys, "--model", merged, "--prompt", PROMPT, *NEW, "--json")
+    assert run(capsys, "--adapter", place, "--prompt", PROMPT, *NEW, *mesh, "--json") == wanted
+    main(["merge", "--model", str(folder), "--adapter", str(place), "--output", str(tmp_path), *mesh])
+    one, other = (pj.load(path)[1] for path in (merged, tmp_path))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
 
 
 def test_text_appears_as_it_is_written(folder, capsys, monkeypatch):
