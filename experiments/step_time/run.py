@@ -166,7 +166,7 @@ def answer(results: Results, count: int = 5) -> dict[str, str]:
 
 
 REPORT = Report(text=time_table, draw=draw, answer=answer)
-REPORTS = {"minilm": REPORT}
+REPORTS = {"minilm": REPORT, "quantized": REPORT}
 
 
 if __name__ == "__main__":

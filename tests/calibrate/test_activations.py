@@ -151,6 +151,7 @@ def test_all_that_reads_a_norm_is_the_same_function_and_its_codes_are_the_same(n
     assert rest["feed_forward"]["down"] is params["blocks"]["feed_forward"]["down"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick_at(["vit", "gemma2", "gpt2"], 0))
 def test_the_whole_model_is_the_same_function(name, request):
     if name == "vit":
@@ -175,6 +176,7 @@ def test_channels_that_share_a_range_stay_as_they_are():
         np.testing.assert_allclose(new, old, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_range_is_as_good_as_one_of_each_channel_and_one_for_unlike_channels_is_not(of_vit):
     model, params, ranges, found = of_vit
     for name in ("attention", "feed_forward"):

@@ -75,6 +75,7 @@ def watched(monkeypatch, caplog):
         yield begun
 
 
+@pytest.mark.slow
 def test_each_block_comes_nearer_to_its_output_and_a_second_one_compiles_nothing(watched):
     model, params = backbone(3)
     found = reconstruct(model, params, FLEXROUND)

@@ -21,8 +21,6 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
     if not path.is_relative_to(ROOT / "docs/reference") and BLOCK.search(path.read_text(encoding="utf-8"))
 }
-# README.md's own code runs in the test of what it learns too.
-FAST = ("docs/guides/own_loop.md",)
 
 
 @pytest.fixture
@@ -36,9 +34,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "page", [page if page in FAST else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
-)
+@pytest.mark.slow  # what README.md's code learns is a quick test below
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, folder):
     text = PAGES[page].read_text(encoding="utf-8")
     names: dict = {"__name__": page}

@@ -76,6 +76,7 @@ def test_a_training_learns_and_compiles_once_for_all_rates_and_seeds(task):
     assert jnp.array_equal(runs[2].state.trainable["head/classifier/kernel"], kernel)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_and_says_so(task):
     model, params, images = task
     method = pj.full()

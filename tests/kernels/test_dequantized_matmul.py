@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow, assert_close
+from support import KEY, all_but_slow, assert_close, quick_at
 
 from peftjax.core.errors import PeftError
 from peftjax.kernels.dequantized_matmul import dequantized_matmul, gpu, reference, tpu
@@ -100,7 +100,9 @@ def test_an_element_is_the_tables(table):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "group"), [("nf4", 64), ("mxfp4", 32), ("int4", 192), ("int8", 16)])
+@pytest.mark.parametrize(
+    ("name", "group"), quick_at([("nf4", 64), ("mxfp4", 32), ("int4", 192), ("int8", 16)], 0, 3)
+)
 @pytest.mark.parametrize("rows", [2**22, 900])
 def test_both_products_and_their_gradients(name, group, dtype, rows, monkeypatch):
     """Whole, and in tiles of rows of which some are left over."""

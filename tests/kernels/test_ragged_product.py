@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from kernels.targets import compiled, shape
-from support import KEY, assert_close, normal
+from support import KEY, assert_close, normal, quick_at
 
 import peftjax as pj
 from peftjax.kernels.ragged_product import ragged_outer, ragged_product
@@ -116,7 +116,7 @@ def test_it_is_one_equation_that_structured_weights_answer():
     assert w.shape not in {v.aval.shape for eqn in thin.eqns for v in eqn.outvars}
 
 
-@pytest.mark.parametrize("form", ["nf4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("form", quick_at(["nf4", "mxfp4", "nvfp4"], 1))
 def test_of_codes_one_matrix_is_decoded_at_a_time(form):
     """Both ways through weights whose scales are codes too, beside low-rank factors, and mapped over rows."""
     x, w = normal(KEY, (90, 64)), normal(jax.random.key(1), (3, 64, 32))

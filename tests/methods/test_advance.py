@@ -102,8 +102,9 @@ def test_a_loop_that_does_trains_what_pj_training_trains(name):
     run, state = pretraining.started(method, optax.adam(0.01))
     for _ in range(STEPS):
         state, _ = run.step(state, X)
-    jax.tree.map(np.testing.assert_array_equal, trainable, state.trainable)
-    jax.tree.map(np.testing.assert_array_equal, frozen, state.frozen)
+    same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # two programs, so not bit by bit
+    jax.tree.map(same, trainable, state.trainable)
+    jax.tree.map(same, frozen, state.frozen)
 
 
 @pytest.mark.parametrize("name", all_but_slow(METHODS, ("galore", "chain, switchlora")))

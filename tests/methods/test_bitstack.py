@@ -120,6 +120,7 @@ def test_a_loss_decides_the_order(made):
     assert len(seen) == 9
 
 
+@pytest.mark.slow
 def test_a_lora_trains_on_blocks_and_merges_into_arrays(made):
     x = jnp.asarray(RNG.standard_normal((3, 24)), jnp.float32)
     few = within_budget(made, EACH_ONCE + 2 * ONE_UP)

@@ -110,6 +110,7 @@ def test_it_starts_as_rounding_to_the_nearest_and_trains_by_the_equations_of_the
         assert_close(got["by_input"], of_log.sum(1), 1e-4)
 
 
+@pytest.mark.slow
 def test_bounds_and_what_is_cut_off_have_no_gradient_and_two_factors_can_undo_each_other():
     method = pj.flexround(format="int2", group=-1, search=20, targets="w")
     w = jnp.linspace(-1.0, 1.0, 64).reshape(64, 1).at[0].set(1.6)

@@ -277,6 +277,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_close(many[-1], once[-1], 1e-5)
 
 
+@pytest.mark.slow
 def test_clipping_is_that_of_the_projected_gradients():
     method = galore(train_rest=False, scale=0.5)
     tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import KEY, quick_at
+from support import KEY
 
 import peftjax as pj
 from peftjax.testing.comparisons import assert_close
@@ -23,9 +23,8 @@ def merged(method, params=W):
     return method.merge(*method.init(KEY, params))
 
 
-@pytest.mark.parametrize(
-    "form", quick_at([{"format": "nf4"}, {"format": "int2", "scales": None}], 0), ids=["nf4", "int2"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [{"format": "nf4"}, {"format": "int2", "scales": None}], ids=["nf4", "int2"])
 def test_it_starts_nearer_than_rounding_and_more_steps_are_never_worse(form):
     scales = {"scales": "double"} if form["format"] == "nf4" else {}
     plain = errors(merged(pj.quantized(format=form["format"], **scales)))

@@ -63,6 +63,7 @@ def test_the_gradient_is_that_of_the_weights_themselves_and_the_codes_are_what_i
     np.testing.assert_allclose(gradient, X.T @ jnp.cos(X @ weight), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_annealing_moves_what_is_near_two_codes_and_nothing_else():
     """By weight decay and moments too; the fraction that moves goes to zero with the share."""
     k, moved = 8, []

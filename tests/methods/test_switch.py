@@ -50,6 +50,7 @@ def test_switching_writes_only_the_touched_places_of_the_given_arrays():
     assert_close(params, MODEL.params, 0)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_closed_base_and_one_with_a_weight():
     method, frozen, trainable = adapter("in place")
     patches = pj.adapters.patches(method, *method.close(frozen, trainable), weight=0.5)

@@ -172,6 +172,7 @@ def test_its_size_is_that_of_the_released_code_but_for_a_bias_and_the_output():
     assert size(512, 1024) == 5_921_281 - 1  # there, with a bias that the softmax cancels
 
 
+@pytest.mark.slow
 def test_backward_keeps_the_states_and_their_narrow_form():
     shapes = kept(pj.unipt(), *images())
     assert [shape for shape in shapes if len(shape) == 4] == [(3, 2, TOKENS, 8), (3, 2, TOKENS, 16)]

@@ -44,6 +44,7 @@ def test_parameter_paths_are_the_contract(classifier):
     assert params["blocks"]["feed_forward"]["up"]["kernel"].shape == (3, 16, 40)
 
 
+@pytest.mark.slow
 def test_layers_are_initialized_independently(config):
     kernel = bert(config).init(jax.random.key(0))["blocks"]["attention"]["query"]["kernel"]
     assert not jnp.allclose(kernel[0], kernel[1])

@@ -120,6 +120,7 @@ def test_codes_stay_codes_are_decoded_and_written_as_floats(mxfp4, tmp_path):
         np.testing.assert_array_equal(again[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_step_of_lora_on_mxfp4_is_that_on_its_numbers(mxfp4):
     model, params = load(mxfp4[0])
     method = pj.lora(rank=2, targets=["query", "down"])
@@ -170,6 +171,7 @@ def test_a_file_may_have_the_tensors_of_a_model_in_memory(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], params)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_experts_is_read_where_a_device_has_a_part(tmp_path, mxfp4):
     floats(tmp_path, GPT_OSS)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -226,6 +226,7 @@ def test_what_knows_no_experts_says_so(gpt_oss, decoders, random_decoder):
         FAMILIES["qwen3_moe"].read_config({**decoders["qwen3_moe"], "mlp_only_layers": [1]})
 
 
+@pytest.mark.slow
 def test_router_logits_come_with_the_same_outputs_and_balance(gpt_oss):
     model, params = gpt_oss
     mask = jnp.asarray(np.arange(11) < [[11], [6]]).astype(jnp.int32)
@@ -246,6 +247,7 @@ def test_router_logits_come_with_the_same_outputs_and_balance(gpt_oss):
     )
 
 
+@pytest.mark.slow
 def test_sinks_take_their_share_with_masks_windows_and_a_prefix():
     """Rows of several blocks, grouped heads, and a row that sees nothing but its sink."""
     query, key, value = (normal(jax.random.key(n), (2, 70, heads, 8)) for n, heads in enumerate((4, 2, 2)))

@@ -46,6 +46,7 @@ def test_codes_are_those_of_the_method_bit_for_bit(folder, name):
     same(method.init(jax.random.key(0), coded)[0].params, expected)
 
 
+@pytest.mark.slow
 def test_a_chain_on_coded_parameters_trains_and_tells_another_format(folder):
     model, coded = load(folder, head="causal_lm", quantize=pj.nf4())
     _, floats = load(folder, head="causal_lm")

@@ -50,6 +50,7 @@ def test_attention_is_not_run_again():
     assert flops("offload_attention:1") == flops(None)
 
 
+@pytest.mark.slow
 def test_what_stays_on_the_device_and_what_goes_to_the_host():
     place = lambda remat: sorted((x.shape[3:], str(x.memory_space)) for x in kept(remat))
     assert [shape for shape, _ in place("save_attention")] == [(WIDTH,), (WIDTH,)]

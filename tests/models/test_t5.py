@@ -156,6 +156,7 @@ def test_remat_reaches_both_stacks(flan):
     assert [shape for shape in shapes if shape[:2] in ((2, 2), (3, 2))] == [(2, 2, 9, 16), (3, 2, 5, 16)]
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(flan):
     model, params = flan
     half = dataclasses.replace(model, dtype="bfloat16")

@@ -100,6 +100,7 @@ def test_each_tile_drops_its_own():
     assert float(jnp.abs(hidden[:, :4] - hidden[:, 4:8]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_tile_of_nothing_is_an_error_and_an_encoder_follows():
     with pytest.raises(PeftError, match=r"feed_forward_tile must be positive"):
         tiled(llama(), 0)

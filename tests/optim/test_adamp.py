@@ -239,6 +239,7 @@ def test_keeps_dtypes(make):
     assert_keeps_dtypes(make(1e-2, weight_decay=0.1, state_dtype="float32"))
 
 
+@pytest.mark.slow
 def test_another_momentum_may_be_projected():
     tx = optax.chain(pj.optim.remove_radial(optax.scale_by_lion(), delta=jnp.inf), optax.scale(-0.1))
     got, _ = train(tx, PARAMS, range(1))

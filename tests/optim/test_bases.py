@@ -245,6 +245,7 @@ def test_the_energy_of_zero_and_of_whole_bases():
     np.testing.assert_allclose(captured_energy(g, basis, "input"), [1.0, 0.5])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
     with pytest.raises(PeftError, match="rank 9 does not fit matrices of 12 x 8"):
         svd_basis(jnp.ones((12, 8)), 9, "input")

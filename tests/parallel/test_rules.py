@@ -24,6 +24,7 @@ def test_the_blocks_of_a_backbone():
     assert specs["embed/word/embedding"] == P("tensor", "fsdp")
 
 
+@pytest.mark.slow
 def test_codes_lie_as_their_weight():
     mesh = make_mesh("fsdp=4,tensor=2")
     frozen, _ = pj.quantized(format="int8", group=16).init(jax.random.key(0), MODEL.init(jax.random.key(0)))

@@ -9,6 +9,7 @@ import time
 import pytest
 import tiny_decoder_folder
 from fake_cluster import ROOT
+from support import quick_at
 
 JOB = """
 NAME=a-run
@@ -66,7 +67,7 @@ def await_end(worker, seconds=10):
     raise AssertionError("the training does not end")
 
 
-@pytest.mark.parametrize(("code", "expected"), [(0, "finished"), (2, "refused"), (7, "failed")])
+@pytest.mark.parametrize(("code", "expected"), quick_at([(0, "finished"), (2, "refused"), (7, "failed")], 0))
 def test_a_training_runs_in_the_background_to_its_end(worker, cluster, code, expected):
     assert state(worker) == "ready"
     assert worker("start", f"exit {code}").returncode == 0
@@ -93,6 +94,7 @@ def test_a_training_is_started_once_and_stopped_whole(worker, cluster):
     assert subprocess.run(["kill", "-0", child.read_text().strip()], capture_output=True).returncode != 0
 
 
+@pytest.mark.slow
 def test_what_was_killed_is_failed(worker, cluster):
     worker("start", "sleep 100")
     group = (cluster.folder / "home" / "a-run.pid").read_text().strip()
@@ -100,6 +102,7 @@ def test_what_was_killed_is_failed(worker, cluster):
     assert await_end(worker) == "failed"
 
 
+@pytest.mark.slow
 def test_it_installs_and_mounts_before_it_trains(worker, cluster):
     (cluster.folder / "fakes" / "bin" / "mountpoint").unlink()
     (cluster.folder / "fakes" / "bin" / "mountpoint").symlink_to("/bin/false")

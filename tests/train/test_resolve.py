@@ -66,6 +66,7 @@ def test_the_method_is_built_once_and_the_steps_are_counted_once(options, method
     assert method == "lora" or run.method.config["total_steps"] == run.steps.total
 
 
+@pytest.mark.slow
 def test_a_run_opens_each_file_of_model_and_data_once(options, monkeypatch):
     given = options("lora")
     opened: list[str] = []

@@ -120,6 +120,7 @@ def test_codes_and_scales_are_sharded_as_the_weight_is():
         assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_shards_of_one_device_are_weights_of_their_own():
     """Inside `shard_map`, with scales that are coded twice too."""
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -144,6 +145,7 @@ def test_shards_of_one_device_are_weights_of_their_own():
         pj.adapt(product)(coded("io", 256, 64, form=replace(FORMATS["bcq4"], group=128)), x)
 
 
+@pytest.mark.slow
 def test_orbax_keeps_the_codes(tmp_path):
     """A tree with codes of every kind comes back to the bit, in as many bytes."""
     kinds = ("nf4", "int8", "fp8_e5m2", "mxfp4", "nvfp4", "bcq3")
