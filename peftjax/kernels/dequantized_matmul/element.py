@@ -12,8 +12,13 @@ Table = tuple[float, ...]
 
 def weight(codes: Array, scales: Array, shifts: Array | None, table: Table | None) -> Array:
     """Float32 weights of int32 codes; scales and shifts broadcast to them."""
-    value = codes.astype(jnp.float32) if table is None else element(codes, table)
-    value = value * scales.astype(jnp.float32)
+    elements = codes.astype(jnp.float32) if table is None else element(codes, table)
+    return shifted(elements, scales, shifts)
+
+
+def shifted(elements: Array, scales: Array, shifts: Array | None) -> Array:
+    """`element · scale (+ shift)` in float32."""
+    value = elements * scales.astype(jnp.float32)
     return value if shifts is None else value + shifts.astype(jnp.float32)
 
 

@@ -1,5 +1,6 @@
-"""The product as an operation: kernels on a TPU and on an NVIDIA GPU, in a program for one device or in a
-device's own code; jnp elsewhere, wherever XLA partitions the program, and under mesh axes of type Explicit.
+"""The product as an operation, in a program for one device or in a device's own code: a kernel on a TPU and
+on an NVIDIA GPU, jnp that looks bytes up on a CPU. Elsewhere, wherever XLA partitions the program, and under
+mesh axes of type Explicit it is jnp that XLA may partition.
 """
 
 from collections.abc import Callable, Sequence
@@ -143,7 +144,11 @@ def _over_axis(arrays: Sequence[Array], axes: Sequence[int | None], **static: An
 _bind = primitives.by_platform(
     "dequantized_matmul",
     partial(_flat, reference.matmul),
-    {"cuda": partial(_flat, gpu.matmul), "tpu": partial(_flat, tpu.matmul)},
+    {
+        "cpu": partial(_flat, partial(reference.matmul, lookups=True)),
+        "cuda": partial(_flat, gpu.matmul),
+        "tpu": partial(_flat, tpu.matmul),
+    },
     batched=_over_axis,
 )
 

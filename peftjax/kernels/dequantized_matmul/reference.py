@@ -5,12 +5,14 @@ rows of a tile that it has, and moves no codes.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from peftjax.kernels.dequantized_matmul.element import Table, weight
+from peftjax.kernels.dequantized_matmul.element import Table, shifted, weight
 
 LARGEST = 2**22
 """Weights that are decoded at once: 16 MiB of float32."""
@@ -27,39 +29,57 @@ def matmul(
     table: Table | None,
     group: int,
     transposed: bool,
+    lookups: bool = False,
 ) -> Array:
     """`x W + u v`, or `x Wᵀ + u v`, in x's dtype.
 
     codes `[*stack, out, in / codes per byte]`, scales and shifts `[*stack, out, in / group]`; x
-    `[*stack, *lead, in]` (or out), u `[*stack, *lead, r]`, v `[*stack, r, out]` (or in).
+    `[*stack, *lead, in]` (or out), u `[*stack, *lead, r]`, v `[*stack, r, out]` (or in). `lookups` is that of
+    `decode`.
     """
     rows = codes.shape[-2]
     count, whole = _tiles(rows, math.prod(codes.shape) // rows * (1 if table is None else 2))
     coded = (codes, scales, shifts)
     body = _by_inputs if transposed else _by_outputs
-    static = {"table": table, "group": group}
+    decoded = partial(decode, table=table, group=group, dtype=x.dtype, lookups=lookups)
     if whole == rows:
-        return body(x, coded, u, v, count, **static)
+        return body(x, coded, u, v, count, decoded)
     first, rest = ([_rows(part, ends) for part in coded] for ends in (slice(whole), slice(whole, None)))
     if transposed:
-        some = body(x[..., :whole], first, u, v, count, **static, dtype=jnp.float32)
-        return (some + body(x[..., whole:], rest, None, None, 1, **static, dtype=jnp.float32)).astype(x.dtype)
+        some = body(x[..., :whole], first, u, v, count, decoded, dtype=jnp.float32)
+        return (some + body(x[..., whole:], rest, None, None, 1, decoded, dtype=jnp.float32)).astype(x.dtype)
     ends = (None, None) if v is None else (v[..., :whole], v[..., whole:])
     return jnp.concatenate(
-        [body(x, first, u, ends[0], count, **static), body(x, rest, u, ends[1], 1, **static)], -1
+        [body(x, first, u, ends[0], count, decoded), body(x, rest, u, ends[1], 1, decoded)], -1
     )
 
 
 def decode(
-    codes: Array, scales: Array, shifts: Array | None, *, table: Table | None, group: int, dtype: DTypeLike
+    codes: Array,
+    scales: Array,
+    shifts: Array | None,
+    *,
+    table: Table | None,
+    group: int,
+    dtype: DTypeLike,
+    lookups: bool = False,
 ) -> Array:
-    """The weights `[*stack, rows, in]` of some rows, rounded once from float32."""
-    each = codes.astype(jnp.int32)
-    if table is not None:
-        each = (each[..., None] >> jnp.array([4, 0])) & 15
-    grouped = each.reshape(*scales.shape, group)
-    value = weight(grouped, scales[..., None], None if shifts is None else shifts[..., None], table)
-    return value.reshape(*scales.shape[:-1], -1).astype(dtype)
+    """The weights `[*stack, rows, in]` of some rows, rounded once from float32.
+
+    With `lookups` the elements of a byte are read from a table of all bytes, which takes a CPU less time than
+    selects.
+    """
+    scales, shifts = scales[..., None], None if shifts is None else shifts[..., None]
+    if table is not None and lookups:
+        pairs = jnp.array([(high, low) for high in table for low in table], jnp.float32)
+        elements = pairs.at[codes].get(mode="promise_in_bounds").reshape(*scales.shape[:-1], group)
+        value = shifted(elements, scales, shifts)
+    else:
+        each = codes.astype(jnp.int32)
+        if table is not None:
+            each = (each[..., None] >> jnp.array([4, 0])) & 15
+        value = weight(each.reshape(*scales.shape[:-1], group), scales, shifts, table)
+    return value.reshape(*scales.shape[:-2], -1).astype(dtype)
 
 
 def product(x: Array, w: Array, axis: int) -> Array:
@@ -76,12 +96,12 @@ def low_rank(u: Array, v: Array) -> Array:
 
 
 def _by_outputs(
-    x: Array, coded: tuple, u: Array | None, v: Array | None, count: int, *, table: Table | None, group: int
+    x: Array, coded: tuple, u: Array | None, v: Array | None, count: int, decoded: Callable[..., Array]
 ) -> Array:
     """Every tile of rows makes some outputs."""
 
     def some(j: Array | int) -> Array:
-        w = decode(*(_tile(part, j, count, -2) for part in coded), table=table, group=group, dtype=x.dtype)
+        w = decoded(*(_tile(part, j, count, -2) for part in coded))
         y = product(x, w, -1)
         if u is not None:
             y += low_rank(u, _tile(v, j, count, -1))
@@ -99,16 +119,14 @@ def _by_inputs(
     u: Array | None,
     v: Array | None,
     count: int,
-    *,
-    table: Table | None,
-    group: int,
+    decoded: Callable[..., Array],
     dtype: DTypeLike | None = None,
 ) -> Array:
     """Every tile of rows adds to all inputs."""
     dtype = dtype or x.dtype
 
     def some(j: Array | int) -> Array:
-        w = decode(*(_tile(part, j, count, -2) for part in coded), table=table, group=group, dtype=x.dtype)
+        w = decoded(*(_tile(part, j, count, -2) for part in coded))
         return product(_tile(x, j, count, -1), w, -2)
 
     total = lax.fori_loop(1, count, lambda j, total: total + some(j), some(0))
