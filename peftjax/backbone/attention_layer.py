@@ -34,8 +34,8 @@ class Attention(nn.Module):
         """Name the layers."""
         config, dtype = self.config, self.dtype
 
-        def layer(width: int, bias: bool, inputs: int = config.width, factor: float = 1.0) -> nn.Module:
-            return linear(config)(width, factor * config.deviation(inputs), dtype, bias=bias)
+        def layer(width: int, bias: bool, factor: float = 1.0) -> nn.Module:
+            return linear(config)(width, factor * config.deviation(config.width), dtype, bias=bias)
 
         if config.fused_qkv:
             self.qkv = layer((config.num_heads + 2 * config.kv_heads) * config.head_width, config.qkv_bias)
@@ -47,7 +47,8 @@ class Attention(nn.Module):
             self.key = layer(config.kv_heads * config.head_width, config.qkv_bias)
             self.value = layer(config.kv_heads * config.head_width, config.qkv_bias)
         mixed = config.num_heads * config.head_width
-        self.output = layer(config.width, config.output_bias, mixed)
+        last = linear(config, last=True)
+        self.output = last(config.width, config.deviation(mixed), dtype, bias=config.output_bias)
         if config.qk_norm:
             self.query_norm = norm(config, dtype)
             self.key_norm = norm(config, dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -25,6 +26,7 @@ from peftjax.backbone.layers import (
     recompute_module,
     rms_normalized,
 )
+from peftjax.backbone.on_mesh import kernel_on_mesh
 from peftjax.ops.coded.activation import GRIDS, activate
 from peftjax.ops.coded.bits import Bits
 from peftjax.ops.coded.linear import Input, product_at
@@ -41,13 +43,14 @@ class Linear(nn.Module):
     dtype: DTypeLike
     kernel_init: nn.initializers.Initializer
     use_bias: bool
+    product: Callable[..., Array] = over_tokens
 
     @nn.compact
     def __call__(self, x: Input | Float[Array, "... D"]) -> Float[Array, "... F"]:
         """The layer's result, in the compute dtype."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         kernel = kernel.astype(self.dtype)
-        y = product_at(x, kernel, over_tokens) if isinstance(x, Input) else over_tokens(x, kernel)
+        y = product_at(x, kernel, self.product) if isinstance(x, Input) else self.product(x, kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
         return y
@@ -56,10 +59,17 @@ class Linear(nn.Module):
 CodedLinear = recompute_module(Linear)
 
 
-def coded_linear(features: int, init_std: float, dtype: DTypeLike, *, bias: bool) -> nn.Module:
+def coded_linear(
+    features: int,
+    init_std: float,
+    dtype: DTypeLike,
+    *,
+    bias: bool,
+    product: Callable[..., Array] = over_tokens,
+) -> nn.Module:
     """As `dense`; backward keeps of the input its stand-in's codes, where the weight's gradient needs any."""
     init = nn.initializers.normal(init_std)
-    return CodedLinear(features, dtype=dtype, kernel_init=init, use_bias=bias)
+    return CodedLinear(features, dtype=dtype, kernel_init=init, use_bias=bias, product=product)
 
 
 @functools.cache
@@ -113,9 +123,20 @@ class CodedNorm(nn.Module):
         return Input(y, Partial(functools.partial(scaled, self.norm), entering, scale, bias))
 
 
-def linear(config: BlockConfig) -> Callable[..., nn.Module]:
-    """What makes a linear layer of a block, as `dense` does."""
-    return dense if config.residuals is None else coded_linear
+def linear(config: BlockConfig, *, last: bool = False) -> Callable[..., nn.Module]:
+    """What makes a linear layer of a block, as `dense` does; the last of a branch is divided by inputs."""
+    make = dense if config.residuals is None else coded_linear
+    return make if config.mesh is None else functools.partial(make, product=_product_on(config.mesh, last))
+
+
+@functools.cache
+def _product_on(mesh: Mesh, last: bool) -> Callable[..., Array]:
+    """One function for all layers alike, as modules are compared by what they hold."""
+
+    def product(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
+        return over_tokens(x, kernel_on_mesh(kernel, mesh, last=last), **options)
+
+    return product
 
 
 def norm(config: BlockConfig, dtype: DTypeLike) -> nn.Module:

@@ -23,12 +23,12 @@ class FeedForward(nn.Module):
         """Name the layers."""
         config = self.config
 
-        def layer(width: int, inputs: int = config.width) -> nn.Module:
+        def layer(width: int, inputs: int = config.width, *, last: bool = False) -> nn.Module:
             deviation = config.deviation(inputs)
-            return linear(config)(width, deviation, self.dtype, bias=config.feed_forward_bias)
+            return linear(config, last=last)(width, deviation, self.dtype, bias=config.feed_forward_bias)
 
         self.up = layer(config.inner_size)
-        self.down = layer(config.width, config.inner_size)
+        self.down = layer(config.width, config.inner_size, last=True)
         if config.gated:
             self.gate = layer(config.inner_size)
         self.dropout = Dropout(config.inner_dropout)

@@ -41,19 +41,33 @@ RecomputedLayerNorm = recompute_module(nn.LayerNorm)
 
 
 def dense(
-    features: int, init_std: float, dtype: DTypeLike, name: str | None = None, *, bias: bool = True
+    features: int,
+    init_std: float,
+    dtype: DTypeLike,
+    name: str | None = None,
+    *,
+    bias: bool = True,
+    product: Callable[..., Array] | None = None,
 ) -> nn.Module:
     """A linear layer `x W + b` with `kernel` [in, features] drawn from N(0, init_std^2).
 
     The backward pass keeps `x` and recomputes the cast of the stored kernel; without the recompute, a scan
     would keep a second copy of every layer's kernel in `dtype`.
+
+    Args:
+        features: of the result.
+        init_std: standard deviation of the kernel's first numbers.
+        dtype: of the computation.
+        name: of the module.
+        bias: whether there is one.
+        product: `(x, kernel) -> x W`, by default `over_tokens`.
     """
     return RecomputedDense(
         features,
         dtype=dtype,
         kernel_init=nn.initializers.normal(init_std),
         use_bias=bias,
-        dot_general=over_tokens,
+        dot_general=product or over_tokens,
         name=name,
     )
 

@@ -43,6 +43,17 @@ def features_on_mesh(x: Float[Array, "B S N ..."], mesh: Mesh | None) -> Float[A
     return _on_mesh(x, mesh, (ROWS, TOKENS, FEATURES))
 
 
+def kernel_on_mesh(kernel: Float[Array, "D F"], mesh: Mesh | None, *, last: bool) -> Float[Array, "D F"]:
+    """A kernel as its product needs it: put together over `fsdp`. Of a weight that is codes, the codes are.
+
+    Args:
+        kernel: of a linear layer.
+        mesh: of the activations.
+        last: whether the layer is the last of its branch, whose inputs lie over `tensor`, not its outputs.
+    """
+    return _on_mesh(kernel, mesh, (FEATURES, ()) if last else ((), FEATURES))
+
+
 def ids_on_mesh(batch: Mapping[str, ArrayLike], mesh: Mesh | None) -> Mapping[str, ArrayLike]:
     """A batch whose ids are on all devices of `fsdp`, each of which looks up its part of every embedding."""
     if mesh is None:

@@ -16,6 +16,7 @@ from peftjax.core import compat
 from peftjax.interpreter.arithmetic import negated, plus, summed, times
 from peftjax.interpreter.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight
+from peftjax.weights.coding import code_shardings
 from peftjax.weights.views import reshape, slice_features, transpose
 
 
@@ -176,8 +177,14 @@ def _vary(eqn: Any, operands: list[Any]) -> Weight:
 
 def _constrain(eqn: Any, operands: list[Any]) -> Weight:
     # The constraint speaks of the logical axes: it holds for the base; the factors follow from use.
-    weight = operands[0]
-    return weight.on_base(lambda base: compat.bind(eqn, [base])[0])
+    weight, target = operands[0], eqn.params["sharding"]
+
+    def constrained(base: Any) -> Any:
+        if not isinstance(base, Weight) or not isinstance(target, NamedSharding):
+            return base if isinstance(base, Weight) else compat.bind(eqn, [base])[0]
+        return jax.tree.map(lax.with_sharding_constraint, base, code_shardings(base, target))
+
+    return weight.on_base(constrained)
 
 
 def _reshard(eqn: Any, operands: list[Any]) -> Weight | None:

@@ -203,6 +203,10 @@ class Quantized(Weight):
         layout = self.layout.drop(position).with_stack(position, axis.size, n)
         return replace(self, codes=self.codes.on_rows(stacked), layout=layout)
 
+    def on_base(self, fn: Callable[[Any], Any]) -> "Quantized":
+        """What `fn` makes of the weight itself: there is no other base."""
+        return fn(self)
+
     def part_specs(self, spec: PartitionSpec) -> "Quantized | None":
         """Codes and scales divided as the weight is; None where groups run on over what is divided."""
         full = (*spec, *(None,) * (self.ndim - len(spec)))

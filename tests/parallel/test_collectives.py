@@ -10,11 +10,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import CONFIG, begun
+from test_same_run import METHODS
 
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.parallel import make_mesh
-from peftjax.planner.collectives import collectives
+from peftjax.planner.collectives import KINDS, collectives
 from peftjax.train.step import divided
 
 ROWS, LENGTH, RANK = 8, 48, 4
@@ -65,6 +66,31 @@ def test_without_a_mesh_in_the_model_activations_are_summed(monkeypatch):
     found, state = of_step(pj.lora(rank=RANK), "fsdp=8")
     sums = sum(one.runs * one.nbytes for one in found if one.kind in ("all-reduce", "reduce-scatter"))
     assert sums > 2 * tree.nbytes(state.trainable)
+
+
+GATHERS = {"snell": 4, "lst": 1, "dora on int4": 2.2}
+"""How often the weights, or their codes, are gathered in a step. SNELL's thresholds are of merged weights;
+no gradient enters the backbone of LST."""
+SUMS = {"snell": 10, "dora on int4": 2}
+"""Bytes summed for each byte that is trained; the norms of DoRA's columns are sums too."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "galore"])
+def test_each_family_of_methods_has_a_budget(name):
+    """GaLore aside, whose projectors are of the gradient of whole weights."""
+    found, state = of_step(METHODS[name](), "fsdp=8")
+    leaves = tree.named_leaves(state.frozen.params)
+    base = {path: leaf for path, leaf in leaves.items() if getattr(leaf, "ndim", 0) > 1}
+    held = tree.nbytes(base) + tree.nbytes(state.trainable)
+    looked_up = 4 * LENGTH * CONFIG["hidden_size"]
+    total = {kind: sum(one.runs * one.nbytes for one in found if one.kind == kind) for kind in KINDS}
+    assert total["all-gather"] <= GATHERS.get(name, 2) * held + 4 * ROWS * LENGTH
+    assert total["all-to-all"] <= 2 * looked_up
+    assert (
+        total["all-reduce"] + total["reduce-scatter"] <= SUMS.get(name, 1) * tree.nbytes(state.trainable) + 64
+    )
+    assert total["collective-permute"] == 0
 
 
 @pytest.mark.slow
