@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny_decoder_folder
 
 import peftjax as pj
+from peftjax.core.errors import LostProcess
+from peftjax.parallel.lost import names_lost
 from peftjax.parallel.processes import join_processes
 
 PROGRAM = "from peftjax.cli.main import main; main()"
@@ -178,3 +181,15 @@ def test_half_a_description_is_refused():
         join_processes("localhost:1")
     with pytest.raises(pj.PeftError, match="lost_after must be 1 or more, got 0"):
         join_processes(lost_after=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "reason", "raised"),
+    [(2, "UNKNOWN: Gloo AllGather failed: Connection reset by peer", LostProcess),
+     (2, "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", jax.errors.JaxRuntimeError),
+     (1, "UNAVAILABLE: Socket closed", jax.errors.JaxRuntimeError)],
+)  # fmt: skip
+def test_only_an_error_by_another_process_says_that_it_is_lost(monkeypatch, count, reason, raised):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    with pytest.raises(raised, match=reason), names_lost():
+        raise jax.errors.JaxRuntimeError(reason)
