@@ -1,5 +1,6 @@
 """The commands of `peftjax`: the options of each, and what it does."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from peftjax.cli.generate import Generate, run_generate
 from peftjax.cli.peft import Export, Import, run_export, run_import
 from peftjax.cli.plan import PlanOptions, run_plan
 from peftjax.cli.report import show
-from peftjax.parallel.processes import is_first, join_processes
+from peftjax.parallel.lost import last_words
+from peftjax.parallel.processes import LOST_AFTER, is_first, join_processes
 from peftjax.train.method import make_method
 from peftjax.train.open import LANGUAGE_HEAD, find_base, open_model
 from peftjax.train.options import DataOptions, MethodOptions, ModelOptions, RunOptions
@@ -22,6 +24,11 @@ from peftjax.train.run import run
 from peftjax.train.saved_adapter import evaluate_saved, merge_saved
 from peftjax.transform.inspection import inspection
 from peftjax.transform.registry import METHODS
+
+_LOST = (
+    "peftjax: this process was ended, most likely because another one of the run is lost; the same command, "
+    "given to all again, continues from the newest checkpoint in {}"
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,19 @@ class Train(RunOptions):
     """How many processes there are."""
     process: int | None = None
     """Which this one is, from 0."""
+    lost_after: int = LOST_AFTER
+    """Seconds without a sign of life after which a process counts as lost, and the others end."""
 
 
 def run_train(command: Train, console: Console) -> None:
     """Train, with a line about each stage, and print the summary."""
     by_hand = command.coordinator, command.processes, command.process
-    if command.distributed or any(given is not None for given in by_hand):
-        join_processes(*by_hand)
-    console.quiet = not is_first()
-    summary = run(command, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
+    with contextlib.ExitStack() as stack:
+        if command.distributed or any(given is not None for given in by_hand):
+            join_processes(*by_hand, lost_after=command.lost_after)
+            stack.enter_context(last_words(_LOST.format(command.output)))
+        console.quiet = not is_first()
+        summary = run(command, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
     if is_first():
         show(command.json, summary, lambda: report.print_summary(summary))
 

@@ -14,6 +14,10 @@ class PeftError(ValueError):
         super().__init__(_cut(str(text)))
 
 
+class LostProcess(PeftError):
+    """Another process of the run is gone, and this one cannot go on; the command line exits with 1."""
+
+
 def _cut(text: str) -> str:
     left_out = len(text) - _START - _END
     if left_out <= 0:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Key, PyTree
 
-from peftjax.core.errors import PeftError
+from peftjax.core.errors import LostProcess, PeftError
 from peftjax.io import checksums
 from peftjax.io.files import checked
 from peftjax.io.unreadable import (
@@ -106,11 +106,16 @@ def open_checkpoints(directory: str | Path, *, keep_last: int, keep_best: int) -
             options=options,
             item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()},
         )
+    lost = False
     try:
         yield manager
+    except LostProcess:
+        lost = True
+        raise
     finally:
-        with _writing(directory):
-            manager.close()
+        if not lost:  # a checkpoint that is being written would wait for it
+            with _writing(directory):
+                manager.close()
 
 
 def _record_checksums(directory: Path) -> None:

@@ -93,7 +93,7 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
     del params
 
     forward = method.model(model)
-    evaluate = make_evaluate(forward, method, classification)
+    evaluate = make_evaluate(forward, method, classification, mesh)
     before: dict[str, float] = {}
     if task.evaluates_before:
         before = task.named_scores(evaluate(trainable, frozen, data.held_out()))

@@ -20,12 +20,14 @@ from peftjax.io.checkpoint import RunState
 from peftjax.io.files import checked
 from peftjax.io.lock import at_work
 from peftjax.losses import Batch, Objective, classification
+from peftjax.parallel.lost import names_lost
 from peftjax.parallel.placement import shard_batch, shard_state
 from peftjax.parallel.processes import is_first
 from peftjax.train.config import Metric, Steps, TrainConfig
 from peftjax.train.early_stopping import Best, is_over, update
 from peftjax.train.evaluate import Evaluate, make_evaluate
 from peftjax.train.gradient import Metrics
+from peftjax.train.interrupt import Preempted, stop_requests
 from peftjax.train.metrics import open_metrics
 from peftjax.train.optimizer import learning_rate, make_optimizer
 from peftjax.train.output_folder import claim_folder
@@ -88,6 +90,8 @@ def fit(
     Raises:
         PeftError: `directory` belongs to another run or another process is at work in it, or a loss or
             gradient is not finite.
+        LostProcess: another process of the run is gone.
+        Preempted: SIGTERM has come; `directory` has a checkpoint of the step after it.
     """
     loss = model_loss(forward, objective, model_dropout=config.model_dropout)
     tx = make_optimizer(config, steps.total)
@@ -100,14 +104,14 @@ def fit(
         optimizer_memory=config.optimizer_memory,
     )
     rate = learning_rate(config, steps.total)
-    evaluate = evaluate or make_evaluate(forward, method, objective)
+    evaluate = evaluate or make_evaluate(forward, method, objective, mesh)
     state = run.begin(frozen, trainable, key)
     if mesh is not None:
         state = shard_state(state, mesh)
     best = Best()
 
     with contextlib.ExitStack() as stack:
-        checkpoints = None
+        checkpoints = stops = None
         if directory is not None:
             if is_first():
                 stack.enter_context(at_work(directory))
@@ -124,12 +128,14 @@ def fit(
                 state = _restored(run, state, found)
                 batches.set_state(found.data)
                 best = checked(Best, found.progress, f"the checkpoint of step {found.step}")
+            stops = stack.enter_context(stop_requests(checkpoints.reached_preemption))
         own = directory if is_first() else None
         write = stack.enter_context(open_metrics(own, state.step, tensorboard=config.tensorboard))
         quiet = Console(stderr=True, quiet=not is_first())
         report = stack.enter_context(show_progress(steps.total, state.step, quiet))
         throughput = Throughput()
         pending: list[tuple[int, Metrics]] = []
+        stack.enter_context(names_lost())
 
         while state.step < steps.total and not is_over(best, config.early_stopping_patience):
             batch = next(batches)
@@ -138,8 +144,9 @@ def fit(
             throughput.after(batch, metrics)
             pending.append((state.step, metrics))
 
+            stopping = stops is not None and stops(state.step)
             evaluates = held_out is not None and steps.evaluates(state.step)
-            saves = evaluates or steps.saves(state.step)
+            saves = evaluates or stopping or steps.saves(state.step)
             if not (saves or steps.logs(state.step)):
                 continue
             values = _check_finite(pending)
@@ -159,6 +166,8 @@ def fit(
                 best = update(best, state.step, score)
             if saves and checkpoints is not None:
                 checkpoint.save(checkpoints, _run_state(method, state, batches.get_state(), best), score)
+            if stopping:
+                raise Preempted
             throughput.start()
 
         if checkpoints is not None and config.keep_best and best.step is not None:

@@ -10,6 +10,7 @@ import jax
 
 from peftjax.core.errors import PeftError
 from peftjax.io.files import read_json, replacing
+from peftjax.parallel.processes import is_first
 
 FILE = "run.json"
 
@@ -26,7 +27,7 @@ def run_identity(method: Mapping[str, Any], params: Any) -> dict[str, Any]:
 
 
 def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Write the identity into `directory`, or compare it with what is there.
+    """Write the identity into `directory`, which the first process does, or compare it with what is there.
 
     Raises:
         PeftError: the folder belongs to another run: names the first difference.
@@ -41,6 +42,8 @@ def claim_folder(directory: Path, identity: Mapping[str, Any]) -> None:
                     f"{directory} belongs to another run: {name[:200]} is {there} there and {here} in this "
                     "run; choose another output folder"
                 )
+        return
+    if not is_first():
         return
     with replacing(path) as (temporary,):
         temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")

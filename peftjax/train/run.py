@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from peftjax.parallel.lost import names_lost
 from peftjax.parallel.processes import gathered, is_first
 from peftjax.train.fine_tune import fine_tune
 from peftjax.train.options import RunOptions
@@ -27,13 +28,16 @@ def run(options: RunOptions, say: Callable[[str], None] = lambda text: None) -> 
 
     Raises:
         PeftError: an option, a file or the data cannot be used; earlier outputs stay as they were.
+        LostProcess: another process of the run is gone.
+        Preempted: as `fit`.
     """
     started = time.perf_counter()
-    resolved = resolve(options, say)
-    result = fine_tune(resolved, say)
-    fitted = result.fitted
-    frozen = replace(fitted.frozen, state=gathered(fitted.frozen.state))
-    fitted = replace(fitted, frozen=frozen, trainable=gathered(fitted.trainable))
+    with names_lost():
+        resolved = resolve(options, say)
+        result = fine_tune(resolved, say)
+        fitted = result.fitted
+        frozen = replace(fitted.frozen, state=gathered(fitted.frozen.state))
+        fitted = replace(fitted, frozen=frozen, trainable=gathered(fitted.trainable))
     if not is_first():
         return {}
     return write(resolved, replace(result, fitted=fitted), started=started)

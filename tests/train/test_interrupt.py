@@ -5,16 +5,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from peftjax.train.interrupt import Interrupted, ends_within, what_is_saved
+from peftjax.train.interrupt import Interrupted, ends_within, stop_requests, what_is_saved
 
 # A mutex that is locked twice: a call outside Python's code during which none of its handlers runs, and that
 # leaves other threads going, as the compiler does.
 DEAF = """
 import ctypes
 from peftjax.train.interrupt import ends_within
-with ends_within(lambda: print("step 4 is saved", flush=True), grace=0.5):
+with ends_within(lambda: print("step 4 is saved", flush=True), grace={2: 0.5, 15: 0.5}):
     print("begun", flush=True)
     mutex = (ctypes.c_char * 64)()
     for _ in range(2):
@@ -42,6 +43,23 @@ def test_a_signal_that_is_heard_raises_and_the_handlers_come_back():
             signal.raise_signal(number)
         assert ended.value.number == number
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_in_a_run_sigterm_is_told_between_steps_and_ends_it_the_second_time():
+    before = signal.getsignal(signal.SIGTERM)
+    with ends_within(lambda: None), stop_requests(lambda step: True) as stops:
+        assert not stops(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stops(2)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_several_processes_stop_where_they_have_agreed(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with stop_requests(lambda step: step == 7) as stops:
+        assert [step for step in range(10) if stops(step)] == [7]
 
 
 def test_what_is_saved_counts_finished_checkpoints_only(tmp_path):

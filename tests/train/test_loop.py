@@ -17,6 +17,7 @@ import peftjax
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank.lora import lora
 from peftjax.methods.selection.plain import unfreeze
+from peftjax.train.interrupt import Preempted
 from peftjax.train.output_folder import run_identity
 from peftjax.transform.chain import chain
 
@@ -103,6 +104,31 @@ def test_not_finite_loss_names_the_step(tmp_path):
     with pytest.raises(PeftError, match="loss of step 5 is nan"):
         tiny.run(tmp_path, replace(tiny.CONFIG, steps=8, log_every=3), forward=broken)
     assert tiny.run(tmp_path, replace(tiny.CONFIG, steps=5)).step == 5
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_that_it_comes_in_and_the_run_goes_on_from_it(tmp_path):
+    whole, told = tmp_path / "whole", tmp_path / "told"
+    config = replace(tiny.CONFIG, steps=8, eval_every=8, save_every=None)
+    tiny.run(whole, config)
+    split = tiny.data()
+
+    def make(rows):
+        batch = tiny.batches.make_batch(split, rows, config.batch_size)
+        made.append(batch)
+        if len(made) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    made = []
+    stream = tiny.batches.shuffled_batches(
+        split.lengths, config.batch_size, config.seed, make, window=tiny.batches.WINDOW
+    )
+    with pytest.raises(Preempted):
+        tiny.run(told, config, batches=stream)
+    assert [path.name for path in (told / "checkpoints").iterdir()] == ["3"]
+    assert tiny.run(told, config).step == 8
+    assert lines(told) == lines(whole)
 
 
 def test_folder_of_another_run(tmp_path):

@@ -95,7 +95,7 @@ stop() {
     local group left
     group=$(<"$PID_FILE")
     kill -TERM -- "-$group" 2>/dev/null || true
-    for ((left = 150; left > 0; left--)); do
+    for ((left = 300; left > 0; left--)); do
       kill -0 -- "-$group" 2>/dev/null || break
       sleep 0.1
     done

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Int64
 
 from peftjax.core.errors import PeftError
+from peftjax.parallel.divided import divided
 from peftjax.train.data.dataset import Split
 
 Batch = dict[str, Int32[np.ndarray, "B ..."] | Float[np.ndarray, "B"]]
@@ -61,10 +62,14 @@ def sample(split: TokenizedSplit, count: int, seed: int) -> TokenizedSplit:
 def tokenize(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> TokenizedSplit:
     """All texts of a split as token ids; `encode(texts, max_length)` truncates.
 
+    Of several processes each encodes a part of the texts.
+
     Raises:
         PeftError: an example without tokens or with more than `max_length`.
     """
-    encoded = encode(split.texts, max_length)
+    encoded = divided(
+        split.texts, lambda texts: [np.array(ids, np.int32) for ids in encode(texts, max_length)]
+    )
     lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
     for i in np.flatnonzero((lengths == 0) | (lengths > max_length))[:1]:
         raise PeftError(
@@ -72,7 +77,7 @@ def tokenize(split: Split, encode: Encode, *, max_length: int, pad_id: int) -> T
             f"1 to max_length={max_length} are needed"
         )
     return TokenizedSplit(
-        ids=np.fromiter((i for ids in encoded for i in ids), np.int32, lengths.sum()),
+        ids=np.concatenate([*encoded, np.zeros(0, np.int32)]),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         labels=np.array(split.labels, np.int32),
         max_length=max_length,

@@ -11,6 +11,7 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
 from peftjax.models.load import FAMILIES
+from peftjax.parallel.processes import gathered
 from peftjax.train.adapter_info import Info
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.batches import TokenizedSplit, evaluation_batches, sample, tokenize, training_batches
@@ -128,7 +129,8 @@ def _probe(
 
     def features(split: TokenizedSplit) -> tuple[np.ndarray, np.ndarray]:
         batches = evaluation_batches(split, config.eval_batch_size)
-        pairs = [(np.asarray(encode(body, b), np.float32)[b["weights"] > 0], b["labels"]) for b in batches]
+        encoded = ((gathered(encode(body, batch)), batch) for batch in batches)
+        pairs = [(np.asarray(rows, np.float32)[b["weights"] > 0], b["labels"]) for rows, b in encoded]
         found, labels = (np.concatenate(parts) for parts in zip(*pairs))
         return found, labels[: len(found)]  # only the last batch has rows to fill it up
 

@@ -1,12 +1,16 @@
 """A tokenized example of a language model, and texts in pieces whose seams no token crosses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from peftjax.parallel.divided import divided
 from peftjax.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _ANCHORS = ("", *"xqz1.,;:)]>|\n ae")
 """What a piece can be tokenized behind: nothing, or a letter that it does not form a token with."""
@@ -29,6 +33,17 @@ def make_example(runs: Sequence[tuple[Sequence[int], bool]]) -> Example:
     ids = [id for run, _ in runs for id in run]
     own = [is_own for run, is_own in runs for _ in run]
     return Example(np.array(ids, np.int32), np.array(own, bool))
+
+
+def divided_examples(
+    items: Sequence[T], tokenize: Callable[[Sequence[T]], Sequence[Example]]
+) -> list[Example]:
+    """The example of each item, of which each of several processes tokenizes a part; see `divided`."""
+
+    def numbers(part: Sequence[T]) -> list[np.ndarray]:
+        return [2 * example.ids + example.own for example in tokenize(part)]  # both in one int32
+
+    return [Example(both >> 1, (both & 1).astype(bool)) for both in divided(items, numbers)]
 
 
 def encode_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:

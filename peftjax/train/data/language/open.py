@@ -13,7 +13,7 @@ from peftjax.train.data.columns import TEXT_GUESSES
 from peftjax.train.data.files import DataFile, data_file, is_held_out
 from peftjax.train.data.language import completions, conversations, corpus
 from peftjax.train.data.language.dataset import LanguageDataset, LanguageOptions, Source
-from peftjax.train.data.language.example import Example
+from peftjax.train.data.language.example import Example, divided_examples
 from peftjax.train.data.language.prompts import COMPLETION_GUESSES, PROMPT_GUESSES
 from peftjax.train.data.language.rows import TokenRows, corpus_rows, example_rows
 from peftjax.train.data.language.truncation import Cut, truncate
@@ -158,18 +158,20 @@ def _rows(
     """What `_read` gave as rows, and what did not fit into them; of a corpus everything does."""
     if source == "corpus":
         rows = corpus_rows(
-            corpus.tokenize_corpus(items, tokenizer),
+            divided_examples(items, lambda part: corpus.tokenize_corpus(part, tokenizer)),
             max_length=max_length,
             pad_id=tokenizer.pad_id,
             attend_across_documents=options.attend_across_documents,
         )
         return rows, Cut()
     if source == "conversations":
-        template = template or compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
-        examples = conversations.tokenize_conversations(items, template, tokenizer)
+        writes = template or compile_template(tokenizer.chat_template(), tokenizer.special_tokens)
+        examples = divided_examples(
+            items, lambda part: conversations.tokenize_conversations(part, writes, tokenizer)
+        )
         _warn_of_open_turns(examples, tokenizer, place)
     else:
-        examples = completions.tokenize_completions(items, tokenizer)
+        examples = divided_examples(items, lambda part: completions.tokenize_completions(part, tokenizer))
     return _fitting_rows(examples, tokenizer, max_length, options, place)
 
 
