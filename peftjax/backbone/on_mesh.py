@@ -28,8 +28,8 @@ def require_mesh(mesh: Mesh) -> None:
         raise PeftError(f"the mesh has no axis {missing[0]!r}; make one with pj.parallel.make_mesh")
     if AxisType.Explicit in mesh.axis_types:
         raise PeftError(
-            "the mesh has Explicit axes, on which arrays say themselves where they lie: leave the backbone's "
-            "mesh out, or make one with pj.parallel.make_mesh, whose axes are Auto"
+            "the mesh has Explicit axes, on which arrays say themselves where they lie: give the backbone "
+            "one of pj.parallel.make_mesh, and put the loss into jax.sharding.auto_axes (docs/guides/devices.md)"
         )
 
 

@@ -182,7 +182,8 @@ def _constrain(eqn: Any, operands: list[Any]) -> Weight:
     def constrained(base: Any) -> Any:
         if not isinstance(base, Weight) or not isinstance(target, NamedSharding):
             return base if isinstance(base, Weight) else compat.bind(eqn, [base])[0]
-        return jax.tree.map(lax.with_sharding_constraint, base, code_shardings(base, target))
+        with compat.context_of(eqn):
+            return jax.tree.map(lax.with_sharding_constraint, base, code_shardings(base, target))
 
     return weight.on_base(constrained)
 
