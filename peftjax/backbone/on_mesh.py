@@ -28,8 +28,8 @@ def require_mesh(mesh: Mesh) -> None:
         raise PeftError(f"the mesh has no axis {missing[0]!r}; make one with pj.parallel.make_mesh")
     if AxisType.Explicit in mesh.axis_types:
         raise PeftError(
-            "the mesh has Explicit axes, on which arrays say themselves where they lie: give the backbone "
-            "one of pj.parallel.make_mesh, and put the loss into jax.sharding.auto_axes (docs/guides/devices.md)"
+            "the mesh has Explicit axes: give the backbone one of pj.parallel.make_mesh, and put the loss "
+            "into jax.sharding.auto_axes; see the guide on several devices"
         )
 
 
