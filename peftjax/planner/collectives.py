@@ -3,8 +3,12 @@
 Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
 loop's condition compares with; a loop without either counts once. A collective that a TPU's compiler has
 spread over others' work is written down several times under one channel, and counts once. Bytes are those of
-a device's result, of a reduce-scatter those of its operand: what has to pass its links, up to the factor that
-an algorithm adds.
+a device's result, of a reduce-scatter those of its operand. Of n devices at least
+
+    (n - 1) / n of them    all-gather, reduce-scatter, all-to-all: a device has its own part
+    all of them            all-reduce, collective-permute
+
+pass its links, in one direction, whatever the algorithm.
 """
 
 import math
@@ -22,7 +26,7 @@ _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\w+)?\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=\d+")
-_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,36 @@ class Collective:
         shapes: of the arrays of its result.
         nbytes: what one run of it brings a device.
         runs: how often it runs in a call of the program.
+        group: devices that take part; 2 where the text does not say.
     """
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     nbytes: int
     runs: int
+    group: int = 2
+
+    @property
+    def crossing(self) -> float:
+        """Bytes of one run that pass a device's links at least, in one direction."""
+        if self.kind in ("all-reduce", "collective-permute"):
+            return float(self.nbytes * (self.group > 1))
+        return self.nbytes * (self.group - 1) / self.group
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in a call of a program: how many run, and what they bring a device."""
+    """The collectives of one kind in a call of a program.
+
+    Attributes:
+        runs: how many run.
+        nbytes: what they bring a device.
+        crossing: bytes that pass its links at least, in one direction.
+    """
 
     runs: int
     nbytes: int
+    crossing: float = 0.0
 
 
 def by_kind(text: str) -> dict[str, Traffic]:
@@ -59,7 +79,11 @@ def by_kind(text: str) -> dict[str, Traffic]:
     found: dict[str, Traffic] = {}
     for one in collectives(text):
         so_far = found.get(one.kind, Traffic(0, 0))
-        found[one.kind] = Traffic(so_far.runs + one.runs, so_far.nbytes + one.runs * one.nbytes)
+        found[one.kind] = Traffic(
+            so_far.runs + one.runs,
+            so_far.nbytes + one.runs * one.nbytes,
+            so_far.crossing + one.runs * one.crossing,
+        )
     return found
 
 
@@ -128,9 +152,13 @@ def _read(found: re.Match[str], runs: int) -> Collective:
         arrays = [array for array in arrays if array[0] not in ("u32", "s32") or array[1]]
         arrays = arrays[len(arrays) // 2 :] or arrays
     nbytes = sum(math.ceil(_bits(name) * math.prod(shape) / 8) for name, shape in arrays)
-    if kind == "reduce-scatter" and (groups := _GROUPS.search(rest)):
-        nbytes *= int(groups[2])
-    return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs)
+    groups = _GROUPS.search(rest)
+    group = 2
+    if groups is not None:
+        group = int(groups[1]) if groups[1] else len(groups[2].split(","))
+    if kind == "reduce-scatter" and groups is not None:
+        nbytes *= group
+    return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs, group)
 
 
 def _bits(name: str) -> int:

@@ -1,0 +1,61 @@
+r"""What does a training step need on a machine that is not there, and how fast can it be at most?
+
+    pip install -e ".[experiments,plan]"
+    pip install --no-deps jax-cuda13-pjrt==JAX jax-cuda13-plugin==JAX    # JAX: the version of jax
+    pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+    JAX_PLATFORMS=cpu python -m experiments.plan.run --missing
+
+Asked of the compilers of TPUs and GPUs; nothing is run, and none of them has to be there. Llama-3-8B and 70B with
+all their layers, from their configurations alone, on rows of 4,096 tokens, one for each device. The tokens a
+second are bounds from the program and the vendors' numbers (`peftjax/planner/machines.toml`), no measurements. A
+cell that does not fit, or does not compile, is a result too. Every cell is written when it is known; `--missing`
+goes on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from experiments.harness.memory import fill
+from experiments.plan import scaling, topologies
+
+TABLES = {"topologies": topologies, "scaling": scaling}
+REPORTS = {name: module.REPORT for name, module in TABLES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to ask the compilers, and where to write."""
+
+    tables: tuple[Literal["topologies", "scaling"], ...] = ("scaling", "topologies")
+    """Models, methods and machines; or one step on 1 to 256 chips."""
+    models: tuple[str, ...] = ()
+    """Names of the rows to measure, such as "Llama-3-8B on v5e-16"; all where none is given."""
+    contenders: tuple[str, ...] = ()
+    """Labels of the methods to measure; all where none is given."""
+    missing: bool = False
+    """Measure only what has no result yet."""
+    output: Path | None = None
+    """The folder of the tables' folders; by default that beside this file."""
+
+
+def main(options: Options) -> None:
+    """Measure, and write what was measured after every cell."""
+    for name in options.tables:
+        text = fill(
+            TABLES[name].make_table(),
+            (options.output or Path(__file__).parent / "results") / name,
+            "cpu",
+            models=options.models,
+            contenders=options.contenders,
+            missing=options.missing,
+        )
+        print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
