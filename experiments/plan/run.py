@@ -5,11 +5,11 @@ r"""What does a training step need on a machine that is not there, and how fast 
     pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
     JAX_PLATFORMS=cpu python -m experiments.plan.run --missing
 
-Asked of the compilers of TPUs and GPUs; nothing is run, and none of them has to be there. Llama-3-8B and 70B with
-all their layers, from their configurations alone, on rows of 4,096 tokens, one for each device. The tokens a
-second are bounds from the program and the vendors' numbers (`peftjax/planner/machines.toml`), no measurements. A
-cell that does not fit, or does not compile, is a result too. Every cell is written when it is known; `--missing`
-goes on where a run was stopped.
+Asked of the compilers of TPUs and GPUs; nothing is run, and none of them has to be there. Llama-3-8B and 70B
+with all their layers, from their configurations alone, on rows of 4,096 tokens, one for each device. The
+tokens a second are bounds from the program and the vendors' numbers (`peftjax/planner/machines.toml`), no
+measurements. A cell that does not fit, or does not compile, is a result too. Every cell is written when it
+is known; `--missing` goes on where a run was stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models, methods and machines: what a device needs, what passes its links, and the tokens a second at most."""
+"""Models, methods and machines: what a device needs, what passes its links, and its rate at most."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def asked(model: Model, contender: Contender) -> bool:
 
 
 def needs(cell: dict[str, Any]) -> float | None:
-    """GiB of a device: the step with its program, or what is done between steps; None where it is not "
-    "known.
-    """
+    """GiB of a device: the step with its program, or what is done between steps; None if not known."""
     if "peak" in cell:
         return max(cell["peak"] + cell["bytes"]["code"], *cell["between"], 0) / GIB
     return None if cell.get("needed") is None else cell["needed"] / GIB

@@ -8,8 +8,8 @@ import jax
 from peftjax.core.errors import PeftError
 from peftjax.planner.machine import Machine
 
-_REFUSED = re.compile(r"RESOURCE_EXHAUSTED|exceed\w* .*HBM|out of memory", re.IGNORECASE)
-_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+_REFUSED = "RESOURCE_EXHAUSTED"
+_USED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -43,7 +43,7 @@ def compile_for(machine: Machine, traced: Any, refused: str) -> Any:
         return lowered.compile(compiler_options=dict(machine.options))
     except jax.errors.JaxRuntimeError as error:
         text = f"{refused}: {str(error).splitlines()[0]}"
-        if not _REFUSED.search(str(error)):
+        if _REFUSED not in str(error):
             raise PeftError(text) from error
         sizes = _USED.search(str(error))
         if sizes is None:
