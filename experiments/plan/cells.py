@@ -45,11 +45,14 @@ TARGETS = (
     Target("v5p-128", "v5p:4x4x4", 64),  # which counts cores, two a chip
     Target("v5e-256", "v5e:16x16", 256),
 )
-CHIPS = (1, 4, 16, 64, 256)
-SLICES = tuple(
-    Target(f"{chips} v5e", name, chips)
-    for chips, name in zip(CHIPS, ("v5e:2x2", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"))
+SLICES = (
+    Target("v5e-1", "v5e:2x2", 1),
+    Target("v5e-4", "v5e:2x2", 4),
+    TARGETS[2],
+    Target("v5e-64", "v5e:8x8", 64),
+    TARGETS[4],
 )
+"""For weak scaling."""
 
 
 def on(model: str, target: Target, rows: int = 1) -> Model:

@@ -16,45 +16,41 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from experiments.harness.memory import fill
-from experiments.plan import scaling, topologies
+from experiments.plan import topologies
 
-TABLES = {"topologies": topologies, "scaling": scaling}
-REPORTS = {name: module.REPORT for name, module in TABLES.items()}
+REPORTS = {"topologies": topologies.REPORT}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to ask the compilers, and where to write."""
 
-    tables: tuple[Literal["topologies", "scaling"], ...] = ("scaling", "topologies")
-    """Models, methods and machines; or one step on 1 to 256 chips."""
     models: tuple[str, ...] = ()
-    """Names of the rows to measure, such as "Llama-3-8B on v5e-16"; all where none is given."""
+    """Models on machines, such as "Llama-3-8B on v5e-16"; all where none is given."""
     contenders: tuple[str, ...] = ()
     """Labels of the methods to measure; all where none is given."""
     missing: bool = False
     """Measure only what has no result yet."""
     output: Path | None = None
-    """The folder of the tables' folders; by default that beside this file."""
+    """Where the results go; by default a folder beside this file."""
 
 
 def main(options: Options) -> None:
     """Measure, and write what was measured after every cell."""
-    for name in options.tables:
-        text = fill(
-            TABLES[name].make_table(),
-            (options.output or Path(__file__).parent / "results") / name,
+    print(
+        fill(
+            topologies.make_table(),
+            options.output or Path(__file__).parent / "results" / "topologies",
             "cpu",
             models=options.models,
             contenders=options.contenders,
             missing=options.missing,
         )
-        print(text)
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ from experiments.harness.contenders import Contender
 from experiments.harness.memory import Model, Plans, Table, memory_report
 from experiments.harness.plot import saved
 from experiments.harness.report import table
+from experiments.plan import scaling
 from experiments.plan.cells import METHODS, MODELS, NO_REMAT, PUBLISHED, TARGETS, on
+from experiments.plan.scaling import collected
 
 GIB = 2**30
 CELLS = tuple(on(model, target) for model in MODELS for target in TARGETS)
+OTHERS = tuple(model for model in scaling.CELLS if model.name not in {cell.name for cell in CELLS})
+"""Of weak scaling alone."""
 CONTENDERS = (*METHODS, NO_REMAT)
 RATE, SOURCE = 12_473, "https://docs.nvidia.com/nemo/automodel/performance/performance-summary.md"
 """Tokens a second of LoRA r=16 on Llama-3-8B, 2 x 4,096 tokens, bfloat16, no remat, on one H100."""
@@ -32,7 +36,9 @@ HEADER = (
 
 
 def asked(model: Model, contender: Contender) -> bool:
-    """Without remat only what a rate is published of, and that only so."""
+    """Without remat only what a rate is published of, and that only so; of weak scaling one method."""
+    if model in OTHERS:
+        return scaling.asked(model, contender)
     return (contender is NO_REMAT) == (model is PUBLISHED)
 
 
@@ -41,11 +47,6 @@ def needs(cell: dict[str, Any]) -> float | None:
     if "peak" in cell:
         return max(cell["peak"] + cell["bytes"]["code"], *cell["between"], 0) / GIB
     return None if cell.get("needed") is None else cell["needed"] / GIB
-
-
-def collected(cell: dict[str, Any]) -> float:
-    """GiB that collectives bring a device in a step."""
-    return sum(one["nbytes"] for one in cell["collectives"].values()) / GIB
 
 
 def rate(cell: dict[str, Any]) -> float:
@@ -102,6 +103,7 @@ def report(plans: Plans) -> str:
             lines += [f"## {model.name}", "", *table(HEADER, rows), "", *reasons, *([""] if reasons else [])]
     if missing := list(_missing(plans)):
         lines += ["## Not recorded yet", "", *missing, ""]
+    lines += ["## Weak scaling", "", *scaling.section(plans), ""]
     lines += ["## Beside a published rate", "", *_published(plans), ""]
     return "\n".join(lines)
 
@@ -121,14 +123,14 @@ def _published(plans: Plans) -> list[str]:
 
 def draw(plans: Plans, file: Path) -> None:
     """What a device needs against what it has, and the rate at most, of every cell that compiles."""
-    found = [
+    cells = [
         (f"{model.name}, {one.label}", plans[model.name][one.label])
         for model in CELLS
         for one in METHODS
         if one.label in plans.get(model.name, {})
     ]
-    known = [(label, cell, needs(cell)) for label, cell in found if needs(cell) is not None]
-    with saved(file, 2, size=(11, 1 + 0.22 * len(known)), sharey=True) as (_, axes):
+    known = [(label, cell, needs(cell)) for label, cell in cells if needs(cell) is not None]
+    with saved(file, 3, size=(14, 1.5 + 0.22 * len(known))) as (_, axes):
         names = [label for label, _, _ in known]
         shares = [GIB * size / cell["capacity"] for _, cell, size in known]
         axes[0].barh(names, shares, color=["#1b6ca8" if cell["fits"] else "#c8553d" for _, cell, _ in known])
@@ -137,12 +139,20 @@ def draw(plans: Plans, file: Path) -> None:
         axes[0].set_xscale("log")
         axes[1].barh(names, [rate(cell) if "peak" in cell else 0 for _, cell, _ in known], color="#8fa1b3")
         axes[1].set_xlabel("tokens/s a device, at most")
-        axes[0].invert_yaxis()
+        axes[1].set_yticks([])
+        for axis in axes[:2]:
+            axis.invert_yaxis()
+        found = scaling.brought(plans)
+        axes[2].plot(list(found), list(found.values()), "o-")
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_ylim(0)
+        axes[2].set_xlabel("chips (v5e), Llama-3-8B, LoRA")
+        axes[2].set_ylabel("collectives, GiB a chip and step")
 
 
 def answer(plans: Plans) -> dict[str, str]:
     """The bound beside the published rate, and LoRA and QLoRA on every machine."""
-    told = {}
+    told = {"Weak scaling, collective bytes a chip": scaling.verdict(plans)}
     cell = plans.get(PUBLISHED.name, {}).get(NO_REMAT.label, {})
     if "peak" in cell:
         told[PUBLISHED.name] = f"at most {rate(cell):,.0f} tokens/s (published {RATE:,})"
@@ -164,4 +174,4 @@ REPORT = memory_report(report, draw, answer)
 
 def make_table() -> Table:
     """All cells."""
-    return Table((PUBLISHED, *CELLS), CONTENDERS, REPORT, asked=asked)
+    return Table((PUBLISHED, *OTHERS, *CELLS), CONTENDERS, REPORT, asked=asked)
