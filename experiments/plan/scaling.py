@@ -62,7 +62,7 @@ def section(plans: Plans) -> list[str]:
                 rows.append((target.devices, one.label, cell.get("reason", "not recorded yet"), "", ""))
     return [
         "Llama-3-8B with LoRA on a TPU v5e, one row a chip. One chip does not hold the weights in 16 "
-        "bits, so that there it is QLoRA, with nothing to pass on. A chip of few has more of what it gathers.",
+        "bits, so that there it is QLoRA, with nothing to pass on.",
         "",
         *table(HEADER, rows),
         "",
