@@ -26,7 +26,11 @@ _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\w+)?\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=\d+")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, devices of one]
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")  # its axes; those of a group
+_AXIS = re.compile(r"'([^']*)'=(\d+)")
+_TAKEN = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")  # an axis, or a part of one: (before it) its size
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,22 @@ def _read(found: re.Match[str], runs: int) -> Collective:
         arrays = [array for array in arrays if array[0] not in ("u32", "s32") or array[1]]
         arrays = arrays[len(arrays) // 2 :] or arrays
     nbytes = sum(math.ceil(_bits(name) * math.prod(shape) / 8) for name, shape in arrays)
-    groups = _GROUPS.search(rest)
-    group = 2
-    if groups is not None:
-        group = int(groups[1]) if groups[1] else len(groups[2].split(","))
-    if kind == "reduce-scatter" and groups is not None:
+    group = _group(rest)
+    if kind == "reduce-scatter":
         nbytes *= group
     return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs, group)
+
+
+def _group(text: str) -> int:
+    """The devices that take part in a collective; 2 where that is not said."""
+    if counted := _COUNTED.search(text):
+        return int(counted[1])
+    if listed := _LISTED.search(text):
+        return len(listed[1].split(","))
+    if named := _OF_MESH.search(text):
+        sizes = dict(_AXIS.findall(named[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in _TAKEN.findall(named[2]))
+    return 2
 
 
 def _bits(name: str) -> int:

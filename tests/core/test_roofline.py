@@ -71,11 +71,15 @@ ENTRY %main (p: f32[4,8]) -> f32[32,8] {
   %b = f32[4,8]{1,0} reduce-scatter(%q), channel_id=2, replica_groups={{0,1},{2,3}}, dimensions={0}
   %c = f32[4,8]{1,0} all-reduce(%q), channel_id=3, replica_groups=[2,4]<=[8]
   %d = f32[4,8]{1,0} all-reduce(%q), channel_id=4, replica_groups=[8,1]<=[8]
+  %f = f32[32,8]{1,0} all-gather(%p), channel_id=6, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
+  %g = f32[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=8] {'a','b':(4)2}, dimensions={0}
   ROOT %e = f32[4,8]{1,0} collective-permute(%q), channel_id=5, source_target_pairs={{0,1}}
 }
 """
     small, whole = 4 * 4 * 8, 4 * 32 * 8
-    assert [one.crossing for one in collectives(text)] == [whole * 7 / 8, small, small, 0, small]
+    gathered = [whole * 7 / 8, whole * 3 / 4, whole * 3 / 4]
+    crossing = [gathered[0], small, small, 0, *gathered[1:], small]
+    assert [one.crossing for one in collectives(text)] == crossing
     found = by_kind(text)
     assert found["reduce-scatter"] == Traffic(1, 2 * small, small)
     assert found["all-reduce"] == Traffic(2, 2 * small, small)

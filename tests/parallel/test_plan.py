@@ -49,7 +49,8 @@ def test_devices_that_are_not_there_have_bounds_and_collectives(target, module, 
     assert found.devices == int(np.prod([int(size) for size in re.findall(r"\d", mesh)]))
     assert found.fits
     assert found.collectives["all-gather"].nbytes > 0
-    assert 0 < found.collectives["all-gather"].crossing < found.collectives["all-gather"].nbytes
+    gathered = found.collectives["all-gather"]
+    assert 0.5 * gathered.nbytes <= gathered.crossing < gathered.nbytes
     assert found.roofline.network > 0 == alone.roofline.network
     assert found.roofline.compute == pytest.approx(alone.roofline.compute / found.devices)
     assert found.capacity == alone.capacity == find_specification(target).memory
