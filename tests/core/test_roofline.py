@@ -72,7 +72,7 @@ ENTRY %main (p: f32[4,8]) -> f32[32,8] {
   %c = f32[4,8]{1,0} all-reduce(%q), channel_id=3, replica_groups=[2,4]<=[8]
   %d = f32[4,8]{1,0} all-reduce(%q), channel_id=4, replica_groups=[8,1]<=[8]
   %f = f32[32,8]{1,0} all-gather(%p), channel_id=6, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
-  %g = f32[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=8] {'a','b':(4)2}, dimensions={0}
+  %g = f32[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=8] {'a','b':(4)2}
   ROOT %e = f32[4,8]{1,0} collective-permute(%q), channel_id=5, source_target_pairs={{0,1}}
 }
 """
