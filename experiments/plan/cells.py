@@ -15,7 +15,7 @@ from peftjax.models.named import named_config
 
 LENGTH = 4096
 REMAT = "nothing_saveable"
-MODELS = {"Llama-3-8B": "llama-3-8b", "Llama-3-70B": "llama-3-70b"}
+MODELS = ("Llama-3-8B", "Llama-3-70B")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ SLICES = (
 def on(model: str, target: Target, rows: int = 1) -> Model:
     """A model on a machine, with so many rows for each device, in bfloat16."""
     found = llama_model(
-        f"{model} on {target.label}", named_config(MODELS[model]), rows * target.devices, LENGTH
+        f"{model} on {target.label}", named_config(model.lower()), rows * target.devices, LENGTH
     )
     return dataclasses.replace(found, target=target.name, mesh=target.mesh)
 
