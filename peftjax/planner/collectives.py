@@ -1,7 +1,8 @@
 """The collectives of a compiled step, read from its text: how many run, and what they bring each device.
 
 Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
-loop's condition compares with; a loop without either counts once. A collective that a TPU's compiler has
+loop's condition compares with and the step of what it counts, from 0; a loop without either counts once. A
+collective that a TPU's compiler has
 spread over others' work is written down several times under one channel, and counts once. Bytes are those of
 a device's result, of a reduce-scatter those of its operand. Of n devices at least
 
@@ -13,14 +14,18 @@ pass its links, in one direction, whatever the algorithm.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_BOUND = re.compile(r"= [su]\d+\[\].* constant\((\d+)\)")
+_NUMBER = re.compile(r"^\s*%?([\w.\-]+) = [su]\d+\[\].* constant\((\d+)\)")
+_COMPARED = re.compile(r"^\s*ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_ELEMENT = re.compile(r"^\s*%?([\w.\-]+) = .* get-tuple-element\([^)]*\), index=(\d+)")
+_SUM = re.compile(r"^\s*%?([\w.\-]+) = .* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_RESULT = re.compile(r"^\s*ROOT .* tuple\((.*)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -132,7 +137,7 @@ def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, i
     """The computations that an instruction runs, and how often."""
     if loop := _WHILE.search(line):
         trips = _TRIPS.search(line)
-        yield loop[2], int(trips[1]) if trips else _bound(bodies.get(loop[1], ()))
+        yield loop[2], int(trips[1]) if trips else _trips(bodies.get(loop[1], ()), bodies.get(loop[2], ()))
         return
     for name in _CALLED.findall(line):
         yield name, 1
@@ -141,10 +146,28 @@ def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, i
             yield name.strip().lstrip("%"), 1
 
 
-def _bound(condition: Iterable[str]) -> int:
-    """The one whole number of a loop's condition; 1 where there is none, or are several."""
-    bounds = [int(bound[1]) for line in condition if (bound := _BOUND.search(line))]
-    return bounds[0] if len(bounds) == 1 else 1
+def _trips(condition: Sequence[str], body: Sequence[str]) -> int:
+    """The turns of a loop, by the one whole number of its condition; 1 where that is not one."""
+    bounds = list(_numbers(condition).values())
+    return math.ceil(bounds[0] / _step(condition, body)) if len(bounds) == 1 else 1
+
+
+def _step(condition: Sequence[str], body: Sequence[str]) -> int:
+    """What a turn adds to the element of the loop's state that is compared; 1 where that is not found."""
+    elements = {found[1]: int(found[2]) for line in condition if (found := _ELEMENT.match(line))}
+    compared = next((found for line in condition if (found := _COMPARED.match(line))), None)
+    result = next((found for line in body if (found := _RESULT.match(line))), None)
+    if compared is None or compared[1] not in elements or result is None:
+        return 1
+    name = re.findall(r"%([\w.\-]+)", result[1])[elements[compared[1]]]
+    added = next((found for line in body if (found := _SUM.match(line)) and found[1] == name), None)
+    numbers = _numbers(body)
+    return 1 if added is None else numbers.get(added[2]) or numbers.get(added[3]) or 1
+
+
+def _numbers(lines: Sequence[str]) -> dict[str, int]:
+    """The whole numbers among the lines of a computation, by name."""
+    return {found[1]: int(found[2]) for line in lines if (found := _NUMBER.match(line))}
 
 
 def _read(found: re.Match[str], runs: int) -> Collective:

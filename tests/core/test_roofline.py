@@ -85,6 +85,35 @@ ENTRY %main (p: f32[4,8]) -> f32[32,8] {
     assert found["all-reduce"] == Traffic(2, 2 * small, small)
 
 
+def test_a_loop_that_counts_in_steps_turns_less_often():
+    text = """HloModule m
+
+%condition (s: (f32[4], u32[])) -> pred[] {
+  %most = u32[]{:T(128)} constant(8)
+  %s = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  %count = u32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %less = pred[]{:T(512)} compare(%count, %most), direction=LT
+}
+
+%body (s: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %s = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%s), index=0
+  %y = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %z = f32[4]{0} collective-permute(%y), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %n = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %m = u32[]{:T(128)} add(%n, %two)
+  ROOT %t = (f32[4]{0}, u32[]{:T(128)}) tuple(%z, %m)
+}
+
+ENTRY %main (s: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %s = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  ROOT %w = (f32[4]{0}, u32[]{:T(128)}) while(%s), condition=%condition, body=%body
+}
+"""
+    assert by_kind(text) == {"collective-permute": Traffic(8, 8 * 16, 8 * 16)}
+
+
 def loss(params, ids):
     """A table whose rows are looked up, a scanned stack, and a matrix outside of it."""
 
