@@ -5,6 +5,17 @@ r"""What does a training step need on a machine that is not there, and how fast 
     pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
     JAX_PLATFORMS=cpu python -m experiments.plan.run --missing
 
+Expected:
+
+    | results | of | is |
+    |---|---|---|
+    | topologies | Weak scaling, collective bytes a chip | flat, the most is 1.036 times the least, from 16 to 256 chips |
+    | topologies | Llama-3-8B on one H100 | at most 27,421 tokens/s (published 12,473) |
+    | topologies | Llama-3-8B on one H200, LoRA | 17.58 GiB, fits, at most 20,805 tokens/s a device |
+    | topologies | Llama-3-8B on one H200, QLoRA | 7.74 GiB, fits, at most 20,805 tokens/s a device |
+    | topologies | Llama-3-8B on v5e-16, LoRA | 4.08 GiB, fits, at most 4,143 tokens/s a device |
+    | topologies | Llama-3-8B on v5e-256, LoRA | 2.81 GiB, fits, at most 4,143 tokens/s a device |
+
 Asked of the compilers of TPUs and GPUs; nothing is run, and none of them has to be there. Llama-3-8B and 70B
 with all their layers, from their configurations alone, on rows of 4,096 tokens, one for each device. The
 tokens a second are bounds from the program and the vendors' numbers (`peftjax/planner/machines.toml`), no
