@@ -9,7 +9,7 @@ Expected:
 
     | results | of | is |
     |---|---|---|
-    | topologies | Weak scaling, collective bytes a chip | flat, the most is 1.036 times the least, from 16 to 256 chips |
+    | topologies | Weak scaling | flat, at most 1.036 times the least bytes a chip, 16 to 256 chips |
     | topologies | Llama-3-8B on one H100 | at most 27,421 tokens/s (published 12,473) |
     | topologies | Llama-3-8B on one H200, LoRA | 17.58 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on one H200, QLoRA | 7.74 GiB, fits, at most 20,805 tokens/s a device |

@@ -42,7 +42,7 @@ def verdict(plans: Plans) -> str:
         return "not known yet"
     ratio = max(found.values()) / min(found.values())
     said = "flat" if ratio <= FLAT else "not flat"
-    return f"{said}, the most is {ratio:.3f} times the least, from {min(found)} to {max(found)} chips"
+    return f"{said}, at most {ratio:.3f} times the least bytes a chip, {min(found)} to {max(found)} chips"
 
 
 def section(plans: Plans) -> list[str]:
