@@ -67,7 +67,7 @@ def test_the_bound_stands_beside_the_published_rate():
 
 
 @pytest.mark.parametrize(
-    ("most", "said"), [(2.1, "flat, at most 1.05"), (2.4, "not flat, the most is 1.2")]
+    ("most", "said"), [(2.1, "flat, at most 1.05"), (2.4, "not flat, at most 1.2")]
 )
 def test_weak_scaling_is_flat_or_not(most, said):
     names = {target.devices: model.name for target, model in zip(scaling.SLICES, scaling.CELLS)}
