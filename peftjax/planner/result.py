@@ -115,7 +115,7 @@ class Plan:
             *((("peak between steps", max(self.between)),) if self.between else ()),
             ("code, on top", sizes.code),
             ("on the host", sizes.host),
-            *(() if self.capacity is None else (("of a device's", self.capacity),)),
+            *(() if self.capacity is None else (("capacity", self.capacity),)),
         ]
         where = self.device if self.devices == 1 else f"{self.devices} x {self.device}, each"
         left_out = f", without {', '.join(self.uncounted)}" if self.uncounted else ""
@@ -140,7 +140,7 @@ class Plan:
         bound = self.roofline
         parts = f"compute {bound.compute:.4g}, memory {bound.memory:.4g}, network {bound.network:.4g}"
         return [
-            f"  {'a step takes at least':<20}{bound.seconds:>11.4g} s ({parts})",
+            f"  {'at least a step':<20}{bound.seconds:>12.4g} s ({parts})",
             f"  {'at most':<20}{self.most_per_second:>12,.0f} {self.unit}/s",
             f"  {'fits':<20}{'yes' if self.fits else 'no':>12}",
         ]
