@@ -109,7 +109,7 @@ class Plan:
             ("optimizer", sizes.optimizer),
             ("batch", sizes.batch),
             ("temporaries", sizes.temporaries),
-            ("  kept for backward", self.kept),
+            ("  kept for backward", self.kept // self.devices),
             ("outputs not aliased", sizes.outputs - sizes.aliased),
             ("peak", sizes.peak),
             *((("peak between steps", max(self.between)),) if self.between else ()),
