@@ -15,6 +15,8 @@ Expected:
     | topologies | Llama-3-8B on one H200, QLoRA | 7.74 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on v5e-16, LoRA | 4.08 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-8B on v5e-256, LoRA | 2.81 GiB, fits, at most 4,143 tokens/s a device |
+    | topologies | Llama-3-70B on one H200, LoRA | 142.21 GiB, does not fit, at most 2,390 tokens/s a device |
+    | topologies | Llama-3-70B on one H200, QLoRA | 46.53 GiB, fits, at most 2,390 tokens/s a device |
 
 Asked of the compilers of TPUs and GPUs; nothing is run, and none of them has to be there. Llama-3-8B and 70B
 with all their layers, from their configurations alone, on rows of 4,096 tokens, one for each device. The
