@@ -66,9 +66,7 @@ def test_the_bound_stands_beside_the_published_rate():
     assert topologies.answer(found)[PUBLISHED.name] == "at most 10,240 tokens/s (published 12,473)"
 
 
-@pytest.mark.parametrize(
-    ("most", "said"), [(2.1, "flat, at most 1.05"), (2.4, "not flat, at most 1.2")]
-)
+@pytest.mark.parametrize(("most", "said"), [(2.1, "flat, at most 1.05"), (2.4, "not flat, at most 1.2")])
 def test_weak_scaling_is_flat_or_not(most, said):
     names = {target.devices: model.name for target, model in zip(scaling.SLICES, scaling.CELLS)}
     cells = {names[16]: {"LoRA": cell(2.0)}, names[64]: {"LoRA": cell(most)}, names[4]: {"LoRA": cell(1.0)}}
