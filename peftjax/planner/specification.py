@@ -36,7 +36,10 @@ class Specification:
 def specifications() -> dict[str, Specification]:
     """All devices that are described, by kind: "v5e", "h200" and so on."""
     text = (resources.files("peftjax.planner") / FILE).read_text(encoding="utf-8")
-    return checked(dict[str, Specification], tomllib.loads(text), FILE)
+    return {
+        kind: checked(Specification, values, f"{FILE}: {kind}")
+        for kind, values in tomllib.loads(text).items()
+    }
 
 
 def find_specification(target: str) -> Specification | None:
