@@ -50,8 +50,7 @@ def searched(
             return planned(dataclasses.replace(options, **{NAMES[options.search]: value}))
 
     def tell(one: Attempt[Any]) -> None:
-        size = "" if one.plan is None else f", {gib(needed(one.plan))} of {gib(one.plan.capacity)}"
-        console.print(f"{options.search} {one.value}: {one.outcome}{size}", highlight=False)
+        console.print(f"{options.search} {one.value}: {one.outcome}, {gib(one.needed)}", highlight=False)
 
     match options.search:
         case "batch":
@@ -67,14 +66,9 @@ def searched(
             return cheapest(plan_of, POLICIES, late=late, tell=tell)
 
 
-def needed(plan: Plan) -> int:
-    """What has to fit: the step with its program, or what is done between steps."""
-    return max(plan.bytes.peak + plan.bytes.code, *plan.between, 0)
-
-
 def gib(size: int | None) -> str:
     """Bytes as text."""
-    return "unknown" if size is None else f"{size / 2**30:,.2f} GiB"
+    return "of unknown size" if size is None else f"{size / 2**30:,.2f} GiB"
 
 
 def search_values(found: Found[Any]) -> dict[str, Any]:
@@ -87,6 +81,15 @@ def search_values(found: Found[Any]) -> dict[str, Any]:
     }
 
 
+def ended(question: Question, found: Found[Any]) -> str:
+    """What is not known of a search that the time limit ended."""
+    refused = [one.value for one in found.attempts if one.outcome == "does not fit"]
+    rest = f"; not tried: {', '.join(map(str, found.untried))}" if found.untried else ""
+    if question in ("batch", "length"):
+        rest = f"; {min(refused)} does not fit" if refused else "; more may fit"
+    return f" (the time limit ended the search{rest})"
+
+
 def print_search(question: Question, found: Found[Any]) -> None:
     """The attempts as a table (meshes by their network's time), the answer, and the best one's plan."""
     attempts = list(found.attempts)
@@ -95,15 +98,17 @@ def print_search(question: Question, found: Found[Any]) -> None:
     table = Table(question, "outcome", "needs", "at least, s", "network, s", "at most")
     for one in attempts:
         if one.plan is None:
-            table.add_row(str(one.value), one.outcome, one.reason[:60])
+            table.add_row(str(one.value), one.outcome, gib(one.needed))
             continue
         bound = one.plan.roofline
         rate = f"{one.plan.most_per_second:,.0f} {one.plan.unit}/s"
-        cells = gib(needed(one.plan)), f"{bound.seconds:.4g}", f"{bound.network:.4g}", rate
+        cells = gib(one.needed), f"{bound.seconds:.4g}", f"{bound.network:.4g}", rate
         table.add_row(str(one.value), one.outcome, *cells)
     Console().print(table)
     best = "none that fits is known" if found.best is None else f"{question} {found.best.value}"
-    rest = f", not tried: {', '.join(map(str, found.untried))}" if found.untried else ""
-    print(f"{best}{'' if found.finished else f' (the time limit ended the search{rest})'}")
+    print(f"{best}{'' if found.finished else ended(question, found)}")
+    for one in attempts:
+        if one.outcome == "does not compile":
+            print(f"{question} {one.value}: {one.reason}")
     if found.best is not None:
         print(found.best.plan)

@@ -89,11 +89,16 @@ class Plan:
     roofline: Roofline | None = None
 
     @property
+    def needed(self) -> int:
+        """Bytes that a device has to have: of the step with its program, or of what is done between steps."""
+        return max(self.bytes.peak + self.bytes.code, *self.between, 0)
+
+    @property
     def fits(self) -> bool | None:
         """Whether the step, its program and what is done between steps fit; None of unknown capacity."""
         if self.capacity is None:
             return None
-        return max(self.bytes.peak + self.bytes.code, *self.between, 0) <= self.capacity
+        return self.needed <= self.capacity
 
     @property
     def most_per_second(self) -> float | None:

@@ -30,12 +30,14 @@ class Attempt(Generic[Value]):
         outcome: what came of it.
         plan: of what compiles.
         reason: why there is no plan.
+        needed: bytes that a device has to have, where that is known.
     """
 
     value: Value
     outcome: Outcome
     plan: Plan | None = None
     reason: str = ""
+    needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ def attempt(plan_of: Callable[[Value], Plan], value: Value) -> Attempt[Value]:
     try:
         plan = plan_of(value)
     except DoesNotFit as error:
-        return Attempt(value, "does not fit", reason=str(error))
+        return Attempt(value, "does not fit", reason=str(error), needed=error.needed)
     except PeftError as error:
         return Attempt(value, "does not compile", reason=str(error))
     if plan.fits is None:
         raise PeftError(f"the memory of {plan.target!r} is not known; choose a target that has a limit")
-    return Attempt(value, "fits" if plan.fits else "does not fit", plan)
+    return Attempt(value, "fits" if plan.fits else "does not fit", plan, needed=plan.needed)
 
 
 def largest(

@@ -11,13 +11,13 @@ from command import refused, run
 
 import peftjax as pj
 from peftjax.cli import plan as cli_plan
-from peftjax.cli.plan_search import POLICIES
+from peftjax.cli.plan_search import POLICIES, print_search
 from peftjax.models.llama import LLAMA
 from peftjax.planner import machine
 from peftjax.planner.compiling import DoesNotFit
 from peftjax.planner.result import Bytes, Plan
 from peftjax.planner.roofline import Roofline
-from peftjax.planner.search import meshes
+from peftjax.planner.search import Attempt, Found, meshes
 from peftjax.train.config import TrainConfig
 from peftjax.train.optimizer import make_optimizer
 
@@ -151,6 +151,18 @@ def test_the_largest_batch_is_searched(folders, counted, capsys):
     text = run(capsys, *command)
     assert re.search(r"^batch 5$", text, re.MULTILINE)
     assert "lora on h200" in text
+
+
+def test_what_a_time_limit_leaves_is_said(counted, capsys):
+    attempts = tuple(Attempt(n, "fits" if n < 6 else "does not fit", made_up(n)) for n in (2, 4, 8, 6))
+    print_search("batch", Found(attempts[1], attempts, finished=False))
+    text = capsys.readouterr().out
+    assert "batch 4 (the time limit ended the search; 6 does not fit)" in text
+    tried = (Attempt("none", "does not compile", reason="it has no such heads"),)
+    print_search("remat", Found(None, tried, ("save_attention",), finished=False))
+    text = capsys.readouterr().out
+    assert "none that fits is known (the time limit ended the search; not tried: save_attention)" in text
+    assert "remat none: it has no such heads" in text
 
 
 def test_rows_are_as_long_as_the_model_reads(folders, counted, capsys):

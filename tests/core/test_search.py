@@ -17,8 +17,8 @@ def compiler(limit, *, refuses=True):
     def plan_of(size):
         asked.append(size)
         if size > limit and refuses:
-            raise DoesNotFit("too large")
-        return SimpleNamespace(fits=size <= limit, target="made up")
+            raise DoesNotFit("too large", size)
+        return SimpleNamespace(fits=size <= limit, target="made up", needed=size)
 
     return plan_of, asked
 
@@ -33,6 +33,7 @@ def test_the_largest_multiple_that_fits_is_found_in_few_tries(limit, start, unit
     assert found.best.value == limit // unit * unit
     assert found.finished
     assert len(asked) == len(set(asked)) <= 2 * limit.bit_length()
+    assert [one.needed for one in found.attempts] == asked
     assert all(size % unit == 0 for size in asked)
 
 
@@ -67,7 +68,7 @@ def priced(prices, fits=lambda value: True):
         if prices[value] is None:
             raise PeftError("it has no such heads")
         bound = SimpleNamespace(seconds=prices[value])
-        return SimpleNamespace(fits=fits(value), roofline=bound, target="made up")
+        return SimpleNamespace(fits=fits(value), roofline=bound, target="made up", needed=1)
 
     return plan_of
 
