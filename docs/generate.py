@@ -27,6 +27,8 @@ API = {
     "models": ("Tables of weights", "peftjax.models.weight_map"),
     "decode": ("Decoding step by step", "peftjax.generation.decode"),
     "planner": ("The planner", "peftjax.planner.step"),
+    "plans": ("What a plan says", "peftjax.planner.result"),
+    "searches": ("Searches for what fits", "peftjax.planner.search"),
     "fit": ("Training", "peftjax.train.loop"),
     "testing": ("Checks for methods of your own", "peftjax.testing"),
 }

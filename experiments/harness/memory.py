@@ -17,6 +17,7 @@ from experiments.harness.record import commit, provenance, write_json
 from experiments.harness.report import NAME, Report, read_results, write_report
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
+from peftjax.planner.compiling import DoesNotFit
 from peftjax.planner.residuals import nbytes
 
 Found = dict[str, Any]
@@ -35,6 +36,8 @@ class Model:
         length: tokens of a row; None for images.
         dtype: of parameters, optimizer state and computation.
         layers: where it is not the model's own number.
+        target: the machine, where it is not that of the table.
+        mesh: its devices by axis; None is one device.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Model:
     length: int | None
     dtype: str
     layers: int | None = None
+    target: str | None = None
+    mesh: str | None = None
 
     def backbone(self, remat: str | None = None, tile: int | None = None) -> Backbone:
         """The model under a policy."""
@@ -127,8 +132,11 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
             params,
             model.inputs(backbone),
             optimizer=contender.optimizer(setting, rate),
-            target=target,
+            target=model.target or target,
+            mesh=model.mesh,
         )
+    except DoesNotFit as error:
+        return {"reason": str(error), "fits": False, "needed": error.needed, "capacity": error.capacity}
     except PeftError as error:
         return {"reason": str(error)}
     found = dataclasses.asdict(plan)
@@ -137,6 +145,7 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
     return {
         **found,
         "peak": plan.bytes.peak,
+        "fits": plan.fits,
         "model": weights,
         "beside": persistent - weights,
         "working": plan.bytes.peak - persistent,

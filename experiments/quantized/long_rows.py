@@ -12,23 +12,17 @@ from experiments.harness.contenders import Contender
 from experiments.harness.memory import Model, Plans, Table, memory_report
 from experiments.harness.plot import saved
 from experiments.harness.report import table
-from experiments.step_memory.models import LLAMA_3_8B, llama_model
+from experiments.step_memory.models import llama_model
+from peftjax.models.named import named_config
 
 TILE = 2048
 """Tokens that the feed-forward takes at a time."""
-LLAMA_3_70B = {
-    **LLAMA_3_8B,
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "intermediate_size": 28_672,
-}
 RECORDS = {"Llama-3-8B": (7.37, 227.5), "Llama-3-70B": (42.99, 444.6)}
 """Of the longest rows known to us for QLoRA of rank 32: GiB that are fixed, and kB a token."""
 LENGTHS = (32_768, 65_536, 131_072)
 MODELS = tuple(
-    llama_model(f"{name}, {length:,} tokens", values, 1, length)
-    for name, values in (("Llama-3-8B", LLAMA_3_8B), ("Llama-3-70B", LLAMA_3_70B))
+    llama_model(f"{name}, {length:,} tokens", named_config(name.lower()), 1, length)
+    for name in RECORDS
     for length in LENGTHS
 )
 

@@ -10,6 +10,7 @@ from experiments.harness.memory import Model
 from peftjax.backbone.backbone import Backbone
 from peftjax.models import llama, roberta
 from peftjax.models.decoder import decoder
+from peftjax.models.named import named_config
 from peftjax.models.vit import ViTConfig, vit
 
 ROBERTA_LARGE = {
@@ -18,19 +19,6 @@ ROBERTA_LARGE = {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
     "max_position_embeddings": 4098,
-}
-LLAMA_3_8B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14_336,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
 }
 
 
@@ -74,7 +62,7 @@ def block_models() -> tuple[Model, ...]:
     return (
         roberta_large(),
         vit_model("ViT-L/16", ViTConfig(1024, 24, 16, 4096), 32),
-        llama_model("Llama-3-8B", LLAMA_3_8B, 8, 2048),
+        llama_model("Llama-3-8B", named_config("llama-3-8b"), 8, 2048),
     )
 
 

@@ -1,20 +1,24 @@
-"""`peftjax plan`: the memory and the FLOPs of a training step, from a model's config.json alone."""
+"""`peftjax plan`: what a training step needs and takes at least, from a model's config.json or name alone."""
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from rich.console import Console
 
 from peftjax.backbone.backbone import Backbone, Batch
+from peftjax.cli.plan_search import Question, print_search, search_values, searched
 from peftjax.cli.report import show
-from peftjax.planner.step import Plan, plan
-from peftjax.train.config import Dtype, Optimizer, Task, TrainConfig, validate, with_defaults
+from peftjax.planner.compiling import DoesNotFit
+from peftjax.planner.result import Plan
+from peftjax.planner.step import plan
+from peftjax.train.config import Dtype, Optimizer, Task, TrainConfig, require_numbers, validate, with_defaults
 from peftjax.train.method import make_method
 from peftjax.train.new_head import with_new_head
-from peftjax.train.open import LANGUAGE_HEAD, abstract_model, find_base, longest_text
+from peftjax.train.open import LANGUAGE_HEAD, BaseModel, abstract_model, find_config, longest_text
 from peftjax.train.optimizer import make_optimizer
 from peftjax.train.options import MethodOptions, ModelOptions
 from peftjax.train.paging import OptimizerMemory
@@ -25,14 +29,17 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a training step needs on a device that need not be there; no weights are read."""
+    """What a training step needs on a device that need not be there; no weights are read.
+
+    The model may also be a config.json, or a name: llama-3-8b, llama-3-70b, qwen3-32b, bert-large, vit-h ...
+    """
 
     base: ModelOptions = field(default_factory=ModelOptions)
     tuning: MethodOptions = field(default_factory=MethodOptions)
-    target: str = "cpu"
-    """The device: 'cpu', 'h100', 'h200', or a TPU topology, such as 'v5e:2x2', of which without a mesh one
-    chip is meant. Each needs its compiler, not the hardware; where it is missing, the command says how to
-    install it."""
+    target: Annotated[str, tyro.conf.arg(aliases=("--topology",))] = "cpu"
+    """The device: 'cpu', 'h100', 'h200', several of a host such as 'h200:8', or a TPU topology such as
+    'v5e:2x2', of which without a mesh one device is meant. Each needs its compiler, not the hardware; where
+    it is missing, the command says how to install it."""
     num_labels: int = 2
     """Labels of a classifier; a decoder without a head given is planned as a language model."""
     batch_size: int = 32
@@ -47,18 +54,54 @@ class PlanOptions:
     optimizer_memory: OptimizerMemory = "device"
     """Where the optimizer's state lies between steps: on the device, or in the host's memory."""
     dtype: Dtype = "float32"
-    """Compute dtype of the model; its parameters are in float32."""
+    """Compute dtype of the model."""
+    param_dtype: Dtype = "float32"
+    """Dtype of the model's parameters; `peftjax train` has float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    search: Question | None = None
+    """Look for the largest batch or the longest row that fits, or for the mesh or remat policy that takes
+    least time of those that fit, with a compilation for each try."""
+    time_limit: float | None = None
+    """Minutes after which a search begins no further compilation; it then says what is known."""
     json: bool = False
     """As JSON, sizes in bytes."""
 
 
 def run_plan(command: PlanOptions, console: Console) -> None:
-    """Print the table of `pj.plan`."""
-    found = planned(command)
-    values = {**dataclasses.asdict(found), "peak": found.bytes.peak}
-    show(command.json, values, lambda: print(found))
+    """Print the table of `pj.plan`, or what a search found."""
+    require_numbers(dataclasses.asdict(command))
+    if command.search is not None:
+        base = find_config(command.base.model)
+        found = searched(command, planned, longest_row(base), heads_of(base), console)
+        show(command.json, search_values(found), lambda: print_search(command.search, found))
+        return
+    try:
+        plan = planned(command)
+    except DoesNotFit as error:
+        values = {"fits": False, "needed": error.needed, "capacity": error.capacity, "reason": str(error)}
+        show(command.json, values, lambda: print(f"does not fit: {error}"))
+    else:
+        show(command.json, plan_values(plan), lambda: print(plan))
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON values."""
+    values = {"peak": plan.bytes.peak, "fits": plan.fits, "most_per_second": plan.most_per_second}
+    bound = plan.roofline
+    least = {} if bound is None else {"seconds": bound.seconds, "limit": bound.limit}
+    return {**dataclasses.asdict(plan), **values, **least}
+
+
+def heads_of(base: BaseModel) -> int:
+    """The heads of a model's attention."""
+    names = ("num_attention_heads", "num_heads", "n_head")
+    return next((base.config[name] for name in names if name in base.config), 1)
+
+
+def longest_row(base: BaseModel) -> int | None:
+    """The tokens of the longest row that a model can read; None of one that reads none."""
+    return longest_text(base) or base.config.get("max_position_embeddings")
 
 
 def planned(options: PlanOptions) -> Plan:
@@ -68,7 +111,7 @@ def planned(options: PlanOptions) -> Plan:
         PeftError: an option or config.json cannot be used, the target's compiler is missing, or it refuses
             the step.
     """
-    base = find_base(options.base.model)
+    base = find_config(options.base.model)
     writes = base.is_decoder and options.base.head in (None, LANGUAGE_HEAD)
     task: Task = "language" if writes else "classification"
     config = TrainConfig(
@@ -83,6 +126,7 @@ def planned(options: PlanOptions) -> Plan:
     config = with_defaults(config, task, longest_text(base))
     num_labels = None if writes else options.num_labels
     model, params = abstract_model(base, options.base, num_labels, dtype=options.dtype, remat=options.remat)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, options.param_dtype), params)
     method = with_new_head(make_method(options.tuning, STEPS), model, params)
     batch = batch_shapes(model, config.batch_size, config.max_length, per_token=writes)
     optimizer = make_optimizer(config, STEPS)

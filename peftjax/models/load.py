@@ -312,16 +312,24 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
         PeftError: the file cannot be read, is of no supported family, or has a setting of another type or
             out of range.
     """
-    values = read_json(folder / CONFIG_FILE)
+    file = folder / CONFIG_FILE
+    values = read_json(file)
+    return family_of(values, file), values
+
+
+def family_of(values: Mapping[str, Any], where: object) -> Family:
+    """The family of the content of a `config.json`, which was read from `where`.
+
+    Raises:
+        PeftError: it is of no supported family, or has a setting of another type or out of range.
+    """
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         text = f"{name}_text"
         hint = f"; the language model alone, {text}, is" if text in FAMILIES else ""
-        raise PeftError(
-            f"{folder / CONFIG_FILE} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}"
-        )
-    checked(of_family(name), values, folder / CONFIG_FILE)
-    return FAMILIES[name], values
+        raise PeftError(f"{where} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}")
+    checked(of_family(name), values, where)
+    return FAMILIES[name]
 
 
 def _of_another_size(

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from peftjax.planner.compiling import compile_for
 from peftjax.planner.machine import Machine
@@ -12,20 +12,24 @@ from peftjax.train.step import ADVANCED, Training, divided
 from peftjax.transform.transform import Advance
 
 
-def peaks_between(run: Training, inputs: tuple[Any, Any, Any, Any], machine: Machine) -> tuple[int, ...]:
+def peaks_between(
+    run: Training, inputs: tuple[Any, Any, Any, Any], machine: Machine, mesh: Mesh | None = None
+) -> tuple[int, ...]:
     """The device memory that each part of each advance needs, in bytes.
 
     Args:
         run: the training.
         inputs: shapes of trainable, optimizer state, frozen and batch on the machine.
         machine: what to compile for.
+        mesh: where the shapes lie, if not on one device.
 
     Raises:
         PeftError: the machine's compiler refuses one.
     """
     method, (trainable, state, frozen, batch) = run.method, inputs
     moved, fixed = divided(frozen, ADVANCED)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=SingleDeviceSharding(machine.device))
+    place = SingleDeviceSharding(machine.device) if mesh is None else NamedSharding(mesh, PartitionSpec())
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
 
     def peak(advance: Advance, part: int) -> int:
         def advanced(*given: Any) -> tuple[Any, ...]:

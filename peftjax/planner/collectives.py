@@ -1,28 +1,41 @@
 """The collectives of a compiled step, read from its text: how many run, and what they bring each device.
 
 Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
-loop's condition compares with; a loop without either counts once. A collective that a TPU's compiler has
+loop's condition compares with and the step of what it counts, from 0; a loop without either counts once. A
+collective that a TPU's compiler has
 spread over others' work is written down several times under one channel, and counts once. Bytes are those of
-a device's result, of a reduce-scatter those of its operand: what has to pass its links, up to the factor that
-an algorithm adds.
+a device's result, of a reduce-scatter those of its operand. Of n devices at least
+
+    (n - 1) / n of them    all-gather, reduce-scatter, all-to-all: a device has its own part
+    all of them            all-reduce, collective-permute
+
+pass its links, in one direction, whatever the algorithm.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_BOUND = re.compile(r"= [su]\d+\[\].* constant\((\d+)\)")
+_NUMBER = re.compile(r"^\s*%?([\w.\-]+) = [su]\d+\[\].* constant\((\d+)\)")
+_COMPARED = re.compile(r"^\s*ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_ELEMENT = re.compile(r"^\s*%?([\w.\-]+) = .* get-tuple-element\([^)]*\), index=(\d+)")
+_SUM = re.compile(r"^\s*%?([\w.\-]+) = .* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_RESULT = re.compile(r"^\s*ROOT .* tuple\((.*)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\w+)?\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=\d+")
-_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, devices of one]
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")  # its axes; those of a group
+_AXIS = re.compile(r"'([^']*)'=(\d+)")
+_TAKEN = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")  # an axis, or a part of one: (before it) its size
 
 
 @dataclass(frozen=True)
@@ -34,20 +47,36 @@ class Collective:
         shapes: of the arrays of its result.
         nbytes: what one run of it brings a device.
         runs: how often it runs in a call of the program.
+        group: devices that take part; 2 where the text does not say.
     """
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     nbytes: int
     runs: int
+    group: int = 2
+
+    @property
+    def crossing(self) -> float:
+        """Bytes of one run that pass a device's links at least, in one direction."""
+        if self.kind in ("all-reduce", "collective-permute"):
+            return float(self.nbytes * (self.group > 1))
+        return self.nbytes * (self.group - 1) / self.group
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in a call of a program: how many run, and what they bring a device."""
+    """The collectives of one kind in a call of a program.
+
+    Attributes:
+        runs: how many run.
+        nbytes: what they bring a device.
+        crossing: bytes that pass its links at least, in one direction.
+    """
 
     runs: int
     nbytes: int
+    crossing: float = 0.0
 
 
 def by_kind(text: str) -> dict[str, Traffic]:
@@ -59,7 +88,11 @@ def by_kind(text: str) -> dict[str, Traffic]:
     found: dict[str, Traffic] = {}
     for one in collectives(text):
         so_far = found.get(one.kind, Traffic(0, 0))
-        found[one.kind] = Traffic(so_far.runs + one.runs, so_far.nbytes + one.runs * one.nbytes)
+        found[one.kind] = Traffic(
+            so_far.runs + one.runs,
+            so_far.nbytes + one.runs * one.nbytes,
+            so_far.crossing + one.runs * one.crossing,
+        )
     return found
 
 
@@ -104,7 +137,7 @@ def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, i
     """The computations that an instruction runs, and how often."""
     if loop := _WHILE.search(line):
         trips = _TRIPS.search(line)
-        yield loop[2], int(trips[1]) if trips else _bound(bodies.get(loop[1], ()))
+        yield loop[2], int(trips[1]) if trips else _trips(bodies.get(loop[1], ()), bodies.get(loop[2], ()))
         return
     for name in _CALLED.findall(line):
         yield name, 1
@@ -113,10 +146,28 @@ def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, i
             yield name.strip().lstrip("%"), 1
 
 
-def _bound(condition: Iterable[str]) -> int:
-    """The one whole number of a loop's condition; 1 where there is none, or are several."""
-    bounds = [int(bound[1]) for line in condition if (bound := _BOUND.search(line))]
-    return bounds[0] if len(bounds) == 1 else 1
+def _trips(condition: Sequence[str], body: Sequence[str]) -> int:
+    """The turns of a loop, by the one whole number of its condition; 1 where that is not one."""
+    bounds = list(_numbers(condition).values())
+    return math.ceil(bounds[0] / _step(condition, body)) if len(bounds) == 1 else 1
+
+
+def _step(condition: Sequence[str], body: Sequence[str]) -> int:
+    """What a turn adds to the element of the loop's state that is compared; 1 where that is not found."""
+    elements = {found[1]: int(found[2]) for line in condition if (found := _ELEMENT.match(line))}
+    compared = next((found for line in condition if (found := _COMPARED.match(line))), None)
+    result = next((found for line in body if (found := _RESULT.match(line))), None)
+    if compared is None or compared[1] not in elements or result is None:
+        return 1
+    name = re.findall(r"%([\w.\-]+)", result[1])[elements[compared[1]]]
+    added = next((found for line in body if (found := _SUM.match(line)) and found[1] == name), None)
+    numbers = _numbers(body)
+    return 1 if added is None else numbers.get(added[2]) or numbers.get(added[3]) or 1
+
+
+def _numbers(lines: Sequence[str]) -> dict[str, int]:
+    """The whole numbers among the lines of a computation, by name."""
+    return {found[1]: int(found[2]) for line in lines if (found := _NUMBER.match(line))}
 
 
 def _read(found: re.Match[str], runs: int) -> Collective:
@@ -128,9 +179,22 @@ def _read(found: re.Match[str], runs: int) -> Collective:
         arrays = [array for array in arrays if array[0] not in ("u32", "s32") or array[1]]
         arrays = arrays[len(arrays) // 2 :] or arrays
     nbytes = sum(math.ceil(_bits(name) * math.prod(shape) / 8) for name, shape in arrays)
-    if kind == "reduce-scatter" and (groups := _GROUPS.search(rest)):
-        nbytes *= int(groups[2])
-    return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs)
+    group = _group(rest)
+    if kind == "reduce-scatter":
+        nbytes *= group
+    return Collective(kind, tuple(shape for _, shape in arrays), nbytes, runs, group)
+
+
+def _group(text: str) -> int:
+    """The devices that take part in a collective; 2 where that is not said."""
+    if counted := _COUNTED.search(text):
+        return int(counted[1])
+    if listed := _LISTED.search(text):
+        return len(listed[1].split(","))
+    if named := _OF_MESH.search(text):
+        sizes = dict(_AXIS.findall(named[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in _TAKEN.findall(named[2]))
+    return 2
 
 
 def _bits(name: str) -> int:

@@ -16,8 +16,9 @@ of unknown size, foreign calls, decompositions and Fourier transforms. (The comp
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,16 +39,23 @@ class Flops:
     Attributes:
         total: floating-point operations.
         uncounted: names of operations that are not, or not fully, in `total`; sorted.
+        by_dtype: the part of `total` whose operands' dtype is known, by its name; of two the narrower.
     """
 
     total: int
     uncounted: tuple[str, ...] = ()
+    by_dtype: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.total + other.total, tuple(sorted({*self.uncounted, *other.uncounted})))
+        return Flops(
+            self.total + other.total,
+            tuple(sorted({*self.uncounted, *other.uncounted})),
+            dict(Counter(self.by_dtype) + Counter(other.by_dtype)),
+        )
 
     def __mul__(self, times: int) -> "Flops":
-        return Flops(self.total * times, self.uncounted)
+        of_dtypes = {dtype: count * times for dtype, count in self.by_dtype.items()}
+        return Flops(self.total * times, self.uncounted, of_dtypes)
 
 
 def count_flops(jaxpr: Any, platform: str = "cpu") -> Flops:
@@ -63,19 +71,20 @@ def _count(jaxpr: Any, used: Sequence[bool], platform: str) -> tuple[Flops, list
     for eqn in reversed(jaxpr.eqns):
         of_outputs = [variable in live for variable in eqn.outvars]
         if any(of_outputs) or eqn.effects:
-            flops, needed = _of_equation(eqn, of_outputs, platform)
+            flops, needed = of_equation(eqn, of_outputs, platform)
             total += flops
             live |= {v for v, need in zip(eqn.invars, needed) if need and not compat.is_literal(v)}
     return total, [variable in live for variable in jaxpr.invars]
 
 
-def _of_equation(eqn: Any, used: list[bool], platform: str) -> tuple[Flops, list[bool]]:
+def of_equation(eqn: Any, used: list[bool], platform: str) -> tuple[Flops, list[bool]]:
+    """The FLOPs that the outputs in use need of an equation, and which of its inputs they need."""
     if eqn.primitive.name == "scan":
         return _of_scan(eqn.params, used, len(eqn.invars), platform)
     flops = _of_primitive(eqn, platform)
     if flops is not None:
         return flops, [True] * len(eqn.invars)
-    jaxprs = [compat.open_jaxpr(inner)[0] for inner in _inner(eqn.params)]
+    jaxprs = [compat.open_jaxpr(inner)[0] for inner in inner_jaxprs(eqn.params)]
     if len(jaxprs) == 1 and len(jaxprs[0].invars) == len(eqn.invars):  # a call: jit, remat, custom rules
         return _count(jaxprs[0], used, platform)
     return sum((count_flops(inner, platform) for inner in jaxprs), Flops(0)), [True] * len(eqn.invars)
@@ -102,15 +111,15 @@ def _of_primitive(eqn: Any, platform: str) -> Flops | None:
     match name:
         case "dot_general":
             (_, contracted), (_, batch) = params["dimension_numbers"]
-            return Flops(_product(eqn, (*contracted, *batch)))
+            return _of_product(eqn, _product(eqn, (*contracted, *batch)))
         case "ragged_dot_general":
             numbers = params["ragged_dot_dimension_numbers"]
             (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-            return Flops(_product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions)))
+            return _of_product(eqn, _product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions)))
         case str() if name.startswith(("ragged_product", "ragged_outer")):
-            return Flops(2 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1])
+            return _of_product(eqn, 2 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1])
         case "conv_general_dilated":
-            return Flops(_convolution(eqn))
+            return _of_product(eqn, _convolution(eqn))
         case "while":
             turn = count_flops(params["cond_jaxpr"], platform) + count_flops(params["body_jaxpr"], platform)
             return turn + Flops(0, ("while (one turn counted)",) if turn.total else ())
@@ -133,6 +142,12 @@ def _kernel(params: dict[str, Any], platform: str) -> Flops:
     if size is None:
         return Flops(0, (f"pallas_call {params['name']}",))
     return count_flops(params["jaxpr"], platform) * size
+
+
+def _of_product(eqn: Any, count: int) -> Flops:
+    """The FLOPs of a product of an equation's first two inputs."""
+    dtype = min((variable.aval.dtype for variable in eqn.invars[:2]), key=lambda dtype: dtype.itemsize)
+    return Flops(count, by_dtype={dtype.name: count})
 
 
 def _product(eqn: Any, shared: tuple[int, ...]) -> int:
@@ -171,7 +186,7 @@ def _branch(params: dict[str, Any], platform: str) -> Flops:
     )
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs among an equation's parameters."""
     for value in params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):

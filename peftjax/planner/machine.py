@@ -2,6 +2,7 @@
 
     "cpu"                        the CPU of this process
     "h100", "h200"               one NVIDIA GPU, from the description beside this file
+    "h100:8", "h200:8", ...      so many of them in one host
     "v5e:2x2", "v6e:4x4", ...    one chip of a TPU topology: "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2",
                                  "tpu7x:2x2x1" and larger
 
@@ -25,6 +26,7 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 
 GPUS = ("h100", "h200")
+GPU = re.compile(rf"({'|'.join(GPUS)})(:([1-9]\d*))?")
 TPU = re.compile(r"(v\d+[a-z]*|tpu\w+):\d+(x\d+)+")
 TPU_EXAMPLES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIBTPU = {
@@ -67,13 +69,14 @@ def find_machine(name: str) -> Machine:
     """
     if name == "cpu":
         return Machine(name, "cpu", tuple(jax.devices("cpu")))
-    if name in GPUS:
-        return _gpu(name)
+    if found := GPU.fullmatch(name):
+        return _gpu(name, found[1], int(found[3] or 1))
     if TPU.fullmatch(name):
         return _tpu(name)
     known = ("cpu", *GPUS, *TPU_EXAMPLES)
     raise PeftError(
-        f"no target is called {name!r}; closest: {nearest(name, known)} (TPU chips: type:AxB or type:AxBxC)"
+        f"no target is called {name!r}; closest: {nearest(name, known)} (GPUs of a host: type:N, TPU chips: "
+        "type:AxB or type:AxBxC)"
     )
 
 
@@ -82,7 +85,7 @@ def gpu_description(name: str) -> str:
     return (resources.files("peftjax.planner") / f"{name}.pbtxt").read_text()
 
 
-def _gpu(name: str) -> Machine:
+def _gpu(name: str, kind: str, count: int) -> Machine:
     plugin = next((p for p in ("cuda13", "cuda12") if _is_installed(f"jax_plugins.xla_{p}")), None)
     wanted = plugin or "cuda13"
     install = (
@@ -94,8 +97,9 @@ def _gpu(name: str) -> Machine:
     found = metadata.version(f"jax-{plugin}-pjrt")
     if found != jax.__version__:
         raise PeftError(f"target {name!r}: jax-{plugin}-pjrt is {found} and jax {jax.__version__}: {install}")
-    # One partition of one host of one device.
-    devices = compat.topology_devices("cuda", name, topology="1x1x1", target_config=gpu_description(name))
+    devices = compat.topology_devices(
+        "cuda", name, topology=f"1x1x{count}", target_config=gpu_description(kind)
+    )  # one partition of one host
     return Machine(name, "cuda", devices, {"xla_gpu_autotune_level": 0})
 
 

@@ -7,33 +7,44 @@
 and the residuals of the backward pass are among the temporaries: the most that is needed at one time, as XLA
 shares buffers between values that do not live together. The numbers are those of
 `compiled.memory_analysis()`; `docs/guides/memory.md` says what each compiler's mean.
+
+    moved >= Σ over arguments of reads · bytes + (trainable + optimizer) + 2 · min(residuals, temporaries)
+
+are the bytes that pass a device's memory in a step: what is read (`peftjax.planner.reads`), what is written
+over the trainable and the optimizer's state, and the residuals, written and read once each. What one layer
+writes and reads while it works, and weights gathered from other devices, are left out: they may never leave
+the chip.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from peftjax import losses
 from peftjax.backbone.backbone import Backbone
-from peftjax.core import compat, tree
+from peftjax.core import tree
 from peftjax.interpreter import adapt
 from peftjax.parallel.mesh import find_mesh
 from peftjax.parallel.placement import batch_shardings, state_shardings
 from peftjax.parallel.rules import Rules
 from peftjax.planner.between import peaks_between
-from peftjax.planner.collectives import Traffic, by_kind
+from peftjax.planner.collectives import by_kind
 from peftjax.planner.compiling import compile_for
 from peftjax.planner.flops import Flops, count_flops
 from peftjax.planner.machine import Machine, find_machine
+from peftjax.planner.reads import count_reads
 from peftjax.planner.residuals import kept_arrays, nbytes
+from peftjax.planner.result import Bytes, Plan
+from peftjax.planner.roofline import roofline
+from peftjax.planner.sizes import device_bytes
+from peftjax.planner.specification import find_specification
 from peftjax.train.paging import OptimizerMemory, is_paged
 from peftjax.train.step import Training, TrainingState, divided, training
 from peftjax.transform.frozen import Params
@@ -41,109 +52,6 @@ from peftjax.transform.transform import Forward, Transform
 
 Loss = Callable[[Any, Any], jax.Array]
 """`(outputs, batch) -> scalar`."""
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Where a step's memory goes, in bytes of the device, its layout's filling included.
-
-    Attributes:
-        weights: the frozen parameters.
-        method_state: what else the method holds: indices, a frozen factor, weights that its advance changes.
-        trainable: what is trained.
-        optimizer: the optimizer's state, as far as it is on the device.
-        batch: the batch.
-        arguments: all of the above, as the compiler counts it.
-        temporaries: what the step holds while it works, gradients and residuals included.
-        outputs: all that the step returns.
-        aliased: the part of `outputs` that is written over a donated argument.
-        code: the program, where it lies in the device's memory (TPU); not in `peak`.
-        host: what lies in the host's memory, where a policy such as "offload_attention" puts temporaries and
-            `optimizer_memory` the optimizer's state; not in `peak`.
-    """
-
-    weights: int
-    method_state: int
-    trainable: int
-    optimizer: int
-    batch: int
-    arguments: int
-    temporaries: int
-    outputs: int
-    aliased: int
-    code: int
-    host: int
-
-    @property
-    def peak(self) -> int:
-        """The device memory that one step needs."""
-        return self.arguments + self.temporaries + self.outputs - self.aliased
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a step needs on a target; `str` is a table.
-
-    Attributes:
-        method: the method's name.
-        target: the target's name.
-        device: the device's own name.
-        bytes: memory by kind.
-        kept: the residuals of the backward pass, as traced, without the step's own inputs: activations, in
-            bytes. `bytes.temporaries` has them too, and what one layer needs while it works.
-        flops: of the products of one step, what is recomputed included; see `peftjax.planner.flops`.
-        uncounted: operations that `flops` leaves out.
-        trainable_parameters: how many numbers are trained.
-        compile_seconds: what the compiler took for the step.
-        between: the peaks of the programs that the method runs before a step (its advances), each counted as
-            that of the step.
-        devices: of the mesh; `bytes` are those of one of them, `kept` and `flops` those of all.
-        collectives: what passes between them, by kind.
-    """
-
-    method: str
-    target: str
-    device: str
-    bytes: Bytes
-    kept: int
-    flops: int
-    uncounted: tuple[str, ...]
-    trainable_parameters: int
-    compile_seconds: float
-    between: tuple[int, ...] = ()
-    devices: int = 1
-    collectives: Mapping[str, Traffic] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        sizes = self.bytes
-        rows = [
-            ("weights", sizes.weights),
-            ("method state", sizes.method_state),
-            ("trainable", sizes.trainable),
-            ("optimizer", sizes.optimizer),
-            ("batch", sizes.batch),
-            ("temporaries", sizes.temporaries),
-            ("  kept for backward", self.kept),
-            ("outputs not aliased", sizes.outputs - sizes.aliased),
-            ("peak", sizes.peak),
-            *((("peak between steps", max(self.between)),) if self.between else ()),
-            ("code, on top", sizes.code),
-            ("on the host", sizes.host),
-        ]
-        where = self.device if self.devices == 1 else f"{self.devices} x {self.device}, each"
-        left_out = f", without {', '.join(self.uncounted)}" if self.uncounted else ""
-        return "\n".join(
-            [
-                f"{self.method} on {self.target} ({where}), {self.trainable_parameters:,} trained",
-                *(f"  {name:<20}{size / 2**20:>12,.2f} MiB" for name, size in rows),
-                *(
-                    f"  {kind:<20}{traffic.nbytes / 2**20:>12,.2f} MiB in {traffic.runs:,}"
-                    for kind, traffic in self.collectives.items()
-                ),
-                f"  {'FLOPs a step':<20}{self.flops:>12.4g}{left_out}",
-                f"  {'compiled in':<20}{self.compile_seconds:>12.1f} s",
-            ]
-        )
 
 
 def method_loss(method: Transform, model: Forward, loss: Loss) -> Callable[[Params, Any], jax.Array]:
@@ -179,17 +87,18 @@ def plan(
         batch: a batch, or its shapes.
         optimizer: any of optax.
         loss: `(outputs, batch) -> scalar`.
-        target: "cpu", "h200", "h100" or one chip of a TPU topology such as "v5e:2x2"; see
-            `peftjax.planner.machine` for the compilers they need.
+        target: "cpu", "h200", "h100", "h200:8" (of one host), or a TPU topology such as "v5e:2x2", of which
+            without a mesh one device is meant; see `peftjax.planner.machine` for the compilers they need.
         optimizer_memory: where the optimizer's state lies between steps, as in `pj.training`.
         mesh: of all devices of the target, such as "fsdp=8,tensor=2", or "all" on fsdp, as of
             `pj.parallel.make_mesh`; None is one device. Of a `Backbone` the activations lie on it too.
         rules: where parameters lie on the mesh, by default as of `pj.parallel.shard`.
 
     Raises:
-        PeftError: the mesh does not fit the target's devices;
-            the target is unknown, its compiler is missing, or it cannot compile the step: a TPU's
-            says so when the step does not fit.
+        DoesNotFit: a TPU's compiler refuses the step as too large for its memory, or what is done between
+            steps. (A GPU's compiles it, and `Plan.fits` is False.)
+        PeftError: the mesh does not fit the target's devices; the target is unknown, its compiler is missing,
+            or it cannot compile the step.
     """
     machine = find_machine(target)
     on = find_mesh(mesh, machine.devices)
@@ -210,9 +119,33 @@ def plan(
     start = time.perf_counter()
     compiled = compile_for(machine, traced, f"{method.name} on {target}: the compiler refuses the step")
     seconds = time.perf_counter() - start
-    between = peaks_between(run, (trainable, state, frozen, batch), machine)
+    between = peaks_between(run, (trainable, state, frozen, batch), machine, on)
     found = _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
-    return found if on is None else replace(found, devices=on.size, collectives=by_kind(compiled.as_text()))
+    if on is not None:
+        found = replace(found, devices=on.size, collectives=by_kind(compiled.as_text()))
+    items, unit = _items(batch)
+    moved = _moved(found, count_reads(traced.jaxpr, machine.platform), inputs, compiled)
+    found = replace(found, items=items, unit=unit, moved=moved)
+    device = find_specification(target)
+    if device is None:
+        return found
+    bound = roofline(device, flops, moved, found.collectives.values(), found.devices)
+    return replace(found, capacity=device.memory, roofline=bound)
+
+
+def _items(batch: Any) -> tuple[int, str]:
+    """What a step is of: tokens where the batch has some, else rows."""
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return math.prod(batch["input_ids"].shape), "tokens"
+    return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape), 0), "rows"
+
+
+def _moved(found: Plan, reads: list[int], inputs: tuple, compiled: Any) -> int:
+    """The bytes that pass a device's memory in a step, at least; a state from the host passes it too."""
+    leaves = zip(reads, jax.tree.leaves(inputs), jax.tree.leaves(compiled.input_formats[0]), strict=True)
+    read = sum(count * device_bytes([leaf], [held]) for count, leaf, held in leaves)
+    residuals = min(found.kept // found.devices, found.bytes.temporaries)
+    return read + found.bytes.trainable + found.bytes.optimizer + 2 * residuals
 
 
 def _input_shapes(
@@ -261,11 +194,11 @@ def _read(
     trainable, state, moved, fixed, batch = zip(inputs, compiled.input_formats[0])
     frozen = [replace(part, **own) for part, own in zip(fixed, moved)]
     sizes = Bytes(
-        weights=_device_bytes(*(part.params for part in frozen)),
-        method_state=_device_bytes(*(part.state for part in frozen)),
-        trainable=_device_bytes(*trainable),
-        optimizer=_device_bytes(*_on_device(state, run.optimizer_memory if on_host else "device")),
-        batch=_device_bytes(*batch),
+        weights=device_bytes(*(part.params for part in frozen)),
+        method_state=device_bytes(*(part.state for part in frozen)),
+        trainable=device_bytes(*trainable),
+        optimizer=device_bytes(*_on_device(state, run.optimizer_memory if on_host else "device")),
+        batch=device_bytes(*batch),
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         outputs=found.output_size_in_bytes,
@@ -291,14 +224,3 @@ def _on_device(pair: tuple[Any, Any], memory: OptimizerMemory) -> tuple[list[Any
     """Shapes and formats of an optimizer's state without what is paged out."""
     held = [both for both in zip(*map(jax.tree.leaves, pair)) if not is_paged(both[0], memory)]
     return [shape for shape, _ in held], [form for _, form in held]
-
-
-def _device_bytes(shapes: Any, formats: Any) -> int:
-    """The bytes of arrays in the compiled program's layouts."""
-    total = 0
-    for leaf, held in zip(jax.tree.leaves(shapes), jax.tree.leaves(formats)):
-        own = jax.ShapeDtypeStruct(held.sharding.shard_shape(leaf.shape), leaf.dtype)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            own = jax.eval_shape(jax.random.key_data, own)
-        total += math.prod(compat.padded_shape(own.shape, held.layout)) * own.dtype.itemsize
-    return total

@@ -160,7 +160,7 @@ _AT_LEAST_ONE = (
     "max_new_tokens",
     "top_k",
 )
-_POSITIVE = ("epochs", "learning_rate", "clip_norm")
+_POSITIVE = ("epochs", "learning_rate", "clip_norm", "time_limit")
 _NOT_NEGATIVE = ("weight_decay", "keep_best", "seed", "temperature")
 # What counts steps and rows in 32 bits has to hold them; a seed is a number of 64 bits.
 # A cache is made for as many tokens as are asked for.

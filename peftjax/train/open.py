@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.models.family import Family
-from peftjax.models.load import build_model, load, read_family
+from peftjax.models.load import CONFIG_FILE, build_model, family_of, load, read_family
 from peftjax.models.minilm import minilm_path
+from peftjax.models.named import named_config, named_models
 from peftjax.text.tokenizer import Tokenizer, load_tokenizer
 from peftjax.train.data.dataset import TextDataset
 from peftjax.train.data.docstrings import docstring_dataset
@@ -49,8 +50,34 @@ def find_base(name: str) -> BaseModel:
     """
     folder = minilm_path() if name == MINILM else Path(name)
     if not folder.is_dir():
-        raise PeftError(f"the model folder {name} does not exist; give a Hugging Face folder or 'minilm'")
+        what = (
+            f"{name} is a configuration without weights, for `peftjax plan` alone"
+            if name in named_models()
+            else f"the model folder {name} does not exist"
+        )
+        raise PeftError(f"{what}; give a Hugging Face folder or 'minilm'")
     return BaseModel(name, folder, *read_family(folder))
+
+
+def find_config(name: str) -> BaseModel:
+    """`find_base` of what has no weights too: a `config.json`, or a name such as "llama-3-8b".
+
+    Raises:
+        PeftError: there is no such folder, file or name, or the configuration is of no supported model.
+    """
+    path = Path(name)
+    if name == MINILM or path.is_dir():
+        return find_base(name)
+    if path.name == CONFIG_FILE and path.is_file():
+        return BaseModel(name, path.parent, *read_family(path.parent))
+    if name in named_models():
+        config = named_config(name)
+        return BaseModel(name, path, family_of(config, name), config)
+    known = (MINILM, *named_models())
+    raise PeftError(
+        f"the model {name} does not exist; give a Hugging Face folder, its config.json, or one of "
+        f"{', '.join(known)}"
+    )
 
 
 def longest_text(base: BaseModel) -> int | None:

@@ -13,6 +13,8 @@ from support import KEY, assert_close
 import peftjax as pj
 from peftjax.core import compat, tree
 from peftjax.planner import machine as machines
+from peftjax.planner.compiling import DoesNotFit
+from peftjax.planner.specification import specifications
 from peftjax.planner.step import method_loss
 
 L, D, F, B = 3, 64, 256, 32
@@ -124,8 +126,10 @@ def test_a_method_in_place_needs_no_product_of_its_own():
 @needs("libtpu")
 def test_a_step_that_does_not_fit_is_an_error_with_its_size():
     params = {**shapes_of(), "unused": jax.ShapeDtypeStruct((2**33,), F32)}
-    with pytest.raises(pj.PeftError, match=r"chain on v5e:2x2: .*exceeds available HBM \(15\.75G\)"):
+    with pytest.raises(DoesNotFit, match=r"chain on v5e:2x2: .*exceeds available HBM \(15\.75G\)") as told:
         pj.plan(LORA, model, params, BATCH, optimizer=optax.adam(1e-3), target="v5e:2x2")
+    assert told.value.capacity == specifications()["v5e"].memory
+    assert told.value.needed == pytest.approx(4 * 2**33, rel=0.01)
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """A plan on a mesh has the sizes of one device, and what passes between all."""
 
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from meshes import MODEL
 
 import peftjax as pj
 from peftjax.core import tree
+from peftjax.planner import machine
+from peftjax.planner.specification import find_specification
 
 
 def test_sizes_are_those_of_one_device():
@@ -27,6 +32,42 @@ def test_sizes_are_those_of_one_device():
     assert found.collectives["all-gather"].nbytes > whole
     assert "8 x cpu, each" in str(found)
     assert "all-gather" in str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "module", "mesh"),
+    [("h200:2", "jax_plugins.xla_cuda13", "fsdp=2"), ("v5e:2x2", "libtpu", "fsdp=2,tensor=2")],
+)
+def test_devices_that_are_not_there_have_bounds_and_collectives(target, module, mesh):
+    if not machine._is_installed(module):
+        pytest.skip(f"{module} is not installed")
+    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    batch, options = {"input_ids": ids, "labels": ids}, {"optimizer": optax.adamw(1e-3), "target": target}
+    found = pj.plan(pj.lora(rank=4), MODEL, MODEL.shapes, batch, mesh=mesh, **options)
+    alone = pj.plan(pj.lora(rank=4), MODEL, MODEL.shapes, batch, **options)
+    assert found.devices == int(np.prod([int(size) for size in re.findall(r"\d", mesh)]))
+    assert found.fits
+    assert found.collectives["all-gather"].nbytes > 0
+    gathered = found.collectives["all-gather"]
+    assert 0.5 * gathered.nbytes <= gathered.crossing < gathered.nbytes
+    assert found.roofline.network > 0 == alone.roofline.network
+    assert found.roofline.compute == pytest.approx(alone.roofline.compute / found.devices)
+    assert found.capacity == alone.capacity == find_specification(target).memory
+
+
+@pytest.mark.slow
+def test_what_is_done_between_steps_is_compiled_for_the_mesh():
+    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    found = pj.plan(
+        pj.galore(rank=4),
+        MODEL,
+        MODEL.shapes,
+        {"input_ids": ids, "labels": ids},
+        optimizer=optax.adamw(1e-3),
+        mesh="fsdp=8",
+    )
+    assert found.between
 
 
 def test_a_mesh_of_other_devices_than_the_targets():
