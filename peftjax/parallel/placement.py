@@ -11,7 +11,7 @@ from peftjax.core import tree
 from peftjax.core.mesh_axes import ROWS, TOKENS
 from peftjax.optim.coded_sharding import shardings_like
 from peftjax.parallel.processes import put
-from peftjax.parallel.rules import Rules, fitting, shardings, spec_of
+from peftjax.parallel.rules import Rules, fitting, names_of, shardings, spec_of
 
 T = TypeVar("T")
 
@@ -99,12 +99,21 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
         if shape == of_weight or len(of_weight) < 2 or not shape:
             return spec if shape == of_weight else PartitionSpec()
         # A method's arrays are canonical: the last axis runs over the inputs, the outputs, or neither.
-        of_inputs, of_outputs = tuple(spec)[-2:]
+        sides = {"outputs": tuple(spec)[-1], "inputs": tuple(spec)[-2]}
         inputs, outputs = of_weight[-2:]
-        last = of_outputs if shape[-1] == outputs and (slot != "a" or inputs != outputs) else None
-        if last is None and shape[-1] == inputs:
-            last = of_inputs
-        return PartitionSpec(*(None,) * (len(shape) - 1), last)
+        if shape[-1] == outputs and (slot != "a" or inputs != outputs):
+            side = "outputs"
+        elif shape[-1] == inputs:
+            side = "inputs"
+        else:
+            return PartitionSpec()
+        own = names_of(sides.pop(side))
+        (others,) = map(names_of, sides.values())
+        # Over the axes of the batch's rows too where the weight's other side is, as an array is gathered over
+        # these where it is used; over `tensor` it would divide activations.
+        rows = tuple(name for name in others if name in ROWS)
+        last = fitting(shape[-1], own + rows, mesh) or fitting(shape[-1], own, mesh)
+        return PartitionSpec(*(None,) * (len(shape) - 1), last or None)
 
     trainable = beside(state.trainable)
     like = jax.tree.map(

@@ -31,9 +31,9 @@ def test_a_lora_on_all_kinds_of_axes():
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     slots = state.trainable["blocks/feed_forward/up/kernel"]
     assert slots["a"].sharding.spec[-1] == "fsdp"
-    assert slots["b"].sharding.spec[-1] == "tensor"
+    assert slots["b"].sharding.spec[-1] == ("tensor", "fsdp")
     moments = state.opt_state[0].mu["blocks/feed_forward/down/kernel"]
-    assert moments["a"].sharding.spec[-1] == "tensor"
+    assert moments["a"].sharding.spec[-1] == ("tensor", "fsdp")
     assert moments["b"].sharding.spec[-1] == "fsdp"
 
 
