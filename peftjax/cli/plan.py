@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from peftjax.backbone.backbone import Backbone, Batch
+from peftjax.backbone.block_config import AttentionKind
 from peftjax.cli.report import show
 from peftjax.planner.step import Plan, plan
 from peftjax.train.config import Dtype, Optimizer, Task, TrainConfig, validate, with_defaults
@@ -50,6 +51,8 @@ class PlanOptions:
     """Compute dtype of the model; its parameters are in float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    attention: AttentionKind = "rows"
+    """As of `peftjax train`."""
     json: bool = False
     """As JSON, sizes in bytes."""
 
@@ -78,11 +81,13 @@ def planned(options: PlanOptions) -> Plan:
         optimizer_memory=options.optimizer_memory,
         dtype=options.dtype,
         remat=options.remat,
+        attention=options.attention,
     )
     validate(config)
     config = with_defaults(config, task, longest_text(base))
     num_labels = None if writes else options.num_labels
     model, params = abstract_model(base, options.base, num_labels, dtype=options.dtype, remat=options.remat)
+    model = dataclasses.replace(model, attention=options.attention)
     method = with_new_head(make_method(options.tuning, STEPS), model, params)
     batch = batch_shapes(model, config.batch_size, config.max_length, per_token=writes)
     optimizer = make_optimizer(config, STEPS)
