@@ -119,6 +119,7 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
     `working` is the peak less what stays.
     """
     backbone = model.backbone(contender.remat, contender.tile)
+    backbone = dataclasses.replace(backbone, attention=contender.attention)
     params = model.params(backbone)
     try:
         plan = pj.plan(
@@ -127,7 +128,8 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
             params,
             model.inputs(backbone),
             optimizer=contender.optimizer(setting, rate),
-            target=target,
+            target=contender.target or target,
+            mesh=contender.mesh,
         )
     except PeftError as error:
         return {"reason": str(error)}

@@ -180,6 +180,7 @@ def _on_gpu(part: Part) -> primitives.Body:
             warn_of_rows(reason)
             return part(rows, operands, *rest, scores=scores)
         kernel, plain = (partial(part, attend, scores=scores) for attend in (gpu.attend, rows))
+        kernel = gpu.in_device_code(kernel)
         if operands.mask is None:
             return kernel(operands, *rest)
         return lax.cond(gpu.padded_behind(operands.mask), kernel, plain, operands, *rest)

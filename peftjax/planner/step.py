@@ -98,7 +98,8 @@ class Plan:
         between: the peaks of the programs that the method runs before a step (its advances), each counted as
             that of the step.
         devices: of the mesh; `bytes` are those of one of them, `kept` and `flops` those of all.
-        collectives: what passes between them, by kind.
+        collectives: what passes between them, by kind; empty, with a warning, where this jax cannot read the
+            program of a newer compiler.
     """
 
     method: str
@@ -212,7 +213,9 @@ def plan(
     seconds = time.perf_counter() - start
     between = peaks_between(run, (trainable, state, frozen, batch), machine)
     found = _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
-    return found if on is None else replace(found, devices=on.size, collectives=by_kind(compiled.as_text()))
+    if on is None:
+        return found
+    return replace(found, devices=on.size, collectives=by_kind(compat.text_of(compiled) or ""))
 
 
 def _input_shapes(

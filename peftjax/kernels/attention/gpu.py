@@ -1,5 +1,6 @@
 """cuDNN's attention, of `jax.nn.dot_product_attention`: causal or not, a window, padding behind tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,18 @@ def refused(operands: Operands, scores: Scores) -> str | None:
 def padded_behind(mask: Array) -> Array:
     """Whether the tokens of every row come first, which alone the kernel knows."""
     return jnp.all(mask[..., 1:] <= mask[..., :-1])
+
+
+def in_device_code(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` in the code of one device, or of each where it is that already.
+
+    JAX lets XLA divide cuDNN's attention over devices, and for that asks which they are while it lowers it.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return f
+    alone = jax.sharding.AbstractMesh((1,), ("alone",))
+    whole = jax.sharding.PartitionSpec()
+    return jax.shard_map(f, mesh=alone, in_specs=whole, out_specs=whole, check_vma=False)
 
 
 def attend(operands: Operands, scores: Scores) -> Array:
