@@ -89,7 +89,7 @@ def test_over_sequence_attention_moves_heads_and_gathers_no_tokens():
     gathers = [one for one in found if one.kind == "all-gather"]
     weights = tree.nbytes(state.frozen.params)
     assert sum(one.runs * one.nbytes for one in gathers) <= 2 * weights + stream // 4
-    # Queries, results and their gradients, and of each two the recomputed: a device has a fourth of the stream.
+    # Of queries, keys, values and results, forward and backward; a device has a fourth of the stream.
     moved = sum(one.runs * one.nbytes for one in found if one.kind == "all-to-all")
     assert 0 < moved <= 10 * CONFIG["num_hidden_layers"] * stream // 4
 
