@@ -130,7 +130,8 @@ def in_bfloat16(plans: Plans) -> list[str]:
             sizes, moved = plan["bytes"], plan["collectives"].items()
             passed = ", ".join(f"{kind} {traffic['nbytes'] / 2**30:.1f}" for kind, traffic in moved)
             cells = (f"{size / 2**30:.2f}" for size in (plan["peak"], sizes["weights"], sizes["temporaries"]))
-            rows.append((one.label, plan["device"], str(plan["devices"]), *cells, passed))
+            unread = "not read" if plan["devices"] > 1 else ""
+            rows.append((one.label, plan["device"], str(plan["devices"]), *cells, passed or unread))
     if not rows:
         return []
     header = ("", "device", "devices", "peak", "weights", "temporaries", "between them")

@@ -27,7 +27,7 @@ from peftjax.kernels.attention.windows import by_window
 TILE = 128
 BLOCKS = (512, 384, 256, 128)
 """Queries, and keys, of a block: the first that divides the filled length."""
-FILLED = -1
+FILLED = np.iinfo(np.int32).min
 """The segment of keys that are no tokens."""
 
 
