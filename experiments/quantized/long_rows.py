@@ -58,6 +58,7 @@ IN_BFLOAT16 = (
     contender("LoRA, flash", **LORA, attention="flash"),
     contender("LoRA, 8 v5p", **LORA, **ON_V5P),
     contender("LoRA, flash, 8 v5p", **LORA, **ON_V5P, attention="flash"),
+    contender("LoRA, 8 v5e", **LORA, target="v5e:2x4", mesh="fsdp=8"),
 )
 """On a base that is not quantized, at the greatest length: attention of both kinds, on one GPU and on a mesh
 whose `fsdp` divides the weights and, as there is one row, the tokens."""
