@@ -53,12 +53,14 @@ CONTENDERS = (
 )
 LORA: dict[str, Any] = {"method": lambda: pj.lora(rank=32), "remat": "nothing_saveable", "tile": TILE}
 ON_V5P: dict[str, Any] = {"target": "v5p:2x2x2", "mesh": "fsdp=8"}
+ON_V5E: dict[str, Any] = {"target": "v5e:2x4", "mesh": "fsdp=8"}
 IN_BFLOAT16 = (
     contender("LoRA", **LORA),
     contender("LoRA, flash", **LORA, attention="flash"),
     contender("LoRA, 8 v5p", **LORA, **ON_V5P),
     contender("LoRA, flash, 8 v5p", **LORA, **ON_V5P, attention="flash"),
-    contender("LoRA, 8 v5e", **LORA, target="v5e:2x4", mesh="fsdp=8"),
+    contender("LoRA, 8 v5e", **LORA, **ON_V5E),
+    contender("LoRA, no tiles, 8 v5e", **{**LORA, "tile": None}, **ON_V5E),
 )
 """On a base that is not quantized, at the greatest length: attention of both kinds, on one GPU and on a mesh
 whose `fsdp` divides the weights and, as there is one row, the tokens."""
