@@ -197,11 +197,15 @@ def _chunks(logits: Logits, *by_token: Array) -> tuple[Array, ...]:
     size = max(1, min(each, CHUNK * logits.devices // (batch * parts)))
     count = -(-each // size)
 
+    def of_one(x: Array) -> Array:
+        padding = [(0, 0), (0, count * size - each)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
     def cut(x: Array) -> Array:
-        x = x.reshape(batch, parts, each, *x.shape[2:])
-        padding = [(0, 0), (0, 0), (0, count * size - each)] + [(0, 0)] * (x.ndim - 3)
-        cut = jnp.pad(x, padding).reshape(batch, parts, count, size, *x.shape[3:])
-        return jnp.moveaxis(cut, 2, 0).reshape(count, batch, parts * size, *x.shape[3:])
+        if parts == 1:
+            return of_one(x)
+        by_part = jax.vmap(of_one, 1, 2)(x.reshape(batch, parts, each, *x.shape[2:]))
+        return by_part.reshape(count, batch, parts * size, *x.shape[2:])
 
     return cut(logits.hidden), *map(cut, by_token)
 
@@ -209,6 +213,8 @@ def _chunks(logits: Logits, *by_token: Array) -> tuple[Array, ...]:
 def _joined(chunks: Float[Array, "C B s D"], logits: Logits) -> Float[Array, "B S D"]:
     """Undoes `_chunks`, of hidden states."""
     shape, parts = logits.hidden.shape, logits.token_devices
+    if parts == 1:
+        return jnp.moveaxis(chunks, 0, 1).reshape(shape[0], -1, shape[2])[:, : shape[1]]
     by_part = jnp.moveaxis(chunks.reshape(len(chunks), shape[0], parts, -1, shape[2]), 0, 2)
     joined = by_part.reshape(shape[0], parts, -1, shape[2])[:, :, : shape[1] // parts]
     return joined.reshape(shape)
