@@ -60,7 +60,6 @@ IN_BFLOAT16 = (
     contender("LoRA, 8 v5p", **LORA, **ON_V5P),
     contender("LoRA, flash, 8 v5p", **LORA, **ON_V5P, attention="flash"),
     contender("LoRA, 8 v5e", **LORA, **ON_V5E),
-    contender("LoRA, no tiles, 8 v5e", **{**LORA, "tile": None}, **ON_V5E),
 )
 """On a base that is not quantized, at the greatest length: attention of both kinds, on one GPU and on a mesh
 whose `fsdp` divides the weights and, as there is one row, the tokens."""
