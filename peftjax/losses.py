@@ -141,7 +141,7 @@ def _chunked_sums(
         return jax.tree.map(jnp.add, sums, part), None
 
     zeros = (jnp.float32(0), jnp.float32(0))
-    return jax.lax.scan(add, zeros, _chunks(logits.devices, logits.hidden, labels, weights))[0]
+    return jax.lax.scan(add, zeros, _chunks(logits, labels, weights))[0]
 
 
 def _sums_and_gradients(logits: Any, labels: Any, weights: Any) -> tuple[tuple[Array, Array], Any]:
@@ -170,10 +170,9 @@ def _sums_and_gradients(logits: Any, labels: Any, weights: Any) -> tuple[tuple[A
 
     zeros = (jnp.float32(0), jnp.float32(0))
     totals = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in moving]
-    chunks = _chunks(plain.devices, plain.hidden, labels, weights)
+    chunks = _chunks(plain, labels, weights)
     (sums, totals), by_chunk = jax.lax.scan(add, (zeros, totals), chunks)
-    hidden = jnp.moveaxis(by_chunk, 0, 1).reshape(plain.hidden.shape[0], -1, plain.hidden.shape[2])
-    hidden = hidden[:, : plain.hidden.shape[1]] if of_hidden else None
+    hidden = _joined(by_chunk, plain) if of_hidden else None
     moved = iter(total.astype(leaf.dtype) for total, leaf in zip(totals, moving))
     rest = [next(moved) if perturbed else None for perturbed in of_rest]
     return sums, jax.tree.unflatten(structure, [hidden, *rest])
@@ -187,15 +186,35 @@ def _scale_gradients(gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, 
 _chunked_sums.defvjp(_sums_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
-def _chunks(devices: int, hidden: Float[Array, "B S D"], *by_token: Array) -> tuple[Array, ...]:
-    """The arrays cut along the sequence, [chunks, B, s, ...], the last chunk padded with zeros."""
-    batch, length = hidden.shape[:2]
-    size = max(1, min(length, CHUNK * devices // batch))
-    count = -(-length // size)
-    missing = count * size - length
+def _chunks(logits: Logits, *by_token: Array) -> tuple[Array, ...]:
+    """The hidden states and other arrays cut along the sequence, [chunks, B, s, ...], padded with zeros.
 
-    def cut(x: Array) -> Array:
-        padding = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    Where tokens are divided over devices, each chunk has as many of every device's.
+    """
+    batch, length = logits.hidden.shape[:2]
+    parts = logits.token_devices
+    each = length // parts
+    size = max(1, min(each, CHUNK * logits.devices // (batch * parts)))
+    count = -(-each // size)
+
+    def of_one(x: Array) -> Array:
+        padding = [(0, 0), (0, count * size - each)] + [(0, 0)] * (x.ndim - 2)
         return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
-    return cut(hidden), *map(cut, by_token)
+    def cut(x: Array) -> Array:
+        if parts == 1:
+            return of_one(x)
+        by_part = jax.vmap(of_one, 1, 2)(x.reshape(batch, parts, each, *x.shape[2:]))
+        return by_part.reshape(count, batch, parts * size, *x.shape[2:])
+
+    return cut(logits.hidden), *map(cut, by_token)
+
+
+def _joined(chunks: Float[Array, "C B s D"], logits: Logits) -> Float[Array, "B S D"]:
+    """Undoes `_chunks`, of hidden states."""
+    shape, parts = logits.hidden.shape, logits.token_devices
+    if parts == 1:
+        return jnp.moveaxis(chunks, 0, 1).reshape(shape[0], -1, shape[2])[:, : shape[1]]
+    by_part = jnp.moveaxis(chunks.reshape(len(chunks), shape[0], parts, -1, shape[2]), 0, 2)
+    joined = by_part.reshape(shape[0], parts, -1, shape[2])[:, :, : shape[1] // parts]
+    return joined.reshape(shape)

@@ -11,6 +11,7 @@ import optax
 
 import peftjax as pj
 from peftjax.backbone.backbone import Backbone, Params
+from peftjax.backbone.block_config import AttentionKind
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch, cross_entropy
@@ -66,6 +67,9 @@ class Contender:
         matched: whether it has to train as many parameters as the others; a reference point does not.
         remat: policy of the backbone.
         tile: tokens that its feed-forward takes at a time.
+        attention: of the backbone.
+        target: the machine, where it is another than that of the table.
+        mesh: over which the step is divided; None is one device.
         own_head: whether the method makes all that the loss reads: no classifier is trained beside it.
     """
 
@@ -75,6 +79,9 @@ class Contender:
     matched: bool = True
     remat: str | None = None
     tile: int | None = None
+    attention: AttentionKind = "rows"
+    target: str | None = None
+    mesh: str | None = None
     own_head: bool = False
 
 

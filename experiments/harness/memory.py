@@ -124,6 +124,7 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
     `working` is the peak less what stays.
     """
     backbone = model.backbone(contender.remat, contender.tile)
+    backbone = dataclasses.replace(backbone, attention=contender.attention)
     params = model.params(backbone)
     try:
         plan = pj.plan(
@@ -132,8 +133,8 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
             params,
             model.inputs(backbone),
             optimizer=contender.optimizer(setting, rate),
-            target=model.target or target,
-            mesh=model.mesh,
+            target=contender.target or model.target or target,
+            mesh=contender.mesh or model.mesh,
         )
     except DoesNotFit as error:
         return {"reason": str(error), "fits": False, "needed": error.needed, "capacity": error.capacity}

@@ -45,10 +45,24 @@ CONTENDERS = (
         "MEFT1 on NF4, tiles", lambda: pj.chain(pj.nf4(), pj.meft(variant=1)), matched=False, tile=TILE
     ),
 )
+LORA: dict[str, Any] = {"method": lambda: pj.lora(rank=32), "remat": "nothing_saveable", "tile": TILE}
+ON_V5P: dict[str, Any] = {"target": "v5p:2x2x2", "mesh": "fsdp=8"}
+ON_V5E: dict[str, Any] = {"target": "v5e:2x4", "mesh": "fsdp=8"}
+IN_BFLOAT16 = (
+    contender("LoRA", **LORA),
+    contender("LoRA, flash", **LORA, attention="flash"),
+    contender("LoRA, 8 v5p", **LORA, **ON_V5P),
+    contender("LoRA, flash, 8 v5p", **LORA, **ON_V5P, attention="flash"),
+    contender("LoRA, 8 v5e", **LORA, **ON_V5E),
+)
+"""On a base that is not quantized, at the greatest length: attention of both kinds, on one GPU and on a mesh
+whose `fsdp` divides the weights and, as there is one row, the tokens."""
 
 
 def asked(model: Model, contender: Contender) -> bool:
     """On the larger model only what needs the least."""
+    if contender in IN_BFLOAT16:
+        return model.name == f"Llama-3-8B, {LENGTHS[-1]:,} tokens"
     return model.name.startswith("Llama-3-8B") or contender.label == "QLoRA, offloaded, tiles"
 
 
@@ -100,7 +114,25 @@ def report(plans: Plans) -> str:
         cells = [f"{record(name, length):.2f}" for length in LENGTHS]
         rows.append((name, "the record", *cells, f"{fixed:.2f}", f"{each:.1f}"))
     header = ("", "", *(f"{length:,}" for length in LENGTHS), "GiB fixed", "kB a token")
-    return "\n".join([*text, *table(header, rows), ""])
+    return "\n".join([*text, *table(header, rows), "", *in_bfloat16(plans)])
+
+
+def in_bfloat16(plans: Plans) -> list[str]:
+    """The plans of a base that is not quantized."""
+    own = plans.get(f"Llama-3-8B, {LENGTHS[-1]:,} tokens", {})
+    rows = []
+    for one in IN_BFLOAT16:
+        if "peak" in (plan := own.get(one.label, {})):
+            sizes, moved = plan["bytes"], plan["collectives"].items()
+            passed = ", ".join(f"{kind} {traffic['nbytes'] / 2**30:.1f}" for kind, traffic in moved)
+            cells = (f"{size / 2**30:.2f}" for size in (plan["peak"], sizes["weights"], sizes["temporaries"]))
+            unread = "not read" if plan["devices"] > 1 else ""
+            rows.append((one.label, plan["device"], str(plan["devices"]), *cells, passed or unread))
+    if not rows:
+        return []
+    header = ("", "device", "devices", "peak", "weights", "temporaries", "between them")
+    text = f"Llama-3-8B in bfloat16, one row of {LENGTHS[-1]:,} tokens: GiB of one device."
+    return [text, "", *table(header, rows), ""]
 
 
 def draw(plans: Plans, file: Path) -> None:
@@ -131,4 +163,4 @@ def answer(plans: Plans) -> dict[str, str]:
 
 
 REPORT = memory_report(report, draw, answer)
-make_table = partial(Table, MODELS, CONTENDERS, REPORT, asked=asked)
+make_table = partial(Table, MODELS, (*CONTENDERS, *IN_BFLOAT16), REPORT, asked=asked)

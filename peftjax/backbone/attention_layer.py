@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -11,12 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from peftjax.backbone.attention import Visibility, attend
+from peftjax.backbone.attention import Prefix, Visibility, attend
 from peftjax.backbone.block_config import BlockConfig
 from peftjax.backbone.coded_layers import attended, linear, norm, plain_value
 from peftjax.backbone.context import Context, Rotation
+from peftjax.backbone.flash_attention import flash_attend, warn_of_rows
 from peftjax.backbone.layers import recompute
-from peftjax.backbone.on_mesh import features_on_mesh
+from peftjax.backbone.on_mesh import features_on_mesh, heads_on_mesh, tokens_to_heads
 from peftjax.backbone.remat import ATTENTION_RESULT
 from peftjax.backbone.rope import layer_rotation, rotate
 
@@ -108,6 +110,7 @@ class Attention(nn.Module):
         seen = Context(**{name: getattr(context, name) for name in SEEN if name != "prefix"})
         # Of values that are rows of the identity a weighted mean is the weights.
         each = jnp.broadcast_to(jnp.eye(length)[None, :, None], (*key.shape[:3], length))
+        config = dataclasses.replace(config, attention="rows")
         return _mixed(config, None, query, key, each, seen, None, None, self.sinks if config.sinks else None)
 
     def _through_cache(
@@ -170,23 +173,66 @@ def _mixed(
     start = 0 if cache_index is None else cache_index
     window = config.window if context.window is None else context.window
     visible = Visibility(config.causal, window, start)
-    seen = {"mask": context.mask, "segments": context.segments, "bias": context.bias}
+    seen = {"mask": context.mask, "segments": context.segments}
     if place is not None:
         visible, seen = Visibility(), {"mask": _seen_by_queries(context, visible, place, key.shape[1])}
-    return attend(
-        _rotated(config, query, context, place),
-        _rotated(config, key, context) if cache_index is None else key,
+    scores = {"visible": visible, "scale": config.query_scale, "softcap": config.softcap, "sinks": sinks}
+    query = _rotated(config, query, context, place)
+    key = _rotated(config, key, context) if cache_index is None else key
+    alone = place is None and cache_index is None
+    if config.attention == "flash" and alone:
+        reason = _no_kernel(config, context, visible, dropout_key)
+        if reason is None:
+            mixed = flash_attend(
+                query, key, value, **seen, **scores, windows=config.windows, mesh=config.mesh
+            )
+            return features_on_mesh(mixed, config.mesh)
+        warn_of_rows(reason)
+    if place is None:
+        scores["bias"] = context.bias
+    prefix, moved = context.prefix, alone and tokens_to_heads(query.shape, config.mesh)
+    if moved:
+        heads = key.shape[2]
+        query, key, value = heads_on_mesh(query, key, value, config.mesh)
+        prefix = _repeated(prefix, heads, key.shape[2] // heads)
+    mixed = attend(
+        query,
+        key,
         value,
         **seen,
-        visible=visible,
-        scale=config.query_scale,
-        softcap=config.softcap,
+        **scores,
         dropout=config.attention_dropout,
         dropout_key=dropout_key,
-        prefix=context.prefix,
+        prefix=prefix,
         codes=context.weight_codes,
-        sinks=sinks,
     )
+    return features_on_mesh(mixed, config.mesh) if moved else mixed
+
+
+def _no_kernel(
+    config: BlockConfig, context: Context, visible: Visibility, dropout_key: Key[Array, ""] | None
+) -> str | None:
+    """Why no platform's kernel computes a layer's attention; None where one may."""
+    known = visible.window is None or isinstance(visible.window, int) or bool(config.windows)
+    reasons = {
+        "a bias is added to the scores": context.bias is not None,
+        "a prefix lies before the keys": context.prefix is not None,
+        "attention weights are rounded": context.weight_codes is not None,
+        "attention weights are dropped out": dropout_key is not None,
+        "a layer's window is known at run time only": not known,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _repeated(prefix: Prefix | None, heads: int, times: int) -> Prefix | None:
+    """The prefix with every head of keys and values so many times."""
+    if prefix is None or times == 1:
+        return prefix
+
+    def repeat(x: Float[Array, "P KH"]) -> Float[Array, "P kH"]:
+        return jnp.repeat(x.reshape(len(x), heads, -1), times, axis=1).reshape(len(x), -1)
+
+    return {**prefix, **{name: repeat(prefix[name]) for name in ("keys", "values")}}
 
 
 def _rotated(config: BlockConfig, x: Array, context: Context, place: Array | None = None) -> Array:

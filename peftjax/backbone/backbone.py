@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from peftjax.backbone.block_config import AttentionKind
 from peftjax.backbone.context import Context
 from peftjax.backbone.logits import Logits
 from peftjax.backbone.on_mesh import (
@@ -155,7 +156,10 @@ class Backbone:
             `jax.checkpoint` around each block; None or "none" keeps what the block's own layers keep.
         feed_forward_tile: how many of each row's tokens the feed-forward of a block takes at a time, for long
             rows: its inner activations exist of those alone, and its backward pass computes them again.
-            None takes all.
+            None takes all. Where a mesh divides tokens, so many of each device's.
+        attention: "rows" is attention in blocks of query rows, of any kind. "flash" is the platform's kernel,
+            chosen when the program is lowered: splash attention on a TPU, cuDNN's on an NVIDIA GPU. Where
+            there is none, and with a cache, it is row blocks; each reason is logged once.
         mesh: of `pj.parallel.make_mesh`, on which activations lie by rows, tokens and heads; None leaves them
             to the compiler.
         per_layer: what differs between the layers, arrays [num_layers, ...] by the field of the
@@ -163,14 +167,14 @@ class Backbone:
         stack: how the blocks are run; a method may put its own instead of the scan.
         unroll: how many layers one step of the scan runs; more compile longer and may run faster.
         encoder: the backbone that reads the batch first; it follows `dtype`, `remat`, `unroll`,
-            `feed_forward_tile` and `mesh`.
+            `feed_forward_tile`, `attention` and `mesh`.
         example: the shapes and dtypes of a smallest batch, from which `init` takes those of the parameters.
         dtype: compute dtype, "float32", "bfloat16" or "float16"; weights are cast where they are
             used and `params` stay as they are.
 
     Raises:
-        PeftError: when `remat` or `dtype` is not one of these names, `feed_forward_tile` is not positive, or
-            the mesh has other axes.
+        PeftError: when `remat`, `dtype` or `attention` is not one of these names, `feed_forward_tile` is not
+            positive, or the mesh has other axes.
     """
 
     config: Any
@@ -182,6 +186,7 @@ class Backbone:
     remat: str | None = None
     dtype: str = "float32"
     feed_forward_tile: int | None = None
+    attention: AttentionKind = "rows"
     mesh: Mesh | None = None
     per_layer: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     stack: Stack = dataclasses.field(default_factory=Scan)
@@ -206,20 +211,26 @@ class Backbone:
         positive("backbone", "feed_forward_tile", self.feed_forward_tile)
         if self.mesh is not None:
             require_mesh(self.mesh)
+        if self.attention not in get_args(AttentionKind):
+            raise PeftError(
+                f"attention {self.attention!r} is not one of {', '.join(get_args(AttentionKind))}"
+            )
+        windows = self.per_layer.get("window", ()) if self.attention == "flash" else ()
         policy = {
-            "offloaded_tokens": share, "feed_forward_tile": self.feed_forward_tile, "mesh": self.mesh
-        }  # fmt: skip
+            "offloaded_tokens": share,
+            "feed_forward_tile": self.feed_forward_tile,
+            "attention": self.attention,
+            "windows": tuple(sorted({int(width) for width in windows})),
+            "mesh": self.mesh,
+        }
         config = getattr(self.block, "config", None)  # a block of another maker's may have none
-        has = (
-            {"offloaded_tokens": 0.0, "feed_forward_tile": None, "mesh": None}
-            if config is None
-            else vars(config)
-        )
-        if any(has[name] != value for name, value in policy.items()):
+        plain = {"offloaded_tokens": 0.0, "attention": "rows", "windows": ()}
+        has = plain if config is None else vars(config)
+        if any(has.get(name) != value for name, value in policy.items()):
             config = dataclasses.replace(config, **policy)
             object.__setattr__(self, "block", self.block.clone(config=config))
         if self.encoder is not None:
-            followed = ("dtype", "remat", "unroll", "feed_forward_tile", "mesh")
+            followed = ("dtype", "remat", "unroll", "feed_forward_tile", "attention", "mesh")
             same = {name: getattr(self, name) for name in followed}
             object.__setattr__(self, "encoder", dataclasses.replace(self.encoder, **same))
 

@@ -33,6 +33,7 @@ from peftjax.backbone.context import Context
 from peftjax.backbone.experts import RoutedFeedForward
 from peftjax.backbone.feed_forward import FeedForward
 from peftjax.backbone.layers import Dropout, recompute_module
+from peftjax.backbone.on_mesh import token_devices
 from peftjax.backbone.protocols import Sublayers
 from peftjax.backbone.remat import split_by_name
 from peftjax.backbone.rounding import RoundedActivations
@@ -129,9 +130,9 @@ class Block(Sublayers, nn.Module):
 
     def feed_forward_branch(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What the feed-forward adds to the residual stream."""
-        tile = self.config.feed_forward_tile
-        if tile is not None and tile < hidden.shape[1] and not self.is_initializing():
-            return in_tiles(_tile_of_feed_forward, self, hidden, tile)
+        tile, devices = self.config.feed_forward_tile, token_devices(hidden, self.config.mesh)
+        if tile is not None and tile * devices < hidden.shape[1] and not self.is_initializing():
+            return in_tiles(_tile_of_feed_forward, self, hidden, tile, devices)
         if self.config.experts is not None:
             # Rows in the order of experts do not join: each share of the tokens is finished by itself.
             return self._by_tokens(_expand, hidden, self._fed_forward)

@@ -14,6 +14,8 @@ from peftjax.backbone.rounding import Rounding
 from peftjax.core.errors import PeftError
 from peftjax.ops.coded.bits import Bits
 
+AttentionKind = Literal["rows", "flash"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -73,6 +75,8 @@ class BlockConfig:
         feed_forward_tile: how many of each row's tokens the feed-forward takes at a time; None is all.
         offloaded_tokens: the share of each row's tokens for which the policy "offload_attention" recomputes
             norms and activations only.
+        attention: "rows", blocks of query rows, or "flash", the platform's kernel where there is one.
+        windows: the widths that `Context.window` may have, where layers differ and attention is "flash".
         mesh: on which heads and inner features lie over `tensor`; None leaves them to the compiler.
         rounding: how many bits what enters linear layers is rounded to; None rounds nothing.
 
@@ -113,6 +117,8 @@ class BlockConfig:
     feed_forward_tile: int | None = None
     offloaded_tokens: float = 0.0
     rounding: Rounding | None = None
+    attention: AttentionKind = "rows"
+    windows: tuple[int, ...] = ()
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:

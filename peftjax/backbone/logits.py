@@ -28,6 +28,7 @@ class Logits:
         softcap: bound of the logits, or None.
         tied: whether the kernel is an embedding table, read without a transposed copy.
         devices: over how many devices rows and tokens are divided: a loss computes as many parts at a time.
+        token_devices: over how many of them the tokens of a row are.
     """
 
     hidden: Float[Array, "*B D"]
@@ -36,6 +37,7 @@ class Logits:
     softcap: float | None = field(default=None, metadata={"static": True})
     tied: bool = field(default=False, metadata={"static": True})
     devices: int = field(default=1, metadata={"static": True})
+    token_devices: int = field(default=1, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -33,14 +33,71 @@ def require_mesh(mesh: Mesh) -> None:
         )
 
 
+def row_and_token_axes(rows: int, tokens: int, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of the rows and of the tokens of a batch.
+
+    Rows lie over `data` and `fsdp`, tokens over `sequence`, and over an axis that the rows leave free.
+    """
+    of_rows = next(
+        axes for axes in (ROWS, *((axis,) for axis in ROWS), ()) if rows % _devices(mesh, axes) == 0
+    )
+    of_tokens = (*(axis for axis in ROWS if axis not in of_rows and mesh.shape[axis] > 1), *TOKENS)
+    fits = (axes for axes in (of_tokens, TOKENS, ()) if tokens % _devices(mesh, axes) == 0)
+    return of_rows, next(fits)
+
+
 def stream_on_mesh(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
     """The stream: rows over `data` and `fsdp`, tokens over `sequence`; without a mesh as it is."""
-    return _on_mesh(x, mesh, (ROWS, TOKENS))
+    return x if mesh is None else _on_mesh(x, mesh, row_and_token_axes(*x.shape[:2], mesh))
 
 
 def features_on_mesh(x: Float[Array, "B S N ..."], mesh: Mesh | None) -> Float[Array, "B S N ..."]:
     """Heads, or the inner features of a feed-forward: over `tensor` too."""
-    return _on_mesh(x, mesh, (ROWS, TOKENS, FEATURES))
+    if mesh is None:
+        return x
+    return _on_mesh(x, mesh, (*row_and_token_axes(*x.shape[:2], mesh), FEATURES))
+
+
+def attention_axes(query: tuple[int, ...], mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of rows and of heads, of queries [B, T, N, H] whose tokens are whole.
+
+    Heads lie over `tensor`, and over the axes that otherwise divide the tokens where they are so many.
+    """
+    batch, length, heads, _ = query
+    of_rows, of_tokens = row_and_token_axes(batch, length, mesh)
+    fits = (axes for axes in ((*FEATURES, *of_tokens), FEATURES, ()) if heads % _devices(mesh, axes) == 0)
+    return of_rows, next(fits)
+
+
+def heads_on_mesh(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    mesh: Mesh,
+) -> tuple[Array, Array, Array]:
+    """Whole rows of tokens, and heads over `attention_axes`: of tokens that were divided an all-to-all.
+
+    Heads of keys and values that are fewer than the devices are repeated, no more than that takes.
+    """
+    of_rows, of_heads = attention_axes(query.shape, mesh)
+    devices, kv_heads = _devices(mesh, of_heads), key.shape[2]
+    times = devices // math.gcd(devices, kv_heads)
+    key, value = (x if times == 1 else jnp.repeat(x, times, axis=2) for x in (key, value))
+    whole: tuple[str, ...] = ()
+    return tuple(_on_mesh(x, mesh, (of_rows, whole, of_heads)) for x in (query, key, value))
+
+
+def tokens_to_heads(query: tuple[int, ...], mesh: Mesh | None) -> bool:
+    """Whether a mesh divides the tokens of queries [B, T, N, H], and can divide so many heads instead."""
+    if mesh is None:
+        return False
+    _, of_tokens = row_and_token_axes(*query[:2], mesh)
+    return _devices(mesh, of_tokens) > 1 and set(of_tokens) <= set(attention_axes(query, mesh)[1])
+
+
+def token_devices(x: Float[Array, "B S D"], mesh: Mesh | None) -> int:
+    """Over how many devices the tokens of the stream are divided."""
+    return 1 if mesh is None else _devices(mesh, row_and_token_axes(*x.shape[:2], mesh)[1])
 
 
 def kernel_on_mesh(kernel: Float[Array, "D F"], mesh: Mesh | None, *, last: bool) -> Float[Array, "D F"]:
@@ -75,13 +132,13 @@ def logits_on_mesh(outputs: T, mesh: Mesh | None) -> T:
     """
     if mesh is None or not isinstance(outputs, Logits):
         return outputs
-    rows, tokens = _parts(outputs.hidden.shape, mesh, (ROWS, TOKENS))
-    devices = math.prod(mesh.shape[name] for names in (rows, tokens) for name in names or ())
+    rows, tokens = row_and_token_axes(*outputs.hidden.shape[:2], mesh)
+    outputs = replace(outputs, devices=_devices(mesh, (*rows, *tokens)), token_devices=_devices(mesh, tokens))
     if isinstance(outputs.kernel, Weight):
-        return replace(outputs, devices=devices)
+        return outputs
     columns = (FEATURES, ()) if outputs.tied else ((), FEATURES)
     kernel = lax.optimization_barrier(_on_mesh(outputs.kernel, mesh, columns))
-    return replace(outputs, kernel=kernel, devices=devices)
+    return replace(outputs, kernel=kernel)
 
 
 def _on_mesh(x: Array, mesh: Mesh | None, axes: tuple[tuple[str, ...], ...]) -> Array:
@@ -96,7 +153,8 @@ def _parts(
     shape: tuple[int, ...], mesh: Mesh, axes: tuple[tuple[str, ...], ...]
 ) -> list[tuple[str, ...] | None]:
     """The mesh axes of the first axes of an array; None of one that they do not divide, which is whole."""
-    return [
-        names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
-        for size, names in zip(shape, axes)
-    ]
+    return [names if size % _devices(mesh, names) == 0 else None for size, names in zip(shape, axes)]
+
+
+def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

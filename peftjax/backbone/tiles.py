@@ -11,7 +11,11 @@ from peftjax.backbone.layers import recompute_module
 
 
 def in_tiles(
-    part: Callable[[Any, Array], Array], block: nn.Module, x: Float[Array, "B S D"], tile: int
+    part: Callable[[Any, Array], Array],
+    block: nn.Module,
+    x: Float[Array, "B S D"],
+    tile: int,
+    devices: int = 1,
 ) -> Float[Array, "B S D"]:
     """`part(block, x)`, a function of each token by itself, a tile of tokens after the other.
 
@@ -25,9 +29,13 @@ def in_tiles(
         block: the module, bound.
         x: the tokens of each row.
         tile: how many of each row's tokens are taken at a time; the last tile has what is left.
+        devices: over how many devices the tokens of a row are divided: as many are taken of each one's.
     """
-    count = x.shape[1] // tile
-    whole = x[:, : count * tile]
+    batch, length, width = x.shape
+    each = length // devices
+    count = each // tile
+    by_device = x.reshape(batch, devices, each, width)
+    whole = by_device[:, :, : count * tile].reshape(batch, devices, count, tile, width)
     recomputed = recompute_module(part)
 
     def step(block: nn.Module, carry: tuple[()], one: Array) -> tuple[tuple[()], Array]:
@@ -40,8 +48,11 @@ def in_tiles(
         in_axes=1,
         out_axes=1,
     )
-    _, done = scanned(block, (), whole.reshape(x.shape[0], count, tile, x.shape[2]))
-    done = done.reshape(whole.shape)
-    if whole.shape == x.shape:
-        return done
-    return jnp.concatenate([done, recomputed(block, x[:, count * tile :])], axis=1)
+    tiles = jnp.moveaxis(whole, 2, 1).reshape(batch, count, devices * tile, width)
+    _, done = scanned(block, (), tiles)
+    done = jnp.moveaxis(done.reshape(batch, count, devices, tile, width), 1, 2)
+    done = done.reshape(batch, devices, count * tile, width)
+    if count * tile < each:
+        rest = recomputed(block, by_device[:, :, count * tile :].reshape(batch, -1, width))
+        done = jnp.concatenate([done, rest.reshape(batch, devices, -1, width)], axis=2)
+    return done.reshape(x.shape)

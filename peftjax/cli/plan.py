@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from peftjax.backbone.backbone import Backbone, Batch
+from peftjax.backbone.block_config import AttentionKind
 from peftjax.cli.plan_search import Question, print_search, search_values, searched
 from peftjax.cli.report import show
 from peftjax.planner.compiling import DoesNotFit
@@ -59,6 +60,8 @@ class PlanOptions:
     """Dtype of the model's parameters; `peftjax train` has float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    attention: AttentionKind = "rows"
+    """As of `peftjax train`."""
     search: Question | None = None
     """Look for the largest batch or the longest row that fits, or for the mesh or remat policy that takes
     least time of those that fit, with a compilation for each try."""
@@ -121,12 +124,14 @@ def planned(options: PlanOptions) -> Plan:
         optimizer_memory=options.optimizer_memory,
         dtype=options.dtype,
         remat=options.remat,
+        attention=options.attention,
     )
     validate(config)
     config = with_defaults(config, task, longest_text(base))
     num_labels = None if writes else options.num_labels
     model, params = abstract_model(base, options.base, num_labels, dtype=options.dtype, remat=options.remat)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, options.param_dtype), params)
+    model = dataclasses.replace(model, attention=options.attention)
     method = with_new_head(make_method(options.tuning, STEPS), model, params)
     batch = batch_shapes(model, config.batch_size, config.max_length, per_token=writes)
     optimizer = make_optimizer(config, STEPS)

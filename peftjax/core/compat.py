@@ -1,5 +1,6 @@
 """Every line that depends on the version of JAX, or on an API that JAX does not promise."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.extend import core as jex
 from jax.extend import source_info_util
+
+logger = logging.getLogger(__name__)
 
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__))
 
@@ -197,6 +200,15 @@ def number_of_shards(params: dict[str, Any]) -> int:
 def topology_devices(platform: str, name: str, **options: Any) -> tuple[jax.Device, ...]:
     """The devices of a machine that need not exist; programs can be compiled for them, not run."""
     return tuple(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+
+
+def text_of(compiled: Any) -> str | None:
+    """The text of a compiled program; None of one whose compiler is newer than what reads it here."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("the compiled program cannot be read: %s", str(error).splitlines()[0])
+        return None
 
 
 def padded_shape(shape: Sequence[int], layout: Any) -> tuple[int, ...]:

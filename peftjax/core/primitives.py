@@ -34,6 +34,7 @@ def by_platform(
     kernels: Mapping[str, Body],
     *,
     always: bool = False,
+    counted_as_plain: bool = False,
     batched: Callable[..., tuple | None] | None = None,
 ) -> Callable[..., list[Any]]:
     """A function whose body is chosen when the program around it is lowered for a platform.
@@ -41,11 +42,12 @@ def by_platform(
     Each body maps arrays and static keywords to a list of arrays of the same types. `kernels[platform]`
     is taken in a program for one device and in the device's own code of a `shard_map`; `plain`, which
     XLA may partition, in every other, in one for `jax.export` and on other platforms; `always` takes the
-    kernel in every program for its platform. All arrays lead with axes of a stack: `vmap` adds one, where
-    `batched(arrays, axes, **static)` does not give `(outputs, axes)` that take less. Derivatives are those
-    of `plain`.
+    kernel in every program for its platform. With `counted_as_plain` the FLOPs of a kernel, of which the
+    traced program does not tell, are those of `plain`. All arrays lead with axes of a stack: `vmap` adds one,
+    where `batched(arrays, axes, **static)` does not give `(outputs, axes)` that take less. Derivatives are
+    those of `plain`.
     """
-    primitive = _Operation(name, {None: plain, **kernels})
+    primitive = _Operation(name, {None: plain} if counted_as_plain else {None: plain, **kernels})
     compiled = lru_cache(maxsize=None)(lambda static: jax.jit(partial(primitive.bind, **dict(static))))
     primitive.def_impl(lambda *arrays, **static: compiled(tuple(sorted(static.items())))(*arrays))
     primitive.def_abstract_eval(lambda *avals, **static: _types(partial(plain, **static), avals))
@@ -101,7 +103,7 @@ def transpose_of(pull: Pull, linear: Pull, residuals: Any, tangents: Any, output
 
 
 def body_for(primitive: Any, platform: str) -> Body | None:
-    """What a primitive of `by_platform` runs in a program for one device; None for any other primitive."""
+    """What a primitive of `by_platform` runs, or counts as, on one device; None for any other primitive."""
     if not isinstance(primitive, _Operation):
         return None
     return primitive.bodies.get(platform, primitive.bodies[None])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from peftjax.backbone.on_mesh import row_and_token_axes
 from peftjax.core.errors import PeftError
 from peftjax.core.mesh_axes import AXES, ROWS
 from peftjax.core.tree import nearest
@@ -47,10 +48,14 @@ def find_mesh(sizes: str | None, devices: Sequence[jax.Device] | None = None) ->
     return make_mesh(None if sizes == "all" else sizes, devices)
 
 
-def require_rows(caller: str, rows: int, mesh: Mesh) -> None:
-    """Raise a PeftError unless `data` and `fsdp` divide so many rows: else every device has all of them."""
+def require_rows(caller: str, rows: int, mesh: Mesh, tokens: int = 1) -> None:
+    """Raise a PeftError unless `data` and `fsdp` divide so many rows, or what is left of them their tokens.
+
+    Otherwise every device would have all of them.
+    """
+    used = row_and_token_axes(rows, tokens, mesh)
     devices = math.prod(mesh.shape[axis] for axis in ROWS)
-    if rows % devices:
+    if any(mesh.shape[axis] > 1 and not any(axis in axes for axes in used) for axis in ROWS):
         raise PeftError(
             f"{caller}: {rows} rows at a time are not divided by the {devices} devices of data and fsdp; "
             "choose a multiple, or put some of the devices on another axis"

@@ -8,7 +8,7 @@
 
 A TPU needs its compiler, a GPU NVIDIA's; both install without the hardware, see `docs/guides/memory.md`. The
 variables of libtpu are set here while it starts, and autotuning (which needs a GPU) is turned off for the one
-compilation. Without cuDNN, cuDNN's attention does not compile; nothing in peftjax uses it.
+compilation. Only attention "flash" for a GPU needs cuDNN.
 """
 
 import os

@@ -62,12 +62,13 @@ class Plan:
         between: the peaks of the programs that the method runs before a step (its advances), each counted as
             that of the step.
         devices: of the mesh; `bytes` and `moved` are those of one of them, `kept` and `flops` those of all.
-        collectives: what passes between them, by kind.
+        collectives: what passes between them, by kind; None, with a warning, where this jax cannot read the
+            program of a newer compiler.
         items: tokens of `input_ids` in a batch, and of a batch without them its rows.
         unit: "tokens" or "rows".
         moved: bytes that pass a device's memory in a step, at least.
         capacity: of a device, in bytes; None where it is not known.
-        roofline: the least time of a step; None where the device's limits are not known.
+        roofline: the least time of a step; None where the device's limits are not known, or `collectives`.
     """
 
     method: str
@@ -81,7 +82,7 @@ class Plan:
     compile_seconds: float
     between: tuple[int, ...] = ()
     devices: int = 1
-    collectives: Mapping[str, Traffic] = field(default_factory=dict)
+    collectives: Mapping[str, Traffic] | None = field(default_factory=dict)
     items: int = 0
     unit: str = "tokens"
     moved: int = 0
@@ -130,7 +131,7 @@ class Plan:
                 *(f"  {name:<20}{size / 2**20:>12,.2f} MiB" for name, size in rows),
                 *(
                     f"  {kind:<20}{traffic.nbytes / 2**20:>12,.2f} MiB in {traffic.runs:,}"
-                    for kind, traffic in self.collectives.items()
+                    for kind, traffic in (self.collectives or {}).items()
                 ),
                 f"  {'FLOPs a step':<20}{self.flops:>12.4g}{left_out}",
                 *self._bound(),
@@ -140,12 +141,13 @@ class Plan:
 
     def _bound(self) -> list[str]:
         """The lines of the roofline and of whether the step fits."""
+        fits = [] if self.fits is None else [f"  {'fits':<20}{'yes' if self.fits else 'no':>12}"]
         if self.roofline is None:
-            return []
+            return fits
         bound = self.roofline
         parts = f"compute {bound.compute:.4g}, memory {bound.memory:.4g}, network {bound.network:.4g}"
         return [
             f"  {'at least a step':<20}{bound.seconds:>12.4g} s ({parts})",
             f"  {'at most':<20}{self.most_per_second:>12,.0f} {self.unit}/s",
-            f"  {'fits':<20}{'yes' if self.fits else 'no':>12}",
+            *fits,
         ]

@@ -122,15 +122,18 @@ def plan(
     between = peaks_between(run, (trainable, state, frozen, batch), machine, on)
     found = _read(run, machine, opened, inputs, compiled, kept, flops, seconds, between)
     if on is not None:
-        found = replace(found, devices=on.size, collectives=by_kind(compiled.as_text()))
+        text = compat.text_of(compiled)
+        found = replace(found, devices=on.size, collectives=None if text is None else by_kind(text))
     items, unit = _items(batch)
     moved = _moved(found, count_reads(traced.jaxpr, machine.platform), inputs, compiled)
     found = replace(found, items=items, unit=unit, moved=moved)
     device = find_specification(target)
     if device is None:
         return found
-    bound = roofline(device, flops, moved, found.collectives.values(), found.devices)
-    return replace(found, capacity=device.memory, roofline=bound)
+    found = replace(found, capacity=device.memory)
+    if found.collectives is None:
+        return found
+    return replace(found, roofline=roofline(device, flops, moved, found.collectives.values(), found.devices))
 
 
 def _items(batch: Any) -> tuple[int, str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from peftjax.backbone.block_config import AttentionKind
 from peftjax.core.errors import PeftError
 from peftjax.parallel.mesh import read_mesh
 from peftjax.train.paging import OptimizerMemory
@@ -57,6 +58,8 @@ class TrainConfig:
     """Compute dtype of the model; trainable parameters and their optimizer stay in float32."""
     remat: str = "none"
     """What the backward pass recomputes: 'none', or the name of a `jax.checkpoint` policy."""
+    attention: AttentionKind = "rows"
+    """Attention in blocks of query rows, or 'flash', the kernel of a TPU or an NVIDIA GPU where it fits."""
     mesh: str | None = None
     """The devices by axis, such as 'fsdp=4,tensor=2'; 'all' puts them all on fsdp. By default one device."""
     model_dropout: bool = False
@@ -175,6 +178,7 @@ _CHOICES = {
     "optimizer_memory": get_args(OptimizerMemory),
     "schedule": get_args(Schedule),
     "dtype": get_args(Dtype),
+    "attention": get_args(AttentionKind),
     "best_by": get_args(Metric),
 }
 

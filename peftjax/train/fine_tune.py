@@ -29,7 +29,7 @@ from peftjax.transform.transform import Transform
 # Of the first batch, for the method's checks, which may keep what training does not.
 CHECKED_ROWS = 2
 # Options that change what is written or kept, and not the numbers of the run.
-_NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard", "mesh")
+_NOT_IDENTITY = ("log_every", "keep_last", "keep_best", "save_every", "tensorboard", "attention", "mesh")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
     config, data, task = run.config, run.data, TASKS[run.task]
     mesh = find_mesh(config.mesh)
     if mesh is not None:
-        require_rows("batch_size", config.batch_size // config.grad_accumulation, mesh)
+        rows = config.batch_size // config.grad_accumulation
+        require_rows("batch_size", rows, mesh, config.max_length or 1)
     model, params = open_model(
         run.base,
         run.options.base,
@@ -74,6 +75,7 @@ def fine_tune(run: Run, say: Callable[[str], None] = lambda text: None) -> Resul
         seed=config.seed,
         mesh=mesh,
     )
+    model = dataclasses.replace(model, attention=config.attention)
     for tokens in (data.train, data.evaluation):
         name = f"the text by the tokenizer of {run.base.name}"
         require_ids(tokens.ids, model.config.vocab_size, name=name)

@@ -19,12 +19,12 @@ MODEL = decoder(read_config(CONFIG), head="causal_lm")
 MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4", "fsdp=4,sequence=2")
 
 
-def begun(method, mesh=None, *, rows=8, length=16):
+def begun(method, mesh=None, *, rows=8, length=16, **options):
     """The training of a method, its state and a batch; on a mesh where one is given."""
     keys = jax.random.split(jax.random.key(3))
     ids = [jax.random.randint(key, (rows, length), 0, CONFIG["vocab_size"]) for key in keys]
     batch = dict(zip(("input_ids", "labels"), ids))
-    model = dataclasses.replace(MODEL, mesh=mesh)
+    model = dataclasses.replace(MODEL, mesh=mesh, **options)
     forward = pj.adapt(method.model(model))
 
     def loss(params, batch):
@@ -37,10 +37,10 @@ def begun(method, mesh=None, *, rows=8, length=16):
     return run, shard_state(state, mesh), shard_batch(batch, mesh)
 
 
-def losses(method, sizes=None, devices=None, steps=20):
+def losses(method, sizes=None, devices=None, steps=20, **options):
     """Those of some steps, and the state after them."""
     mesh = None if sizes is None else make_mesh(sizes, devices)
-    run, state, batch = begun(method, mesh)
+    run, state, batch = begun(method, mesh, **options)
     found = []
     for _ in range(steps):
         state, metrics = run.step(state, batch)

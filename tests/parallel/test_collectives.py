@@ -21,8 +21,8 @@ from peftjax.train.step import divided
 ROWS, LENGTH, RANK = 8, 48, 4
 
 
-def of_step(method, sizes):
-    run, state, batch = begun(method, make_mesh(sizes), rows=ROWS, length=LENGTH)
+def of_step(method, sizes, length=LENGTH, rows=ROWS):
+    run, state, batch = begun(method, make_mesh(sizes), rows=rows, length=length)
     inputs = state.trainable, state.opt_state, *divided(state.frozen, run.moves), batch
     step = jax.jit(partial(run.run_step, key=None), donate_argnums=(0, 1, 2))
     return collectives(step.lower(*inputs).compile().as_text()), state
@@ -106,6 +106,18 @@ def test_tensor_parallelism_sums_each_branch_once_and_low_rank_inputs():
     assert sum(one.runs * one.nbytes for one in thin) <= 2 * tree.nbytes(state.trainable) + 14 * layers * (
         4 * (ROWS // 2) * LENGTH * RANK
     )
+
+
+@pytest.mark.slow
+def test_over_sequence_attention_moves_heads_and_gathers_no_tokens():
+    found, state = of_step(pj.lora(rank=RANK), "sequence=4,fsdp=2", length=512, rows=2)
+    stream = 4 * 512 * CONFIG["hidden_size"]  # of the one row that a device has a part of
+    gathers = [one for one in found if one.kind == "all-gather"]
+    weights = tree.nbytes(state.frozen.params)
+    assert sum(one.runs * one.nbytes for one in gathers) <= 2 * weights + stream // 4
+    # Of queries, keys, values and results, forward and backward; a device has a fourth of the stream.
+    moved = sum(one.runs * one.nbytes for one in found if one.kind == "all-to-all")
+    assert 0 < moved <= 10 * CONFIG["num_hidden_layers"] * stream // 4
 
 
 def test_shapes_and_types_of_the_text():

@@ -60,3 +60,31 @@ def test_fewer_devices_and_another_order():
     ):
         found, _ = losses(method, sizes, some)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=sizes)
+
+
+def test_one_row_whose_tokens_lie_over_axes_that_rows_leave():
+    """With 4 heads of keys and values for 8 devices, and the row's tokens over `fsdp` too."""
+    wanted, _ = losses(METHODS["lora"](), steps=3, rows=1)
+    found, _ = losses(METHODS["lora"](), "fsdp=2,sequence=4", steps=3, rows=1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "prefix", "meft"])
+@pytest.mark.parametrize("sizes", ["sequence=2", "sequence=4", "sequence=8", "tensor=2,sequence=4"])
+@pytest.mark.parametrize("attention", ["rows", "flash"])
+def test_tokens_over_sequence(attention, sizes, name):
+    method, options = METHODS[name](), {"rows": 2, "length": 64, "attention": attention}
+    wanted, _ = losses(method, steps=5, rows=2, length=64)
+    devices = jax.devices()[: 2 if sizes == "sequence=2" else 4 if sizes == "sequence=4" else 8]
+    found, _ = losses(method, sizes, devices, steps=5, **options)
+    np.testing.assert_allclose(found, wanted, rtol=BOUNDS.get(name, 1e-5))
+
+
+@pytest.mark.slow
+def test_tiles_and_parts_of_the_loss_have_tokens_of_every_device(monkeypatch):
+    monkeypatch.setattr("peftjax.losses.CHUNK", 10)
+    method, options = METHODS["lora"](), {"rows": 2, "length": 56, "steps": 5}
+    wanted, _ = losses(method, **options)
+    found, _ = losses(method, "sequence=4,tensor=2", feed_forward_tile=5, **options)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
