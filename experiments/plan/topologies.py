@@ -49,9 +49,11 @@ def needs(cell: dict[str, Any]) -> float | None:
     return None if cell.get("needed") is None else cell["needed"] / GIB
 
 
-def rate(cell: dict[str, Any]) -> float:
-    """Tokens a second of a device, if a step took the roofline's time."""
+def rate(cell: dict[str, Any]) -> float | None:
+    """Tokens a second of a device, if a step took the roofline's time; None where this is not known."""
     bound = cell["roofline"]
+    if bound is None:
+        return None
     return cell["items"] / cell["devices"] / max(bound["compute"], bound["memory"], bound["network"])
 
 
@@ -64,14 +66,16 @@ def row(label: str, cell: dict[str, Any]) -> tuple[str, ...]:
         of = "" if capacity is None else f"{capacity / GIB:.2f}"
         return (label, size, of, "no" if "fits" in cell else "does not compile", *[""] * (len(HEADER) - 4))
     bound = cell["roofline"]
+    times = ("", "", "", "", "")  # this jax cannot read what a newer compiler made
+    if bound is not None:
+        parts = (f"{bound[part]:.4f}" for part in ("compute", "memory", "network"))
+        times = (f"{collected(cell):.2f}", *parts, f"{rate(cell):,.0f}")
     return (
         label,
         size,
         f"{cell['capacity'] / GIB:.2f}",
         "yes" if cell["fits"] else "no",
-        f"{collected(cell):.2f}",
-        *(f"{bound[part]:.4f}" for part in ("compute", "memory", "network")),
-        f"{rate(cell):,.0f}",
+        *times,
         f"{cell['compile_seconds']:.0f}",
     )
 
@@ -136,7 +140,9 @@ def draw(plans: Plans, file: Path) -> None:
         axes[0].barh(names, shares, color=["#1b6ca8" if cell["fits"] else "#c8553d" for _, cell, _ in known])
         axes[0].axvline(1, color="k", linewidth=0.8)
         axes[0].set_xlabel("of a device's memory (red does not fit)")
-        axes[1].barh(names, [rate(cell) if "peak" in cell else 0 for _, cell, _ in known], color="#8fa1b3")
+        axes[1].barh(
+            names, [(rate(cell) or 0) if "peak" in cell else 0 for _, cell, _ in known], color="#8fa1b3"
+        )
         axes[1].set_xlabel("tokens/s a device, at most")
         axes[1].set_yticks([])
         for axis in axes[:2]:
@@ -161,8 +167,8 @@ def answer(plans: Plans) -> dict[str, str]:
             cell = plans.get(model.name, {}).get(label, {})
             if "peak" in cell:
                 fits = "fits" if cell["fits"] else "does not fit"
-                told[f"{model.name}, {label}"] = (
-                    f"{needs(cell):.2f} GiB, {fits}, at most {rate(cell):,.0f} tokens/s a device"
+                told[f"{model.name}, {label}"] = f"{needs(cell):.2f} GiB, {fits}" + (
+                    "" if rate(cell) is None else f", at most {rate(cell):,.0f} tokens/s a device"
                 )
             elif "fits" in cell:
                 told[f"{model.name}, {label}"] = "does not fit"

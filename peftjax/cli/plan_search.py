@@ -90,17 +90,23 @@ def ended(question: Question, found: Found[Any]) -> str:
     return f" (the time limit ended the search{rest})"
 
 
+def _network(one: Attempt[Any]) -> float:
+    """The least time on the links, infinite where it is not known."""
+    bound = None if one.plan is None else one.plan.roofline
+    return float("inf") if bound is None else bound.network
+
+
 def print_search(question: Question, found: Found[Any]) -> None:
     """The attempts as a table (meshes by their network's time), the answer, and the best one's plan."""
     attempts = list(found.attempts)
     if question == "mesh":
-        attempts.sort(key=lambda one: float("inf") if one.plan is None else one.plan.roofline.network)
+        attempts.sort(key=_network)
     table = Table(question, "outcome", "needs", "at least, s", "network, s", "at most")
     for one in attempts:
-        if one.plan is None:
+        bound = None if one.plan is None else one.plan.roofline
+        if bound is None:
             table.add_row(str(one.value), one.outcome, gib(one.needed))
             continue
-        bound = one.plan.roofline
         rate = f"{one.plan.most_per_second:,.0f} {one.plan.unit}/s"
         cells = gib(one.needed), f"{bound.seconds:.4g}", f"{bound.network:.4g}", rate
         table.add_row(str(one.value), one.outcome, *cells)

@@ -17,6 +17,7 @@ from peftjax.interpreter.arithmetic import negated, plus, summed, times
 from peftjax.interpreter.lookups import as_activation, is_table, look_up, only_member
 from peftjax.weights.base import Weight
 from peftjax.weights.coding import code_shardings
+from peftjax.weights.quantized import Quantized
 from peftjax.weights.views import reshape, slice_features, transpose
 
 
@@ -180,8 +181,10 @@ def _constrain(eqn: Any, operands: list[Any]) -> Weight:
     weight, target = operands[0], eqn.params["sharding"]
 
     def constrained(base: Any) -> Any:
-        if not isinstance(base, Weight) or not isinstance(target, NamedSharding):
-            return base if isinstance(base, Weight) else compat.bind(eqn, [base])[0]
+        if not isinstance(base, Weight):
+            return compat.bind(eqn, [base])[0]
+        if not (isinstance(base, Quantized) and isinstance(target, NamedSharding)):
+            return base
         with compat.context_of(eqn):
             return jax.tree.map(lax.with_sharding_constraint, base, code_shardings(base, target))
 

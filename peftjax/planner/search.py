@@ -1,7 +1,7 @@
 """The largest step that fits a device, or the cheapest of several ways to take one, by asking its compiler.
 
     largest     doubling and halving to a size that fits and one that does not, then bisection between the two
-    cheapest    every way is compiled; of those that fit the one whose roofline is lowest
+    cheapest    every way is compiled; of those that fit the one whose roofline, where known, is lowest
 
 A larger step is taken to need more memory. No compilation begins after the time limit; what was known by then
 is what is found.
@@ -152,7 +152,7 @@ def cheapest(
             break
         attempts.append(attempt(plan_of, value))
         tell(attempts[-1])
-    fitting = [one for one in attempts if one.outcome == "fits"]
+    fitting = [one for one in attempts if one.outcome == "fits" and one.plan.roofline is not None]
     best = min(fitting, key=lambda one: one.plan.roofline.seconds, default=None)
     untried = tuple(values[len(attempts) :])
     return Found(best, tuple(attempts), untried, finished=not untried)

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from peftjax import losses
 from peftjax.backbone.backbone import Backbone
-from peftjax.core import tree
+from peftjax.core import compat, tree
 from peftjax.interpreter import adapt
 from peftjax.parallel.mesh import find_mesh
 from peftjax.parallel.placement import batch_shardings, state_shardings
