@@ -16,6 +16,11 @@ Expected, the time of a step relative to LoRA's, median [range] of the rounds:
     | minilm | LST 1/8 | 0.39 [0.26, 1.23] x LoRA r=8 |
     | minilm | UniPT | 0.42 [0.27, 1.13] x LoRA r=8 |
     | minilm | VQT | 0.42 [0.23, 1.10] x LoRA r=8 |
+    | quantized | head only | 0.39 [0.35, 0.46] x LoRA r=8 |
+    | quantized | bitfit | 0.99 [0.87, 1.06] x LoRA r=8 |
+    | quantized | LoRA r=8, int2 | 1.01 [0.87, 1.35] x LoRA r=8 |
+    | quantized | LoRA r=8, fp8_e4m3 | 1.02 [0.84, 1.45] x LoRA r=8 |
+    | quantized | LoRA r=8, fp8_e5m2 | 1.05 [0.76, 1.27] x LoRA r=8 |
 
 One step of each contender in turn on batches of SST-2, so that other work on the machine falls on all alike;
 the first step, which compiles, is not counted. With `--parts`, in the same turns: the loss alone, without a
