@@ -238,6 +238,7 @@ def test_rounded_weights_of_attention_are_codes_of_the_softmax_and_hidden_keys_s
         np.testing.assert_allclose(got[sure], want[sure], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said_with_the_remedy(of_vit):
     model, params, ranges, _ = of_vit
     calibrate, rounded = pj.calibrate, pj.rounded_activations

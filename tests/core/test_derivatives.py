@@ -108,6 +108,7 @@ def test_weights_that_hold_their_trained_values_have_the_derivatives_of_the_othe
         assert_close(product, wanted, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_nuclear_penalty_is_no_part_of_the_value_and_a_part_of_each_gradient():
     with_penalty, without = pj.sara(density=0.2, penalty=0.5, polar="svd"), METHODS["sara"]
     frozen, floats, build = trained(with_penalty)

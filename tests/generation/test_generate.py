@@ -203,6 +203,7 @@ def test_positions_may_be_given(tiny):
     np.testing.assert_allclose(logits, last, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_new_temperature_or_pad_id_compiles_nothing(tiny):
     run = partial(pj.generate, *tiny, UNPADDED, max_new_tokens=2, key=jax.random.key(0))
     run(temperature=0.5, top_p=0.9)

@@ -103,6 +103,7 @@ def test_incomplete_folders_are_ignored(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["9", "9.incomplete"]
 
 
+@pytest.mark.slow
 def test_another_model(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state(3))

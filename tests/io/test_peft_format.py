@@ -236,6 +236,7 @@ def test_round_trips_are_exact(method, tmp_path):
     assert_close(load_adapter(tmp_path / "ours", PARAMS).trainable, trainable, 0)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_one_bit_is_written_as_the_model_sees_it(tmp_path):
     inner = pj.rslora(rank=2, targets=["up"], dropout=0.2)
     method = pj.quantized_adapter(inner)

@@ -113,6 +113,7 @@ def test_a_block_of_the_mask_says_what_its_pairs_are(order, length):
             assert got.size == 1 or np.array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_flash_is_row_blocks():
     query, key, value = operands(100)[:3]
     settings = {"visible": Visibility(True, 20), "scale": None, "softcap": 2.0, "sinks": None}
@@ -152,6 +153,7 @@ def gradients(model, **batch):
     return jax.jit(jax.value_and_grad(loss)), trainable
 
 
+@pytest.mark.slow
 def test_a_model_trains_the_same_on_a_cpu():
     batch = {"attention_mask": jnp.asarray(np.arange(40) < np.array([[40], [30]])).astype(jnp.int32)}
     both = (gradients(model_of(attention), **batch) for attention in ("flash", "rows"))
@@ -160,6 +162,7 @@ def test_a_model_trains_the_same_on_a_cpu():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lowered_for_a_tpu_the_step_has_the_kernels_also_of_layers_that_differ():
     run, trainable = gradients(model_of("flash", windows=(20, None)))
     text = run.trace(trainable).lower(lowering_platforms=("tpu",)).as_text(debug_info=True)

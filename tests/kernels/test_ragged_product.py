@@ -50,6 +50,7 @@ def test_values_and_gradients_of_both(name):
     assert_close(transposed, wanted, 1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_mapped_axes():
     """The second of `jax.lax.ragged_dot` are not implemented."""
     x, w, sizes, g = operands(70, [30, 0, 33])
@@ -100,6 +101,7 @@ def test_rows_of_several_devices_in_a_shard_map():
     assert_close(*jax.jit(both)(w, x, g, sizes), 1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_one_equation_that_structured_weights_answer():
     x, w, sizes, _ = operands(9, [2, 0, 4])
     method = pj.lora(rank=2, targets=".*", layouts={"w": "sio"})

@@ -202,6 +202,7 @@ def test_each_row_sees_its_own_adapter_or_the_base():
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick_at(["transformer", "nnx"], 0))
 def test_rows_are_mixed_through_stacked_layers(name):
     model = tiny(name)

@@ -69,6 +69,7 @@ def test_residuals_of_normal_numbers_are_those_measured_before():
             assert abs(left - wanted) < slack, (iterations, blocks, left)
 
 
+@pytest.mark.slow
 def test_a_matrix_of_rank_one_needs_one_block_and_input_norms_are_undone():
     one = jnp.outer(jnp.arange(1.0, 9), jnp.array([1.0, -2, 3, 1, 1, -1, 2, 2]))
     made = decompose({"w": one}, targets="w", blocks=1, rank=1)["w"]
@@ -84,6 +85,7 @@ def test_a_matrix_of_rank_one_needs_one_block_and_input_norms_are_undone():
     np.testing.assert_allclose(whole.dense(), w, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_keeps_what_a_smaller_one_does(made):
     order = block_order(made)
     assert sorted(order) == sorted([(UP, 0), (UP, 1), (DOWN, 0)] * 3)

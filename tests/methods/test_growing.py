@@ -76,6 +76,7 @@ def test_a_grown_adapter_trains_as_any_other():
     assert_no_dense_gradient(forward, PARAMS, method, IDS)
 
 
+@pytest.mark.slow
 def test_the_rank_grows_to_at_most_that_of_each_matrix():
     _, trainable = pj.adapters.combine([adapter()], rank=7)
     assert trainable["up/kernel"]["a"].shape[-2] == 7

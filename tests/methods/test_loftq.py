@@ -38,6 +38,7 @@ def test_it_starts_nearer_than_rounding_and_more_steps_are_never_worse(form):
             assert (found[-1] < found[0]).all()
 
 
+@pytest.mark.slow
 def test_one_step_is_the_svd_of_what_rounding_loses():
     method = pj.loftq(rank=RANK, iterations=1, targets="w", scales=None)
     w = W["blocks"]["up"]["kernel"][0]

@@ -248,6 +248,7 @@ def test_settings_out_of_range(options, text):
         pj.lst(**options)
 
 
+@pytest.mark.slow
 def test_layers_scores_and_widths_that_do_not_fit():
     tiny = backbone("llama")
     with pytest.raises(PeftError, match=r"side_layers names layer 3 of a stack of 3 layers"):
@@ -268,6 +269,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 def test_what_the_method_of_the_side_network_does_around_the_optimizer_is_done():
     method = pj.lst(reduction=2, side=pj.lora_plus(rank=2, targets=".*layers.*kernel", ratio=4.0))
     frozen, trainable = jax.jit(method.init)(KEY, backbone("llama").params)

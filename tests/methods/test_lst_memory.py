@@ -67,6 +67,7 @@ def test_a_used_layer_keeps_its_state_and_a_block_of_half_the_width(used):
     assert rest <= tokens * half + tokens  # the stream that is mapped up, the mask
 
 
+@pytest.mark.slow
 def test_the_width_of_the_backbones_feed_forward_costs_a_part_of_it():
     size = lambda inner: sum(math.prod(a.shape) for a in kept(*encoder(inner)))
     assert size(80) - size(40) == L * B * S * 20
@@ -113,6 +114,7 @@ def test_no_layer_is_run_whose_state_is_not_read():
     assert steps(side_layers=[1], merge_last=True) == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_the_network_beside_a_decoder_keeps_no_probabilities():
     model = tiny("backbone").forward
     params = jax.eval_shape(model.init, KEY)

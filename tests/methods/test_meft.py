@@ -196,6 +196,7 @@ def test_backward_keeps_one_pair_whatever_the_depth():
         assert kept(layers, 0) == sorted([*own, *numbers(layers)])
 
 
+@pytest.mark.slow
 def test_anchors_keep_one_pair_for_each_segment_in_float32():
     found = kept(8, 3, dtype="bfloat16")
     assert [a for a in found if a[1][-1] == WIDTH] == [("float32", (3, 2, TOKENS, WIDTH))] * 2
@@ -250,6 +251,7 @@ def test_a_rewritten_base_gets_its_own_gradients(name):
     assert error(pj.chain(own, pj.meft(lam=1.0, anchor_every=2)), encoder(3), trained=True) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_base_with_lora_gets_no_dense_gradient():
     method, (model, params) = OVER_LORA, encoder(2)
     frozen, trainable = method.init(KEY, params)

@@ -58,6 +58,7 @@ def test_what_divides_by_one_needs_no_anchors():
     assert errors[1] == 0.0 < errors[0] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_shorter_dtype_is_measured_by_its_own_rounding():
     model = encoder(4)[0]
     measured = {1: (0.01, "a"), 2: (0.015, "a"), 4: (0.3, "a")}.get

@@ -129,6 +129,7 @@ def test_mam_without_a_prefix_is_the_parallel_adapter_and_without_an_adapter_the
         np.testing.assert_array_equal(run_of(mam, trained), run_of(other, trained))
 
 
+@pytest.mark.slow
 def test_mam_is_both_in_a_chain():
     mam, chain = pj.mam(**OPTIONS, size=3), pj.chain(pj.prefix(**OPTIONS), pj.parallel_adapter(size=3))
     trained = trained_of(mam)

@@ -92,6 +92,7 @@ def test_rows_from_before_the_coding_have_no_rounding_error():
     assert np.abs(np.delete(error, rows, 0)).max(-1).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_backward_keeps_the_trained_inputs_and_only_old_rows_are_decoded():
     method = pj.qpaca(rank=2, targets="w")
     frozen, trainable = method.init(KEY, {"w": jax.random.normal(KEY, (256, 192))})

@@ -66,6 +66,7 @@ def test_a_file_holds_codes_and_gives_the_same_outputs(bits, tmp_path):
     assert jax.tree.structure(method.stored(frozen, loaded)) == jax.tree.structure(loaded)
 
 
+@pytest.mark.slow
 def test_the_model_sees_two_values_a_layer_and_an_ordinary_lora_has_them():
     method = quantized()
     frozen, fresh = method.init(KEY, PARAMS)
@@ -109,6 +110,7 @@ def written(folder, method, params):
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
+@pytest.mark.slow
 def test_a_task_takes_the_bytes_of_the_papers_tables(tmp_path):
     """ViT-B/16: 72.2 KiB of Bi-AdaptFormer-32, twice as many of Bi-LoRA-32 in queries and values."""
     base = vit(ViTConfig())

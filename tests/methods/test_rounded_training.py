@@ -30,6 +30,7 @@ def loss(params, x):
     return jnp.sum(jnp.sin(model(params, x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(FORMATS, ("int4",)))
 def test_forward_is_that_of_the_codes_and_the_gradient_passes_through(name):
     options = {"format": name, "search": 1}

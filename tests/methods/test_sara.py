@@ -113,6 +113,7 @@ def test_polar_factors_agree_and_zero_has_none():
     assert not polar_factor(jnp.zeros((3, 4))).any()
 
 
+@pytest.mark.slow
 def test_a_large_penalty_drives_the_nuclear_norm_down():
     method = pj.sara(density=0.5, penalty=100.0)
     states = train(method, PARAMS, 20, optax.adam(1e-3))

@@ -109,6 +109,7 @@ def test_masks_take_the_largest_scores(mask):
     np.testing.assert_array_equal(entries_of(method.init(KEY, PARAMS)[0]), largest(scores, N + M))
 
 
+@pytest.mark.slow
 def test_a_mask_by_gradients_comes_back_from_the_adapter(tmp_path):
     like_params = {"up": {"kernel": jax.random.normal(jax.random.key(5), (N, M))}}
     method = pj.shira(rank=1, mask="gradient", gradients=like_params)

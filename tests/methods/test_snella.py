@@ -220,6 +220,7 @@ def test_factors_and_scores_sharded_over_eight_devices_give_the_levels_of_one():
 # Layers, views, files, errors.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_at(["released", "none"], 0))
 def test_layers_that_are_not_trained_keep_their_base(mode):
     method = make(layers=[1], mode=mode)

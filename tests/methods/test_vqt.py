@@ -112,6 +112,7 @@ def test_features_are_of_length_one_and_order_of_tokens_is_nothing_to_them():
     assert bool(jnp.isfinite(jax.grad(lambda x: unit(x, 1e-12).sum())(jnp.zeros(4))).all())
 
 
+@pytest.mark.slow
 def test_sizes_and_start():
     model = vit(ViTConfig(labels=tuple("abcd")), head="classifier")
     shapes = jax.eval_shape(pj.vqt(num_queries=1).init, KEY, jax.eval_shape(model.init, KEY))[1]

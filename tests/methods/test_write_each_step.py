@@ -101,6 +101,7 @@ def test_bfloat16_weights_are_rounded_at_each_step_and_not_otherwise():
     assert 0.0 < float(gap) < 0.02
 
 
+@pytest.mark.slow
 def test_in_a_chain():
     def both(write):
         inside = galore(write=write, targets=["up"], train_rest=False)
@@ -156,6 +157,7 @@ def test_a_loop_that_does_not_open_is_told_so():
         galore(write="never")
 
 
+@pytest.mark.slow
 def test_a_loop_that_opens_and_closes_by_hand_trains_what_pj_training_trains():
     method, batches = galore(write="step"), BATCHES[: EVERY + 1]
     tx = method.optimizer(optax.adam(RATE))

@@ -175,12 +175,14 @@ def test_lora_on_the_patch_convolution():
     assert_no_dense_gradient(outputs(model), params, method, make_batch("vit"))
 
 
+@pytest.mark.slow
 def test_mean_of_an_image_is_over_its_patches():
     (states, params), mean, batch = build("vit", "none"), build("vit", "mean")[0], make_batch("vit")
     wanted = outputs(states)(params, batch)[:, 1:].mean(1)
     np.testing.assert_allclose(outputs(mean)(params, batch), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_image_model_is_drawn_without_being_told_its_inputs():
     params = jax.jit(build("vit")[0].init)(jax.random.key(0))
     kernel = params["embed"]["patch_conv"]["kernel"]

@@ -51,6 +51,7 @@ def test_without_rounding_the_gradient_is_that_of_autodiff(kind):
     assert_close(jax.vjp(coded(kind, 32), *operands(kind))[1](G), exact, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_bits_are_enough_for_the_input_and_eight_for_the_scale(kind):
     def error(of, bits, fine=None):

@@ -140,6 +140,7 @@ def test_forward_mode_is_the_slope_along_the_gradient():
     assert_close(slope, sum(jnp.vdot(g, v) for g, v in pairs), 1e-4)
 
 
+@pytest.mark.slow
 def test_structured_weights_get_their_own_gradients_and_no_dense_one():
     params = {"a": {"kernel": LAYERS["a"]}, "b": {"kernel": LAYERS["b"]}}
     method = pj.lora(rank=1, targets=["a", "b"])

@@ -225,6 +225,7 @@ def test_works_inside_optax_sharded_and_resumed(make, tmp_path):
     assert_resumes(tx, tmp_path)
 
 
+@pytest.mark.slow
 def test_works_on_meshes_with_explicit_axes():
     assert_sharded_equals_one_device(pj.optim.adamp(1e-2, delta=1.7, weight_decay=0.1), AxisType.Explicit)
 

@@ -17,6 +17,7 @@ PLACES = np.array([0.0, 2.0, -5.0, 40.0], np.float32)
 X = RNG.standard_normal((400, 4)).astype(np.float32) * SIZES + PLACES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", quick_at([4, 2, 7], 0))
 def test_a_power_of_root_two_is_a_shift_and_a_factor_of_its_parity(bits):
     codes = jnp.arange(2**bits, dtype=jnp.uint8)
@@ -78,6 +79,7 @@ def test_each_token_has_its_own_range():
     assert float(of_tokens(jnp.zeros((1, 3)), 8).rounded(jnp.zeros((1, 3))).max()) == 0
 
 
+@pytest.mark.slow
 def test_moved_ends_are_those_of_the_range_and_have_gradients():
     start = uniform(jnp.asarray(X.min(0)), jnp.asarray(X.max(0)), 4)
     nothing = jnp.zeros(4)
@@ -107,6 +109,7 @@ def in_parts(rows, counts, maker):
     return best(tried, sum((squared_errors(tried, *part) for part in parts), nothing)), tails
 
 
+@pytest.mark.slow
 def test_the_range_is_cut_off_at_the_percentile_with_the_least_error():
     rows = RNG.standard_normal((3 * 700, 3)).astype(np.float32)
     rows[5, 0], rows[6, 1] = 300.0, 12.0  # one that is better cut off at 8 bits, and one that is not

@@ -107,6 +107,7 @@ def test_groups_of_zeros_and_of_one_number_are_exact():
     np.testing.assert_allclose(two, [[2, 1]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_places_and_whole_groups_are_read_from_their_own_codes():
     codes, found = fitted(NORMAL)[0][1]
     rows, places = jnp.array([4, 0]), jnp.array([3, 70])

@@ -18,6 +18,7 @@ def test_it_is_the_matrix_of_its_definition_and_its_own_inverse(n, block):
     np.testing.assert_allclose(rotated(rotated(x)), x, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_an_outlier_is_spread_and_the_dtype_stays():
     x = jnp.zeros((2, 64), jnp.bfloat16).at[:, 5].set(8.0)
     assert rotated(x).dtype == jnp.bfloat16

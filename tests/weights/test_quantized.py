@@ -37,6 +37,7 @@ def test_a_model_uses_it_as_the_decoded_array(name):
     check_weight(coded("sio", 3, 20, 6, form=FORMATS[name]))  # groups that run on, or are cut short
 
 
+@pytest.mark.slow
 def test_views_are_those_of_the_decoded_array():
     """Slices of rows and of whole groups, heads as a stack, a reversed axis: still codes."""
     w = coded("ioo", 128, 4, 16)
