@@ -15,7 +15,7 @@ Expected, the peak of a step:
     | memory | 7B, 1 x 512, QLoRA + remat | 6.38 GiB |
     | memory | 65B, 1 x 512, QLoRA | 51.38 GiB |
     | memory | 65B, 1 x 512, QLoRA + remat | 45.38 GiB |
-    | memory | 65B, 16 x 512, QLoRA + remat | 58.10 GiB |
+    | memory | 65B, 16 x 512, QLoRA + remat | 58.35 GiB |
     | memory | 7B, 16 x 512, QLoRA + remat | 10.15 GiB |
     | long_rows | Llama-3-8B, QLoRA, offloaded, tiles | 6.60 GiB + 98.6 kB a token (record 7.37 + 227.5) |
     | long_rows | Llama-3-70B, QLoRA, offloaded, tiles | 43.56 GiB + 145.7 kB a token (record 42.99 + 444.6) |
