@@ -3,8 +3,8 @@
     y_i = x_i W_e         i in group e        `ragged_product`
     W_e = sum_i x_iᵀ g_i  i in group e        `ragged_outer`, which gives the gradient of W
 
-On a TPU that is XLA's kernel. Elsewhere XLA (of jax 0.10) masks all rows for each of E groups, which takes E
-times the arithmetic and E copies of x; here the rows go a tile at a time, each with the matrix of its group:
+XLA (of jax 0.10, and a TPU's in libtpu 0.0.52) masks all rows for each of E groups, which takes E times the
+arithmetic and E copies of x; here the rows go a tile at a time, each with the matrix of its group:
 
     tiles <= n / t + E of t rows     a tile's rows beyond its group are overwritten by the next one's
 
@@ -155,7 +155,7 @@ def _by_platform(
     def one_by_one(arrays: Sequence[Array], axes: Any, **static: Any) -> Any:
         return _with_axes(chosen, arrays, axes, **static)
 
-    platforms = dict.fromkeys(("cpu", "cuda", "rocm"), in_tiles)
+    platforms = dict.fromkeys(("cpu", "cuda", "rocm", "tpu"), in_tiles)
     chosen = primitives.by_platform(name, plain, platforms, batched=one_by_one)
     return chosen
 
