@@ -14,7 +14,6 @@ Expected:
     | topologies | Llama-3-8B on one H200, LoRA | 17.58 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on one H200, QLoRA | 7.74 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on 8 H200, LoRA | 4.73 GiB, fits, at most 20,805 tokens/s a device |
-    | topologies | Llama-3-8B on 8 H200, QLoRA | 3.33 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on v5e-16, LoRA | 4.08 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-8B on v5e-256, LoRA | 2.81 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-70B on one H200, LoRA | 142.21 GiB, does not fit, at most 2,390 tokens/s a device |
