@@ -68,8 +68,6 @@ class Contender:
         remat: policy of the backbone.
         tile: tokens that its feed-forward takes at a time.
         attention: of the backbone.
-        target: the machine, where it is another than that of the table.
-        mesh: over which the step is divided; None is one device.
         own_head: whether the method makes all that the loss reads: no classifier is trained beside it.
     """
 
@@ -80,8 +78,6 @@ class Contender:
     remat: str | None = None
     tile: int | None = None
     attention: AttentionKind = "rows"
-    target: str | None = None
-    mesh: str | None = None
     own_head: bool = False
 
 

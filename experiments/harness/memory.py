@@ -133,8 +133,8 @@ def measure(model: Model, contender: Contender, setting: Setting, target: str, r
             params,
             model.inputs(backbone),
             optimizer=contender.optimizer(setting, rate),
-            target=contender.target or model.target or target,
-            mesh=contender.mesh or model.mesh,
+            target=model.target or target,
+            mesh=model.mesh,
         )
     except DoesNotFit as error:
         return {"reason": str(error), "fits": False, "needed": error.needed, "capacity": error.capacity}

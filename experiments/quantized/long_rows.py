@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,21 @@ TILE = 2048
 RECORDS = {"Llama-3-8B": (7.37, 227.5), "Llama-3-70B": (42.99, 444.6)}
 """Of the longest rows known to us for QLoRA of rank 32: GiB that are fixed, and kB a token."""
 LENGTHS = (32_768, 65_536, 131_072)
-MODELS = tuple(
-    llama_model(f"{name}, {length:,} tokens", named_config(name.lower()), 1, length)
-    for name in RECORDS
-    for length in LENGTHS
+
+
+def on_one_row(name: str, length: int, device: str = "", **machine: str) -> Model:
+    """A model on one row of so many tokens, on one device or on a mesh."""
+    where = f" on {device}" if device else ""
+    model = llama_model(f"{name}, {length:,} tokens{where}", named_config(name.lower()), 1, length)
+    return dataclasses.replace(model, **machine)
+
+
+ALONE = tuple(on_one_row(name, length) for name in RECORDS for length in LENGTHS)
+DIVIDED = (
+    on_one_row("Llama-3-8B", LENGTHS[-1], "8 v5p", target="v5p:2x2x2", mesh="fsdp=8"),
+    on_one_row("Llama-3-8B", LENGTHS[-1], "8 v5e", target="v5e:2x4", mesh="fsdp=8"),
 )
+"""A mesh whose `fsdp` divides the weights and, as there is one row, the tokens."""
 
 
 def qlora() -> pj.Transform:
@@ -46,23 +58,14 @@ CONTENDERS = (
     ),
 )
 LORA: dict[str, Any] = {"method": lambda: pj.lora(rank=32), "remat": "nothing_saveable", "tile": TILE}
-ON_V5P: dict[str, Any] = {"target": "v5p:2x2x2", "mesh": "fsdp=8"}
-ON_V5E: dict[str, Any] = {"target": "v5e:2x4", "mesh": "fsdp=8"}
-IN_BFLOAT16 = (
-    contender("LoRA", **LORA),
-    contender("LoRA, flash", **LORA, attention="flash"),
-    contender("LoRA, 8 v5p", **LORA, **ON_V5P),
-    contender("LoRA, flash, 8 v5p", **LORA, **ON_V5P, attention="flash"),
-    contender("LoRA, 8 v5e", **LORA, **ON_V5E),
-)
-"""On a base that is not quantized, at the greatest length: attention of both kinds, on one GPU and on a mesh
-whose `fsdp` divides the weights and, as there is one row, the tokens."""
+IN_BFLOAT16 = (contender("LoRA", **LORA), contender("LoRA, flash", **LORA, attention="flash"))
+"""On a base that is not quantized, at the greatest length: attention of both kinds."""
 
 
 def asked(model: Model, contender: Contender) -> bool:
     """On the larger model only what needs the least."""
-    if contender in IN_BFLOAT16:
-        return model.name == f"Llama-3-8B, {LENGTHS[-1]:,} tokens"
+    if contender in IN_BFLOAT16 or model in DIVIDED:
+        return contender in IN_BFLOAT16 and model.name.startswith(f"Llama-3-8B, {LENGTHS[-1]:,} tokens")
     return model.name.startswith("Llama-3-8B") or contender.label == "QLoRA, offloaded, tiles"
 
 
@@ -119,11 +122,10 @@ def report(plans: Plans) -> str:
 
 def in_bfloat16(plans: Plans) -> list[str]:
     """The plans of a base that is not quantized."""
-    own = plans.get(f"Llama-3-8B, {LENGTHS[-1]:,} tokens", {})
     rows = []
-    for one in IN_BFLOAT16:
-        if "peak" in (plan := own.get(one.label, {})):
-            sizes, moved = plan["bytes"], plan["collectives"].items()
+    for model, one in itertools.product((ALONE[len(LENGTHS) - 1], *DIVIDED), IN_BFLOAT16):
+        if "peak" in (plan := plans.get(model.name, {}).get(one.label, {})):
+            sizes, moved = plan["bytes"], (plan["collectives"] or {}).items()
             passed = ", ".join(f"{kind} {traffic['nbytes'] / 2**30:.1f}" for kind, traffic in moved)
             cells = (f"{size / 2**30:.2f}" for size in (plan["peak"], sizes["weights"], sizes["temporaries"]))
             unread = "not read" if plan["devices"] > 1 else ""
@@ -163,4 +165,4 @@ def answer(plans: Plans) -> dict[str, str]:
 
 
 REPORT = memory_report(report, draw, answer)
-make_table = partial(Table, MODELS, (*CONTENDERS, *IN_BFLOAT16), REPORT, asked=asked)
+make_table = partial(Table, (*ALONE, *DIVIDED), (*CONTENDERS, *IN_BFLOAT16), REPORT, asked=asked)
