@@ -11,7 +11,8 @@ from peftjax.methods.bottleneck.mam import without_mlp
 from peftjax.methods.prompt.prefix import prefix_of
 from peftjax.methods.reversible.check import meft_check
 from peftjax.methods.sparse.snell import set_sparsity
-from peftjax.models.load import load, save
+from peftjax.models.load import load
+from peftjax.models.save import save
 from peftjax.planner.step import plan
 from peftjax.train.step import training
 from peftjax.transform.chain import chain

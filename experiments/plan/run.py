@@ -9,13 +9,14 @@ Expected:
 
     | results | of | is |
     |---|---|---|
-    | topologies | Weak scaling | flat, at most 1.036 times the least bytes a chip, 16 to 256 chips |
+    | topologies | Weak scaling | flat, at most 1.000 times the least bytes a chip, 16 to 256 chips |
     | topologies | Llama-3-8B on one H100 | at most 27,421 tokens/s (published 12,473) |
     | topologies | Llama-3-8B on one H200, LoRA | 17.58 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on one H200, QLoRA | 7.74 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on 8 H200, LoRA | 4.73 GiB, fits, at most 20,805 tokens/s a device |
-    | topologies | Llama-3-8B on v5e-16, LoRA | 4.08 GiB, fits, at most 4,143 tokens/s a device |
-    | topologies | Llama-3-8B on v5e-256, LoRA | 2.81 GiB, fits, at most 4,143 tokens/s a device |
+    | topologies | Llama-3-8B on 8 H200, QLoRA | 3.30 GiB, fits, at most 20,805 tokens/s a device |
+    | topologies | Llama-3-8B on v5e-16, LoRA | 3.42 GiB, fits, at most 4,143 tokens/s a device |
+    | topologies | Llama-3-8B on v5e-256, LoRA | 2.36 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-70B on one H200, LoRA | 142.21 GiB, does not fit, at most 2,390 tokens/s a device |
     | topologies | Llama-3-70B on one H200, QLoRA | 46.53 GiB, fits, at most 2,390 tokens/s a device |
 

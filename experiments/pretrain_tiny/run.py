@@ -21,7 +21,7 @@ from rich.console import Console
 from peftjax.cli import report
 from peftjax.core.errors import PeftError
 from peftjax.models.llama import LLAMA
-from peftjax.models.load import save
+from peftjax.models.save import save
 from peftjax.train.config import TrainConfig
 from peftjax.train.data.docstrings import docstring_dataset
 from peftjax.train.data.language.corpus import read_corpus

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 import peftjax as pj
-from peftjax.models.load import FAMILIES, save
+from peftjax.models.families import FAMILIES
+from peftjax.models.save import save
 
 SIZES = {
     "model_type": "llama",

@@ -4,7 +4,7 @@ r"""How long does a training step of each method take on MiniLM?
     python -m experiments.step_time.run --task.train train.tsv --task.evaluation dev.tsv \
         --task.contenders blocks --task.max-length 32 --rounds 5
     python -m experiments.step_time.run --task.train train.tsv --task.evaluation dev.tsv \
-        --task.contenders quantized --task.max-length 32 --rounds 5 --dtype bfloat16 --parts \
+        --task.contenders quantized --task.max-length 32 --rounds 7 --dtype bfloat16 --parts \
         --output experiments/step_time/results/quantized
 
 Expected, the time of a step relative to LoRA's, median [range] of the rounds:

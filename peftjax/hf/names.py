@@ -10,8 +10,8 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.config import TIED_EMBEDDING
+from peftjax.models.families import FAMILIES
 from peftjax.models.family import Family
-from peftjax.models.load import FAMILIES
 from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE
 from peftjax.models.weight_map import Slot, TensorEntry, slots_of
 from peftjax.weights.layout import Layout

@@ -1,9 +1,8 @@
-"""Load a Hugging Face checkpoint folder as `(model, params)`, and save one."""
+"""Load a Hugging Face checkpoint folder as `(model, params)`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -21,40 +20,18 @@ from jaxtyping import Array, Key
 
 from peftjax.backbone.backbone import COMPUTE_DTYPES, Backbone, Params
 from peftjax.core.errors import PeftError
-from peftjax.io.files import checked, read_json, replacing
-from peftjax.io.safetensors import SINGLE_FILE, write_tensors
-from peftjax.models.bert import BERT
+from peftjax.io.files import read_json
+from peftjax.models.families import CONFIG_FILE, FAMILIES, read_family
 from peftjax.models.family import Family
-from peftjax.models.gemma import GEMMA, GEMMA2, GEMMA3
-from peftjax.models.gpt2 import GPT2
-from peftjax.models.gpt_oss import GPT_OSS
-from peftjax.models.llama import LLAMA
-from peftjax.models.mistral import MISTRAL
-from peftjax.models.mixtral import MIXTRAL
-from peftjax.models.opt import OPT
 from peftjax.models.quantized.checkpoint import stored_tensors
 from peftjax.models.quantized.scheme import Stored
-from peftjax.models.qwen2 import QWEN2
-from peftjax.models.qwen3 import QWEN3
-from peftjax.models.qwen3_moe import QWEN3_MOE
 from peftjax.models.read_weights import read_weights
 from peftjax.models.resize import VOCABULARY_AXES, require_vocabulary, resized, with_vocabulary_of
-from peftjax.models.roberta import ROBERTA, XLM_ROBERTA
-from peftjax.models.schemas import of_family
 from peftjax.models.shared import copies, names_to_read, settle, untied
-from peftjax.models.t5 import MT5, T5
-from peftjax.models.vit import VIT
-from peftjax.models.weight_map import slots_of, to_hf
+from peftjax.models.weight_map import slots_of
 from peftjax.parallel.rules import sharding_of
 from peftjax.transform.transform import Transform
-from peftjax.weights.base import Weight
 from peftjax.weights.coding import Coding
-
-CONFIG_FILE = "config.json"
-_ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, VIT)
-_DECODERS = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_OSS, OPT)
-_ENCODER_DECODERS = (T5, MT5)
-FAMILIES: dict[str, Family] = {family.name: family for family in (*_ENCODERS, *_DECODERS, *_ENCODER_DECODERS)}
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
 
@@ -253,83 +230,9 @@ def stored_dtypes(
     return found
 
 
-def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
-    """Write `config.json` and `model.safetensors` in a folder that `transformers` loads.
-
-    Both files are complete before either replaces what was there.
-
-    Args:
-        path: the folder; made if absent.
-        model: the backbone the parameters belong to.
-        params: plain arrays with exactly the model's parameters; merge a method's first.
-
-    Raises:
-        PeftError: when a parameter is missing, unknown, no array or of another shape than the model's.
-
-    Examples:
-        >>> import tempfile
-        >>> from peftjax.models.bert import bert
-        >>> from peftjax.models.bert_config import BertConfig
-        >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        >>> model = bert(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=12), head="none")
-        >>> folder = tempfile.mkdtemp()
-        >>> pj.save(folder, model, model.init(jax.random.key(0)))
-        >>> model, params = pj.load(folder)
-    """
-    family = FAMILIES[model.config.model_type]
-    specs = flatten_dict(model.shapes, sep="/")
-    leaves = flatten_dict(params, sep="/")
-    for name, leaf in leaves.items():
-        if isinstance(leaf, Weight):
-            raise PeftError(
-                f"parameter {name} is a {type(leaf).__name__}, and a file has arrays: merge the method "
-                "first, or take peftjax.dense of each parameter"
-            )
-    for name in sorted(specs.keys() | leaves.keys()):
-        want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
-        if want != got:
-            raise PeftError(f"parameter {name} has shape {got}; the model needs {want}")
-    values: dict[str, Any] = {
-        **family.write_config(model.config),
-        "architectures": [family.heads[model.head_name].architecture],
-    }
-    folder = Path(path)
-    with replacing(folder / SINGLE_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
-        config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        tensors = family.scattered(to_hf(params, family.table(model)))
-        write_tensors(weights_file, tensors, {"format": "pt"})
-
-
 def _stored(family: Family, folder: Path) -> dict[str, Stored]:
     """What a checkpoint holds, by the names of the family's table or others of its."""
     return family.gathered(stored_tensors(folder, read_json(folder / CONFIG_FILE)))
-
-
-def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
-    """The family of a checkpoint, and the content of its `config.json`.
-
-    Raises:
-        PeftError: the file cannot be read, is of no supported family, or has a setting of another type or
-            out of range.
-    """
-    file = folder / CONFIG_FILE
-    values = read_json(file)
-    return family_of(values, file), values
-
-
-def family_of(values: Mapping[str, Any], where: object) -> Family:
-    """The family of the content of a `config.json`, which was read from `where`.
-
-    Raises:
-        PeftError: it is of no supported family, or has a setting of another type or out of range.
-    """
-    name = values.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        text = f"{name}_text"
-        hint = f"; the language model alone, {text}, is" if text in FAMILIES else ""
-        raise PeftError(f"{where} has model_type {name!r}; supported: {', '.join(FAMILIES)}{hint}")
-    checked(of_family(name), values, where)
-    return FAMILIES[name]
 
 
 def _of_another_size(

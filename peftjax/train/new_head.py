@@ -7,7 +7,7 @@ import jax
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core import tree
 from peftjax.methods.selection.plain import unfreeze
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 from peftjax.transform.chain import chain
 from peftjax.transform.transform import Transform
 

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
+from peftjax.models.families import CONFIG_FILE, family_of, read_family
 from peftjax.models.family import Family
-from peftjax.models.load import CONFIG_FILE, build_model, family_of, load, read_family
+from peftjax.models.load import build_model, load
 from peftjax.models.minilm import minilm_path
 from peftjax.models.named import named_config, named_models
 from peftjax.text.tokenizer import Tokenizer, load_tokenizer

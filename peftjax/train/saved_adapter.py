@@ -14,7 +14,8 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.io.files import replacing
 from peftjax.losses import classification
-from peftjax.models.load import load, save, stored_dtypes
+from peftjax.models.load import load, stored_dtypes
+from peftjax.models.save import save
 from peftjax.parallel.mesh import find_mesh
 from peftjax.train.adapter_info import Info, read_info
 from peftjax.train.config import Task, require_numbers

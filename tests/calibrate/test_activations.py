@@ -17,7 +17,7 @@ from peftjax.calibrate.reparameterization import READERS, rescaled
 from peftjax.core.errors import PeftError
 from peftjax.methods.quantization.rounded_activations import learned_ranges
 from peftjax.models.bert import BertConfig, bert
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 from peftjax.models.vit import ViTConfig, vit
 from peftjax.planner.residuals import kept_arrays, nbytes
 from peftjax.quantize.activations import LogSqrt2, Uniform

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
-from peftjax.models.load import save
+from peftjax.models.save import save
 
 GOOD = ["bright", "clever", "gentle", "honest", "joyful", "kind", "lively", "noble"]
 BAD = ["awful", "bitter", "cruel", "dreary", "empty", "feeble", "grim", "harsh"]

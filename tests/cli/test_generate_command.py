@@ -18,7 +18,7 @@ from peftjax.cli.main import main
 from peftjax.generation.text import chat_ids, prompt_ids, write
 from peftjax.models.decoder import decoder
 from peftjax.models.llama import read_config
-from peftjax.models.load import save
+from peftjax.models.save import save
 from peftjax.text.chat import compile_template
 from peftjax.text.tokenizer import load_tokenizer
 

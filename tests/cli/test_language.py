@@ -16,7 +16,9 @@ from support import assert_close
 import peftjax as pj
 from peftjax.cli.main import main
 from peftjax.io import checkpoint
-from peftjax.models.load import FAMILIES, load, save
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import load
+from peftjax.models.save import save
 from peftjax.text.tokenizer import load_tokenizer
 from peftjax.train.saved_adapter import open_tuned
 

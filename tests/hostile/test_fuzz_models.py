@@ -9,7 +9,7 @@ from kinds import Kind, check, check_accidents
 from mutations import damaged_json
 from support import quick_at
 
-from peftjax.models.load import read_family
+from peftjax.models.families import read_family
 from peftjax.text.tokenizer import load_tokenizer
 
 CASES = 200

@@ -9,7 +9,7 @@ import peftjax as pj
 from peftjax.cli.peft import export_saved, import_saved
 from peftjax.core import tree
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
-from peftjax.models.load import save
+from peftjax.models.save import save
 from peftjax.train.saved_adapter import merge_saved, open_tuned
 
 torch = pytest.importorskip("torch", reason="parity needs torch")

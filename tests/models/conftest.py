@@ -8,7 +8,7 @@ from support import all_but_slow, noisy
 
 from peftjax.models.bert import bert
 from peftjax.models.bert_config import BertConfig
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 
 TINY = {
     "vocab_size": 61,

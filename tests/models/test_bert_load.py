@@ -14,8 +14,9 @@ from support import quick_at
 from peftjax.core.errors import PeftError
 from peftjax.models.bert import WEIGHTS
 from peftjax.models.bert_config import BertConfig, read_config, write_config
-from peftjax.models.load import load, save
+from peftjax.models.load import load
 from peftjax.models.read_weights import read_weights
+from peftjax.models.save import save
 from peftjax.models.weight_map import TensorEntry, linear, to_hf
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from peftjax.core.errors import PeftError
-from peftjax.models.load import load, save
+from peftjax.models.load import load
 from peftjax.models.minilm import minilm_path
+from peftjax.models.save import save
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")

@@ -6,7 +6,8 @@ import pytest
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors
-from peftjax.models.load import FAMILIES, load, read_family
+from peftjax.models.families import FAMILIES, read_family
+from peftjax.models.load import load
 from tests.models.test_families import GPT2, IMAGE, OPT, TEXT
 from tests.models.test_t5 import VALUES
 

@@ -11,7 +11,9 @@ import pytest
 import peftjax as pj
 from peftjax.backbone.rope import read_rope
 from peftjax.core.errors import PeftError
-from peftjax.models.load import FAMILIES, load, save
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import load
+from peftjax.models.save import save
 
 
 def read(values):

@@ -7,7 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from peftjax.backbone.rope import FREQUENCIES, read_rope, rotation
-from peftjax.models.load import load, save
+from peftjax.models.load import load
+from peftjax.models.save import save
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")

@@ -13,7 +13,9 @@ from support import noisy
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.models.load import FAMILIES, lacking, load, save, stored_dtypes
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import lacking, load, stored_dtypes
+from peftjax.models.save import save
 from peftjax.quantize.elements import E2M1
 from peftjax.weights.quantized import Quantized
 

@@ -17,7 +17,7 @@ from peftjax.backbone.rounding import Rounding
 from peftjax.backbone.router_logits import with_router_logits
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 from peftjax.planner.flops import count_flops
 from peftjax.planner.residuals import kept_arrays
 from peftjax.quantize.activations import LogSqrt2

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.models.load import FAMILIES, load, save
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import load
+from peftjax.models.save import save
 from tests.support import all_but_slow, assert_no_dense_gradient, quick_at
 
 TEXT = {

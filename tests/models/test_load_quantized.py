@@ -9,7 +9,8 @@ from support import all_but_slow
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
-from peftjax.models.load import load, save
+from peftjax.models.load import load
+from peftjax.models.save import save
 from peftjax.weights.quantized import Quantized
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4, "vocab_size": 64}

@@ -17,8 +17,9 @@ from support import quick_at
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import Tensor, describe_tensors, find_tensors
 from peftjax.models import read_parameter
-from peftjax.models.load import load, save
+from peftjax.models.load import load
 from peftjax.models.read_parameter import Parameter, read_part
+from peftjax.models.save import save
 from peftjax.models.weight_map import TensorEntry
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "vocab_size": 64}
@@ -187,7 +188,9 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from peftjax.models.load import FAMILIES, load, save
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import load
+from peftjax.models.save import save
 
 def kilobytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()

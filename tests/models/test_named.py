@@ -4,7 +4,8 @@ import pytest
 from support import quick_at
 
 from peftjax.core import tree
-from peftjax.models.load import build_model, family_of
+from peftjax.models.families import family_of
+from peftjax.models.load import build_model
 from peftjax.models.named import named_config, named_models
 
 MILLIONS = {

@@ -7,7 +7,8 @@ from support import all_but_slow
 
 from peftjax.core.errors import PeftError
 from peftjax.models.family import read_labels
-from peftjax.models.load import lacking, load, save
+from peftjax.models.load import lacking, load
+from peftjax.models.save import save
 from tests.models.test_families import GPT2, TEXT
 from tests.models.test_shared_tables import edit
 from tests.models.test_t5 import VALUES

@@ -11,7 +11,9 @@ from support import all_but_slow
 
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
-from peftjax.models.load import FAMILIES, lacking, load, save, stored_dtypes
+from peftjax.models.families import FAMILIES
+from peftjax.models.load import lacking, load, stored_dtypes
+from peftjax.models.save import save
 from tests.models.test_families import GPT2, OPT, OPT_350M, TEXT
 from tests.models.test_t5 import VALUES
 

@@ -12,7 +12,8 @@ from tiny_t5 import VALUES, make, token_batch, values
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
-from peftjax.models.load import load, save
+from peftjax.models.load import load
+from peftjax.models.save import save
 from peftjax.models.t5 import decoder_ids, last_eos, t5
 from peftjax.models.t5_config import read_config
 from peftjax.models.t5_positions import RelativeBias, bucket_of

@@ -7,7 +7,8 @@ import pytest
 from support import all_but_slow
 from tiny_t5 import token_batch, values
 
-from peftjax.models.load import load, save
+from peftjax.models.load import load
+from peftjax.models.save import save
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")

@@ -15,16 +15,14 @@ from peftjax.planner import machine
 from peftjax.planner.specification import find_specification
 
 
-def test_sizes_are_those_of_one_device():
+def planned(method, **options):
     ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
-    found = pj.plan(
-        pj.lora(rank=4),
-        MODEL,
-        MODEL.shapes,
-        {"input_ids": ids, "labels": ids},
-        optimizer=optax.adamw(1e-3),
-        mesh="fsdp=8",
-    )
+    batch = {"input_ids": ids, "labels": ids}
+    return pj.plan(method, MODEL, MODEL.shapes, batch, optimizer=optax.adamw(1e-3), **options)
+
+
+def test_sizes_are_those_of_one_device():
+    found = planned(pj.lora(rank=4), mesh="fsdp=8")
     whole = tree.nbytes(MODEL.shapes)
     vectors = sum(leaf.size * 4 for leaf in jax.tree.leaves(MODEL.shapes) if min(leaf.shape) <= 2)
     assert whole / 8 <= found.bytes.weights <= whole / 8 + vectors
@@ -42,10 +40,7 @@ def test_sizes_are_those_of_one_device():
 def test_devices_that_are_not_there_have_bounds_and_collectives(target, module, mesh):
     if not machine._is_installed(module):
         pytest.skip(f"{module} is not installed")
-    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
-    batch, options = {"input_ids": ids, "labels": ids}, {"optimizer": optax.adamw(1e-3), "target": target}
-    found = pj.plan(pj.lora(rank=4), MODEL, MODEL.shapes, batch, mesh=mesh, **options)
-    alone = pj.plan(pj.lora(rank=4), MODEL, MODEL.shapes, batch, **options)
+    found, alone = (planned(pj.lora(rank=4), target=target, mesh=over) for over in (mesh, None))
     assert found.devices == int(np.prod([int(size) for size in re.findall(r"\d", mesh)]))
     assert found.fits
     assert found.collectives["all-gather"].nbytes > 0
@@ -58,16 +53,7 @@ def test_devices_that_are_not_there_have_bounds_and_collectives(target, module, 
 
 @pytest.mark.slow
 def test_what_is_done_between_steps_is_compiled_for_the_mesh():
-    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
-    found = pj.plan(
-        pj.galore(rank=4),
-        MODEL,
-        MODEL.shapes,
-        {"input_ids": ids, "labels": ids},
-        optimizer=optax.adamw(1e-3),
-        mesh="fsdp=8",
-    )
-    assert found.between
+    assert planned(pj.galore(rank=4), mesh="fsdp=8").between
 
 
 def test_a_mesh_of_other_devices_than_the_targets():

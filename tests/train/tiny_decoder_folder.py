@@ -6,7 +6,7 @@ import jax
 import tiny_language
 
 from peftjax.models.llama import LLAMA
-from peftjax.models.load import save
+from peftjax.models.save import save
 from peftjax.text.tokenizer import load_tokenizer
 
 ANSWERS = {"the cat": " sat", "the dog": " is", "the mat": " was"}

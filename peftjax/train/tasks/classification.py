@@ -10,7 +10,7 @@ import numpy as np
 from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core.errors import PeftError
 from peftjax.losses import Batch
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 from peftjax.parallel.processes import gathered
 from peftjax.train.adapter_info import Info
 from peftjax.train.config import TrainConfig

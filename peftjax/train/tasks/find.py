@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
-from peftjax.models.load import FAMILIES
+from peftjax.models.families import FAMILIES
 from peftjax.train.config import Task
 from peftjax.train.data.columns import LABEL_GUESSES
 from peftjax.train.data.files import DataFile
