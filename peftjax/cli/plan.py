@@ -83,7 +83,7 @@ def run_plan(command: PlanOptions, console: Console) -> None:
         plan = planned(command)
     except DoesNotFit as error:
         values = {"fits": False, "needed": error.needed, "capacity": error.capacity, "reason": str(error)}
-        show(command.json, values, lambda: print(f"does not fit: {error}"))
+        show(command.json, values, lambda: print(f"does not fit: {values['reason']}"))
     else:
         show(command.json, plan_values(plan), lambda: print(plan))
 
