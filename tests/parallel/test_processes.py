@@ -144,10 +144,11 @@ def test_a_run_that_is_ended_in_every_way_has_the_losses_of_one_that_is_not(star
     assert ended([alone]) == [0], alone.said()
     assert (parted / "adapter" / "adapter.safetensors").exists()
     assert len(losses(whole)) == STEPS
-    np.testing.assert_allclose(losses(parted), losses(whole), rtol=1e-5)
+    # Other counts of processes sum in other orders; a step left out or made twice is a loss of another batch.
+    np.testing.assert_allclose(losses(parted), losses(whole), rtol=1e-3)
     found, wanted = ([line for line in lines(folder) if "eval_loss" in line] for folder in (parted, whole))
     assert [line["step"] for line in found] == [line["step"] for line in wanted] == [8, 16, 24]
-    np.testing.assert_allclose(*([line["eval_loss"] for line in part] for part in (found, wanted)), rtol=1e-5)
+    np.testing.assert_allclose(*([line["eval_loss"] for line in part] for part in (found, wanted)), rtol=1e-3)
 
 
 # Process 1 does nothing any more, as if its machine were gone without closing a connection.
