@@ -11,6 +11,12 @@ from peftjax.methods.lowrank.pissa import pissa as pissa
 from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
+from peftjax.methods.lowrank.vera import vera as vera
+from peftjax.methods.structured.ia3 import ia3 as ia3
+from peftjax.methods.structured.loha import loha as loha
+from peftjax.methods.structured.hira import hira as hira
+from peftjax.methods.structured.miss import miss as miss
+from peftjax.methods.structured.oft import oft as oft
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca

@@ -256,8 +256,8 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
                 changes[f.name] = joined(values)
             elif role == "logical":
                 changes[f.name] = lax.concatenate(values, position)
-            elif role == "coded":
-                changes[f.name] = _joined_codes(values, partial(join, axis=place))
+            elif role == "stacked":
+                changes[f.name] = _joined_trees(values, partial(join, axis=place))
             elif len(set(map(others, values))) == 1:
                 changes[f.name] = join(values, axis=place)
             else:
@@ -269,8 +269,8 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
     return joined(parts)
 
 
-def _joined_codes(codes: Sequence[Any], join: Callable[..., Array]) -> Any:
-    """Codes of one kind along a stack axis; None where they are of several."""
+def _joined_trees(codes: Sequence[Any], join: Callable[..., Array]) -> Any:
+    """Trees of one structure along a stack axis; None where they are of several."""
     if len({jax.tree.structure(one) for one in codes}) > 1:
         return None
     parts = [[leaf.shape for leaf in jax.tree.leaves(one)] for one in codes]

@@ -3,7 +3,7 @@
 - `logical()`: an array or weight of the logical shape (the base);
 - `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
   ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
-- `coded()`: codes of the whole array, a pytree of arrays with the canonical stack axes first;
+- `stacked()`: a pytree of arrays with the canonical stack axes first, such as codes or the numbers of a map;
 - `random_key()`: keys for dropout, with the canonical stack axes;
 - `static()`: a Python value that is part of the compiled program;
 - `tuple_of_parts()`: arrays and weights of other axes, whose views the weight takes itself.
@@ -30,9 +30,9 @@ def canonical(side: Side | None = None, *, default: Any = ...) -> Any:
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
-def coded() -> Any:
-    """A field that holds `peftjax.quantize.Codes` of the canonical matrices."""
-    return field(metadata={"role": "coded"})
+def stacked() -> Any:
+    """A field that holds a pytree of arrays `[*stack, ...]` that belong to whole matrices."""
+    return field(metadata={"role": "stacked"})
 
 
 def random_key(*, default: None) -> Any:
@@ -52,7 +52,7 @@ def tuple_of_parts() -> Any:
 
 
 @dataclass_transform(
-    eq_default=False, field_specifiers=(logical, canonical, coded, random_key, static, tuple_of_parts)
+    eq_default=False, field_specifiers=(logical, canonical, stacked, random_key, static, tuple_of_parts)
 )
 def structured(cls: type[T]) -> type[T]:
     """Make a subclass of `Weight` a frozen dataclass and a pytree whose static fields are metadata."""

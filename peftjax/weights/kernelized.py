@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
 from peftjax.kernels.kernelized_merge import KernelFunction, sparse_update
-from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
+from peftjax.weights.added import contract_added
+from peftjax.weights.base import Weight, cast, dense
 from peftjax.weights.canonical import to_logical
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
-from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.sharding import like
@@ -62,19 +61,19 @@ class Kernelized(Weight):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """X times this weight."""
-        return self._contract(x, rule)
+        return contract_added(x, self, rule)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight; a lookup has no input to drop."""
-        return replace(self, key=None)._contract(indices, rule)
+        return contract_added(indices, replace(self, key=None), rule)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """X convolved with this weight."""
-        return self._contract(x, rule)
+        return contract_added(x, self, rule)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """Rows of x times their experts' matrices."""
-        return self._contract(x, rule)
+        return contract_added(x, self, rule)
 
     def cast(self, dtype: Any) -> "Kernelized":
         """The base in another dtype; the factors stay float32: dW is a small difference of distances."""
@@ -107,25 +106,3 @@ class Kernelized(Weight):
         if self.kernel_function.mixed and self.layout.axes[position].kind == "o":
             return None
         return super().gather_features(position, mesh_axes, fn, size)
-
-    @property
-    def _drops(self) -> bool:
-        return self.key is not None and self.dropout > 0.0
-
-    def _contract(self, x: Array, rule: Contraction) -> Array:
-        exact = not isinstance(self.base, Weight) and jnp.finfo(self.dtype).bits >= 32
-        if exact and not self._drops:
-            return lazily_merged(rule, x, self)
-        dtype = self.dtype
-
-        @jax.checkpoint
-        def branch(x: Array, update: Kernelized) -> Array:
-            of_product = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
-            return rule(update._dropped(x), update.delta().astype(of_product))
-
-        y = contract(x, self.base, rule)
-        key = None if self.key is None or not self._drops else key_for_input(self.key, x)
-        return y + like(branch(x, replace(self, base=None, key=key)).astype(y.dtype), y)
-
-    def _dropped(self, x: Array) -> Array:
-        return x if self.key is None or not self._drops else drop(x, self.dropout, self.key)

@@ -18,7 +18,7 @@ from peftjax.quantize.hadamard import rotated
 from peftjax.weights.base import Weight, lazily_merged
 from peftjax.weights.canonical import result_of_dot, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Dot, Gather, RaggedDot
-from peftjax.weights.fields import coded, static, structured
+from peftjax.weights.fields import stacked, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.sharding import whole
 
@@ -38,7 +38,7 @@ class Quantized(Weight):
         rows: the side whose axes the rows of the codes are; groups run along the other one.
     """
 
-    codes: GroupCodes = coded()
+    codes: GroupCodes = stacked()
     layout: Layout = static()
     of_dtype: Any = static()
     rows: Side = static(default="o")

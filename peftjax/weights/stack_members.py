@@ -10,6 +10,13 @@ from peftjax.weights.base import Weight, contract
 from peftjax.weights.contraction import Contraction, Dot
 
 
+def over_stack(fn: Callable[..., Array], axes: int) -> Callable[..., Array]:
+    """A function of one matrix, or of what belongs to it, over so many leading stack axes."""
+    for _ in range(axes):
+        fn = jax.vmap(fn)
+    return fn
+
+
 def over_members(
     fn: Callable[..., Any], weight: Weight, position: int, *arrays: Array, axes: Sequence[int | None] = ()
 ) -> Any:

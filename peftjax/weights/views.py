@@ -291,7 +291,7 @@ class Views(Opaque, abc.ABC):
                 continue
             if f.metadata["role"] == "logical":
                 changes[f.name] = on_logical(part)
-            elif f.metadata["role"] == "coded":
+            elif f.metadata["role"] == "stacked":
                 changes[f.name] = jax.tree.map(lambda array: on_canonical(array, None), part)
             else:
                 changes[f.name] = on_canonical(part, f.metadata["side"])

@@ -63,7 +63,9 @@ def test_the_example_of_the_readme_learns_and_both_loops_agree(folder):
 
 def modules_with_examples():
     """The modules of the package with an example that is not skipped (it names a folder of the reader's)."""
-    files = sorted(path for path in (ROOT / "peftjax").rglob("*.py") if EXAMPLE.search(path.read_text("utf-8")))
+    files = sorted(
+        path for path in (ROOT / "peftjax").rglob("*.py") if EXAMPLE.search(path.read_text("utf-8"))
+    )
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     return [name.removesuffix(".__init__") for name in names]
 

@@ -1,0 +1,110 @@
+"""A weight plus a matrix that is formed in its layer, and has no form in activation space."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
+from peftjax.weights.canonical import to_canonical, to_logical
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.dropout import drop, key_for_input
+from peftjax.weights.fields import logical, random_key, stacked, static, structured
+from peftjax.weights.layout import Layout
+from peftjax.weights.sharding import like
+from peftjax.weights.stack_members import over_stack
+from peftjax.weights.views import WholeMatrices
+
+Slots = Mapping[str, Array]
+Change = Callable[..., Array]
+"""`slots of one matrix -> [in, out]`, or `(slots, base [in, out])` of one `of_base`; static, so hashable."""
+
+
+@structured
+class Added(WholeMatrices, Weight):
+    """`w = base + change(slots)`, or `base + change(slots, base)`, a matrix formed in float32 in its layer.
+
+    Where the base is a plain float32 array and no dropout acts, there is one product, with the sum; else two,
+    `x·base + drop(x)·change`: a sum in 16 bits would round small changes away, and a quantized base keeps its
+    own rule. Backward keeps x and the slots, and recomputes the change and the mask.
+
+    Attributes:
+        base: the array or weight that is changed.
+        slots: the change's numbers, arrays `[*stack, ...]`.
+        layout: of the logical axes.
+        change: the change of one matrix.
+        of_base: whether it depends on the base.
+        dropout: on what meets the change.
+        key: for the dropout.
+    """
+
+    base: Any = logical()
+    slots: Slots = stacked()
+    layout: Layout = static()
+    change: Change = static()
+    of_base: bool = static(default=False)
+    dropout: float = static(default=0.0)
+    key: Array | None = random_key(default=None)
+
+    def delta(self) -> Array:
+        """The change in the logical shape, float32."""
+        given = (to_canonical(dense(self.base), self.layout).astype(jnp.float32),) if self.of_base else ()
+        return to_logical(over_stack(self.change, len(self.layout.stack))(self.slots, *given), self.layout)
+
+    def dense(self) -> Array:
+        """The sum, taken in float32, in the base's dtype."""
+        base = dense(self.base)
+        return (base.astype(jnp.float32) + like(self.delta(), base)).astype(self.dtype)
+
+    def supports(self, rule: Contraction) -> bool:
+        """Whatever the base supports."""
+        return not isinstance(self.base, Weight) or self.base.supports(rule)
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """X times this weight."""
+        return self._contract(x, rule, self.key)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """Rows of this weight; a lookup has no input to drop."""
+        return self._contract(indices, rule, None)
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """X convolved with this weight."""
+        return self._contract(x, rule, self.key)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """Rows of x times their experts' matrices."""
+        return self._contract(x, rule, self.key)
+
+    def cast(self, dtype: Any) -> "Added":
+        """The base in another dtype; the slots stay as exact as they are."""
+        return replace(self, base=cast(self.base, dtype))
+
+    def _contract(self, x: Array, rule: Contraction, key: Array | None) -> Array:
+        return contract_added(x, replace(self, key=key), rule)
+
+
+def contract_added(x: Array, w: Any, rule: Contraction) -> Array:
+    """X with `base + delta()`: in one product where the sum is exact and nothing drops, else in two.
+
+    Args:
+        x: the activation.
+        w: a weight with `base`, `delta()`, `dropout` and `key`.
+        rule: how they meet.
+    """
+    key = None if w.key is None or w.dropout == 0.0 else key_for_input(w.key, x)
+    exact = not isinstance(w.base, Weight) and jnp.finfo(w.dtype).bits >= 32
+    if exact and key is None:
+        return lazily_merged(rule, x, w)
+    of_product = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else w.dtype
+
+    @jax.checkpoint
+    def branch(x: Array, w: Any, key: Array | None) -> Array:
+        x = x if key is None else drop(x, w.dropout, key)
+        return rule(x, w.delta().astype(of_product))
+
+    y = contract(x, w.base, rule)
+    return y + like(branch(x, replace(w, key=None), key).astype(y.dtype), y)
