@@ -14,6 +14,7 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.hf.config import read_config
 from peftjax.hf.export import export_peft
+from peftjax.hf.forms.read import form_of, read_form_config, read_form_file
 from peftjax.hf.load import import_peft
 from peftjax.hf.names import Names, module_of, names_of
 from peftjax.hf.prefix import is_prefix
@@ -186,7 +187,7 @@ def import_saved(
     if is_prefix(peft):
         head = head or LANGUAGE_HEAD
     else:
-        task, file = read_config(peft).task, read_file(peft, leave_out)
+        task, file = _read(peft, leave_out)
         head = head or _head_of(peft, file, task, family, config)
         names = _names(family, untied(family, config, head) if untie else config, head)
         outputs = _outputs(file, names, family.heads[head])
@@ -226,6 +227,13 @@ def import_saved(
 def _names(family: Family, config: Any, head: str) -> Names:
     model = family.build(config, head=head)
     return names_of(model, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def _read(folder: Path, leave_out: Sequence[str]) -> tuple[str | None, Tensors]:
+    """The task of an adapter's configuration, and its tensors."""
+    if (form := form_of(folder)) is not None:
+        return read_form_config(form, folder)[0].task, read_form_file(form, folder, leave_out)
+    return read_config(folder).task, read_file(folder, leave_out)
 
 
 def _head_of(peft: Path, file: Tensors, task: str | None, family: Family, config: Any) -> str:

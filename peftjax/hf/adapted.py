@@ -12,7 +12,8 @@ import numpy as np
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.hf.config import TIED_EMBEDDING, LoraConfig
+from peftjax.hf.common import TIED_EMBEDDING
+from peftjax.hf.config import LoraConfig
 from peftjax.hf.experts import read_experts
 from peftjax.hf.factors import MAGNITUDE, factor_names, from_file, magnitude_shape
 from peftjax.hf.names import Names, module_of, require_one_stack
@@ -137,8 +138,8 @@ def read_adapted(
                 f"together where the embedding is called {TIED_EMBEDDING!r}, both are target_modules and "
                 "ensure_weight_tying is True)"
             )
-    _require_targets(config, file, names, leaves, known)
-    _require_bases(file, names, leaves)
+    require_targets(config, file, names, leaves, known)
+    require_bases(file, names, leaves)
     return {
         path: Adapted(shapes[path], dict(sorted(found[path].items(), key=lambda item: item[0] or 0)))
         for path in leaves
@@ -216,7 +217,7 @@ def _same(first: Layer | None, second: Layer | None) -> bool:
     )
 
 
-def _require_targets(
+def require_targets(
     config: LoraConfig, file: Tensors, names: Names, leaves: Mapping[str, Any], adapted: set[str]
 ) -> None:
     """Raise a PeftError when the configuration asks for a module whose factors are not in the file."""
@@ -238,7 +239,7 @@ def _require_targets(
                 raise PeftError(f"{field} asks for {spelt!r}, whose factors are missing in the file")
 
 
-def _require_bases(file: Tensors, names: Names, leaves: Mapping[str, Any]) -> None:
+def require_bases(file: Tensors, names: Names, leaves: Mapping[str, Any]) -> None:
     """Raise a PeftError when a weight that PEFT saved beside its adapter is not this model's."""
     for name, tensor in file.bases.items():
         _, slot = names.place(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,13 +11,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from peftjax.core.errors import PeftError
-from peftjax.core.patterns import fullmatches, match
 from peftjax.core.tree import nearest
+from peftjax.hf.common import CONFIG, CommonConfig, CommonFile, pattern_value, tupled
 from peftjax.io.files import checked, read_json
-
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-Names = str | Sequence[str]
 
 # Every field that PEFT 0.21 writes, with its default.
 FIELDS: dict[str, Any] = {
@@ -93,26 +89,15 @@ VARIANTS = (
 )
 # Initializations that leave the base as it is; the others replace it by a residual.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# The output layers that PEFT trains and saves by itself for a task, by the end of their name.
-TASK_MODULES = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-# The embedding whose ties PEFT heeds under ensure_weight_tying; ties of others it overlooks.
-TIED_EMBEDDING = "embed_tokens"
-# The output layer that PEFT stores beside the embedding under save_embedding_layers.
-OUTPUT_LAYER = "lm_head"
 
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 _Alpha = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Layer = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
-@dataclass(frozen=True)
-class _File:
+@dataclass(frozen=True, kw_only=True)
+class _File(CommonFile):
     """The fields of `adapter_config.json` that say something of the tensors; null is a field's default."""
 
     r: _Rank = 8
@@ -124,19 +109,12 @@ class _File:
     lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: _Layer | list[_Layer] | None = None
-    layers_pattern: str | list[str] | None = None
-    modules_to_save: str | list[str] | None = None
-    ensure_weight_tying: bool = False
-    task_type: str | None = None
     target_parameters: list[str] | None = None
     trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
 
 
-@dataclass(frozen=True)
-class LoraConfig:
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(CommonConfig):
     """What `adapter_config.json` says, checked."""
 
     rank: int
@@ -146,15 +124,7 @@ class LoraConfig:
     rslora: bool
     dora: bool
     dropout: float
-    bias: str
     lora_bias: bool
-    target_modules: Names | None
-    exclude_modules: Names | None
-    layers: tuple[int, ...]
-    layers_pattern: tuple[str, ...]
-    modules_to_save: tuple[str, ...]
-    tied: bool
-    task: str | None
     tokens: Mapping[str, tuple[int, ...]]
     """Rows that are trained by themselves, by the end of their table's module; '' is the input embedding."""
 
@@ -186,7 +156,7 @@ class LoraConfig:
 
     def rank_of_key(self, key: str) -> int:
         """The rank of what patterns match: a module, or a parameter."""
-        return _pattern_value(self.rank_pattern, key, self.rank)
+        return pattern_value(self.rank_pattern, key, self.rank)
 
     def _key_of(self, module: str) -> str:
         """What patterns match: a module, or a parameter."""
@@ -198,22 +168,8 @@ class LoraConfig:
 
     def scale_of_key(self, key: str) -> float:
         """The factor of the product `B·A` of what patterns match."""
-        alpha = _pattern_value(self.alpha_pattern, key, self.alpha)
+        alpha = pattern_value(self.alpha_pattern, key, self.alpha)
         return alpha / rank_power(self.rank_of_key(key), self.rslora)
-
-    def targets(self, module: str) -> bool:
-        """Whether a list or a pattern asks for a module; 'all-linear' asks for every one."""
-        if self.exclude_modules is not None and _asked_for(self.exclude_modules, module):
-            return False
-        saved = {"before": r"(^|.*\.)", "after": r"($|\..*)"}
-        if any(match(name, module, **saved) for name in self.modules_to_save):
-            return False
-        if self.target_modules is None or self.target_modules == "all-linear":
-            return self.target_modules is not None
-        if not _asked_for(self.target_modules, module):
-            return False
-        exact = isinstance(self.target_modules, str) or module in self.target_modules
-        return exact or not self.layers or _layer_of(module, self.layers_pattern) in self.layers
 
 
 def rank_power(rank: int, rslora: bool) -> float:
@@ -261,17 +217,10 @@ def read_config(folder: Path) -> LoraConfig:
         rslora=held.use_rslora,
         dora=held.use_dora,
         dropout=held.lora_dropout,
-        bias=held.bias,
         lora_bias=held.lora_bias,
-        target_modules=held.target_modules,
-        exclude_modules=held.exclude_modules or None,
-        layers=_tuple(held.layers_to_transform),
-        layers_pattern=_tuple(held.layers_pattern),
-        modules_to_save=_tuple(held.modules_to_save),
-        tied=held.ensure_weight_tying,
-        task=held.task_type,
         tokens=_tokens(held.trainable_token_indices),
-        parameters=_tuple(held.target_parameters),
+        parameters=tupled(held.target_parameters),
+        **held.common(),
     )
 
 
@@ -289,31 +238,3 @@ def _require_plain_start(file: Path, start: Any) -> None:
         "in the file; save it again from PEFT with save_pretrained(..., "
         "path_initial_model_for_weight_conversion=FOLDER_OF_THE_INITIAL_ADAPTER), which makes it plain LoRA"
     )
-
-
-def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for key, value in patterns.items():
-        if match(key, module, before=r"(.*\.)?(", after=")$"):
-            return value
-    return default
-
-
-def _asked_for(names: Names, module: str) -> bool:
-    if isinstance(names, str):
-        return fullmatches(names, module)
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _layer_of(module: str, patterns: tuple[str, ...]) -> int | None:
-    for pattern in patterns or (r"[^.]*",):
-        # The first number counts: one further in is an expert's.
-        lead = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if found := match(pattern, module, before=lead, after=r"\.(\d+)\."):
-            return int(found.group(found.re.groups))  # the pattern may have groups of its own
-    return None
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int | str) else tuple(value)

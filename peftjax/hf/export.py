@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -16,9 +15,11 @@ import numpy as np
 from peftjax.adapters.rounding import rounded
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.hf.config import CONFIG, FIELDS, OF_ALL_VERSIONS, TASK_MODULES, TENSORS, clean, rank_power
+from peftjax.hf.config import FIELDS, OF_ALL_VERSIONS, clean, rank_power
 from peftjax.hf.experts import expert_modules
 from peftjax.hf.factors import MAGNITUDE, Module, magnitude_shape, rank_in_file, to_file
+from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
+from peftjax.hf.forms.write import export_form, form_written
 from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.hf.prefix import export_prefix
 from peftjax.hf.tensors import PREFIX, TOKENS
@@ -34,13 +35,10 @@ from peftjax.hf.trained import (
     trained_rows,
     without,
 )
-from peftjax.io.files import replacing
-from peftjax.io.safetensors import write_tensors
 from peftjax.models.weight_map import Slot
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import describe
 from peftjax.transform.transform import Transform
-from peftjax.weights.base import dense
 
 
 def export_peft(
@@ -86,6 +84,19 @@ def export_peft(
         if also or leave_out:
             raise PeftError("export_peft: a prefix is written whole and alone, without also and leave_out")
         export_prefix(Path(path), model, method, trainable, base)
+        return
+    if (form := form_written(method)) is not None:
+        export_form(
+            form,
+            Path(path),
+            model,
+            method,
+            frozen,
+            trainable,
+            base=base,
+            also=list(also),
+            leave_out=leave_out,
+        )
         return
     frozen = replace(frozen, advanced=True)
     if initial is not None:
@@ -133,8 +144,8 @@ def export_peft(
     modules, experts = _modules(names, factors, rslora), expert_modules(names, factors, rslora)
     if not modules and not experts:
         raise PeftError(f"{method.name}: every factor is zero, so there is no adapter to write")
-    task = _task(names, modules)
-    values, plain = _plain(names, leaves, trained, modules, task)
+    task = task_of(names, modules)
+    values, plain = plain_parameters(names, leaves, trained, modules, task)
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{names.written(module)}.{name}": tensor
         for module, own in modules.items()
@@ -155,7 +166,7 @@ def export_peft(
         "ensure_weight_tying": any(
             names.kept_together(path) for path in names.tied_weights() & (factors.keys() | trained)
         ),
-        "fan_in_fan_out": _fan_in_fan_out(names, factors, modules),
+        "fan_in_fan_out": fan_in_fan_out(names, {path: own.layout for path, own in factors.items()}, modules),
         "lora_bias": any(own.shift is not None for own in factors.values()),
         "lora_dropout": 0.0 if by_parameter else dropout,
         "target_modules": sorted(written),
@@ -165,11 +176,7 @@ def export_peft(
         "use_dora": bool(dora),
         "use_rslora": rslora,
     }
-    folder = Path(path)
-    with replacing(folder / TENSORS, folder / CONFIG) as (tensor_file, config_file):
-        text = json.dumps(_told(values), indent=2, sort_keys=True)
-        config_file.write_text(text + "\n", encoding="utf-8")
-        write_tensors(tensor_file, tensors, {"format": "pt"})
+    write_folder(Path(path), _told(values), tensors)
 
 
 def _told(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,78 +259,3 @@ def _ranks(modules: Mapping[str, Module]) -> dict[str, Any]:
         others = {module: value for module, value in of.items() if value != values[field]}
         values[pattern] = {f"^{re.escape(module)}": value for module, value in others.items()}
     return values
-
-
-def _fan_in_fan_out(names: Names, factors: Mapping[str, Factors], modules: Mapping[str, Module]) -> bool:
-    """Whether Hugging Face keeps the linear weights as [in, out], as GPT-2's Conv1D does."""
-    slots = [slot for name, slot in names.slots.items() if module_of(name) in modules]
-    linear = [slot for slot in slots if slot.path in factors and slot.weight.kind == "linear"]
-    letters = [factors[slot.path].layout.letters.replace("s", "") for slot in linear]
-    return bool(linear) and all(
-        (order == "io") != slot.weight.transpose for order, slot in zip(letters, linear)
-    )
-
-
-def _task(names: Names, modules: Mapping[str, Module]) -> str | None:
-    """The class's task; None when it would make PEFT save an output layer that has an adapter."""
-    own = TASK_MODULES.get(names.task or "", ())
-    return None if any(module.endswith(own) for module in modules if own) else names.task
-
-
-def _owners(name: str) -> list[str]:
-    """The module that owns a tensor, and those it lies in."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _plain(
-    names: Names,
-    leaves: Mapping[str, Any],
-    trained: set[str],
-    modules: Mapping[str, Module],
-    task: str | None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The fields of the configuration for what is trained as it is, and its tensors by name."""
-    held = {name for name, slot in names.slots.items() if slot.path in trained}
-    for name in held:
-        if names.slots[name].weight.kind == "experts":
-            raise PeftError(
-                f"{names.slots[name].path!r} is trained as it is, and PEFT's format has no form for a part "
-                "of a module of experts: give it factors (pj.lora), leave it out, or merge"
-            )
-    # PEFT wraps a module whole, and reads all of its tensors; other parameters go by their own name.
-    saved = {
-        module_of(name)
-        for name in held
-        if not name.endswith(".bias") and module_of(name) not in modules and names.is_leaf(module_of(name))
-    }
-    # It takes every module whose name has such an end; one that would take others too goes by name.
-    known = {module_of(name) for name in names.slots}
-    saved = {module for module in saved if not any(m != module and m.endswith(module) for m in known)}
-    ends = TASK_MODULES.get(task or "", ())
-    saved |= {module for name in names.slots for module in _owners(name) if ends and module.endswith(ends)}
-    whole = {name for name in names.slots if saved & set(_owners(name))}
-    # PEFT keeps tied modules together by the name of the embedding alone: each gets its own tensors.
-    shared = {
-        module_of(name) for name in names.tied if names.tied[name].path in trained & names.tied_weights()
-    }
-    saved |= shared
-    biases = {name for name in names.slots if name.endswith(".bias")}
-    own = {f"{module}.bias" for module in modules} & biases
-    bias = "none"
-    if held >= biases and biases - whole:
-        bias = "all"
-    elif own and held >= own:
-        bias = "lora_only"
-    tensors = {}
-    for name, slot in {**names.tied, **names.slots}.items():
-        if name not in held | whole and module_of(name) not in shared:
-            continue
-        module = module_of(name)
-        kept_name = f"{module}.base_layer.{name[len(module) + 1 :]}" if module in modules else name
-        tensors[kept_name] = slot.view(np.asarray(dense(leaves[slot.path])))
-    values = {
-        "bias": bias,
-        "modules_to_save": sorted(names.written(module) for module in saved) or None,
-    }
-    return values, tensors

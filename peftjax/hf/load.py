@@ -18,6 +18,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.adapted import Adapted, read_adapted
 from peftjax.hf.config import LoraConfig, clean, rank_power, read_config
+from peftjax.hf.forms.read import form_of, import_form
 from peftjax.hf.names import Model, names_of
 from peftjax.hf.plain import read_plain, untrained_tables
 from peftjax.hf.prefix import import_prefix, is_prefix
@@ -68,6 +69,8 @@ def import_peft(
         if leave_out:
             raise PeftError(f"{folder}: a prefix is read whole; give no leave_out")
         return import_prefix(folder, model, params)
+    if (form := form_of(folder)) is not None:
+        return import_form(form, folder, model, params, leave_out=leave_out, layouts=layouts)
     config = read_config(folder)
     file = read_file(folder, leave_out)
     names = names_of(model, params)
@@ -122,7 +125,7 @@ def _bias(
         return "added", own & plain.keys()
     if config.bias == "all" and every and every <= plain.keys():
         return "all", every
-    if (config.bias == "lora_only" or config.lora_bias) and own and own <= plain.keys():
+    if (config.bias_of_adapted or config.lora_bias) and own and own <= plain.keys():
         return "adapted", own
     return "none", set()
 

@@ -9,7 +9,7 @@ from typing import Any
 from peftjax.backbone.backbone import Backbone
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.hf.config import TIED_EMBEDDING
+from peftjax.hf.common import TIED_EMBEDDING
 from peftjax.models.families import FAMILIES
 from peftjax.models.family import Family
 from peftjax.models.shared import DECODER_TABLE, OUTPUT_LAYER, WORD_TABLE

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core.errors import PeftError
-from peftjax.hf.config import OUTPUT_LAYER, TIED_EMBEDDING, LoraConfig
+from peftjax.hf.common import OUTPUT_LAYER, TIED_EMBEDDING, CommonConfig
 from peftjax.hf.names import Names, module_of
 from peftjax.hf.tensors import Tensors
 from peftjax.models.resize import VOCABULARY_AXES
@@ -17,7 +17,7 @@ from peftjax.weights.base import Weight
 
 
 def read_plain(
-    config: LoraConfig, file: Tensors, names: Names, leaves: Mapping[str, Any]
+    config: CommonConfig, file: Tensors, names: Names, leaves: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The parameters that the file trains as they are; layers it lacks are at the base's values.
 
@@ -65,7 +65,7 @@ def _resizing(path: str, tensor: np.ndarray) -> str:
     )
 
 
-def untrained_tables(config: LoraConfig, file: Tensors, names: Names) -> set[str]:
+def untrained_tables(config: CommonConfig, file: Tensors, names: Names) -> set[str]:
     """The parameters that the file holds and PEFT did not train: with `save_embedding_layers`, tables."""
     stored, trained = set(), set()
     for name in file.plain:
@@ -91,7 +91,7 @@ def _view(values: dict[str, np.ndarray], slot: Slot, leaves: Mapping[str, Any]) 
     return slot.view(values[slot.path])
 
 
-def _require_complete(config: LoraConfig, file: Tensors, names: Names, held: set[str]) -> None:
+def _require_complete(config: CommonConfig, file: Tensors, names: Names, held: set[str]) -> None:
     for name in _expected(config, file, names):
         if name not in held and not file.leaves_out(names.written(name)):
             raise PeftError(
@@ -100,7 +100,7 @@ def _require_complete(config: LoraConfig, file: Tensors, names: Names, held: set
             )
 
 
-def _expected(config: LoraConfig, file: Tensors, names: Names) -> Iterator[str]:
+def _expected(config: CommonConfig, file: Tensors, names: Names) -> Iterator[str]:
     """The tensors of saved modules and, as `bias` says, of biases."""
     adapted = {names.canonical(f"{module}.weight") for module in file.factors}
     for name in names.slots:
@@ -109,13 +109,13 @@ def _expected(config: LoraConfig, file: Tensors, names: Names) -> Iterator[str]:
             tuple(f".{part}" for part in config.modules_to_save)
         )
         bias = name.endswith(".bias") and (
-            config.bias == "all" or (config.bias == "lora_only" and f"{module}.weight" in adapted)
+            config.bias == "all" or (config.bias_of_adapted and f"{module}.weight" in adapted)
         )
         if saved or bias:
             yield name
 
 
-def _require_ties(config: LoraConfig, file: Tensors, names: Names, known: Mapping[str, str]) -> None:
+def _require_ties(config: CommonConfig, file: Tensors, names: Names, known: Mapping[str, str]) -> None:
     """Raise a PeftError where a shared weight is exchanged in one of its modules alone."""
     for path in sorted(names.tied_weights()):
         weights = [name for name in names.sharing(path) if name.endswith(".weight")]

@@ -22,7 +22,7 @@ from msgspec import Meta
 from peftjax.backbone.backbone import Backbone
 from peftjax.backbone.rope import rope_type, rotate, rotation
 from peftjax.core.errors import PeftError
-from peftjax.hf.config import CONFIG, TENSORS
+from peftjax.hf.common import CONFIG, TENSORS
 from peftjax.hf.names import Model
 from peftjax.io.files import read_as, read_json, replacing
 from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors

@@ -11,15 +11,21 @@ import numpy as np
 
 from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
-from peftjax.hf.config import TENSORS
+from peftjax.hf.common import TENSORS
 from peftjax.io.safetensors import find_tensors, read_tensors
 
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
-_FACTOR = re.compile(
-    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)"
+OF_LORA = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
 )
+OF_MODEL = "base_model."
+"""Before the names of arrays that belong to the adapter as a whole."""
 # In a state dict that was saved by hand the adapter's name stands in the keys, as in `lora_A.default.weight`.
 _NAMED = re.compile(
     r"(.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save"
@@ -36,6 +42,7 @@ class Tensors:
         plain: parameters, trained as they are.
         bases: weights that PEFT saved beside the adapters of their own module.
         tokens: trained rows of each table.
+        shared: the adapter's tensors of the model as a whole.
         left_out: the modules and tensors that the caller asked not to read.
     """
 
@@ -43,6 +50,7 @@ class Tensors:
     plain: Mapping[str, np.ndarray]
     bases: Mapping[str, np.ndarray]
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shared: Mapping[str, np.ndarray] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def leaves_out(self, name: str) -> bool:
@@ -50,8 +58,20 @@ class Tensors:
         return any(name == part or name.startswith(f"{part}.") for part in self.left_out)
 
 
-def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
+def read_file(
+    folder: Path,
+    leave_out: Sequence[str] = (),
+    *,
+    own: Sequence[str] = OF_LORA,
+    shared: Sequence[str] = (),
+) -> Tensors:
     """The tensors of `adapter_model.safetensors`.
+
+    Args:
+        folder: the adapter's.
+        leave_out: modules or tensors that are not read.
+        own: what the tensors of an adapted module are called.
+        shared: the same of those of the model as a whole.
 
     Raises:
         PeftError: the file is missing or damaged; a tensor is of no known kind; a name to leave out is
@@ -64,10 +84,12 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
             "only a pickled adapter_model.bin; save it again from PEFT as safetensors" if pickled else "none"
         )
         raise PeftError(f"{folder} needs {TENSORS} and has {found}")
-    names = find_tensors(file)
+    places = find_tensors(file)
+    of_model = {name: f"{OF_MODEL}{name}" for name in shared if f"{OF_MODEL}{name}" in places}
+    names = {name: place for name, place in places.items() if name not in of_model.values()}
     for name in names:
         if not name.startswith(PREFIX):
-            raise PeftError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}, as a LoRA's do")
+            raise PeftError(f"{file}: tensor {name!r} does not begin with {PREFIX!r}, as an adapter's do")
     left = _without_adapter_name(file, {name.removeprefix(PREFIX): name for name in names})
     for part in leave_out:
         hits = [name for name in left if name.startswith(f"{part}.") or name == part]
@@ -76,6 +98,7 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
         for name in hits:
             del left[name]
     held = dict(read_tensors({name: names[name] for name in left.values()}))
+    of_module = re.compile(rf"(.+)\.({'|'.join(map(re.escape, own))})")
     factors: dict[str, dict[str, np.ndarray]] = {}
     plain, bases, tokens = {}, {}, {}
     for name, full in left.items():
@@ -85,7 +108,7 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
         elif match := re.fullmatch(r"(.+)\.token_adapter\.base_layer\.(\w+)", name):
             # A table that was saved beside its rows, as those are that `save_embedding_layers` stores.
             plain[f"{match[1]}.{match[2]}"] = tensor
-        elif match := _FACTOR.fullmatch(name):
+        elif match := of_module.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name or "token_adapter" in name:
             raise PeftError(f"{file}: tensor {name!r} belongs to a variant of LoRA that peftjax has not")
@@ -98,8 +121,10 @@ def read_file(folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
         else:
             plain[name] = tensor
     if not factors and not tokens:
-        raise PeftError(f"{file} holds no LoRA factors")
-    return Tensors(factors, plain, bases, tokens, tuple(leave_out))
+        raise PeftError(f"{file} holds no tensors of adapted modules, such as {own[0]!r}")
+    found = dict(read_tensors({full: places[full] for full in of_model.values()}))
+    together = {name: found[full] for name, full in of_model.items()}
+    return Tensors(factors, plain, bases, tokens, together, tuple(leave_out))
 
 
 def _without_adapter_name(file: Path, names: Mapping[str, str]) -> dict[str, str]:

@@ -349,7 +349,7 @@ def test_shifted_biases_are_folded_into_the_biases(tmp_path):
 # A change of a good configuration or file, and what the error must say.
 GOOD = {"r": 2, "lora_alpha": 4, "target_modules": ["head"], "exclude_modules": ["my_head"]}
 BAD_CONFIGS = [
-    ({"peft_type": "VERA"}, "peft_type 'VERA'"),
+    ({"peft_type": "POLY"}, "peft_type 'POLY'"),
     ({"use_qalora": True}, "sets use_qalora"),
     ({"kasa_config": {"beta": 1}}, "sets kasa_config"),
     ({"layer_replication": [[0, 2]]}, "sets layer_replication"),
@@ -403,7 +403,7 @@ BAD_TENSORS = [
     (lambda held: held.update({"head.lora_magnitude_vector": np.zeros(2)}), "without use_dora"),
     (lambda held: held.update({"head.base_layer.weight": np.zeros((2, 8))}), "its own weight for"),
     (lambda held: held.update({"head.lora_embedding_A": np.zeros((2, 8))}), "does not go with the linear"),
-    (lambda held: held.clear(), "holds no LoRA factors"),
+    (lambda held: held.clear(), "holds no tensors of adapted modules"),
 ]
 
 

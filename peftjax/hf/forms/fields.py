@@ -1,0 +1,29 @@
+"""What the fields of several types have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from peftjax.core.errors import PeftError
+from peftjax.hf.forms.form import Arrays
+
+Rate = Annotated[float, Meta(ge=0, lt=1)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+def no_dropout(fields: Any, *names: str) -> None:
+    """Raise a PeftError for a kind of dropout that the method has not here."""
+    for name in names:
+        if getattr(fields, name):
+            raise PeftError(
+                f"the file has {name} {getattr(fields, name)}, which the method does not have here; set it "
+                "to 0 in the configuration to read the adapter without it"
+            )
+
+
+def rank_of(slot: str) -> Callable[[Arrays], int]:
+    """The rank of a module, by the first axis of one of its arrays."""
+    return lambda arrays: len(arrays[slot])

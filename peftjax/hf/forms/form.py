@@ -1,0 +1,109 @@
+"""How PEFT writes a method other than LoRA: its fields, and the tensors of each adapted module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SlotForm:
+    """How PEFT writes an array of one matrix.
+
+    Attributes:
+        name: after the module's name and a dot; of the model as a whole, after 'base_model.'.
+        write: from ours to PEFT's.
+        read: from PEFT's to ours.
+    """
+
+    name: str
+    write: Callable[[np.ndarray], np.ndarray] = np.asarray
+    read: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+SlotForms = Mapping[str, SlotForm]
+
+
+@dataclass(frozen=True)
+class NoFields:
+    """The fields of a type that has none of its own."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a method is written; what PEFT calls `r`, and its patterns, follows from `rank` by itself.
+
+    Attributes:
+        method: its name here.
+        type: PEFT's `peft_type`.
+        slots: the arrays of a module, ours and PEFT's, by our name.
+        fields: a dataclass of PEFT's own fields of the type, with their types and defaults.
+        to_fields: the values of those that follow from our options.
+        to_options: our options that follow from them; raises a PeftError of what is not here.
+        rank: of a module by its arrays here; None where the method has no rank, or one for all weights.
+        alpha: PEFT's names of the scale's numerator and of its pattern; None where there is none.
+        bias: PEFT's `bias` where the biases of adapted modules are trained; None where it has no such field.
+        shared: the arrays of the model as a whole.
+        with_fields: `(slots, fields) -> slots`, where a tensor's meaning depends on a field.
+        present: `(slots, tensors) -> names` of the slots that a module's tensors are; by default all.
+        of_modules: fields that say which modules have which slots: `{PEFT's name: arrays} -> fields`.
+        of_paths: options that say so: `{path: arrays} -> options`.
+        of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
+            stack that have others become several methods.
+    """
+
+    method: str
+    type: str
+    slots: SlotForms
+    fields: type = NoFields
+    to_fields: Callable[[Options], dict[str, Any]] = lambda options: {}
+    to_options: Callable[[Any], dict[str, Any]] = lambda fields: {}
+    rank: Callable[[Arrays], int] | None = None
+    alpha: tuple[str, str] | None = None
+    bias: str | None = None
+    shared: SlotForms = field(default_factory=dict)
+    with_fields: Callable[[SlotForms, Any], SlotForms] = lambda slots, fields: slots
+    present: Callable[[SlotForms, Arrays], list[str]] = lambda slots, tensors: list(slots)
+    of_modules: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda modules: {}
+    of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
+    of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """What the tensors of a module are called."""
+        return list(dict.fromkeys(slot.name for slot in self.slots.values()))
+
+
+def same(name: str) -> SlotForm:
+    """The same array."""
+    return SlotForm(name)
+
+
+def transposed(name: str) -> SlotForm:
+    """Its last two axes exchanged."""
+    return SlotForm(name, _swapped, _swapped)
+
+
+def negative(form: SlotForm) -> SlotForm:
+    """Another form's array with the other sign."""
+    return SlotForm(form.name, lambda v: -form.write(v), lambda v: -form.read(v))
+
+
+def column(name: str) -> SlotForm:
+    """A vector as [n, 1]."""
+    return SlotForm(name, lambda v: v[:, None], lambda v: v.reshape(-1))
+
+
+def row(name: str) -> SlotForm:
+    """A vector as [1, n]."""
+    return SlotForm(name, lambda v: v[None], lambda v: v.reshape(-1))
+
+
+def _swapped(matrix: np.ndarray) -> np.ndarray:
+    return matrix.swapaxes(-1, -2)

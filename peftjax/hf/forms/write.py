@@ -1,0 +1,211 @@
+"""A trained adapter of another type than LoRA, as a folder that Hugging Face's PEFT loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftjax.core import tree
+from peftjax.core.errors import PeftError
+from peftjax.core.targets import pattern_value
+from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
+from peftjax.hf.forms.form import Form
+from peftjax.hf.forms.read import require_linear
+from peftjax.hf.forms.table import BY_METHOD
+from peftjax.hf.names import Model, Names, module_of, names_of
+from peftjax.hf.tensors import OF_MODEL, PREFIX
+from peftjax.hf.trained import lies_in
+from peftjax.methods._targets import Target
+from peftjax.methods._weights import SHARED
+from peftjax.transform.frozen import Frozen, Trainable
+from peftjax.transform.registry import describe
+from peftjax.transform.transform import Transform, part_of
+
+
+def form_written(method: Transform) -> Form | None:
+    """How a method is written, where it, or a part of the chain, is one of the table."""
+    found = {BY_METHOD[name].method for name in _names(describe(method)) if name in BY_METHOD}
+    return BY_METHOD[found.pop()] if len(found) == 1 else None
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    return [part["name"] for part in config["methods"]] if config["name"] == "chain" else [config["name"]]
+
+
+def export_form(
+    form: Form,
+    path: Path,
+    model: Model,
+    method: Transform,
+    frozen: Frozen,
+    trainable: Trainable,
+    *,
+    base: str | None = None,
+    also: Collection[str] = (),
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Write an adapter of the form, and what is trained as it is beside it.
+
+    Raises:
+        PeftError: something trained has no place in the class or beside this type of adapter.
+    """
+    parts = _parts(form, method, frozen, trainable)
+    leaves = tree.named_leaves(method.apply(dataclasses.replace(frozen, advanced=True), trainable))
+    names = names_of(model, leaves)
+    kept = tree.named_leaves(frozen.params)
+    adapted = {target.path: target for part in parts for target in part.targets}
+    left = [path for path in adapted if lies_in(path, leave_out)]
+    trained = {path for path in leaves if isinstance(kept.get(path), tree.Hole)} | {*also}
+    trained = {path for path in trained if not lies_in(path, leave_out)} - adapted.keys()
+    for path_of in (*adapted, *trained):
+        if path_of in names.unnamed and path_of not in left:
+            raise PeftError(
+                f"{path_of!r} was trained, but {names.architecture} has no such tensor; "
+                f"leave_out={[tree.module_of(path_of)]} exports the adapter without it"
+            )
+    modules = {}
+    for part in parts:
+        modules |= part.modules(form, names, left)
+    if not modules:
+        raise PeftError(f"{method.name}: there is no adapter to write")
+    task = task_of(names, modules)
+    values, plain = plain_parameters(names, leaves, trained, modules, task, form.bias)
+    written = {names.written(module): own for module, own in modules.items()}
+    forms = form.with_fields(form.slots, _fields(form, parts[0].options))
+    tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
+        f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
+        for module, own in written.items()
+        for slot, array in own.arrays.items()
+    }
+    tensors |= {
+        f"{OF_MODEL}{own.name}": own.write(np.asarray(parts[0].shared[slot]))
+        for slot, own in form.shared.items()
+    }
+    layouts = {path: target.layout for path, target in adapted.items()}
+    values |= {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "peft_type": form.type,
+        "target_modules": sorted(written),
+        "task_type": task,
+        **form.to_fields(parts[0].options),
+        **form.of_modules({module: own.arrays for module, own in written.items()}),
+        **_patterns(form, written),
+    }
+    if "fan_in_fan_out" in {field.name for field in dataclasses.fields(form.fields)}:
+        values["fan_in_fan_out"] = fan_in_fan_out(names, layouts, modules)
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    write_folder(path, values, contiguous)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """One module of the file."""
+
+    arrays: Mapping[str, np.ndarray]
+    alpha: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One method of the form: its options, its targets, and all of its arrays."""
+
+    options: Mapping[str, Any]
+    targets: tuple[Target, ...]
+    slots: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def shared(self) -> Mapping[str, Any]:
+        """Those of the model as a whole."""
+        return self.slots.get(SHARED, {})
+
+    def modules(self, form: Form, names: Names, left: Sequence[str]) -> dict[str, _Written]:
+        """Its modules, by the table's names."""
+        targets = {target.path: target for target in self.targets if target.path not in left}
+        for name, slot in names.tied.items():
+            if slot.path in targets and name.endswith(".weight"):
+                raise PeftError(
+                    f"{slot.path!r} is the weight of {name!r} too, and {form.type} has no form for weights "
+                    "that several modules share: load the model with untie=True, leave it out, or merge"
+                )
+        found = {}
+        for name, slot in names.slots.items():
+            target = targets.get(slot.path)
+            if target is None:
+                continue
+            require_linear(form, slot, name, target.layout)
+            row: Any = ...
+            if slot.layer is not None:
+                chosen = range(target.layout.stack[0]) if target.layers is None else target.layers
+                if slot.layer not in chosen:
+                    continue
+                row = list(chosen).index(slot.layer)
+            own = {slot: np.asarray(array)[row] for slot, array in self.slots[target.path].items()}
+            arrays = {slot: array for slot, array in own.items() if slot in form.slots}
+            alpha = None
+            if form.alpha is not None:
+                alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
+            found[module_of(name)] = _Written(arrays, alpha)
+        return found
+
+
+def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) -> list[_Part]:
+    """The methods of the form in a chain, or the one; the others may only train parameters as they are."""
+    config = describe(method)
+    if config["name"] != "chain":
+        return [_part(config, frozen, trainable)]
+    found = []
+    for own, name in zip(config["methods"], trainable):
+        if own["name"] == form.method:
+            found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
+        elif own["name"] not in ("unfreeze", "bitfit"):
+            raise PeftError(
+                f"{form.method} is chained with {own['name']}, which PEFT's {form.type} has no form for; "
+                "export them apart, or merge one of them"
+            )
+    first = _unlike_rank(found[0].options)
+    for own in found[1:]:
+        if form.to_fields(own.options) != form.to_fields(found[0].options) or form.shared:
+            raise PeftError(
+                f"the chain's {form.method} have different options, {first} and {_unlike_rank(own.options)}, "
+                "and PEFT has one configuration for all modules; export them apart"
+            )
+    return found
+
+
+def _unlike_rank(options: Mapping[str, Any]) -> dict[str, Any]:
+    where = ("name", "targets", "exclude", "layers", "layers_pattern", "layouts", "rank", "rank_pattern")
+    return {name: value for name, value in options.items() if name not in where}
+
+
+def _part(config: Mapping[str, Any], frozen: Frozen, trainable: Trainable) -> _Part:
+    paths = frozen.state.keys() | trainable.keys()
+    slots = {path: {**frozen.state.get(path, {}), **trainable.get(path, {})} for path in paths}
+    return _Part(config, frozen.plan, slots)
+
+
+def _fields(form: Form, options: Mapping[str, Any]) -> Any:
+    """PEFT's fields that our options give."""
+    return form.fields(**form.to_fields(options))
+
+
+def _patterns(form: Form, modules: Mapping[str, _Written]) -> dict[str, Any]:
+    """The commonest rank and alpha, and patterns for the modules that have others."""
+    values: dict[str, Any] = {}
+    wanted = []
+    if form.rank is not None:
+        wanted.append(("r", "rank_pattern", {name: form.rank(own.arrays) for name, own in modules.items()}))
+    if form.alpha is not None:
+        wanted.append((*form.alpha, {name: own.alpha for name, own in modules.items()}))
+    for field, pattern, of in wanted:
+        counts = Counter(of.values())
+        values[field] = max(counts, key=lambda value: (counts[value], value))
+        others = {module: value for module, value in of.items() if value != values[field]}
+        values[pattern] = {f"^{re.escape(module)}": value for module, value in others.items()}
+    return values

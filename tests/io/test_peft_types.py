@@ -1,0 +1,182 @@
+"""Adapters of PEFT's other types: the same logits, the same steps and the same files, both ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import peftjax as pj
+from peftjax.io.safetensors import describe_tensors, find_tensors
+
+torch = pytest.importorskip("torch", reason="parity needs torch")
+transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+peft = pytest.importorskip("peft", reason="parity needs peft")
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+STEPS, RATE = 5, 1e-2
+# Name -> (model, PEFT's configuration and its options).
+CASES = {
+    "ia3": (
+        "bert",
+        "IA3Config",
+        {
+            "target_modules": ["key", "value", "output.dense"],
+            "feedforward_modules": ["output.dense"],
+            "task_type": "SEQ_CLS",
+        },
+    ),
+    "loha": (
+        "llama",
+        "LoHaConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "alpha": 5, "rank_pattern": {"down_proj": 2}},
+    ),
+    "hira": ("llama", "HiraConfig", {"target_modules": ["q_proj", "down_proj"], "r": 3}),
+    "miss": ("llama", "MissConfig", {"target_modules": ["v_proj", "down_proj"], "r": 5}),
+    "miss of repeated blocks": (
+        "llama",
+        "MissConfig",
+        {"target_modules": ["q_proj"], "r": 4, "mini_r": 8, "init_weights": "mini"},
+    ),
+    "oft": ("llama", "OFTConfig", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}),
+    "exact oft": (
+        "llama",
+        "OFTConfig",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "oft_block_size": 8,
+            "use_cayley_neumann": False,
+            "block_share": True,
+        },
+    ),
+    "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random base models, with biases and norms that are far from trivial."""
+    torch.manual_seed(0)
+    bert = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=12,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    llama = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )
+    models = {
+        "bert": transformers.BertForSequenceClassification(bert),
+        "llama": transformers.LlamaForCausalLM(llama),
+    }
+    found = {}
+    for name, model in models.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+    return found
+
+
+HEADS = {"bert": ("BertForSequenceClassification", "classifier"), "llama": ("LlamaForCausalLM", "causal_lm")}
+
+
+def ids():
+    return np.random.default_rng(0).integers(1, 50, (2, 9)).astype(np.int32)
+
+
+def torch_model(folders, name):
+    return getattr(transformers, HEADS[name][0]).from_pretrained(folders[name]).eval()
+
+
+def torch_logits(model):
+    return model(input_ids=torch.tensor(ids(), dtype=torch.long)).logits
+
+
+def started(folders, case):
+    """PEFT's model of a case, its adapter far from where it starts, and the folder it is saved to."""
+    name, config, options = CASES[case]
+    torch.manual_seed(1)
+    model = peft.get_peft_model(torch_model(folders, name), getattr(peft, config)(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_steps_are_those_of_peft(case, folders, tmp_path):
+    name = CASES[case][0]
+    theirs = started(folders, case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = pj.load(folders[name], head=HEADS[name][1])
+    method, frozen, trainable = pj.import_peft(tmp_path / "theirs", model, params)
+    batch = {"input_ids": jnp.asarray(ids()), "attention_mask": jnp.ones((2, 9), jnp.int32)}
+    if name == "bert":
+        batch["token_type_ids"] = jnp.zeros((2, 9), jnp.int32)
+    run = jax.jit(lambda params, batch: pj.adapt(method.model(model))(params, batch))
+
+    def logits(params):
+        out = run(params, batch)
+        return np.asarray(out[0] if isinstance(out, tuple) else out)
+
+    with torch.no_grad():
+        wanted = torch_logits(theirs).numpy()
+    np.testing.assert_allclose(logits(method.apply(frozen, trainable)), wanted, atol=1e-4)
+    np.testing.assert_allclose(logits(method.merge(frozen, trainable)), wanted, atol=1e-4)
+
+    # Five steps of AdamW from the same numbers.
+    target = torch.tensor(np.random.default_rng(1).normal(size=wanted.shape), dtype=torch.float32)
+    own = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=RATE, weight_decay=0.01)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = ((torch_logits(theirs) - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+
+    def loss_of(params, batch):
+        return jnp.mean((pj.adapt(method.model(model))(params, batch) - jnp.asarray(target.numpy())) ** 2)
+
+    tx = optax.adamw(RATE, weight_decay=0.01)
+
+    @jax.jit
+    def step(trainable, state):
+        loss, grads = jax.value_and_grad(lambda t: loss_of(method.apply(frozen, t), batch))(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    state, found = tx.init(trainable), []
+    for _ in range(STEPS):
+        trainable, state, loss = step(trainable, state)
+        found.append(float(loss))
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
+
+    # What we write, PEFT reads; the files have the same tensors as its own.
+    pj.export_peft(tmp_path / "ours", model, method, frozen, trainable)
+    again = peft.PeftModel.from_pretrained(torch_model(folders, name), tmp_path / "ours").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            torch_logits(again).numpy(), logits(method.apply(frozen, trainable)), atol=1e-4
+        )
+    files = [find_tensors(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
+    ours, wanted = ({name: held.shape for name, held in describe_tensors(file).items()} for file in files)
+    assert ours == wanted
