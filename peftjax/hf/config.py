@@ -196,8 +196,8 @@ def read_config(folder: Path) -> LoraConfig:
     given = read_json(file)
     if given.get("peft_type") != "LORA":
         raise PeftError(
-            f"{file} has peft_type {given.get('peft_type')!r}; only 'LORA' (with rsLoRA and DoRA) and "
-            "'PREFIX_TUNING' can be read"
+            f"{file} has peft_type {given.get('peft_type')!r}; peftjax reads 'LORA' "
+            "(with rsLoRA and DoRA), 'PREFIX_TUNING' and the types of its other methods"
         )
     for name, value in given.items():
         if name not in FIELDS and name != "runtime_config" and value:

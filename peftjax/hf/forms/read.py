@@ -58,7 +58,8 @@ class _Group:
 def form_of(folder: Path) -> Form | None:
     """How a folder's adapter is written, where its type is one of the table."""
     file = folder / CONFIG
-    return BY_TYPE.get(read_json(file).get("peft_type")) if file.is_file() else None
+    held = read_json(file).get("peft_type") if file.is_file() else None
+    return BY_TYPE.get(held) if isinstance(held, str) else None
 
 
 def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
