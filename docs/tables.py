@@ -1,6 +1,6 @@
-"""The tables of README.md and of the pages on methods, from the registry.
+"""The tables of README.md, of a guide and of the pages on methods, from the registry.
 
-`python docs/tables.py` writes those of README.md anew; `tests/docs/test_tables.py` compares them.
+`python docs/tables.py` writes those of `PAGES` anew; `tests/docs/test_tables.py` compares them.
 """
 
 import re
@@ -14,8 +14,11 @@ import measured  # noqa: E402
 
 import peftjax as pj  # noqa: E402
 from peftjax.cli.report import methods_markdown  # noqa: E402
+from peftjax.hf.forms.table import FORMS  # noqa: E402
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "guides" / "from_peft.md")
+"""Those that have tables of these."""
 
 GROUPS = {
     "lowrank": ("Low rank", "Two thin factors beside each weight, or instead of it."),
@@ -64,7 +67,13 @@ def groups_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"groups": groups_table, "measured": measured.table}
+def peft_types_table() -> str:
+    """What PEFT calls the methods whose adapters are exchanged with it, LoRA's kin and prefixes apart."""
+    names = sorted((form.type, form.method) for form in FORMS)
+    return "\n".join(["| `peft_type` | peftjax |", "|---|---|", *(f"| `{a}` | `pj.{b}` |" for a, b in names)])
+
+
+TABLES = {"groups": groups_table, "measured": measured.table, "peft types": peft_types_table}
 
 
 def with_tables(text: str) -> str:
@@ -76,4 +85,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

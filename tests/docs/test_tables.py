@@ -23,9 +23,11 @@ def generator(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_readme_has_the_tables_that_are_generated(generator):
-    text = README.read_text(encoding="utf-8")
-    assert generator.tables.with_tables(text) == text, "run `python docs/tables.py`"
+def test_the_pages_have_the_tables_that_are_generated(generator):
+    for page in generator.tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- end -->" in text
+        assert generator.tables.with_tables(text) == text, "run `python docs/tables.py`"
 
 
 def test_the_readme_is_short(generator):
