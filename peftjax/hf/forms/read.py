@@ -244,8 +244,12 @@ def _filled(
                 }
 
     for path, modules in group.paths.items():
-        stacked = modules[0].slot.layer is not None
-        slots = modules[0].arrays
+        stacked, slots = modules[0].slot.layer is not None, modules[0].arrays
+        if other := next((m for m in modules if _shapes(m.arrays) != _shapes(slots)), None):
+            raise PeftError(
+                f"the layers of {path!r} have arrays of different shapes, {_shapes(slots)} and "
+                f"{_shapes(other.arrays)} in layer {other.slot.layer}, and should differ in their rank alone"
+            )
         put(
             path,
             {slot: np.stack([m.arrays[slot] for m in modules]) if stacked else slots[slot] for slot in slots},
@@ -259,6 +263,10 @@ def _filled(
             )
         put(SHARED, {slot: own.read(_floats(file.shared[own.name])) for slot, own in form.shared.items()})
     return state, trainable
+
+
+def _shapes(arrays: Arrays) -> dict[str, list[int]]:
+    return {slot: list(array.shape) for slot, array in arrays.items()}
 
 
 def _placed(path: str, slot: str, value: np.ndarray, like: Any) -> jax.Array:

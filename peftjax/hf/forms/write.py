@@ -207,5 +207,13 @@ def _patterns(form: Form, modules: Mapping[str, _Written]) -> dict[str, Any]:
         counts = Counter(of.values())
         values[field] = max(counts, key=lambda value: (counts[value], value))
         others = {module: value for module, value in of.items() if value != values[field]}
+        if pattern not in {own.name for own in dataclasses.fields(form.fields)}:
+            if others:
+                module, value = next(iter(others.items()))
+                raise PeftError(
+                    f"{module!r} has {field} {value} and most others have {values[field]}, and PEFT's "
+                    f"{form.type} has one for all modules; export them apart"
+                )
+            continue
         values[pattern] = {f"^{re.escape(module)}": value for module, value in others.items()}
     return values
