@@ -17,9 +17,16 @@ def layers_first(xs: Sequence[Any]) -> list[Any] | None:
     return None if any(x is None for x in moved) else moved
 
 
-def of_one_layer(xs: Sequence[Any]) -> list[Any]:
-    """The weights of which each part has lost its first axis."""
-    return [x.relabeled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in xs]
+def scanned(xs: Sequence[Any]) -> list[Any]:
+    """What a scan goes through: weights without the arrays that all layers share."""
+    return [x.with_shared_of(None) if isinstance(x, Weight) and x.shares else x for x in xs]
+
+
+def of_one_layer(xs: Sequence[Any], whole: Sequence[Any]) -> list[Any]:
+    """The weights of which each part has lost its first axis, with the arrays that all layers share."""
+    pairs = zip(xs, whole)
+    own = [x.with_shared_of(w) if isinstance(w, Weight) and w.shares else x for x, w in pairs]
+    return [x.relabeled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in own]
 
 
 def in_step(operands: Sequence[Any], step: Array | None) -> list[Any]:

@@ -252,6 +252,10 @@ def _one_stack(parts: Sequence[Any], position: int) -> Weight | None:
             role = f.metadata["role"]
             if role == "static" or values[0] is None:
                 continue
+            if role == "shared":
+                if any(value is not values[0] for value in values):
+                    return None
+                continue
             if isinstance(values[0], Weight):
                 changes[f.name] = joined(values)
             elif role == "logical":

@@ -4,6 +4,7 @@
 - `canonical(side)`: an array with the canonical stack axes first; its last axis runs over the inputs
   ('i'), the outputs ('o') or neither (None): factors, magnitudes, keys;
 - `stacked()`: a pytree of arrays with the canonical stack axes first, such as codes or the numbers of a map;
+- `shared()`: a pytree of arrays without stack axes, which every matrix of the stack uses;
 - `random_key()`: keys for dropout, with the canonical stack axes;
 - `static()`: a Python value that is part of the compiled program;
 - `tuple_of_parts()`: arrays and weights of other axes, whose views the weight takes itself.
@@ -35,6 +36,11 @@ def stacked() -> Any:
     return field(metadata={"role": "stacked"})
 
 
+def shared() -> Any:
+    """A field that holds a pytree of arrays that all matrices of the stack use."""
+    return field(metadata={"role": "shared"})
+
+
 def random_key(*, default: None) -> Any:
     """A field that holds keys `[*stack]` for dropout, or None."""
     return field(default=default, metadata={"role": "canonical", "side": None, "random": True})
@@ -52,7 +58,8 @@ def tuple_of_parts() -> Any:
 
 
 @dataclass_transform(
-    eq_default=False, field_specifiers=(logical, canonical, stacked, random_key, static, tuple_of_parts)
+    eq_default=False,
+    field_specifiers=(logical, canonical, stacked, shared, random_key, static, tuple_of_parts),
 )
 def structured(cls: type[T]) -> type[T]:
     """Make a subclass of `Weight` a frozen dataclass and a pytree whose static fields are metadata."""

@@ -1,7 +1,7 @@
 """The members of a stacked weight, one by one under `vmap`: for what a model does with each of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
@@ -9,8 +9,10 @@ from jax import Array
 from peftjax.weights.base import Weight, contract
 from peftjax.weights.contraction import Contraction, Dot
 
+T = TypeVar("T")
 
-def over_stack(fn: Callable[..., Array], axes: int) -> Callable[..., Array]:
+
+def over_stack(fn: Callable[..., T], axes: int) -> Callable[..., T]:
     """A function of one matrix, or of what belongs to it, over so many leading stack axes."""
     for _ in range(axes):
         fn = jax.vmap(fn)

@@ -150,11 +150,14 @@ class Views(Opaque, abc.ABC):
             first, *others = (full[p] for p in self.layout.positions(side))
             return None if any(others) else PartitionSpec(*stack, *middle, first)
 
-        return self._rebuild(
+        specs = self._rebuild(
             self.layout,
             lambda w: w.part_specs(spec) if isinstance(w, Views) else PartitionSpec(*full),
             of_part,
         )
+        whole = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "shared"}
+        whole = {name: jax.tree.map(lambda _: PartitionSpec(), part) for name, part in whole.items()}
+        return None if specs is None else replace(specs, **whole)
 
     def gather_features(
         self, position: int, mesh_axes: tuple[str, ...], fn: Callable[[Array, int], Array], size: int
@@ -227,7 +230,36 @@ class Views(Opaque, abc.ABC):
     def members(self) -> tuple[Self, Any] | None:
         """The weight with the stack axis at logical position 0 first, and its `in_axes` for a `vmap`."""
         first = self.stack_first()
-        return None if first is None else (first, 0)
+        return None if first is None else (first, first.mapped_axes())
+
+    def mapped_axes(self) -> Any:
+        """The `in_axes` for a `vmap` over the first axis: None for arrays that all members share."""
+        if not self.shares:
+            return 0
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            part, role = getattr(self, f.name), f.metadata["role"]
+            if role != "static" and part is not None:
+                axes = part.mapped_axes() if isinstance(part, Views) else 0
+                changes[f.name] = None if role == "shared" else axes
+        return replace(self, **changes)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a part of this weight belongs to all members of its stack."""
+        parts = [(getattr(self, f.name), f.metadata["role"]) for f in fields(self)]
+        return any(role == "shared" or (isinstance(part, Views) and part.shares) for part, role in parts)
+
+    def with_shared_of(self, other: Self | None) -> Self:
+        """The weight with the shared arrays of another of its structure; None leaves it without."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            part = getattr(self, f.name)
+            if f.metadata["role"] == "shared":
+                changes[f.name] = None if other is None else getattr(other, f.name)
+            elif isinstance(part, Views):
+                changes[f.name] = part.with_shared_of(None if other is None else getattr(other, f.name))
+        return replace(self, **changes)
 
     @property
     def draws(self) -> bool:
@@ -287,7 +319,7 @@ class Views(Opaque, abc.ABC):
         changes: dict[str, Any] = {"layout": layout}
         for f in fields(self):
             part = getattr(self, f.name)
-            if part is None or f.metadata["role"] == "static":
+            if part is None or f.metadata["role"] in ("static", "shared"):
                 continue
             if f.metadata["role"] == "logical":
                 changes[f.name] = on_logical(part)

@@ -99,6 +99,10 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
+        ("vera", [("float32", (N, 4))]),
+        ("loha", [X_KEPT]),
+        ("hira", [X_KEPT]),
+        ("miss", [X_KEPT]),
         ("snell", [X_KEPT, NUMBER]),
         ("snella", [X_KEPT, NUMBER, SCALARS]),
         ("shira", [X_KEPT]),
@@ -143,6 +147,23 @@ def test_a_scan_over_layers_keeps_no_update(name, dtype):
     shapes = [shape for _, shape in kept(make(name), layers, X.astype(dtype), params=params)]
     assert (3, N, N_IN) in shapes
     assert all(shape[-2:] != (N_IN, N_OUT) for shape in shapes)
+
+
+def test_layers_share_their_random_factors_and_keep_the_thin_product():
+    params = {"up": {"kernel": jnp.ones((3, N_IN, N_IN))}}
+
+    def layers(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["up"]["kernel"])[0]
+
+    rank = pj.METHODS["vera"].conformance.example["rank"]
+    shapes = [shape for _, shape in kept(make("vera"), layers, params=params, through=True)]
+    assert (3, N, rank) in shapes
+    # No layer has factors of its own, neither kept nor made before the loop.
+    assert all(shape[-2:] not in ((rank, N_IN), (N_IN, N_IN)) for shape in shapes)
+    method = make("vera")
+    frozen, trainable = method.init(KEY, params)
+    program = jax.make_jaxpr(lambda t: pj.adapt(layers)(method.apply(frozen, t), X))(trainable)
+    assert (3, rank, N_IN) not in {v.aval.shape for eqn in program.eqns for v in eqn.outvars}
 
 
 def test_neighbors_keep_their_common_input_once():

@@ -24,7 +24,7 @@ from peftjax.methods._weights import Slots, of_weights
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
-from peftjax.weights.low_rank import LowRank
+from peftjax.weights.derived import Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,25 @@ def vera(options: VeraOptions) -> Transform:
         d = jnp.full((*target.stack, rank), options.d, jnp.float32)
         return {"d": d, "c": jnp.zeros((*target.stack, target.layout.matrix[1]))}, {}
 
-    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> LowRank:
-        n, m = target.layout.matrix
-        a = jnp.broadcast_to(slots["a"][:, :n], (*target.layout.stack, rank, n))
-        b = slots["d"][..., None] * slots["b"][:, :m] * slots["c"][..., None, :]
-        return LowRank(base, a, b, target.layout, 1.0, options.dropout if keys is not None else 0.0, keys)
+    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Derived:
+        own, shared = ({name: slots[name] for name in names} for names in (("d", "c"), ("a", "b")))
+        factors = Scaled(*target.layout.matrix)
+        return Derived(base, own, shared, target.layout, factors, 1.0, options.dropout, keys)
 
     return of_weights("vera", options, start, weight, share=share, dropout=options.dropout, one_way=True)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The factors of one matrix `[n, m]`, of the shared ones."""
+
+    n: int
+    m: int
+
+    def __call__(self, shared: Mapping[str, Array], slots: Mapping[str, Array]) -> tuple[Array, Array]:
+        """`A` and `diag(d) B diag(c)`."""
+        b = slots["d"][:, None] * shared["b"][:, : self.m] * slots["c"]
+        return shared["a"][:, : self.n], b
 
 
 def _uniform(key: Array, shape: tuple[int, ...], *, fan: int) -> Array:

@@ -1,0 +1,97 @@
+"""A low-rank weight whose factors are formed in its layer, from numbers of its own and of the whole model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from peftjax.weights.base import Weight, cast, contract
+from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.fields import logical, random_key, shared, stacked, static, structured
+from peftjax.weights.layout import Layout
+from peftjax.weights.low_rank import THIN, LowRank
+from peftjax.weights.stack_members import over_stack
+from peftjax.weights.views import WholeMatrices
+
+Slots = Mapping[str, Array]
+Factors = Callable[[Slots, Slots], tuple[Array, Array]]
+"""`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable."""
+
+
+@structured
+class Derived(WholeMatrices, Weight):
+    """`w = base + scale · aᵀb` with `a, b = factors(shared, slots)`: as `LowRank`, of factors made anew.
+
+    The backward pass keeps the thin `x·aᵀ` and makes the factors again, so that no layer holds its own. It
+    keeps x only where a gradient goes into `a`.
+
+    Attributes:
+        base: the array or weight beside it.
+        slots: numbers of each matrix, arrays `[*stack, ...]`.
+        shared: numbers that all matrices use.
+        layout: of the logical axes.
+        factors: the factors of one matrix.
+        scale: of the product.
+        dropout: on the adapter's input.
+        key: for the dropout.
+    """
+
+    base: Any = logical()
+    slots: Slots = stacked()
+    shared: Slots = shared()
+    layout: Layout = static()
+    factors: Factors = static()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    key: Array | None = random_key(default=None)
+
+    def formed(self) -> LowRank:
+        """The same weight with its factors."""
+
+        def of_one(slots: Slots) -> tuple[Array, Array]:
+            return self.factors(self.shared, slots)
+
+        a, b = over_stack(of_one, len(self.layout.stack))(self.slots)
+        return LowRank(self.base, a, b, self.layout, self.scale, self.dropout, self.key)
+
+    def dense(self) -> Array:
+        """The sum, in the base's dtype."""
+        return self.formed().dense()
+
+    def supports(self, rule: Contraction) -> bool:
+        """What the low-rank weight supports."""
+        return jax.eval_shape(lambda w: w.formed(), self).supports(rule)
+
+    def dot(self, x: Array, rule: Dot) -> Array:
+        """The low-rank product."""
+        return self._contract(x, rule)
+
+    def gather(self, indices: Array, rule: Gather) -> Array:
+        """The low-rank rows."""
+        return self._contract(indices, rule)
+
+    def conv(self, x: Array, rule: Conv) -> Array:
+        """The low-rank convolution."""
+        return self._contract(x, rule)
+
+    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
+        """The low-rank ragged product."""
+        return self._contract(x, rule)
+
+    def cast(self, dtype: Any) -> "Derived":
+        """The base in another dtype; the numbers stay as exact as they are."""
+        return replace(self, base=cast(self.base, dtype))
+
+    def slice_features(self, position: int, cut: range) -> Any:
+        """A slice of the formed weight."""
+        return self.formed().slice_features(position, cut)
+
+    def _contract(self, x: Array, rule: Contraction) -> Array:
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(THIN))
+        def product(x: Array, w: Derived) -> Array:
+            return contract(x, w.formed(), rule)
+
+        return product(x, self)
