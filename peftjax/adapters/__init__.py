@@ -1,6 +1,6 @@
 """What is done with trained adapters: arithmetic, mixing by row, conversion, exchange, files."""
 
-from peftjax.adapters.arithmetic import add, combine, mix
+from peftjax.adapters.arithmetic import add, alike, combine, mix
 from peftjax.adapters.conversion import to_lora
 from peftjax.adapters.files import Adapter, load_adapter, save_adapter
 from peftjax.adapters.rounding import rounded
@@ -10,6 +10,7 @@ from peftjax.core.linalg import rebalance
 __all__ = [
     "Adapter",
     "add",
+    "alike",
     "combine",
     "fuse",
     "load_adapter",

@@ -168,6 +168,49 @@ def combine(
     return as_lora(factors, layouts, {path: leaf.magnitude for path, leaf in scaled.items()})
 
 
+def alike(adapters: Sequence[Adapter], *, rank: int | None = None) -> tuple[Transform, list[Trainable]]:
+    """One LoRA method, and a trainable of it equal to each adapter: a compiled program takes any of them.
+
+    Factors are padded with zeros to one rank, scales go into `b`, and a weight that an adapter leaves alone
+    has zeros. The padding has no gradient; train with the adapter's own method.
+
+    Args:
+        adapters: `(method, frozen, trainable)` each, on the same base parameters.
+        rank: of every weight, to leave room for adapters that come later; by default the largest of each
+            weight.
+
+    Returns:
+        A `lora` with scale 1 on the weights of all, and the trainables in order.
+
+    Raises:
+        PeftError: as `add`; or an adapter's rank is larger than `rank`.
+
+    Examples:
+        >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
+        >>> adapters = []
+        >>> for rank in (1, 3):
+        ...     method = pj.lora(rank=rank, targets=["up"])
+        ...     adapters.append((method, *method.init(jax.random.key(rank), params)))
+        >>> method, trainables = pj.adapters.alike(adapters)
+        >>> [one["up/kernel"]["a"].shape for one in trainables]
+        [(3, 4), (3, 4)]
+    """
+    leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
+    _common_base(adapters)
+    found: list[dict[str, tuple[Array, Array]]] = [{} for _ in leaves]
+    layouts = {}
+    for path in dict.fromkeys(path for own in leaves for path in own):
+        first = next(own[path] for own in leaves if path in own)
+        largest = max(own[path].a.shape[-2] for own in leaves if path in own)
+        if rank is not None and largest > rank:
+            raise PeftError(f"alike: {path!r} has an adapter of rank {largest}; give a rank of at least that")
+        layouts[path] = first.layout
+        for own, factors in zip(leaves, found):
+            factors[path] = _padded(own.get(path), first, rank or largest)
+    made = [as_lora(factors, layouts) for factors in found]
+    return made[0][0], [trainable for _, trainable in made]
+
+
 def as_lora(
     factors: Mapping[str, tuple[Array, Array]],
     layouts: Mapping[str, Layout],

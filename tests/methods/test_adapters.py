@@ -72,6 +72,17 @@ def test_another_adapter_of_the_same_shape_compiles_nothing():
 
 
 @pytest.mark.slow
+def test_adapters_of_other_ranks_scales_and_weights_are_exchanged_without_compiling():
+    method, trainables = pj.adapters.alike(three(), rank=4)
+    frozen, _ = method.init(KEY, MODEL.params)
+    run = jax.jit(lambda trainable, batch: pj.adapt(MODEL.forward)(method.apply(frozen, trainable), batch))
+    for one, trainable in zip(three(), trainables):
+        assert_close(run(trainable, BATCH), alone(one), 1e-5)
+    assert run._cache_size() == 1
+    with pytest.raises(PeftError, match="rank 3; give a rank of at least that"):
+        pj.adapters.alike(three(), rank=2)
+
+
 def test_active_adapters_add_up_in_any_order():
     one, two, three_ = three()
     wanted = MODEL.forward(base_plus(delta(one), delta(two), delta(three_)), BATCH)
