@@ -9,6 +9,7 @@ from peftjax.methods.lowrank.lora_fa import lora_fa as lora_fa
 from peftjax.methods.lowrank.dora import dora as dora
 from peftjax.methods.lowrank.pissa import pissa as pissa
 from peftjax.methods.lowrank.olora import olora as olora
+from peftjax.methods.lowrank.mica import mica as mica
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.vera import vera as vera

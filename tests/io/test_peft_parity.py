@@ -75,7 +75,7 @@ CASES = {
 }
 # Marked as slow: other cases have the parts of each.
 LONG_CASES = {"all biases", "all-linear lm", "dora", "layers of a list", "orthogonal"}
-LONG_METHODS = {"dora of two layers", "pissa and more", "randomized pissa", "tied and adapted"}
+LONG_METHODS = {"mica", "dora of two layers", "pissa and more", "randomized pissa", "tied and adapted"}
 # Ours, and the head it is for: what the export must make PEFT compute.
 METHODS = {
     "lora": ("none", pj.lora(rank=4, targets=["query", "up"])),
@@ -85,6 +85,7 @@ METHODS = {
     "lora_plus": ("none", pj.lora_plus(rank=4, targets=["value"])),
     "dora": ("classifier", pj.dora(rank=4, bias="adapted")),
     "dora of two layers": ("none", pj.dora(rank=4, layers=[0, 2])),
+    "mica": ("none", pj.mica(rank=4, targets=["query", "up"])),
     "pissa": ("classifier", pj.pissa(rank=4)),
     "randomized pissa": ("none", pj.pissa(rank=4, iterations=2, targets=["query"])),
     "olora": ("none", pj.olora(rank=4, rslora=True)),

@@ -180,3 +180,17 @@ def test_logits_and_steps_are_those_of_peft(case, folders, tmp_path):
     files = [find_tensors(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
     ours, wanted = ({name: held.shape for name, held in describe_tensors(file).items()} for file in files)
     assert ours == wanted
+
+
+def test_the_minor_directions_are_those_that_peft_finds(folders):
+    config = peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights="mica")
+    theirs = peft.get_peft_model(torch_model(folders, "llama"), config).state_dict()
+    _, params = pj.load(folders["llama"], head="causal_lm")
+    frozen, trainable = pj.mica(rank=4, targets=["value"]).init(jax.random.key(0), params)
+    ours = np.asarray(frozen.state["blocks/attention/value/kernel"]["b"])
+    assert not np.any(trainable["blocks/attention/value/kernel"]["a"])
+    for layer, b in enumerate(ours):
+        name = f"base_model.model.model.layers.{layer}.self_attn.v_proj.lora_B.default.weight"
+        wanted = theirs[name].numpy()
+        # Singular vectors have either sign.
+        np.testing.assert_allclose(b.T @ b, wanted @ wanted.T, atol=1e-4)

@@ -98,6 +98,7 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("switchlora", [X_KEPT, THIN]),
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
+        ("mica", [X_KEPT]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
         ("vera", [("float32", (N, 4))]),
         ("loha", [X_KEPT]),

@@ -79,7 +79,7 @@ def low_rank(
     *,
     rslora: bool,
     wrap: Wrap | None = None,
-    train_a: bool = True,
+    trained: tuple[str, ...] = ("a", "b"),
     one_way: bool = False,
     around: Around | None = None,
 ) -> Transform:
@@ -91,7 +91,8 @@ def low_rank(
         start: the factors and base at the beginning.
         rslora: scale by alpha / sqrt(r), not alpha / r.
         wrap: what is put around each low-rank weight, with its own slots.
-        train_a: False keeps `a` frozen, so that the backward pass needs no input x.
+        trained: the factors that are; with `a` frozen the backward pass needs no input x, with `b` frozen
+            no `x·aᵀ`.
         one_way: whether the method depends on which side of a weight is the input.
         around: what the method does around the optimizer.
     """
@@ -110,8 +111,9 @@ def low_rank(
         bases: dict[str, Any] = {}
         for target in plan:
             a, b, bases[target.path] = start(key_for(key, target.path), target, leaves[target.path])
-            trainable[target.path] = {"a": a, "b": b} if train_a else {"b": b}
-            state[target.path] = {} if train_a else {"a": a}
+            both = {"a": a, "b": b}
+            trainable[target.path] = {name: both.pop(name) for name in trained}
+            state[target.path] = both
             if bias == "added" and _lacks_bias(target, leaves):
                 trainable[target.path][SHIFT] = jnp.zeros((*target.stack, target.layout.matrix[1]))
             if wrap is not None:

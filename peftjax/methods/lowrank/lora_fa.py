@@ -79,7 +79,7 @@ def lora_fa(options: LoraFaOptions) -> Transform:
 
     wrap = Wrap(lambda target, base: ({}, {}), _with_nearest_gradient) if options.nearest_gradient else None
     method = low_rank(
-        "lora_fa", options, start, rslora=options.rslora, wrap=wrap, train_a=False, one_way=True
+        "lora_fa", options, start, rslora=options.rslora, wrap=wrap, trained=("b",), one_way=True
     )
     if not options.nearest_gradient:
         return method
