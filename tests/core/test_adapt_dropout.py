@@ -72,7 +72,7 @@ USES = {
 
 
 @each_method
-@pytest.mark.parametrize("use", quick_at(USES.values(), every=3), ids=USES)
+@pytest.mark.parametrize("use", quick_at(USES.values(), every=6), ids=USES)
 def test_every_use_of_a_weight_has_a_mask_of_its_own(method, use):
     assert differ(*pj.adapt(use)(dropped(method), X))
 

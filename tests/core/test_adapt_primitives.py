@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, assert_close, combined, normal
+from support import KEY, assert_close, combined, normal, quick_at
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
@@ -125,12 +125,12 @@ def check(fn, weight, x):
     assert_close(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]))
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", quick_at(MATRIX, every=2))
 def test_matrix(name):
     check(MATRIX[name], low_rank("io", (D, D)), X)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", quick_at(STACKED, every=2))
 def test_stack(name):
     check(STACKED[name], low_rank("sio", (E, D, D)), X)
 

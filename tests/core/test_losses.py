@@ -38,7 +38,14 @@ def make(tied=False, bias=True, softcap=None):
 @pytest.mark.parametrize(
     "logits", [make(), make(tied=True, bias=False), make(softcap=1.5)], ids=["untied", "tied", "softcap"]
 )
-@pytest.mark.parametrize("trained", [("hidden",), ("kernel",), ("hidden", "kernel")], ids="+".join)
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param(("hidden",), marks=pytest.mark.slow, id="hidden"),
+        pytest.param(("kernel",), marks=pytest.mark.slow, id="kernel"),
+        pytest.param(("hidden", "kernel"), id="hidden+kernel"),
+    ],
+)
 def test_sums_and_gradients_equal_those_of_the_array(logits, trained, batch):
     def objective(parts, dense):
         full = dataclasses.replace(logits, **parts)

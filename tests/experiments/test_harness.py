@@ -104,6 +104,7 @@ def test_a_projection_is_refreshed_when_it_is_due(task):
     assert same(held(programs.advance(jax.tree.map(jnp.copy, after), batch)), held(after))
 
 
+@pytest.mark.slow
 def test_a_contender_gets_steps_and_gradients_and_the_classifier_is_trained(task):
     _, params, images = task
     asked = []

@@ -35,7 +35,7 @@ def test_the_index_is_written_from_the_results():
         assert (HERE / path).exists(), path
 
 
-@pytest.mark.parametrize("name", quick_at(RECORDED, every=3))
+@pytest.mark.parametrize("name", quick_at(RECORDED, every=8))
 def test_every_plot_is_drawn_from_the_compact_results(name, tmp_path):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     RECORDED[name].report.draw(read_results(RECORDED[name].folder), tmp_path / "plot.png")

@@ -184,7 +184,7 @@ KINDS = [
 NAMES = [f"{number}-{kind.file}" for number, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize("kind", quick_at(KINDS, every=3), ids=NAMES)
+@pytest.mark.parametrize("kind", quick_at(KINDS, every=6), ids=NAMES)
 def test_a_damaged_file_is_read_or_refused(kind, tmp_path):
     check(kind, CASES // len(KINDS) + 1, tmp_path)
 

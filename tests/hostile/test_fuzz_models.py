@@ -122,7 +122,7 @@ KINDS = {name: Kind("config.json", config_of(name), damaged_json, read_config) f
 KINDS |= {file: Kind(file, tokenizer, damaged_json, read_tokenizer) for file in TOKENIZERS}
 
 
-@pytest.mark.parametrize("name", quick_at(KINDS, every=3))
+@pytest.mark.parametrize("name", quick_at(KINDS, every=6))
 def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     check(KINDS[name], CASES // len(KINDS) + 1, tmp_path)
 

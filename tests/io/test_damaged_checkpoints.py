@@ -68,7 +68,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("checksums", [True, False])
-@pytest.mark.parametrize("damage", quick_at(DAMAGES, every=2))
+@pytest.mark.parametrize("damage", quick_at(DAMAGES, every=4))
 def test_the_newest_whole_checkpoint_is_taken(two, tmp_path, damage, checksums, caplog):
     if not checksums and damage in (
         "arrays flipped",

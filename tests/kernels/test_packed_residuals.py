@@ -1,5 +1,6 @@
 """Codes of residuals: how they are packed, how far off they are, and the kernels against the reference."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import KEY, all_but_slow, combined
+from support import KEY, all_but_slow, quick_at
 
 from peftjax.core.errors import PeftError
 from peftjax.kernels.packed_residuals import gpu, pack, reference, tpu, unpack
@@ -31,7 +32,9 @@ def steps(x, code):
     return step[..., : x.shape[-1]]
 
 
-@pytest.mark.parametrize(("width", "group"), combined([130, 1, 2, 31, 37, 64, 65, 256], [64, 2, 48]))
+@pytest.mark.parametrize(
+    ("width", "group"), quick_at(itertools.product([130, 1, 2, 31, 37, 64, 65, 256], [64, 2, 48]), every=5)
+)
 def test_unpacking_undoes_packing(width, group):
     codes = jax.random.randint(KEY, (3, width), 0, 16)
     np.testing.assert_array_equal(unpack(pack(codes, group), width, group), codes)
@@ -47,7 +50,8 @@ def test_two_codes_take_a_byte(width, nbytes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "offset", "dtype"), combined(SHAPES, [0.0, 100.0, -3.0], [jnp.float32, jnp.bfloat16])
+    ("shape", "offset", "dtype"),
+    quick_at(itertools.product(SHAPES, [0.0, 100.0, -3.0], [jnp.float32, jnp.bfloat16]), every=8),
 )
 def test_a_code_is_half_a_step_off_at_most(shape, offset, dtype):
     x = (array(shape) + offset).astype(dtype)

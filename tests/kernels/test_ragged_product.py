@@ -29,7 +29,7 @@ def operands(rows, sizes, dtype=jnp.float32):
     return x, w, jnp.asarray(sizes), normal(jax.random.key(2), (rows, 6), dtype)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", quick_at(SIZES, every=2))
 def test_values_and_gradients_of_both(name):
     x, w, sizes, g = operands(*SIZES[name])
 

@@ -186,6 +186,7 @@ def test_absent_mask_and_types_mean_all_tokens_of_type_zero(classifier, batch):
     np.testing.assert_array_equal(model(params, {"input_ids": ids}), model(params, full))
 
 
+@pytest.mark.slow
 def test_mean_heads_average_over_tokens(config, batch):
     model = bert(config, head="mean_classifier")
     params = model.init(jax.random.key(0))

@@ -62,6 +62,7 @@ def test_fewer_devices_and_another_order():
         np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=sizes)
 
 
+@pytest.mark.slow
 def test_one_row_whose_tokens_lie_over_axes_that_rows_leave():
     """With 4 heads of keys and values for 8 devices, and the row's tokens over `fsdp` too."""
     wanted, _ = losses(METHODS["lora"](), steps=3, rows=1)
