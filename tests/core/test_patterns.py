@@ -9,7 +9,7 @@ import pytest
 from peftjax.core.errors import PeftError
 from peftjax.core.patterns import fullmatches, match
 from peftjax.core.targets import pattern_value, select
-from peftjax.hf.config import _layer_of
+from peftjax.hf.common import _layer_of
 
 NAMES = [
     *("layers/0/query/kernel", "layers/11/query/kernel", "encoder.layer.3.output.dense", "head", ""),
