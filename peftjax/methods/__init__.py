@@ -17,6 +17,9 @@ from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira
 from peftjax.methods.structured.miss import miss as miss
 from peftjax.methods.structured.oft import oft as oft
+from peftjax.methods.structured.lokr import lokr as lokr
+from peftjax.methods.structured.hra import hra as hra
+from peftjax.methods.structured.road import road as road
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca

@@ -50,6 +50,42 @@ CASES = {
             "block_share": True,
         },
     ),
+    "lokr": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 2, "alpha": 5, "rank_pattern": {"down_proj": 3}},
+    ),
+    "lokr of two factors": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["k_proj", "up_proj"], "r": 1, "decompose_both": True, "decompose_factor": 4},
+    ),
+    "lokr of whole matrices": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["v_proj", "gate_proj"], "r": 9, "rank_pattern": {"v_proj": 12}},
+    ),
+    "hra": ("bert", "HRAConfig", {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
+    "hra by Gram-Schmidt": (
+        "llama",
+        "HRAConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "apply_GS": True},
+    ),
+    "road": (
+        "bert",
+        "RoadConfig",
+        {"target_modules": ["query", "output.dense"], "group_size": 8, "task_type": "SEQ_CLS"},
+    ),
+    "road of two": (
+        "llama",
+        "RoadConfig",
+        {"target_modules": ["q_proj", "up_proj"], "group_size": 16, "variant": "road_2"},
+    ),
+    "road of four": (
+        "llama",
+        "RoadConfig",
+        {"target_modules": ["q_proj", "up_proj"], "group_size": 8, "variant": "road_4"},
+    ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 

@@ -43,6 +43,7 @@ class _Module:
 
     slot: Slot
     arrays: Arrays
+    rank: int | None
     alpha: float | None
 
 
@@ -168,11 +169,13 @@ def _modules(
         if missing := [slots[own].name for own in held if slots[own].name not in tensors]:
             raise PeftError(f"tensor {f'{PREFIX}{module}.{missing[0]}'!r} is missing")
         arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
-        alpha = None
+        rank = alpha = None
+        if form.rank is not None:
+            rank = form.rank(arrays) or pattern_value(fields.rank_pattern or {}, module, fields.r)
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)
-        found[name] = _Module(slot, arrays, alpha)
+        found[name] = _Module(slot, arrays, rank, alpha)
     return found
 
 
@@ -195,8 +198,8 @@ def _groups(form: Form, modules: Mapping[str, _Module], leaves: Mapping[str, Any
     kinds: dict[tuple[str, Any], list[_Module]] = {}
     for module in modules.values():
         options = dict(form.of_arrays(module.arrays))
-        if form.rank is not None:
-            options["rank"] = form.rank(module.arrays)
+        if module.rank is not None:
+            options["rank"] = module.rank
         if module.alpha is not None:
             options["alpha"] = module.alpha
         key = (tuple(sorted(options.items())), tuple(sorted(module.arrays)))
@@ -246,6 +249,11 @@ def _filled(
     for path, modules in group.paths.items():
         stacked = modules[0].slot.layer is not None
         slots = modules[0].arrays
+        if other := fresh[path].keys() ^ (slots.keys() - state.get(path, {}).keys()):
+            raise PeftError(
+                f"the file has {sorted(slots)} of {path!r}, and {form.method} of these options has "
+                f"{sorted(fresh[path])}: {sorted(other)} do not fit"
+            )
         put(
             path,
             {slot: np.stack([m.arrays[slot] for m in modules]) if stacked else slots[slot] for slot in slots},

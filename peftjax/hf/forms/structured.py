@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta
 
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, no_dropout, rank_of
-from peftjax.hf.forms.form import Arrays, Form, SlotForms, column, negative, row, same, transposed
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, negative, row, same, transposed
 
 
 @dataclass(frozen=True)
@@ -171,4 +172,107 @@ OFT = Form(
     of_arrays=_block,
 )
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT)
+
+@dataclass(frozen=True)
+class _Lokr:
+    r: Count = 8
+    alpha: float = 8.0
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout: Rate = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: Rate = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool | str = True
+
+
+def _lokr_options(fields: _Lokr) -> dict[str, Any]:
+    no_dropout(fields, "rank_dropout", "module_dropout")
+    factor = fields.decompose_factor if fields.decompose_factor > 0 else None
+    return {"factor": factor, "decompose_both": fields.decompose_both}
+
+
+def _parts_of(slots: SlotForms, tensors: Arrays) -> list[str]:
+    """Either of the two matrices whole, or both of its factors."""
+    first = ["w1"] if "lokr_w1" in tensors else ["a1", "b1"]
+    return [*first, *(["w2"] if "lokr_w2" in tensors else ["a2", "b2"])]
+
+
+def _lokr_rank(arrays: Arrays) -> int | None:
+    return next((len(arrays[slot]) for slot in ("a1", "a2") if slot in arrays), None)
+
+
+LOKR = Form(
+    "lokr",
+    "LOKR",
+    {
+        "w1": transposed("lokr_w1"),
+        "a1": same("lokr_w1_b"),
+        "b1": transposed("lokr_w1_a"),
+        "w2": transposed("lokr_w2"),
+        "a2": same("lokr_w2_b"),
+        "b2": transposed("lokr_w2_a"),
+    },
+    _Lokr,
+    lambda options: {
+        "decompose_factor": -1 if options["factor"] is None else options["factor"],
+        "decompose_both": options["decompose_both"],
+    },
+    _lokr_options,
+    rank=_lokr_rank,
+    alpha=("alpha", "alpha_pattern"),
+    present=_parts_of,
+)
+
+
+@dataclass(frozen=True)
+class _Hra:
+    r: Count = 8
+    apply_GS: bool = False
+    init_weights: bool = True
+
+
+def _no_start(start: np.ndarray) -> np.ndarray:
+    """Raise a PeftError for reflections of the start, which PEFT's files have not."""
+    if start.any():
+        raise PeftError(
+            "hra: with `orthogonal` the weights are reflected back in the directions of the start, which "
+            "PEFT's HRA does not do; merge the adapter instead of exporting it"
+        )
+    return start.T
+
+
+HRA = Form(
+    "hra",
+    "HRA",
+    # The start first: the directions are written over it.
+    {"start": SlotForm("hra_u", _no_start, lambda u: np.zeros_like(u.T)), "u": transposed("hra_u")},
+    _Hra,
+    lambda options: {"apply_GS": options["orthogonal"]},
+    lambda fields: {"orthogonal": fields.apply_GS},
+    rank=rank_of("u"),
+    bias="hra_only",
+    with_fields=lambda slots, fields: slots if fields.apply_GS else {"u": slots["u"]},
+)
+
+
+@dataclass(frozen=True)
+class _Road:
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: Count = 64
+    init_weights: bool = True
+
+
+ROAD = Form(
+    "road",
+    "ROAD",
+    {"theta": same("road_theta"), "alpha": same("road_alpha")},
+    _Road,
+    lambda options: {"variant": f"road_{options['variant']}", "group_size": options["group"]},
+    lambda fields: {"variant": int(fields.variant.removeprefix("road_")), "group": fields.group_size},
+)
+
+
+STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD)
