@@ -86,6 +86,25 @@ CASES = {
         "RoadConfig",
         {"target_modules": ["q_proj", "up_proj"], "group_size": 8, "variant": "road_4"},
     ),
+    "boft": (
+        "bert",
+        "BOFTConfig",
+        {"target_modules": ["query", "output.dense"], "boft_block_size": 4, "task_type": "SEQ_CLS"},
+    ),
+    "boft of three rounds": (
+        "llama",
+        "BOFTConfig",
+        {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4, "boft_n_butterfly_factor": 3},
+    ),
+    "c3a": (
+        "llama",
+        "C3AConfig",
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"],
+            "block_size": 8,
+            "block_size_pattern": {"down_proj": 16},
+        },
+    ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 
@@ -127,6 +146,25 @@ def folders(tmp_path_factory):
         found[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(found[name])
     return found
+
+
+class BlocksOnCpu:
+    """What PEFT's kernel of BOFT does, without which it makes one round of them all."""
+
+    @staticmethod
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*matrices) for matrices in blocks])]
+
+    @staticmethod
+    def backward(grad, blocks):
+        count, size = blocks.shape[1:3]
+        cut = grad.reshape(-1, count, size, count, size)
+        return [torch.stack([cut[:, block, :, block] for block in range(count)], dim=1)]
+
+
+@pytest.fixture(autouse=True)
+def blocks_on_cpu(monkeypatch):
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlocksOnCpu)
 
 
 HEADS = {"bert": ("BertForSequenceClassification", "classifier"), "llama": ("LlamaForCausalLM", "causal_lm")}

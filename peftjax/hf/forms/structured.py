@@ -153,9 +153,9 @@ def _oft_options(fields: _Oft) -> dict[str, Any]:
     }
 
 
-def _block(arrays: Arrays) -> dict[str, Any]:
+def _size_of_skew(entries: np.ndarray) -> int:
     """B by the b(b - 1)/2 entries of a block."""
-    return {"block": round((1 + (1 + 8 * arrays["skew"].shape[-1]) ** 0.5) / 2)}
+    return round((1 + (1 + 8 * entries.shape[-1]) ** 0.5) / 2)
 
 
 OFT = Form(
@@ -169,7 +169,7 @@ OFT = Form(
     with_fields=lambda slots, fields: (
         slots if fields.use_cayley_neumann else {"skew": negative(slots["skew"])}
     ),
-    of_arrays=_block,
+    of_arrays=lambda arrays: {"block": _size_of_skew(arrays["skew"])},
 )
 
 
@@ -275,4 +275,78 @@ ROAD = Form(
 )
 
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD)
+@dataclass(frozen=True)
+class _Boft:
+    boft_block_size: Annotated[int, Meta(ge=0, le=1_000_000)] = 4
+    boft_block_num: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    boft_n_butterfly_factor: Count = 1
+    boft_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _boft_options(fields: _Boft) -> dict[str, Any]:
+    no_dropout(fields, "boft_dropout")
+    return {}
+
+
+def _whole_skew(entries: np.ndarray) -> np.ndarray:
+    """PEFT's matrices, of which it takes the skew part, and which turn the other way."""
+    size = _size_of_skew(entries)
+    upper = np.zeros((*entries.shape[:-1], size, size), entries.dtype)
+    upper[..., *np.triu_indices(size, 1)] = -entries
+    return upper - _transposed(upper)
+
+
+def _entries_of_skew(whole: np.ndarray) -> np.ndarray:
+    size = whole.shape[-1]
+    return 0.5 * (_transposed(whole) - whole)[..., *np.triu_indices(size, 1)]
+
+
+def _transposed(matrices: np.ndarray) -> np.ndarray:
+    return matrices.swapaxes(-1, -2)
+
+
+def _rounds(arrays: Arrays) -> dict[str, Any]:
+    return {"block": _size_of_skew(arrays["skew"]), "rounds": len(arrays["skew"])}
+
+
+BOFT = Form(
+    "boft",
+    "BOFT",
+    {"skew": SlotForm("boft_R", _whole_skew, _entries_of_skew), "scale": column("boft_s")},
+    _Boft,
+    lambda options: {
+        "boft_block_size": options["block"],
+        "boft_block_num": 0,
+        "boft_n_butterfly_factor": options["rounds"],
+    },
+    _boft_options,
+    bias="boft_only",
+    of_arrays=_rounds,
+)
+
+
+@dataclass(frozen=True)
+class _C3a:
+    block_size: Count = 256
+    block_size_pattern: dict[str, Count] | None = None
+    init_weights: bool | str | None = "xavier_uniform"
+
+
+def _blocks_exchanged(kernel: np.ndarray) -> np.ndarray:
+    return kernel.swapaxes(0, 1)
+
+
+C3A = Form(
+    "c3a",
+    "C3A",
+    {"kernel": SlotForm("c3a_kernel", _blocks_exchanged, _blocks_exchanged)},
+    _C3a,
+    bias="c3a_only",
+    of_arrays=lambda arrays: {"block": arrays["kernel"].shape[-1]},
+    patterned={"block": ("block_size", "block_size_pattern")},
+)
+
+
+STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD, BOFT, C3A)
