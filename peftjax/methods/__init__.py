@@ -22,6 +22,8 @@ from peftjax.methods.structured.hra import hra as hra
 from peftjax.methods.structured.road import road as road
 from peftjax.methods.structured.boft import boft as boft
 from peftjax.methods.structured.c3a import c3a as c3a
+from peftjax.methods.structured.fourierft import fourierft as fourierft
+from peftjax.methods.structured.waveft import waveft as waveft
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca

@@ -105,6 +105,33 @@ CASES = {
             "block_size_pattern": {"down_proj": 16},
         },
     ),
+    "fourierft": (
+        "bert",
+        "FourierFTConfig",
+        {
+            "target_modules": ["query", "output.dense"],
+            "n_frequency": 30,
+            "n_frequency_pattern": {"attention.output.dense": 20},
+            "scaling": 20.0,
+            "task_type": "SEQ_CLS",
+        },
+    ),
+    "waveft": (
+        "llama",
+        "WaveFTConfig",
+        {"target_modules": ["q_proj", "down_proj"], "n_frequency": 40, "scaling": 2.0},
+    ),
+    "waveft without wavelets": (
+        "llama",
+        "WaveFTConfig",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "n_frequency": 40,
+            "scaling": 2.0,
+            "use_idwt": False,
+            "random_loc_seed": 5,
+        },
+    ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 

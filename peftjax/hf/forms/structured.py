@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import Meta
 
 from peftjax.core.errors import PeftError
-from peftjax.hf.forms.fields import Count, Rate, no_dropout, rank_of
+from peftjax.hf.forms.fields import Count, Rate, Seed, no_dropout, rank_of
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, negative, row, same, transposed
 
 
@@ -349,4 +349,70 @@ C3A = Form(
 )
 
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD, BOFT, C3A)
+@dataclass(frozen=True)
+class _Fourierft:
+    n_frequency: Count = 1000
+    n_frequency_pattern: dict[str, Count] | None = None
+    scaling: float = 150.0
+    random_loc_seed: Seed = 777
+    fan_in_fan_out: bool = False
+    init_weights: bool = False
+
+
+FOURIERFT = Form(
+    "fourierft",
+    "FOURIERFT",
+    {"spectrum": same("fourierft_spectrum")},
+    _Fourierft,
+    lambda options: {"scaling": options["scale"], "random_loc_seed": options["seed"]},
+    lambda fields: {"scale": fields.scaling, "seed": fields.random_loc_seed},
+    bias="fourier_only",
+    of_arrays=lambda arrays: {"count": len(arrays["spectrum"])},
+    patterned={"count": ("n_frequency", "n_frequency_pattern")},
+)
+
+
+@dataclass(frozen=True)
+class _Waveft:
+    n_frequency: Count = 2592
+    n_frequency_pattern: dict[str, Count] | None = None
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: Seed = 777
+    proportional_parameters: bool = False
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _waveft_options(fields: _Waveft) -> dict[str, Any]:
+    if fields.use_idwt and fields.wavelet_family != "db1":
+        raise PeftError(
+            f"the file is of WaveFT with the wavelets {fields.wavelet_family!r}, and peftjax has Haar's, 'db1'; "
+            "train it with those, or merge it in PEFT"
+        )
+    return {
+        "scale": fields.scaling,
+        "seed": fields.random_loc_seed,
+        "transform": fields.use_idwt,
+    }
+
+
+WAVEFT = Form(
+    "waveft",
+    "WAVEFT",
+    {"spectrum": same("waveft_spectrum")},
+    _Waveft,
+    lambda options: {
+        "scaling": options["scale"],
+        "random_loc_seed": options["seed"],
+        "use_idwt": options["transform"],
+    },
+    _waveft_options,
+    bias="waveft_only",
+    of_arrays=lambda arrays: {"count": len(arrays["spectrum"])},
+    patterned={"count": ("n_frequency", "n_frequency_pattern")},
+)
+
+
+STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT)
