@@ -132,6 +132,22 @@ CASES = {
             "random_loc_seed": 5,
         },
     ),
+    "gralora": (
+        "llama",
+        "GraloraConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 6, "alpha": 9, "gralora_k": 2},
+    ),
+    "gralora with a general part": (
+        "llama",
+        "GraloraConfig",
+        {"target_modules": ["k_proj", "up_proj"], "r": 4, "gralora_k": 4, "hybrid_r": 3},
+    ),
+    "bone": (
+        "llama",
+        "MissConfig",
+        {"target_modules": ["v_proj", "down_proj"], "r": 8, "init_weights": "bat"},
+    ),
+    "beft": ("bert", "BeftConfig", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 

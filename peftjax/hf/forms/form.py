@@ -57,6 +57,7 @@ class Form:
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
             stack that have others become several methods.
+        where: PEFT's fields that tell it from another method of the same type.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
     """
 
@@ -76,6 +77,7 @@ class Form:
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     patterned: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    where: Options = field(default_factory=dict)
 
     @property
     def tensor_names(self) -> list[str]:

@@ -19,7 +19,7 @@ from peftjax.core.tree import nearest
 from peftjax.hf.adapted import require_bases, require_targets
 from peftjax.hf.common import CONFIG, CommonConfig, CommonFile, pattern_value
 from peftjax.hf.forms.form import Arrays, Form
-from peftjax.hf.forms.table import BY_TYPE
+from peftjax.hf.forms.table import form_of_config
 from peftjax.hf.names import Model, Names, names_of, require_one_stack
 from peftjax.hf.plain import read_plain
 from peftjax.hf.tensors import PREFIX, Tensors, read_file
@@ -59,8 +59,7 @@ class _Group:
 def form_of(folder: Path) -> Form | None:
     """How a folder's adapter is written, where its type is one of the table."""
     file = folder / CONFIG
-    held = read_json(file).get("peft_type") if file.is_file() else None
-    return BY_TYPE.get(held) if isinstance(held, str) else None
+    return form_of_config(read_json(file)) if file.is_file() else None
 
 
 def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> Tensors:

@@ -103,8 +103,6 @@ class _Miss:
 
 
 def _miss_options(fields: _Miss) -> dict[str, Any]:
-    if fields.init_weights == "bat":
-        raise PeftError("the file is of MiSS with init_weights 'bat', which peftjax has not")
     width = fields.mini_r if fields.init_weights == "mini" else None
     return {"dropout": fields.miss_dropout, "width": width}
 
@@ -388,8 +386,8 @@ class _Waveft:
 def _waveft_options(fields: _Waveft) -> dict[str, Any]:
     if fields.use_idwt and fields.wavelet_family != "db1":
         raise PeftError(
-            f"the file is of WaveFT with the wavelets {fields.wavelet_family!r}, and peftjax has Haar's, 'db1'; "
-            "train it with those, or merge it in PEFT"
+            f"the file is of WaveFT with the wavelets {fields.wavelet_family!r}, and peftjax has Haar's, "
+            "'db1'; train it with those, or merge it in PEFT"
         )
     return {
         "scale": fields.scaling,
@@ -415,4 +413,72 @@ WAVEFT = Form(
 )
 
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT)
+@dataclass(frozen=True)
+class _Gralora:
+    r: Count = 32
+    alpha: float = 64.0
+    hybrid_r: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    gralora_k: Count = 2
+    gralora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _with_general(slots: SlotForms, fields: _Gralora) -> SlotForms:
+    return slots if fields.hybrid_r else {slot: slots[slot] for slot in ("a", "b")}
+
+
+GRALORA = Form(
+    "gralora",
+    "GRALORA",
+    {
+        "a": transposed("gralora_A"),
+        "b": same("gralora_B"),
+        "c": same("gralora_A_general.weight"),
+        "d": transposed("gralora_B_general.weight"),
+    },
+    _Gralora,
+    lambda options: {
+        "alpha": options["alpha"],
+        "hybrid_r": options["general"],
+        "gralora_k": options["blocks"],
+        "gralora_dropout": options["dropout"],
+    },
+    lambda fields: {
+        "alpha": fields.alpha,
+        "general": fields.hybrid_r,
+        "blocks": fields.gralora_k,
+        "dropout": fields.gralora_dropout,
+    },
+    rank=lambda arrays: arrays["a"].shape[-2],
+    bias="gralora_only",
+    with_fields=_with_general,
+)
+
+
+def _bone_options(fields: _Miss) -> dict[str, Any]:
+    no_dropout(fields, "miss_dropout")
+    return {}
+
+
+BONE = Form(
+    "bone",
+    "MISS",
+    {"block": transposed("miss_block")},
+    _Miss,
+    lambda options: {"init_weights": "bat"},
+    _bone_options,
+    rank=lambda arrays: arrays["block"].shape[-1],
+    where={"init_weights": "bat"},
+)
+
+
+@dataclass(frozen=True)
+class _Beft:
+    init_weights: bool = True
+
+
+BEFT = Form("beft", "BEFT", {"shift": row("beft_bias")}, _Beft)
+
+
+STRUCTURED = (IA3, LOHA, HIRA, MISS, BONE, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT, GRALORA, BEFT)

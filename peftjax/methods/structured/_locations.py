@@ -1,4 +1,4 @@
-"""Where the numbers of a sparse spectrum lie: fixed places, drawn from a seed and the shape of the weight alone."""
+"""Where the numbers of a sparse spectrum lie: fixed places, drawn from a seed for a weight's shape."""
 
 import functools
 from dataclasses import dataclass
@@ -35,17 +35,17 @@ class SpectrumOptions(TargetOptions):
         at_least(caller, "seed", self.seed, 0)
 
     def require_fits(self, caller: str, target: Target) -> None:
-        """Raise a PeftError for a weight of fewer numbers, or of more than PyTorch shuffles in the same way."""
+        """Raise a PeftError for a weight of fewer numbers, or more than can be shuffled as PyTorch does."""
         n, m = target.layout.matrix
         if self.count > n * m:
             raise PeftError(
-                f"{caller}: count {self.count} is larger than {target.path!r}, a matrix of {n} x {m}; lower it "
-                "or exclude the weight"
+                f"{caller}: count {self.count} is larger than {target.path!r}, a matrix of {n} x {m}; lower "
+                "it or exclude the weight"
             )
         if n * m >= _LARGEST:
             raise PeftError(
-                f"{caller}: {target.path!r} has {n * m:,} numbers, and from {_LARGEST:,} on the places cannot be "
-                "drawn as PyTorch draws them; exclude it"
+                f"{caller}: {target.path!r} has {n * m:,} numbers, and from {_LARGEST:,} on the places "
+                "cannot be drawn as PyTorch draws them; exclude it"
             )
 
 

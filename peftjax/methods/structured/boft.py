@@ -52,7 +52,8 @@ class BoftOptions(TargetOptions):
         positive(caller, "rounds", self.rounds)
         if self.block < 2 or (self.rounds > 1 and self.block % 2):
             raise PeftError(
-                f"{caller}: block must be at least 2, and even where there are several rounds, got {self.block}"
+                f"{caller}: block must be at least 2, and even where there are several rounds, got "
+                f"{self.block}"
             )
 
 

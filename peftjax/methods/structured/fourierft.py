@@ -1,11 +1,12 @@
 """FourierFT: an update whose two-dimensional Fourier transform is a few trained numbers.
 
-Paper: Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", ICML 2024, arXiv 2405.03003.
+Paper: Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", ICML 2024, arXiv
+2405.03003.
 
-    W' = W + s · Re(F⁻¹·C·F⁻¹)      C [in, out] has c_1 ... c_K at fixed random frequencies, and is 0 elsewhere
+    W' = W + s · Re(F⁻¹·C·F⁻¹)      C [in, out] has c_1 ... c_K at fixed random frequencies, 0 elsewhere
 
-Trained: c, K numbers a weight, float32, 0 at first; K = 1000 and s = 150 by default. Each layer forms the update,
-from half of its spectrum, since it is real. Backward keeps x and c.
+Trained: c, K numbers a weight, float32, 0 at first; K = 1000 and s = 150 by default. Each layer forms the
+update, from half of its spectrum, since it is real. Backward keeps x and c.
 """
 
 from collections.abc import Mapping

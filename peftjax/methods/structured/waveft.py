@@ -6,8 +6,8 @@ Paper: Bilican et al., "Exploring Sparsity for Parameter Efficient Fine Tuning U
     W' = W + s · Hᵀ·C·H      C [in, out] has c_1 ... c_K at fixed random places, and is 0 elsewhere
                              H: one level of Haar's wavelets on each side; `transform=False` for H = I
 
-Trained: c, K numbers a weight, float32, 0 at first; K = 2592 and s = 25 by default. Each layer forms the update;
-a number changes a square of 2 x 2. Backward keeps x and c.
+Trained: c, K numbers a weight, float32, 0 at first; K = 2592 and s = 25 by default. Each layer forms the
+update; a number changes a square of 2 x 2. Backward keeps x and c.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ class Wavelets:
         columns, rows = np.divmod(locations(self.seed, n * m, len(numbers)), n)
         if not self.transform:
             return jnp.zeros((n, m)).at[rows, columns].add(numbers)
-        # The second half of the columns are differences of rows, and the other way round; odd sides are padded.
+        # The second half of the columns are differences of rows, and the other way round.
         fine_row, row = np.divmod(rows, (n + 1) // 2)
         fine_column, column = np.divmod(columns, (m + 1) // 2)
         change = jnp.zeros((n, m))
