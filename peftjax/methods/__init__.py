@@ -18,6 +18,16 @@ from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira
 from peftjax.methods.structured.miss import miss as miss
 from peftjax.methods.structured.oft import oft as oft
+from peftjax.methods.structured.lokr import lokr as lokr
+from peftjax.methods.structured.hra import hra as hra
+from peftjax.methods.structured.road import road as road
+from peftjax.methods.structured.boft import boft as boft
+from peftjax.methods.structured.c3a import c3a as c3a
+from peftjax.methods.structured.fourierft import fourierft as fourierft
+from peftjax.methods.structured.waveft import waveft as waveft
+from peftjax.methods.structured.gralora import gralora as gralora
+from peftjax.methods.structured.bone import bone as bone
+from peftjax.methods.structured.beft import beft as beft
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca

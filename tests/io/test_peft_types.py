@@ -50,6 +50,104 @@ CASES = {
             "block_share": True,
         },
     ),
+    "lokr": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 2, "alpha": 5, "rank_pattern": {"down_proj": 3}},
+    ),
+    "lokr of two factors": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["k_proj", "up_proj"], "r": 1, "decompose_both": True, "decompose_factor": 4},
+    ),
+    "lokr of whole matrices": (
+        "llama",
+        "LoKrConfig",
+        {"target_modules": ["v_proj", "gate_proj"], "r": 9, "rank_pattern": {"v_proj": 12}},
+    ),
+    "hra": ("bert", "HRAConfig", {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
+    "hra by Gram-Schmidt": (
+        "llama",
+        "HRAConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "apply_GS": True},
+    ),
+    "road": (
+        "bert",
+        "RoadConfig",
+        {"target_modules": ["query", "output.dense"], "group_size": 8, "task_type": "SEQ_CLS"},
+    ),
+    "road of two": (
+        "llama",
+        "RoadConfig",
+        {"target_modules": ["q_proj", "up_proj"], "group_size": 16, "variant": "road_2"},
+    ),
+    "road of four": (
+        "llama",
+        "RoadConfig",
+        {"target_modules": ["q_proj", "up_proj"], "group_size": 8, "variant": "road_4"},
+    ),
+    "boft": (
+        "bert",
+        "BOFTConfig",
+        {"target_modules": ["query", "output.dense"], "boft_block_size": 4, "task_type": "SEQ_CLS"},
+    ),
+    "boft of three rounds": (
+        "llama",
+        "BOFTConfig",
+        {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4, "boft_n_butterfly_factor": 3},
+    ),
+    "c3a": (
+        "llama",
+        "C3AConfig",
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"],
+            "block_size": 8,
+            "block_size_pattern": {"down_proj": 16},
+        },
+    ),
+    "fourierft": (
+        "bert",
+        "FourierFTConfig",
+        {
+            "target_modules": ["query", "output.dense"],
+            "n_frequency": 30,
+            "n_frequency_pattern": {"attention.output.dense": 20},
+            "scaling": 20.0,
+            "task_type": "SEQ_CLS",
+        },
+    ),
+    "waveft": (
+        "llama",
+        "WaveFTConfig",
+        {"target_modules": ["q_proj", "down_proj"], "n_frequency": 40, "scaling": 2.0},
+    ),
+    "waveft without wavelets": (
+        "llama",
+        "WaveFTConfig",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "n_frequency": 40,
+            "scaling": 2.0,
+            "use_idwt": False,
+            "random_loc_seed": 5,
+        },
+    ),
+    "gralora": (
+        "llama",
+        "GraloraConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 6, "alpha": 9, "gralora_k": 2},
+    ),
+    "gralora with a general part": (
+        "llama",
+        "GraloraConfig",
+        {"target_modules": ["k_proj", "up_proj"], "r": 4, "gralora_k": 4, "hybrid_r": 3},
+    ),
+    "bone": (
+        "llama",
+        "MissConfig",
+        {"target_modules": ["v_proj", "down_proj"], "r": 8, "init_weights": "bat"},
+    ),
+    "beft": ("bert", "BeftConfig", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 
@@ -91,6 +189,25 @@ def folders(tmp_path_factory):
         found[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(found[name])
     return found
+
+
+class BlocksOnCpu:
+    """What PEFT's kernel of BOFT does, without which it makes one round of them all."""
+
+    @staticmethod
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*matrices) for matrices in blocks])]
+
+    @staticmethod
+    def backward(grad, blocks):
+        count, size = blocks.shape[1:3]
+        cut = grad.reshape(-1, count, size, count, size)
+        return [torch.stack([cut[:, block, :, block] for block in range(count)], dim=1)]
+
+
+@pytest.fixture(autouse=True)
+def blocks_on_cpu(monkeypatch):
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlocksOnCpu)
 
 
 HEADS = {"bert": ("BertForSequenceClassification", "classifier"), "llama": ("LlamaForCausalLM", "causal_lm")}

@@ -12,6 +12,7 @@ from peftjax.hf.forms.form import Arrays
 
 Rate = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seed = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 def no_dropout(fields: Any, *names: str) -> None:

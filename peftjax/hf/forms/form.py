@@ -46,7 +46,8 @@ class Form:
         fields: a dataclass of PEFT's own fields of the type, with their types and defaults.
         to_fields: the values of those that follow from our options.
         to_options: our options that follow from them; raises a PeftError of what is not here.
-        rank: of a module by its arrays here; None where the method has no rank, or one for all weights.
+        rank: of a module by its arrays here, None where they do not tell and PEFT's `r` and its pattern do;
+            None altogether where the method has no rank, or one for all weights.
         alpha: PEFT's names of the scale's numerator and of its pattern; None where there is none.
         bias: PEFT's `bias` where the biases of adapted modules are trained; None where it has no such field.
         shared: the arrays of the model as a whole.
@@ -56,6 +57,8 @@ class Form:
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
             stack that have others become several methods.
+        where: PEFT's fields that tell it from another method of the same type.
+        patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
     """
 
     method: str
@@ -64,7 +67,7 @@ class Form:
     fields: type = NoFields
     to_fields: Callable[[Options], dict[str, Any]] = lambda options: {}
     to_options: Callable[[Any], dict[str, Any]] = lambda fields: {}
-    rank: Callable[[Arrays], int] | None = None
+    rank: Callable[[Arrays], int | None] | None = None
     alpha: tuple[str, str] | None = None
     bias: str | None = None
     shared: SlotForms = field(default_factory=dict)
@@ -73,6 +76,8 @@ class Form:
     of_modules: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda modules: {}
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
+    patterned: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    where: Options = field(default_factory=dict)
 
     @property
     def tensor_names(self) -> list[str]:

@@ -19,7 +19,7 @@ from peftjax.core.tree import nearest
 from peftjax.hf.adapted import require_bases, require_targets
 from peftjax.hf.common import CONFIG, CommonConfig, CommonFile, pattern_value
 from peftjax.hf.forms.form import Arrays, Form
-from peftjax.hf.forms.table import BY_TYPE
+from peftjax.hf.forms.table import form_of_config
 from peftjax.hf.names import Model, Names, names_of, require_one_stack
 from peftjax.hf.plain import read_plain
 from peftjax.hf.tensors import PREFIX, Tensors, read_file
@@ -43,6 +43,7 @@ class _Module:
 
     slot: Slot
     arrays: Arrays
+    rank: int | None
     alpha: float | None
 
 
@@ -58,8 +59,7 @@ class _Group:
 def form_of(folder: Path) -> Form | None:
     """How a folder's adapter is written, where its type is one of the table."""
     file = folder / CONFIG
-    held = read_json(file).get("peft_type") if file.is_file() else None
-    return BY_TYPE.get(held) if isinstance(held, str) else None
+    return form_of_config(read_json(file)) if file.is_file() else None
 
 
 def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
@@ -168,11 +168,13 @@ def _modules(
         if missing := [slots[own].name for own in held if slots[own].name not in tensors]:
             raise PeftError(f"tensor {f'{PREFIX}{module}.{missing[0]}'!r} is missing")
         arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
-        alpha = None
+        rank = alpha = None
+        if form.rank is not None:
+            rank = form.rank(arrays) or pattern_value(fields.rank_pattern or {}, module, fields.r)
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)
-        found[name] = _Module(slot, arrays, alpha)
+        found[name] = _Module(slot, arrays, rank, alpha)
     return found
 
 
@@ -195,8 +197,8 @@ def _groups(form: Form, modules: Mapping[str, _Module], leaves: Mapping[str, Any
     kinds: dict[tuple[str, Any], list[_Module]] = {}
     for module in modules.values():
         options = dict(form.of_arrays(module.arrays))
-        if form.rank is not None:
-            options["rank"] = form.rank(module.arrays)
+        if module.rank is not None:
+            options["rank"] = module.rank
         if module.alpha is not None:
             options["alpha"] = module.alpha
         key = (tuple(sorted(options.items())), tuple(sorted(module.arrays)))
@@ -249,6 +251,11 @@ def _filled(
             raise PeftError(
                 f"the layers of {path!r} have arrays of different shapes, {_shapes(slots)} and "
                 f"{_shapes(other.arrays)} in layer {other.slot.layer}, and should differ in their rank alone"
+            )
+        if other := fresh[path].keys() ^ (slots.keys() - state.get(path, {}).keys()):
+            raise PeftError(
+                f"the file has {sorted(slots)} of {path!r}, and {form.method} of these options has "
+                f"{sorted(fresh[path])}: {sorted(other)} do not fit"
             )
         put(
             path,

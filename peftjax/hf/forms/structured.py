@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta
 
 from peftjax.core.errors import PeftError
-from peftjax.hf.forms.fields import Count, Rate, no_dropout, rank_of
-from peftjax.hf.forms.form import Arrays, Form, SlotForms, column, negative, row, same, transposed
+from peftjax.hf.forms.fields import Count, Rate, Seed, no_dropout, rank_of
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, negative, row, same, transposed
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,6 @@ class _Miss:
 
 
 def _miss_options(fields: _Miss) -> dict[str, Any]:
-    if fields.init_weights == "bat":
-        raise PeftError("the file is of MiSS with init_weights 'bat', which peftjax has not")
     width = fields.mini_r if fields.init_weights == "mini" else None
     return {"dropout": fields.miss_dropout, "width": width}
 
@@ -152,9 +151,9 @@ def _oft_options(fields: _Oft) -> dict[str, Any]:
     }
 
 
-def _block(arrays: Arrays) -> dict[str, Any]:
+def _size_of_skew(entries: np.ndarray) -> int:
     """B by the b(b - 1)/2 entries of a block."""
-    return {"block": round((1 + (1 + 8 * arrays["skew"].shape[-1]) ** 0.5) / 2)}
+    return round((1 + (1 + 8 * entries.shape[-1]) ** 0.5) / 2)
 
 
 OFT = Form(
@@ -168,7 +167,318 @@ OFT = Form(
     with_fields=lambda slots, fields: (
         slots if fields.use_cayley_neumann else {"skew": negative(slots["skew"])}
     ),
-    of_arrays=_block,
+    of_arrays=lambda arrays: {"block": _size_of_skew(arrays["skew"])},
 )
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, OFT)
+
+@dataclass(frozen=True)
+class _Lokr:
+    r: Count = 8
+    alpha: float = 8.0
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout: Rate = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: Rate = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool | str = True
+
+
+def _lokr_options(fields: _Lokr) -> dict[str, Any]:
+    no_dropout(fields, "rank_dropout", "module_dropout")
+    factor = fields.decompose_factor if fields.decompose_factor > 0 else None
+    return {"factor": factor, "decompose_both": fields.decompose_both}
+
+
+def _parts_of(slots: SlotForms, tensors: Arrays) -> list[str]:
+    """Either of the two matrices whole, or both of its factors."""
+    first = ["w1"] if "lokr_w1" in tensors else ["a1", "b1"]
+    return [*first, *(["w2"] if "lokr_w2" in tensors else ["a2", "b2"])]
+
+
+def _lokr_rank(arrays: Arrays) -> int | None:
+    return next((len(arrays[slot]) for slot in ("a1", "a2") if slot in arrays), None)
+
+
+LOKR = Form(
+    "lokr",
+    "LOKR",
+    {
+        "w1": transposed("lokr_w1"),
+        "a1": same("lokr_w1_b"),
+        "b1": transposed("lokr_w1_a"),
+        "w2": transposed("lokr_w2"),
+        "a2": same("lokr_w2_b"),
+        "b2": transposed("lokr_w2_a"),
+    },
+    _Lokr,
+    lambda options: {
+        "decompose_factor": -1 if options["factor"] is None else options["factor"],
+        "decompose_both": options["decompose_both"],
+    },
+    _lokr_options,
+    rank=_lokr_rank,
+    alpha=("alpha", "alpha_pattern"),
+    present=_parts_of,
+)
+
+
+@dataclass(frozen=True)
+class _Hra:
+    r: Count = 8
+    apply_GS: bool = False
+    init_weights: bool = True
+
+
+def _no_start(start: np.ndarray) -> np.ndarray:
+    """Raise a PeftError for reflections of the start, which PEFT's files have not."""
+    if start.any():
+        raise PeftError(
+            "hra: with `orthogonal` the weights are reflected back in the directions of the start, which "
+            "PEFT's HRA does not do; merge the adapter instead of exporting it"
+        )
+    return start.T
+
+
+HRA = Form(
+    "hra",
+    "HRA",
+    # The start first: the directions are written over it.
+    {"start": SlotForm("hra_u", _no_start, lambda u: np.zeros_like(u.T)), "u": transposed("hra_u")},
+    _Hra,
+    lambda options: {"apply_GS": options["orthogonal"]},
+    lambda fields: {"orthogonal": fields.apply_GS},
+    rank=rank_of("u"),
+    bias="hra_only",
+    with_fields=lambda slots, fields: slots if fields.apply_GS else {"u": slots["u"]},
+)
+
+
+@dataclass(frozen=True)
+class _Road:
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: Count = 64
+    init_weights: bool = True
+
+
+ROAD = Form(
+    "road",
+    "ROAD",
+    {"theta": same("road_theta"), "alpha": same("road_alpha")},
+    _Road,
+    lambda options: {"variant": f"road_{options['variant']}", "group_size": options["group"]},
+    lambda fields: {"variant": int(fields.variant.removeprefix("road_")), "group": fields.group_size},
+)
+
+
+@dataclass(frozen=True)
+class _Boft:
+    boft_block_size: Annotated[int, Meta(ge=0, le=1_000_000)] = 4
+    boft_block_num: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    boft_n_butterfly_factor: Count = 1
+    boft_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _boft_options(fields: _Boft) -> dict[str, Any]:
+    no_dropout(fields, "boft_dropout")
+    return {}
+
+
+def _whole_skew(entries: np.ndarray) -> np.ndarray:
+    """PEFT's matrices, of which it takes the skew part, and which turn the other way."""
+    size = _size_of_skew(entries)
+    upper = np.zeros((*entries.shape[:-1], size, size), entries.dtype)
+    upper[..., *np.triu_indices(size, 1)] = -entries
+    return upper - _transposed(upper)
+
+
+def _entries_of_skew(whole: np.ndarray) -> np.ndarray:
+    size = whole.shape[-1]
+    return 0.5 * (_transposed(whole) - whole)[..., *np.triu_indices(size, 1)]
+
+
+def _transposed(matrices: np.ndarray) -> np.ndarray:
+    return matrices.swapaxes(-1, -2)
+
+
+def _rounds(arrays: Arrays) -> dict[str, Any]:
+    return {"block": _size_of_skew(arrays["skew"]), "rounds": len(arrays["skew"])}
+
+
+BOFT = Form(
+    "boft",
+    "BOFT",
+    {"skew": SlotForm("boft_R", _whole_skew, _entries_of_skew), "scale": column("boft_s")},
+    _Boft,
+    lambda options: {
+        "boft_block_size": options["block"],
+        "boft_block_num": 0,
+        "boft_n_butterfly_factor": options["rounds"],
+    },
+    _boft_options,
+    bias="boft_only",
+    of_arrays=_rounds,
+)
+
+
+@dataclass(frozen=True)
+class _C3a:
+    block_size: Count = 256
+    block_size_pattern: dict[str, Count] | None = None
+    init_weights: bool | str | None = "xavier_uniform"
+
+
+def _blocks_exchanged(kernel: np.ndarray) -> np.ndarray:
+    return kernel.swapaxes(0, 1)
+
+
+C3A = Form(
+    "c3a",
+    "C3A",
+    {"kernel": SlotForm("c3a_kernel", _blocks_exchanged, _blocks_exchanged)},
+    _C3a,
+    bias="c3a_only",
+    of_arrays=lambda arrays: {"block": arrays["kernel"].shape[-1]},
+    patterned={"block": ("block_size", "block_size_pattern")},
+)
+
+
+@dataclass(frozen=True)
+class _Fourierft:
+    n_frequency: Count = 1000
+    n_frequency_pattern: dict[str, Count] | None = None
+    scaling: float = 150.0
+    random_loc_seed: Seed = 777
+    fan_in_fan_out: bool = False
+    init_weights: bool = False
+
+
+FOURIERFT = Form(
+    "fourierft",
+    "FOURIERFT",
+    {"spectrum": same("fourierft_spectrum")},
+    _Fourierft,
+    lambda options: {"scaling": options["scale"], "random_loc_seed": options["seed"]},
+    lambda fields: {"scale": fields.scaling, "seed": fields.random_loc_seed},
+    bias="fourier_only",
+    of_arrays=lambda arrays: {"count": len(arrays["spectrum"])},
+    patterned={"count": ("n_frequency", "n_frequency_pattern")},
+)
+
+
+@dataclass(frozen=True)
+class _Waveft:
+    n_frequency: Count = 2592
+    n_frequency_pattern: dict[str, Count] | None = None
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: Seed = 777
+    proportional_parameters: bool = False
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _waveft_options(fields: _Waveft) -> dict[str, Any]:
+    if fields.use_idwt and fields.wavelet_family != "db1":
+        raise PeftError(
+            f"the file is of WaveFT with the wavelets {fields.wavelet_family!r}, and peftjax has Haar's, "
+            "'db1'; train it with those, or merge it in PEFT"
+        )
+    return {
+        "scale": fields.scaling,
+        "seed": fields.random_loc_seed,
+        "transform": fields.use_idwt,
+    }
+
+
+WAVEFT = Form(
+    "waveft",
+    "WAVEFT",
+    {"spectrum": same("waveft_spectrum")},
+    _Waveft,
+    lambda options: {
+        "scaling": options["scale"],
+        "random_loc_seed": options["seed"],
+        "use_idwt": options["transform"],
+    },
+    _waveft_options,
+    bias="waveft_only",
+    of_arrays=lambda arrays: {"count": len(arrays["spectrum"])},
+    patterned={"count": ("n_frequency", "n_frequency_pattern")},
+)
+
+
+@dataclass(frozen=True)
+class _Gralora:
+    r: Count = 32
+    alpha: float = 64.0
+    hybrid_r: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    gralora_k: Count = 2
+    gralora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+def _with_general(slots: SlotForms, fields: _Gralora) -> SlotForms:
+    return slots if fields.hybrid_r else {slot: slots[slot] for slot in ("a", "b")}
+
+
+GRALORA = Form(
+    "gralora",
+    "GRALORA",
+    {
+        "a": transposed("gralora_A"),
+        "b": same("gralora_B"),
+        "c": same("gralora_A_general.weight"),
+        "d": transposed("gralora_B_general.weight"),
+    },
+    _Gralora,
+    lambda options: {
+        "alpha": options["alpha"],
+        "hybrid_r": options["general"],
+        "gralora_k": options["blocks"],
+        "gralora_dropout": options["dropout"],
+    },
+    lambda fields: {
+        "alpha": fields.alpha,
+        "general": fields.hybrid_r,
+        "blocks": fields.gralora_k,
+        "dropout": fields.gralora_dropout,
+    },
+    rank=lambda arrays: arrays["a"].shape[-2],
+    bias="gralora_only",
+    with_fields=_with_general,
+)
+
+
+def _bone_options(fields: _Miss) -> dict[str, Any]:
+    no_dropout(fields, "miss_dropout")
+    return {}
+
+
+BONE = Form(
+    "bone",
+    "MISS",
+    {"block": transposed("miss_block")},
+    _Miss,
+    lambda options: {"init_weights": "bat"},
+    _bone_options,
+    rank=lambda arrays: arrays["block"].shape[-1],
+    where={"init_weights": "bat"},
+)
+
+
+@dataclass(frozen=True)
+class _Beft:
+    init_weights: bool = True
+
+
+BEFT = Form("beft", "BEFT", {"shift": row("beft_bias")}, _Beft)
+
+
+STRUCTURED = (IA3, LOHA, HIRA, MISS, BONE, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT, GRALORA, BEFT)

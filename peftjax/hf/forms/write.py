@@ -109,6 +109,7 @@ class _Written:
     """One module of the file."""
 
     arrays: Mapping[str, np.ndarray]
+    rank: int
     alpha: float | None
 
 
@@ -151,7 +152,7 @@ class _Part:
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
-            found[module_of(name)] = _Written(arrays, alpha)
+            found[module_of(name)] = _Written(arrays, target.rank, alpha)
         return found
 
 
@@ -196,18 +197,21 @@ def _fields(form: Form, options: Mapping[str, Any]) -> Any:
 
 
 def _patterns(form: Form, modules: Mapping[str, _Written]) -> dict[str, Any]:
-    """The commonest rank and alpha, and patterns for the modules that have others."""
+    """The commonest rank, alpha and the like, and patterns for the modules that have others."""
     values: dict[str, Any] = {}
     wanted = []
     if form.rank is not None:
-        wanted.append(("r", "rank_pattern", {name: form.rank(own.arrays) for name, own in modules.items()}))
+        wanted.append(("r", "rank_pattern", {name: own.rank for name, own in modules.items()}))
     if form.alpha is not None:
         wanted.append((*form.alpha, {name: own.alpha for name, own in modules.items()}))
+    for option, names in form.patterned.items():
+        wanted.append((*names, {name: form.of_arrays(own.arrays)[option] for name, own in modules.items()}))
+    known = {field.name for field in dataclasses.fields(form.fields)}
     for field, pattern, of in wanted:
         counts = Counter(of.values())
         values[field] = max(counts, key=lambda value: (counts[value], value))
         others = {module: value for module, value in of.items() if value != values[field]}
-        if pattern not in {own.name for own in dataclasses.fields(form.fields)}:
+        if pattern not in known:
             if others:
                 module, value = next(iter(others.items()))
                 raise PeftError(
@@ -215,5 +219,9 @@ def _patterns(form: Form, modules: Mapping[str, _Written]) -> dict[str, Any]:
                     f"{form.type} has one for all modules; export them apart"
                 )
             continue
-        values[pattern] = {f"^{re.escape(module)}": value for module, value in others.items()}
+        # PEFT puts other patterns than those of ranks behind a dot, but takes a module's own name first.
+        whole = field in (names[0] for names in form.patterned.values())
+        values[pattern] = {
+            module if whole else f"^{re.escape(module)}": value for module, value in others.items()
+        }
     return values
