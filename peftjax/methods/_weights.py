@@ -10,7 +10,7 @@ from peftjax.methods._options import TargetOptions
 from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Transform
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.base import Weight
 
 SHARED = "shared"
@@ -38,6 +38,7 @@ def of_weights(
     dropout: float = 0.0,
     one_way: bool = False,
     around: Around | None = None,
+    advances: tuple[Advance, ...] = (),
 ) -> Transform:
     """The method that makes `weigh(base, slots)` of each target.
 
@@ -52,6 +53,7 @@ def of_weights(
         dropout: whether `weigh` is given keys: not with a rate of 0.
         one_way: whether it matters which side of a weight is the input.
         around: what the method does around the optimizer.
+        advances: what it does to itself before steps.
     """
     fill = neutral or {}
 
@@ -83,4 +85,4 @@ def of_weights(
                 rewritten[of_module] = bias(flat, slots).astype(old.dtype).reshape(old.shape)
         return tree.replace(frozen.params, rewritten)
 
-    return Transform(name, {}, init, apply, around=around)
+    return Transform(name, {}, init, apply, around=around, advances=advances)

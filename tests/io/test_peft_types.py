@@ -51,6 +51,11 @@ CASES = {
         },
     ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
+    "adalora": (
+        "llama",
+        "AdaLoraConfig",
+        {"target_modules": ["q_proj", "down_proj"], "init_r": 4, "target_r": 2, "total_step": 20},
+    ),
 }
 
 

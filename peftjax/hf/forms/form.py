@@ -56,6 +56,8 @@ class Form:
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
             stack that have others become several methods.
+        packed: a module's arrays as the file has them, of all that the method holds for it.
+        unpacked: `(arrays, fields, PEFT's name of the module) -> arrays`, the inverse.
     """
 
     method: str
@@ -73,6 +75,8 @@ class Form:
     of_modules: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda modules: {}
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
+    packed: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
 
     @property
     def tensor_names(self) -> list[str]:

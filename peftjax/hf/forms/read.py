@@ -137,6 +137,7 @@ def _imported(
         methods.append(build({"name": "unfreeze", "targets": "|".join(map(re.escape, plain))}))
     method = methods[0] if len(methods) == 1 else chain(*methods)
     frozen, fresh = method.init(jax.random.key(0), params)
+    frozen = dataclasses.replace(frozen, advanced=True)  # it has been trained
     if len(methods) == 1:
         state, trainable = _filled(form, fields, groups[0], file, frozen.state, fresh)
         return method, dataclasses.replace(frozen, state=state), trainable
@@ -168,6 +169,7 @@ def _modules(
         if missing := [slots[own].name for own in held if slots[own].name not in tensors]:
             raise PeftError(f"tensor {f'{PREFIX}{module}.{missing[0]}'!r} is missing")
         arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
+        arrays = form.unpacked(arrays, fields, module)
         alpha = None
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
