@@ -12,6 +12,8 @@ from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
+from peftjax.methods.lowrank.delora import delora as delora
+from peftjax.methods.lowrank.psoft import psoft as psoft
 from peftjax.methods.lowrank.vera import vera as vera
 from peftjax.methods.structured.ia3 import ia3 as ia3
 from peftjax.methods.structured.loha import loha as loha

@@ -10,8 +10,8 @@ import numpy as np
 from msgspec import Meta
 
 from peftjax.core.errors import PeftError
-from peftjax.hf.forms.fields import Count, Rate
-from peftjax.hf.forms.form import Arrays, Form, column, same, transposed
+from peftjax.hf.forms.fields import Count, Rate, rank_of
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, column, same, transposed
 
 Steps = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(ge=0)]
@@ -133,4 +133,31 @@ ADALORA = Form(
     unpacked=_in_place,
 )
 
-LOWRANK = (VERA, ADALORA)
+
+@dataclass(frozen=True)
+class _Delora:
+    r: Count = 8
+    delora_lambda: float = 15
+    module_dropout: Rate = 0.0
+    rank_pattern: dict[str, Count] | None = None
+    lambda_pattern: dict[str, float] | None = None
+    init_weights: bool = True
+
+
+DELORA = Form(
+    "delora",
+    "DELORA",
+    {
+        "a": same("delora_A"),
+        "b": transposed("delora_B"),
+        "bound": SlotForm("delora_lambda", lambda v: v.reshape(1), lambda v: v.reshape(())),
+        "norms": same("delora_w_norm"),
+    },
+    _Delora,
+    lambda options: {"delora_lambda": options["bound"], "module_dropout": options["dropout"]},
+    lambda fields: {"bound": fields.delora_lambda, "dropout": fields.module_dropout},
+    rank=rank_of("a"),
+)
+
+
+LOWRANK = (VERA, ADALORA, DELORA)
