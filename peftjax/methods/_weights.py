@@ -36,6 +36,7 @@ def of_weights(
     share: Share | None = None,
     neutral: Mapping[str, float] | None = None,
     dropout: float = 0.0,
+    draws: bool = False,
     one_way: bool = False,
     around: Around | None = None,
     advances: tuple[Advance, ...] = (),
@@ -51,6 +52,7 @@ def of_weights(
         share: arrays that all targets use.
         neutral: what a slot of a layer that is not chosen holds, where zeros would change the layer.
         dropout: whether `weigh` is given keys: not with a rate of 0.
+        draws: whether it is given them whatever the rate.
         one_way: whether it matters which side of a weight is the input.
         around: what the method does around the optimizer.
         advances: what it does to itself before steps.
@@ -76,7 +78,7 @@ def of_weights(
         for target in frozen.plan:
             own = {**frozen.state[target.path], **trainable.get(target.path, {})}
             slots = {slot: all_layers(value, target, fill.get(slot, 0.0)) for slot, value in own.items()}
-            keys = keys_of_matrices(key, target) if dropout > 0.0 else None
+            keys = keys_of_matrices(key, target) if draws or dropout > 0.0 else None
             slots = {**shared, **slots}
             rewritten[target.path] = weigh(target, leaves[target.path], slots, keys)
             if bias is not None and (of_module := biases.get(tree.module_of(target.path))) is not None:

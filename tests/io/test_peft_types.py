@@ -58,6 +58,12 @@ CASES = {
         "AdaLoraConfig",
         {"target_modules": ["q_proj", "down_proj"], "init_r": 4, "target_r": 2, "total_step": 20},
     ),
+    "pvera": ("llama", "PveraConfig", {"target_modules": ["q_proj", "down_proj"], "r": 12}),
+    "vblora": (
+        "llama",
+        "VBLoRAConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3},
+    ),
     "delora": (
         "llama",
         "DeloraConfig",

@@ -39,6 +39,105 @@ VERA = Form(
 )
 
 
+def _one_rank(options: Mapping[str, Any], type: str) -> int:
+    if options["rank_pattern"]:
+        raise PeftError(f"PEFT's {type} has one rank for all weights; train without rank_pattern")
+    return options["rank"]
+
+
+@dataclass(frozen=True)
+class _Pvera:
+    r: Count = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: Rate = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+
+def _pvera_options(fields: _Pvera) -> dict[str, Any]:
+    if fields.sample_at_inference:
+        raise PeftError(
+            "the file has sample_at_inference=True, and peftjax samples in training alone; set it to False "
+            "in the configuration to read the adapter with its means"
+        )
+    return {"rank": fields.r, "dropout": fields.pvera_dropout, "d": fields.d_initial}
+
+
+PVERA = Form(
+    "pvera",
+    "PVERA",
+    {"d": same("pvera_lambda_d"), "c": same("pvera_lambda_b")},
+    _Pvera,
+    lambda options: {"r": options["rank"], "pvera_dropout": options["dropout"], "d_initial": options["d"]},
+    _pvera_options,
+    shared={"a": same("pvera_A"), "b": transposed("pvera_B")},
+)
+
+
+@dataclass(frozen=True)
+class _Vblora:
+    r: Count = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
+    save_only_topk_weights: bool = False
+    vblora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+
+def _vblora_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "r": _one_rank(options, "VBLORA"),
+        "num_vectors": options["vectors"],
+        "vector_length": options["length"],
+        "topk": options["chosen"],
+        "vblora_dropout": options["dropout"],
+        "init_vector_bank_bound": options["bank_bound"],
+        "init_logits_std": options["logits_std"],
+    }
+
+
+def _vblora_options(fields: _Vblora) -> dict[str, Any]:
+    if fields.save_only_topk_weights:
+        raise PeftError(
+            "the file has the chosen weights alone, from which no training goes on; save the adapter again "
+            "with save_only_topk_weights=False"
+        )
+    return {
+        "rank": fields.r,
+        "vectors": fields.num_vectors,
+        "length": fields.vector_length,
+        "chosen": fields.topk,
+        "dropout": fields.vblora_dropout,
+        "bank_bound": fields.init_vector_bank_bound,
+        "logits_std": fields.init_logits_std,
+    }
+
+
+def _outputs_first(v: np.ndarray) -> np.ndarray:
+    return v.swapaxes(0, 1)
+
+
+VBLORA = Form(
+    "vblora",
+    "VBLORA",
+    {
+        "logits_a": same("vblora_logits_A"),
+        "logits_b": SlotForm("vblora_logits_B", _outputs_first, _outputs_first),
+    },
+    _Vblora,
+    _vblora_fields,
+    _vblora_options,
+    shared={"bank": same("vblora_vector_bank")},
+)
+
+
 @dataclass(frozen=True)
 class _Adalora:
     target_r: Count = 8
@@ -61,11 +160,9 @@ class _Adalora:
 
 
 def _adalora_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    if options["rank_pattern"]:
-        raise PeftError("PEFT's ADALORA starts with one rank for all weights; train without rank_pattern")
     return {
         "target_r": options["target_rank"],
-        "init_r": options["rank"],
+        "init_r": _one_rank(options, "ADALORA"),
         "tinit": options["init_warmup"],
         "tfinal": options["final_warmup"],
         "deltaT": options["allocate_every"],
@@ -160,4 +257,4 @@ DELORA = Form(
 )
 
 
-LOWRANK = (VERA, ADALORA, DELORA)
+LOWRANK = (VERA, PVERA, VBLORA, ADALORA, DELORA)

@@ -28,3 +28,11 @@ def principal(w: Float[Array, "*stack n m"], rank: int) -> Svd:
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
     sign = jnp.where(largest < 0.0, -1.0, 1.0)
     return Svd(u * sign, svd.sizes[..., :rank], vt * sign.swapaxes(-1, -2))
+
+
+def on_chosen(factor: Array, target: Target) -> Array:
+    """A factor of all layers `[*stack, r, n]`, zero for those that are not chosen."""
+    if target.layers is None:
+        return factor
+    chosen = jnp.zeros(target.layout.stack[0], bool).at[jnp.asarray(target.layers)].set(True)
+    return jnp.where(chosen.reshape(-1, *(1,) * (factor.ndim - 1)), factor, 0.0)

@@ -1,7 +1,6 @@
 """PSOFT: rotate and scale the principal part of a weight inside its own subspace.
 
-Paper: Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", 2025, arXiv
-2505.11235.
+Paper: Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", ICLR 2026.
 
     W ≈ aᵀ·(s b)     the first r singular directions, a [r, in], b [r, out], frozen; s = alpha / r
     y = x·W + s·(x·aᵀ)·(R - I)ᵀ·b       R = diag(v)·C(Q)·diag(u), C(Q) = (I + Q)(I - Q)⁻¹, Q [r, r] skew
@@ -64,14 +63,14 @@ class PsoftOptions(DropoutOptions, RankOptions):
 
 @register(
     kind="adapter",
-    paper="PSOFT, Wu et al. 2025, arXiv 2505.11235",
+    paper="PSOFT, Wu et al. 2026, ICLR",
     trains="r·(r - 1)/2 + 2r",
     backward_keeps="x·aᵀ",
     conformance=Conformance(example={"rank": 3, "alpha": 3.0}),
 )
 @takes(PsoftOptions)
 def psoft(options: PsoftOptions) -> Transform:
-    """Rotate the principal subspace of the targeted weights (arXiv 2505.11235).
+    """Rotate the principal subspace of the targeted weights.
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
