@@ -12,7 +12,14 @@ from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.mica import mica as mica
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
+from peftjax.methods.lowrank.adalora import adalora as adalora
+from peftjax.methods.lowrank.delora import delora as delora
+from peftjax.methods.lowrank.psoft import psoft as psoft
+from peftjax.methods.lowrank.lamda import lamda as lamda
 from peftjax.methods.lowrank.vera import vera as vera
+from peftjax.methods.lowrank.pvera import pvera as pvera
+from peftjax.methods.lowrank.vblora import vblora as vblora
+from peftjax.methods.lowrank.mos import mos as mos
 from peftjax.methods.structured.ia3 import ia3 as ia3
 from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira

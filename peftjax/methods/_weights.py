@@ -10,7 +10,7 @@ from peftjax.methods._options import TargetOptions
 from peftjax.methods._targets import Target, all_layers, key_for, keys_of_matrices
 from peftjax.transform.around import Around
 from peftjax.transform.frozen import Frozen, Params, Trainable
-from peftjax.transform.transform import Transform
+from peftjax.transform.transform import Advance, Transform
 from peftjax.weights.base import Weight
 
 SHARED = "shared"
@@ -36,8 +36,10 @@ def of_weights(
     share: Share | None = None,
     neutral: Mapping[str, float] | None = None,
     dropout: float = 0.0,
+    draws: bool = False,
     one_way: bool = False,
     around: Around | None = None,
+    advances: tuple[Advance, ...] = (),
 ) -> Transform:
     """The method that makes `weigh(base, slots)` of each target.
 
@@ -50,8 +52,10 @@ def of_weights(
         share: arrays that all targets use.
         neutral: what a slot of a layer that is not chosen holds, where zeros would change the layer.
         dropout: whether `weigh` is given keys: not with a rate of 0.
+        draws: whether it is given them whatever the rate.
         one_way: whether it matters which side of a weight is the input.
         around: what the method does around the optimizer.
+        advances: what it does to itself before steps.
     """
     fill = neutral or {}
 
@@ -74,7 +78,7 @@ def of_weights(
         for target in frozen.plan:
             own = {**frozen.state[target.path], **trainable.get(target.path, {})}
             slots = {slot: all_layers(value, target, fill.get(slot, 0.0)) for slot, value in own.items()}
-            keys = keys_of_matrices(key, target) if dropout > 0.0 else None
+            keys = keys_of_matrices(key, target) if draws or dropout > 0.0 else None
             slots = {**shared, **slots}
             rewritten[target.path] = weigh(target, leaves[target.path], slots, keys)
             if bias is not None and (of_module := biases.get(tree.module_of(target.path))) is not None:
@@ -83,4 +87,4 @@ def of_weights(
                 rewritten[of_module] = bias(flat, slots).astype(old.dtype).reshape(old.shape)
         return tree.replace(frozen.params, rewritten)
 
-    return Transform(name, {}, init, apply, around=around)
+    return Transform(name, {}, init, apply, around=around, advances=advances)

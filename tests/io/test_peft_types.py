@@ -1,5 +1,7 @@
 """Adapters of PEFT's other types: the same logits, the same steps and the same files, both ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,27 @@ CASES = {
     ),
     "beft": ("bert", "BeftConfig", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
+    "adalora": (
+        "llama",
+        "AdaLoraConfig",
+        {"target_modules": ["q_proj", "down_proj"], "init_r": 4, "target_r": 2, "total_step": 20},
+    ),
+    "pvera": ("llama", "PveraConfig", {"target_modules": ["q_proj", "down_proj"], "r": 12}),
+    "vblora": (
+        "llama",
+        "VBLoRAConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3},
+    ),
+    "delora": (
+        "llama",
+        "DeloraConfig",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "r": 3,
+            "delora_lambda": 4,
+            "rank_pattern": {"down_proj": 2},
+        },
+    ),
 }
 
 
@@ -226,8 +249,12 @@ def torch_logits(model):
 
 
 def started(folders, case):
-    """PEFT's model of a case, its adapter far from where it starts, and the folder it is saved to."""
-    name, config, options = CASES[case]
+    """PEFT's model of a case."""
+    return moved_model(folders, *CASES[case])
+
+
+def moved_model(folders, name, config, options):
+    """PEFT's model, its adapter far from where it starts."""
     torch.manual_seed(1)
     model = peft.get_peft_model(torch_model(folders, name), getattr(peft, config)(**options)).eval()
     with torch.no_grad():
@@ -244,6 +271,20 @@ def test_logits_and_steps_are_those_of_peft(case, folders, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = pj.load(folders[name], head=HEADS[name][1])
     method, frozen, trainable = pj.import_peft(tmp_path / "theirs", model, params)
+    trainable, logits = trained_alike(folders, name, theirs, model, method, frozen, trainable)
+
+    # What we write, PEFT reads; the files have the same tensors as its own.
+    pj.export_peft(tmp_path / "ours", model, method, frozen, trainable)
+    again = peft.PeftModel.from_pretrained(torch_model(folders, name), tmp_path / "ours").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(torch_logits(again).numpy(), logits, atol=1e-4)
+    files = [find_tensors(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
+    ours, wanted = ({name: held.shape for name, held in describe_tensors(file).items()} for file in files)
+    assert ours == wanted
+
+
+def trained_alike(folders, name, theirs, model, method, frozen, trainable):
+    """The same logits, merged too, and five steps of AdamW from the same numbers; ours after them."""
     batch = {"input_ids": jnp.asarray(ids()), "attention_mask": jnp.ones((2, 9), jnp.int32)}
     if name == "bert":
         batch["token_type_ids"] = jnp.zeros((2, 9), jnp.int32)
@@ -258,7 +299,6 @@ def test_logits_and_steps_are_those_of_peft(case, folders, tmp_path):
     np.testing.assert_allclose(logits(method.apply(frozen, trainable)), wanted, atol=1e-4)
     np.testing.assert_allclose(logits(method.merge(frozen, trainable)), wanted, atol=1e-4)
 
-    # Five steps of AdamW from the same numbers.
     target = torch.tensor(np.random.default_rng(1).normal(size=wanted.shape), dtype=torch.float32)
     own = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=RATE, weight_decay=0.01)
@@ -286,17 +326,7 @@ def test_logits_and_steps_are_those_of_peft(case, folders, tmp_path):
         trainable, state, loss = step(trainable, state)
         found.append(float(loss))
     np.testing.assert_allclose(found, losses, rtol=1e-4)
-
-    # What we write, PEFT reads; the files have the same tensors as its own.
-    pj.export_peft(tmp_path / "ours", model, method, frozen, trainable)
-    again = peft.PeftModel.from_pretrained(torch_model(folders, name), tmp_path / "ours").eval()
-    with torch.no_grad():
-        np.testing.assert_allclose(
-            torch_logits(again).numpy(), logits(method.apply(frozen, trainable)), atol=1e-4
-        )
-    files = [find_tensors(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
-    ours, wanted = ({name: held.shape for name, held in describe_tensors(file).items()} for file in files)
-    assert ours == wanted
+    return trainable, logits(method.apply(frozen, trainable))
 
 
 def test_the_minor_directions_are_those_that_peft_finds(folders):
@@ -311,3 +341,55 @@ def test_the_minor_directions_are_those_that_peft_finds(folders):
         wanted = theirs[name].numpy()
         # Singular vectors have either sign.
         np.testing.assert_allclose(b.T @ b, wanted @ wanted.T, atol=1e-4)
+
+
+# PEFT saves neither of PSOFT's frozen factors, so that a file alone does not say what was trained.
+PSOFT = {
+    "exact": (
+        "llama",
+        {"target_modules": ["q_proj", "down_proj"], "r": 4, "psoft_alpha": 8},
+        {"rank": 4, "alpha": 8.0, "targets": ["query", "down"]},
+    ),
+    "a series": (
+        "llama",
+        {
+            "target_modules": ["v_proj"],
+            "r": 5,
+            "ab_svd_init": "pissa_init",
+            "use_cayley_neumann": True,
+            "psoft_mag_a": False,
+        },
+        {"rank": 5, "split": "even", "terms": 5, "scale_in": False, "targets": ["value"]},
+    ),
+}
+THEIRS = {"query": "q_proj", "value": "v_proj", "down": "down_proj"}
+
+
+@pytest.mark.parametrize("case", PSOFT)
+def test_psoft_between_the_same_directions_is_that_of_peft(case, folders):
+    name, config, options = PSOFT[case]
+    theirs = moved_model(folders, name, "PsoftConfig", config)
+    model, params = pj.load(folders[name], head=HEADS[name][1])
+    method = pj.psoft(**options)
+    frozen, trainable = method.init(jax.random.key(0), params)
+    tensors = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+    ends = {"skew": "psoft_R.default.weight", "scale_in": "psoft_R.default.vector_a"}
+    ends |= {"scale_out": "psoft_R.default.vector_b"}
+    ends |= {"a": "_psoft_A_cache.default", "b": "_psoft_B_cache.default"}
+
+    def filled(part):
+        new = {}
+        for path, slots in part.items():
+            module = next(own for ours, own in THEIRS.items() if ours in path)
+            new[path] = {}
+            for slot, value in slots.items():
+                names = [key for key in tensors if f".{module}." in key and key.endswith(ends[slot])]
+                found = np.stack([tensors[key].detach().numpy() for key in names])
+                found = found.swapaxes(-1, -2) if slot == "b" else found
+                if slot in ("a", "b"):  # up to signs, the factors that we find are PEFT's
+                    np.testing.assert_allclose(jnp.abs(value), np.abs(found), atol=1e-4)
+                new[path][slot] = jnp.asarray(found)
+        return new
+
+    frozen = dataclasses.replace(frozen, state=filled(frozen.state))
+    trained_alike(folders, name, theirs, model, method, frozen, filled(trainable))

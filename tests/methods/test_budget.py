@@ -12,8 +12,9 @@ from support import KEY
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.io import checkpoint
+from peftjax.methods._importance import Importance
 from peftjax.methods.sparse._allocation import allocate, scores, water_fill
-from peftjax.methods.sparse._budget import Budget, Importance
+from peftjax.methods.sparse._budget import Budget
 from peftjax.transform.transform import changing_state, with_changing_state
 
 RANDOM = np.random.default_rng(0)

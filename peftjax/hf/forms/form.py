@@ -59,6 +59,8 @@ class Form:
             stack that have others become several methods.
         where: PEFT's fields that tell it from another method of the same type.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
+        packed: a module's arrays as the file has them, of all that the method holds for it.
+        unpacked: `(arrays, fields, PEFT's name of the module) -> arrays`, the inverse.
     """
 
     method: str
@@ -78,6 +80,8 @@ class Form:
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     patterned: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     where: Options = field(default_factory=dict)
+    packed: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
 
     @property
     def tensor_names(self) -> list[str]:

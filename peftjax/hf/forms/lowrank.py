@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from peftjax.hf.forms.fields import Count, Rate
-from peftjax.hf.forms.form import Form, same, transposed
+import numpy as np
+from msgspec import Meta
+
+from peftjax.core.errors import PeftError
+from peftjax.hf.forms.fields import Count, Rate, rank_of
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, column, same, transposed
+
+Steps = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -29,4 +38,223 @@ VERA = Form(
     shared={"a": same("vera_A"), "b": transposed("vera_B")},
 )
 
-LOWRANK = (VERA,)
+
+def _one_rank(options: Mapping[str, Any], type: str) -> int:
+    if options["rank_pattern"]:
+        raise PeftError(f"PEFT's {type} has one rank for all weights; train without rank_pattern")
+    return options["rank"]
+
+
+@dataclass(frozen=True)
+class _Pvera:
+    r: Count = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: Rate = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+
+def _pvera_options(fields: _Pvera) -> dict[str, Any]:
+    if fields.sample_at_inference:
+        raise PeftError(
+            "the file has sample_at_inference=True, and peftjax samples in training alone; set it to False "
+            "in the configuration to read the adapter with its means"
+        )
+    return {"rank": fields.r, "dropout": fields.pvera_dropout, "d": fields.d_initial}
+
+
+PVERA = Form(
+    "pvera",
+    "PVERA",
+    {"d": same("pvera_lambda_d"), "c": same("pvera_lambda_b")},
+    _Pvera,
+    lambda options: {"r": options["rank"], "pvera_dropout": options["dropout"], "d_initial": options["d"]},
+    _pvera_options,
+    shared={"a": same("pvera_A"), "b": transposed("pvera_B")},
+)
+
+
+@dataclass(frozen=True)
+class _Vblora:
+    r: Count = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
+    save_only_topk_weights: bool = False
+    vblora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+
+def _vblora_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "r": _one_rank(options, "VBLORA"),
+        "num_vectors": options["vectors"],
+        "vector_length": options["length"],
+        "topk": options["chosen"],
+        "vblora_dropout": options["dropout"],
+        "init_vector_bank_bound": options["bank_bound"],
+        "init_logits_std": options["logits_std"],
+    }
+
+
+def _vblora_options(fields: _Vblora) -> dict[str, Any]:
+    if fields.save_only_topk_weights:
+        raise PeftError(
+            "the file has the chosen weights alone, from which no training goes on; save the adapter again "
+            "with save_only_topk_weights=False"
+        )
+    return {
+        "rank": fields.r,
+        "vectors": fields.num_vectors,
+        "length": fields.vector_length,
+        "chosen": fields.topk,
+        "dropout": fields.vblora_dropout,
+        "bank_bound": fields.init_vector_bank_bound,
+        "logits_std": fields.init_logits_std,
+    }
+
+
+def _outputs_first(v: np.ndarray) -> np.ndarray:
+    return v.swapaxes(0, 1)
+
+
+VBLORA = Form(
+    "vblora",
+    "VBLORA",
+    {
+        "logits_a": same("vblora_logits_A"),
+        "logits_b": SlotForm("vblora_logits_B", _outputs_first, _outputs_first),
+    },
+    _Vblora,
+    _vblora_fields,
+    _vblora_options,
+    shared={"bank": same("vblora_vector_bank")},
+)
+
+
+@dataclass(frozen=True)
+class _Adalora:
+    target_r: Count = 8
+    init_r: Count = 12
+    tinit: Steps = 0
+    tfinal: Steps = 0
+    deltaT: Count = 1
+    beta1: Rate = 0.85
+    beta2: Rate = 0.85
+    orth_reg_weight: Positive = 0.5
+    total_step: Count = 1
+    rank_pattern: dict[str, list[bool]] | None = None
+    lora_alpha: float = 8
+    lora_dropout: Rate = 0.0
+    r: int = 8  # of LoRA, whose fields the type has too
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool = True
+    qalora_group_size: int = 16
+    megatron_core: str | None = None
+
+
+def _adalora_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "target_r": options["target_rank"],
+        "init_r": _one_rank(options, "ADALORA"),
+        "tinit": options["init_warmup"],
+        "tfinal": options["final_warmup"],
+        "deltaT": options["allocate_every"],
+        "beta1": options["beta1"],
+        "beta2": options["beta2"],
+        "orth_reg_weight": options["orthogonality"],
+        "total_step": options["total_steps"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": options["dropout"],
+    }
+
+
+def _adalora_options(fields: _Adalora) -> dict[str, Any]:
+    return {
+        "target_rank": fields.target_r,
+        "rank": fields.init_r,
+        "init_warmup": fields.tinit,
+        "final_warmup": max(fields.tfinal, 1),
+        "allocate_every": fields.deltaT,
+        "beta1": fields.beta1,
+        "beta2": fields.beta2,
+        "orthogonality": fields.orth_reg_weight,
+        "total_steps": fields.total_step,
+        "alpha": fields.lora_alpha,
+        "dropout": fields.lora_dropout,
+    }
+
+
+def _left(arrays: Arrays) -> Arrays:
+    """The directions that are not cut for good."""
+    return {slot: array[arrays["gate"]] for slot, array in arrays.items() if slot in ("a", "e", "b")}
+
+
+def _in_place(arrays: Arrays, fields: _Adalora, module: str) -> Arrays:
+    """Those of the file, the others zero."""
+    gate = np.ones(fields.init_r, bool)
+    for key, kept in (fields.rank_pattern or {}).items():
+        if key.partition(".lora_E")[0] == module:
+            gate = np.asarray(kept)
+    if len(gate) != fields.init_r or any(len(array) != gate.sum() for array in arrays.values()):
+        raise PeftError(
+            f"of {module!r} the file has {len(arrays['e'])} directions, and its configuration {gate.sum()} "
+            f"of {len(gate)} with an init_r of {fields.init_r}"
+        )
+    whole = {slot: np.zeros((len(gate), *array.shape[1:]), array.dtype) for slot, array in arrays.items()}
+    for slot, array in arrays.items():
+        whole[slot][gate] = array
+    return {**whole, "kept": gate, "gate": gate}
+
+
+def _rank_pattern(modules: Mapping[str, Arrays]) -> dict[str, Any]:
+    gates = {f"{module}.lora_E": arrays["gate"].tolist() for module, arrays in modules.items()}
+    return {} if all(map(all, gates.values())) else {"rank_pattern": gates}
+
+
+ADALORA = Form(
+    "adalora",
+    "ADALORA",
+    {"a": same("lora_A"), "b": transposed("lora_B"), "e": column("lora_E")},
+    _Adalora,
+    _adalora_fields,
+    _adalora_options,
+    of_modules=_rank_pattern,
+    packed=_left,
+    unpacked=_in_place,
+)
+
+
+@dataclass(frozen=True)
+class _Delora:
+    r: Count = 8
+    delora_lambda: float = 15
+    module_dropout: Rate = 0.0
+    rank_pattern: dict[str, Count] | None = None
+    lambda_pattern: dict[str, float] | None = None
+    init_weights: bool = True
+
+
+DELORA = Form(
+    "delora",
+    "DELORA",
+    {
+        "a": same("delora_A"),
+        "b": transposed("delora_B"),
+        "bound": SlotForm("delora_lambda", lambda v: v.reshape(1), lambda v: v.reshape(())),
+        "norms": same("delora_w_norm"),
+    },
+    _Delora,
+    lambda options: {"delora_lambda": options["bound"], "module_dropout": options["dropout"]},
+    lambda fields: {"bound": fields.delora_lambda, "dropout": fields.module_dropout},
+    rank=rank_of("a"),
+)
+
+
+LOWRANK = (VERA, PVERA, VBLORA, ADALORA, DELORA)

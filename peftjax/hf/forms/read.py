@@ -120,6 +120,7 @@ def _imported(
     layouts: Mapping[str, str] | None,
 ) -> tuple[Transform, Frozen, Trainable]:
     config, fields = read_form_config(form, folder)
+    options = form.to_options(fields)
     file = read_form_file(form, folder, leave_out)
     names, leaves = names_of(model, params), tree.named_leaves(params)
     modules = _modules(form, fields, file, names, leaves, layouts)
@@ -132,11 +133,12 @@ def _imported(
             f"{form.method}: the adapter's {form.tensor_names[0]} are of several kinds, by layer or by "
             "module, and its shared arrays belong to one method; give all layers the same modules and options"
         )
-    methods = [_method(form, fields, group, layouts) for group in groups]
+    methods = [_method(form, options, group, layouts) for group in groups]
     if plain:
         methods.append(build({"name": "unfreeze", "targets": "|".join(map(re.escape, plain))}))
     method = methods[0] if len(methods) == 1 else chain(*methods)
     frozen, fresh = method.init(jax.random.key(0), params)
+    frozen = dataclasses.replace(frozen, advanced=True)  # it has been trained
     if len(methods) == 1:
         state, trainable = _filled(form, fields, groups[0], file, frozen.state, fresh)
         return method, dataclasses.replace(frozen, state=state), trainable
@@ -168,6 +170,7 @@ def _modules(
         if missing := [slots[own].name for own in held if slots[own].name not in tensors]:
             raise PeftError(f"tensor {f'{PREFIX}{module}.{missing[0]}'!r} is missing")
         arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
+        arrays = form.unpacked(arrays, fields, module)
         rank = alpha = None
         if form.rank is not None:
             rank = form.rank(arrays) or pattern_value(fields.rank_pattern or {}, module, fields.r)
@@ -217,14 +220,16 @@ def _groups(form: Form, modules: Mapping[str, _Module], leaves: Mapping[str, Any
     return list(groups.values())
 
 
-def _method(form: Form, fields: Any, group: _Group, layouts: Mapping[str, str] | None) -> Transform:
+def _method(
+    form: Form, options: Mapping[str, Any], group: _Group, layouts: Mapping[str, str] | None
+) -> Transform:
     arrays = {path: own[0].arrays for path, own in group.paths.items()}
     config = {
         "name": form.method,
         "targets": "|".join(map(re.escape, group.paths)),
         "layers": None if group.layers is None else list(group.layers),
         "layouts": None if layouts is None else dict(layouts),
-        **form.to_options(fields),
+        **options,
         **group.options,
         **form.of_paths(arrays),
     }

@@ -81,7 +81,8 @@ def export_form(
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
         for module, own in written.items()
-        for slot, array in own.arrays.items()
+        for slot, array in form.packed(own.arrays).items()
+        if slot in forms
     }
     tensors |= {
         f"{OF_MODEL}{own.name}": own.write(np.asarray(parts[0].shared[slot]))
@@ -147,8 +148,7 @@ class _Part:
                 if slot.layer not in chosen:
                     continue
                 row = list(chosen).index(slot.layer)
-            own = {slot: np.asarray(array)[row] for slot, array in self.slots[target.path].items()}
-            arrays = {slot: array for slot, array in own.items() if slot in form.slots}
+            arrays = {slot: np.asarray(array)[row] for slot, array in self.slots[target.path].items()}
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])

@@ -62,13 +62,7 @@ def vera(options: VeraOptions) -> Transform:
     rank = options.rank
 
     def share(key: Array, targets: Sequence[Target]) -> tuple[Slots, Slots]:
-        widest = (max(target.layout.matrix[side] for target in targets) for side in (0, 1))
-        n, m = widest
-        keys = jax.random.split(key)
-        return {}, {
-            "a": _uniform(keys[0], (rank, n), fan=n),
-            "b": _uniform(keys[1], (rank, m), fan=rank),
-        }
+        return {}, random_factors(key, targets, rank, rank)
 
     def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
         d = jnp.full((*target.stack, rank), options.d, jnp.float32)
@@ -93,6 +87,16 @@ class Scaled:
         """`A` and `diag(d) B diag(c)`."""
         b = slots["d"][:, None] * shared["b"][:, : self.m] * slots["c"]
         return shared["a"][:, : self.n], b
+
+
+def random_factors(key: Array, targets: Sequence[Target], rows_a: int, rows_b: int) -> Slots:
+    """A and B, as wide as the widest target: uniform ±√(6/fan), of all inputs or of the inner numbers."""
+    n, m = (max(target.layout.matrix[side] for target in targets) for side in (0, 1))
+    keys = jax.random.split(key)
+    return {
+        "a": _uniform(keys[0], (rows_a, n), fan=n),
+        "b": _uniform(keys[1], (rows_b, m), fan=rows_b),
+    }
 
 
 def _uniform(key: Array, shape: tuple[int, ...], *, fan: int) -> Array:

@@ -8,18 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from peftjax.methods._importance import sensitivities
+
 # A share this small of all scores is below float32's rounding wherever scores matter.
 _LEAST_SCORE = 1e-12
 
 
 def scores(importance: Any, deviation: Any) -> dict[str, Array]:
     """`mean(Ī Ū)` of a plus that of b, `[*stack]` by path, up to a factor common to all."""
-    greatest = [_inverse_of_greatest(values) for values in (importance, deviation)]
-
-    def mean(i: Array, u: Array) -> Array:
-        return jnp.mean((i * greatest[0]) * (u * greatest[1]), axis=(-3, -2, -1))
-
-    means = jax.tree.map(mean, importance, deviation)
+    found = sensitivities(importance, deviation)
+    means = jax.tree.map(lambda of_factor: jnp.mean(of_factor, axis=(-3, -2, -1)), found)
     return {path: slots["a"] + slots["b"] for path, slots in means.items()}
 
 
@@ -65,8 +63,3 @@ def water_fill(total: Array, scores: Array, caps: Array) -> Array:
 def capacities(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, int]:
     """n·m by path."""
     return {path: slots["a"].shape[-1] * slots["b"].shape[-1] for path, slots in factors.items()}
-
-
-def _inverse_of_greatest(values: Any) -> Array:
-    greatest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(values)]))
-    return jnp.where(greatest > jnp.finfo(jnp.float32).tiny, 1.0 / greatest, 0.0)

@@ -16,17 +16,13 @@ differences from the released allocator.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from peftjax.core.checks import at_least, fraction, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods.sparse._allocation import allocate, capacities, scores
-from peftjax.transform.around import Own, require_together
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Loss
@@ -88,37 +84,6 @@ class Budget:
         return jnp.asarray(end + (start - end) * (1.0 - part) ** 3, jnp.float32)
 
 
-class Importance(NamedTuple):
-    """The averages, by path and factor, shaped as the factors."""
-
-    mean: Any
-    deviation: Any
-
-
-def track_importance(budget: Budget) -> optax.GradientTransformationExtraArgs:
-    """Average the importance of the factors over the steps; the updates stay as they are.
-
-    Of weights that `optax.multi_transform` shares out, those of one group share a budget.
-
-    Raises:
-        PeftError: in `update`, without the parameters or with a part of a weight's factors.
-    """
-
-    def init(params: Own) -> Importance:
-        require_together("budget", params)
-        return Importance(*(jax.tree.map(jnp.zeros_like, _factors(params)) for _ in range(2)))
-
-    def update(
-        updates: Own, state: Importance, params: Own | None = None, *, gradients: Own, **extra: Any
-    ) -> tuple[Own, Importance]:
-        if params is None:
-            raise PeftError("budget: the update needs the parameters; call tx.update(grads, state, params)")
-        moved = optax.apply_updates(_factors(params), _factors(updates))
-        return updates, _averages(budget, state, moved, _factors(gradients))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def share_out(budget: Budget) -> Advance:
     """Set the level of every matrix before each epoch of the budget that has an allocation."""
 
@@ -145,23 +110,3 @@ def share_out(budget: Budget) -> Advance:
         return replace(frozen, state=held), trainable, optimizer
 
     return Advance(due, run, changes=(LEVEL,))
-
-
-def _averages(budget: Budget, state: Importance, moved: Any, grads: Any) -> Importance:
-    """The averages after a step to `moved` by `grads`; NaN counts as unimportant."""
-
-    def now(theta: Array, grad: Array) -> Array:
-        product = jnp.abs(theta * grad)
-        return jnp.where(jnp.isnan(product), 0.0, product)
-
-    found = jax.tree.map(now, moved, grads)
-    b1, b2 = budget.beta1, budget.beta2
-    mean = jax.tree.map(lambda old, i: b1 * old + (1.0 - b1) * i, state.mean, found)
-    deviation = jax.tree.map(
-        lambda old, i, mean: b2 * old + (1.0 - b2) * jnp.abs(i - mean), state.deviation, found, mean
-    )
-    return Importance(mean, deviation)
-
-
-def _factors(own: Own) -> dict[str, dict[str, Any]]:
-    return {path: {name: slots[name] for name in ("a", "b")} for path, slots in own.items()}

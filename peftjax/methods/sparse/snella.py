@@ -19,7 +19,8 @@ from typing import Literal
 
 from peftjax.core.checks import one_of
 from peftjax.kernels.kernelized_merge import KernelFunction
-from peftjax.methods.sparse._budget import Budget, share_out, track_importance
+from peftjax.methods._importance import track_importance
+from peftjax.methods.sparse._budget import Budget, share_out
 from peftjax.methods.sparse._kernelized import kernelized
 from peftjax.methods.sparse._options import KernelizedOptions
 from peftjax.transform.around import Around
@@ -95,11 +96,12 @@ def snella(options: SnellaOptions) -> Transform:
     budget = options.budget
     kernel_function = KernelFunction("distance", options.coefficients, options.mode, mixed=True)
     sparsified = options.mode != "none"
+    tracked = track_importance("budget", budget.beta1, budget.beta2, ("a", "b"))
     return kernelized(
         "snella",
         vars(options),
         lambda target: (kernel_function, options.initial_sparsity),
         start_of_scalars={"alpha": 1.0, "gamma": 1.0, "beta": 0.0},
-        around=Around(updates=track_importance(budget)) if sparsified else None,
+        around=Around(updates=tracked) if sparsified else None,
         advances=(share_out(budget),) if sparsified else (),
     )

@@ -1,0 +1,183 @@
+"""Methods whose factors come from shared pools, or stop being trained: their equations, in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import KEY, noisy, normal
+
+import peftjax as pj
+from peftjax.core.errors import PeftError
+
+PARAMS = {
+    "up": {"kernel": normal(jax.random.key(1), (3, 8, 12))},
+    "down": {"kernel": normal(jax.random.key(2), (12, 8))},
+}
+
+
+def changes(method, frozen, trainable):
+    applied, base = method.merge(frozen, trainable), frozen.params
+    return jax.tree.map(lambda new, old: np.asarray(new - old), applied, base)
+
+
+# MoS.
+
+
+def test_mos_takes_distinct_shards_and_its_own_private_ones():
+    method = pj.mos(rank=3, stored=2, shards=2, private=1, alpha=6.0, targets=["up"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    pools, places = trainable["shared"], frozen.state["up/kernel"]
+    assert {name: pool.shape for name, pool in pools.items()} == {"a0": (12, 4), "b0": (12, 6)}
+    for side in ("places_a", "places_b"):
+        rows = np.asarray(places[side])
+        assert rows.shape == (3, 6)
+        for layer, own in enumerate(rows):
+            assert len(set(own.tolist())) == 6
+            assert own[4:].tolist() == [6 + 2 * layer, 7 + 2 * layer]
+            assert (own[:4] < 6).all()
+    assert not np.array_equal(places["places_a"], places["places_b"])
+    trainable = noisy(trainable)
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    for layer in range(3):
+        a = np.asarray(trainable["shared"]["a0"])[np.asarray(places["places_a"])[layer]].reshape(3, 8)
+        b = np.asarray(trainable["shared"]["b0"])[np.asarray(places["places_b"])[layer]].reshape(3, 12)
+        np.testing.assert_allclose(found[layer], 2.0 * a.T @ b, atol=1e-5)
+
+
+def test_mos_with_all_rows_private_is_lora():
+    method = pj.mos(rank=2, stored=2, shards=1, private=2, alpha=6.0, targets=["up"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable)
+    a, b = (trainable["shared"][name].reshape(3, 2, -1) for name in ("a0", "b0"))
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    np.testing.assert_allclose(found, 3.0 * jnp.einsum("lri,lro->lio", a, b), atol=1e-5)
+
+
+def test_layers_apart_share_pools_and_layers_that_are_not_chosen_stay():
+    apart = {str(n): {"kernel": PARAMS["up"]["kernel"][n]} for n in range(3)}
+    method = pj.mos(rank=2, stored=1, shards=2, private=0, targets=".*")
+    frozen, trainable = method.init(KEY, apart)
+    assert trainable["shared"]["a0"].shape == (6, 4)
+    assert len(trainable["shared"]) == 2
+    method = pj.mos(rank=2, stored=2, shards=2, private=1, targets=["up"], layers=[0, 2])
+    frozen, trainable = method.init(KEY, PARAMS)
+    found = changes(method, frozen, noisy(trainable))["up"]["kernel"]
+    assert not found[1].any()
+    assert found[0].any()
+    assert found[2].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"shards": 5}, "5 shards do not divide both sides of 'up/kernel', a matrix of 8 x 12"),
+        ({"rank": 8, "stored": 1}, "its 3 matrices share 0 others; lower the rank, or raise stored"),
+        ({"private": 3}, "private 3 is more than stored 2 or the rank"),
+    ],
+)
+def test_sizes_of_mos_that_do_not_fit_are_refused(options, text):
+    with pytest.raises(PeftError, match=text):
+        pj.mos(**{"rank": 3, "shards": 2, "targets": ["up"], **options}).init(KEY, PARAMS)
+
+
+# VB-LoRA.
+
+
+def test_vblora_is_the_sum_of_its_chosen_vectors():
+    method = pj.vblora(rank=2, vectors=6, length=4, chosen=2, targets=["up"], layers=[0, 2])
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable)
+    bank, own = np.asarray(trainable["shared"]["bank"]), trainable["up/kernel"]
+
+    def rows(logits):
+        found = np.zeros((*logits.shape[:-1], 4), np.float32)
+        for place in np.ndindex(*logits.shape[:-1]):
+            best = np.argsort(-logits[place])[:2]
+            weights = np.exp(logits[place][best])
+            found[place] = (weights / weights.sum()) @ bank[best]
+        return found.reshape(*logits.shape[:-2], -1)
+
+    a, b = (rows(np.asarray(own[name])) for name in ("logits_a", "logits_b"))
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    np.testing.assert_allclose(found[[0, 2]], np.einsum("lri,lro->lio", a, b), atol=1e-5)
+    assert not found[1].any()
+
+
+def test_a_length_that_does_not_divide_is_refused():
+    with pytest.raises(
+        PeftError, match="length 8 does not divide both sides of 'up/kernel', a matrix of 8 x"
+    ):
+        pj.vblora(length=8, targets=["up"]).init(KEY, PARAMS)
+
+
+# PVeRA.
+
+
+def test_pvera_draws_around_the_mean_and_each_key_draws_its_own():
+    method = pj.pvera(rank=3, targets=["down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable, scale=0.5)
+    x = normal(jax.random.key(5), (2, 12))
+    run = jax.jit(
+        lambda key: pj.adapt(lambda p, x: x @ p["down"]["kernel"])(
+            method.apply(frozen, trainable, key=key), x
+        )
+    )
+    drawn = np.stack([run(jax.random.key(n)) for n in range(2000)]) - np.asarray(x @ PARAMS["down"]["kernel"])
+    d, c = (np.asarray(trainable["down/kernel"][name]) for name in ("d", "c"))
+    a, b = (np.asarray(frozen.state["shared"][name]) for name in ("a", "b"))
+    inner = np.asarray(x) @ a.T * d
+    mean, deviation = inner[:, :3], np.exp(0.5 * inner[:, 3:])
+    out = b * c
+    spread = np.sqrt(deviation**2 @ out**2)
+    np.testing.assert_allclose(drawn.std(0), spread, rtol=0.1)
+    assert (np.abs(drawn.mean(0) - mean @ out) < 5 * spread / np.sqrt(2000)).all()
+    np.testing.assert_allclose(
+        changes(method, frozen, trainable)["down"]["kernel"], a[:3].T @ (d[:3, None] * out), atol=1e-5
+    )
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+# LaMDA.
+
+
+def test_lamda_stops_the_first_directions_first_and_nothing_moves_them_again():
+    method = pj.lamda(rank=3, alpha=6.0, unfrozen=0.5, total_steps=12, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    tx = method.optimizer(optax.adamw(0.1, weight_decay=0.5))
+    state, update = tx.init(trainable), jax.jit(tx.update)
+    history = [trainable]
+    for _ in range(9):
+        updates, state = update(jax.tree.map(jnp.ones_like, trainable), state, trainable, frozen=frozen)
+        trainable = optax.apply_updates(trainable, updates)
+        history.append(trainable)
+    for path in ("up/kernel", "down/kernel"):
+        b = np.stack([np.asarray(now[path]["b"]) for now in history])
+        moves = np.array(
+            [
+                [(n != o).any() for n, o in zip(new, old)]
+                for new, old in zip(np.moveaxis(b[1:], -2, 1), np.moveaxis(b[:-1], -2, 1))
+            ]
+        )
+        assert moves.sum(0).tolist() == [2, 4, 6]
+        assert all(now.tolist() == sorted(now.tolist()) for now in moves)
+        core = np.stack([np.asarray(now[path]["core"]) for now in history])
+        assert (core[1:] != core[:-1]).any(tuple(range(1, core.ndim))).all()
+
+
+def test_lamda_works_between_the_first_singular_directions():
+    method = pj.lamda(rank=2, alpha=6.0, unfrozen=0.0, targets=["down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    assert trainable["down/kernel"].keys() == {"core"}
+    trainable = noisy(trainable)
+    u, _, vt = np.linalg.svd(np.asarray(PARAMS["down"]["kernel"]))
+    found = changes(method, frozen, trainable)["down"]["kernel"]
+    between = u[:, :2].T @ found @ vt[:2].T
+    np.testing.assert_allclose(np.linalg.norm(between), np.linalg.norm(found), rtol=1e-4)
+    np.testing.assert_allclose(np.abs(between), 3.0 * np.abs(trainable["down/kernel"]["core"]), atol=1e-4)
+
+
+def test_lamda_needs_the_number_of_steps():
+    with pytest.raises(PeftError, match=r"give total_steps, of which b is trained for 0\.3, or unfrozen=0"):
+        pj.lamda()
