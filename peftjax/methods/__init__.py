@@ -6,6 +6,7 @@ from peftjax.methods.lowrank.lora import lora as lora
 from peftjax.methods.lowrank.rslora import rslora as rslora
 from peftjax.methods.lowrank.lora_plus import lora_plus as lora_plus
 from peftjax.methods.lowrank.lora_fa import lora_fa as lora_fa
+from peftjax.methods.lowrank.riemannian_lora import riemannian_lora as riemannian_lora
 from peftjax.methods.lowrank.dora import dora as dora
 from peftjax.methods.lowrank.pissa import pissa as pissa
 from peftjax.methods.lowrank.olora import olora as olora
