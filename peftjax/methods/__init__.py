@@ -16,6 +16,7 @@ from peftjax.methods.lowrank.corda import corda as corda
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.vera import vera as vera
+from peftjax.methods.lowrank.roast import roast as roast
 from peftjax.methods.structured.ia3 import ia3 as ia3
 from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira
