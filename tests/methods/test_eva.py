@@ -97,7 +97,7 @@ def test_what_does_not_fit_says_so(covariances):
         pj.eva(rank=2)
     with pytest.raises(pj.PeftError, match="eva: the targets are those of the covariances"):
         pj.eva(rank=2, covariances=covariances, targets=["one"])
-    with pytest.raises(pj.PeftError, match=r"eva: rho must be at least 1, got 0.5"):
+    with pytest.raises(pj.PeftError, match=r"eva: rho must be 1.0 or more, got 0.5"):
         pj.eva(rank=2, covariances=covariances, rho=0.5)
     with pytest.raises(pj.PeftError, match=r"covariances has no array of shape \(6, 6\) for 'one/kernel'"):
         pj.eva(rank=2, covariances={"one/kernel": jnp.eye(7)}).init(KEY, PARAMS)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from peftjax.core.checks import at_least
 from peftjax.core.errors import PeftError
 from peftjax.core.targets import pattern_value
 from peftjax.methods.lowrank._factors import ScaledTarget, start_uniform, zeros
@@ -47,8 +48,7 @@ class EvaOptions(FromDataOptions):
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
         super().require_valid(caller)
-        if self.rho < 1.0:
-            raise PeftError(f"{caller}: rho must be at least 1, got {self.rho}")
+        at_least(caller, "rho", self.rho, 1.0)
         require_data(
             caller, self.loaded, "covariances", self.covariances, "peftjax.calibrate.input_statistics"
         )

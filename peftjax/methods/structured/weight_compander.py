@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core.checks import positive
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import at_least, positive
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots
 from peftjax.methods.structured._trained import TrainedOptions, of_trained_weights
@@ -49,8 +48,7 @@ class CompanderOptions(TrainedOptions):
         """Raise a PeftError for an option out of range."""
         super().require_valid(caller)
         positive(caller, "slope", self.slope)
-        if self.headroom < 0.7:
-            raise PeftError(f"{caller}: headroom must be at least 0.7, got {self.headroom}")
+        at_least(caller, "headroom", self.headroom, 0.7)
 
 
 @register(
