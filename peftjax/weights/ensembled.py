@@ -31,7 +31,7 @@ class Ensembled(Weight):
     shift: Array | None = canonical("o", default=None)
 
     @property
-    def members(self) -> int:
+    def count(self) -> int:
         """How many there are."""
         return self.by_input.shape[-2]
 
@@ -41,7 +41,7 @@ class Ensembled(Weight):
         Raises:
             PeftError: there are several, or it has a shift.
         """
-        if self.members > 1 or self.shift is not None:
+        if self.count > 1 or self.shift is not None:
             raise PeftError(
                 f"{self.layout.name}: the members of an ensemble have no single weight; take one of them, "
                 "peftjax.member_of, of an ensemble without biases of its own"
