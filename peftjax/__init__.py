@@ -11,6 +11,7 @@ from peftjax.methods.bottleneck.mam import without_mlp
 from peftjax.methods.prompt.prefix import prefix_of
 from peftjax.methods.reversible.check import meft_check
 from peftjax.methods.sparse.snell import set_sparsity
+from peftjax.methods.structured.batch_ensemble import member_of
 from peftjax.models.load import load
 from peftjax.models.save import save
 from peftjax.planner.step import plan
@@ -44,6 +45,7 @@ __all__ = [
     "losses",
     "matmul",
     "meft_check",
+    "member_of",
     "optim",
     "parallel",
     "plan",

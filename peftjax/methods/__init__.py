@@ -6,10 +6,14 @@ from peftjax.methods.lowrank.lora import lora as lora
 from peftjax.methods.lowrank.rslora import rslora as rslora
 from peftjax.methods.lowrank.lora_plus import lora_plus as lora_plus
 from peftjax.methods.lowrank.lora_fa import lora_fa as lora_fa
+from peftjax.methods.lowrank.riemannian_lora import riemannian_lora as riemannian_lora
 from peftjax.methods.lowrank.dora import dora as dora
 from peftjax.methods.lowrank.pissa import pissa as pissa
 from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.mica import mica as mica
+from peftjax.methods.lowrank.lora_ga import lora_ga as lora_ga
+from peftjax.methods.lowrank.eva import eva as eva
+from peftjax.methods.lowrank.corda import corda as corda
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
@@ -20,6 +24,7 @@ from peftjax.methods.lowrank.vera import vera as vera
 from peftjax.methods.lowrank.pvera import pvera as pvera
 from peftjax.methods.lowrank.vblora import vblora as vblora
 from peftjax.methods.lowrank.mos import mos as mos
+from peftjax.methods.lowrank.roast import roast as roast
 from peftjax.methods.structured.ia3 import ia3 as ia3
 from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira
@@ -35,6 +40,11 @@ from peftjax.methods.structured.waveft import waveft as waveft
 from peftjax.methods.structured.gralora import gralora as gralora
 from peftjax.methods.structured.bone import bone as bone
 from peftjax.methods.structured.beft import beft as beft
+from peftjax.methods.structured.phm import phm as phm
+from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
+from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
+from peftjax.methods.structured.weight_compander import weight_compander as weight_compander
+from peftjax.methods.structured.sigma_reparam import sigma_reparam as sigma_reparam
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca
