@@ -12,6 +12,8 @@ each kind of weight.
 import copy
 import json
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +85,30 @@ STEPPED_ANEW = ("lora",)
 """Of those, the one whose whole step is compiled again in a quick test."""
 
 
+def kind_of(name: str) -> tuple[str, ...]:
+    """What a method is made of, as its file imports it: weights, builders, and the hooks it has."""
+    text = Path(sys.modules[pj.METHODS[name].factory.__module__].__file__).read_text("utf-8")
+    weights = set(re.findall(r"from peftjax\.weights\.(\w+) import", text)) - NO_WEIGHTS
+    builders = re.findall(r"\b(low_rank|of_weights|of_parts|projected|quantized_base|rounded_base)\(", text)
+    hooks = [hook for hook in ("Around", "advance", "replaces_base=True") if hook in text]
+    return tuple(sorted({*weights, *builders, *hooks}))
+
+
+NO_WEIGHTS = {"base", "canonical", "layout", "norms", "indexing", "sharding"}
+
+
 def cases():
-    """Every method on its further models: long tests, but for LoRA's on layers that are scanned."""
-    for name in pj.METHODS:
-        for model in further_models_of(name):
+    """Every kind of method on its further models, the others of the kind on one of them in turn.
+
+    Long tests, but for LoRA's on layers that are scanned.
+    """
+    known: set[tuple[str, ...]] = set()
+    for number, name in enumerate(pj.METHODS):
+        models, kind = further_models_of(name), kind_of(name)
+        if kind in known:
+            models = (models[number % len(models)],)
+        known |= {kind} - {()}
+        for model in models:
             slow = [] if (name, model) == ("lora", "transformer") else [pytest.mark.slow]
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
 
