@@ -24,7 +24,7 @@ Expected, the accuracy on dev.tsv:
     | quantized | LoRA r=8 | 82.6 ± 0.7 % |
     | quantized | LoRA r=8, int4 | 82.6 ± 1.2 % |
     | quantized | LoRA r=8, fp8_e5m2 | 82.3 ± 1.2 % |
-    | quantized | LoRA r=8, int8 | 82.2 ± 0.8 % |
+    | quantized | LoftQ r=8 | 82.3 ± 0.4 % |
 
 A seed decides on how the new classifier and the adapter start and on the order of the batches. The learning
 rate of a contender is the one, out of the same few for all, with which seed 0 is best on texts held out of
