@@ -27,6 +27,8 @@ from peftjax.methods.structured.waveft import waveft as waveft
 from peftjax.methods.structured.gralora import gralora as gralora
 from peftjax.methods.structured.bone import bone as bone
 from peftjax.methods.structured.beft import beft as beft
+from peftjax.methods.structured.deft import deft as deft
+from peftjax.methods.structured.peanut import peanut as peanut
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca
@@ -37,6 +39,7 @@ from peftjax.methods.projected.natural_galore import natural_galore as natural_g
 from peftjax.methods.selection.rows import rows as rows
 from peftjax.methods.selection.plain import full as full
 from peftjax.methods.selection.plain import bitfit as bitfit
+from peftjax.methods.selection.plain import ln_tuning as ln_tuning
 from peftjax.methods.selection.plain import unfreeze as unfreeze
 from peftjax.methods.selection.plain import freeze as freeze
 from peftjax.methods.bottleneck.adapters import houlsby as houlsby

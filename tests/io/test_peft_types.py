@@ -148,6 +148,37 @@ CASES = {
         {"target_modules": ["v_proj", "down_proj"], "r": 8, "init_weights": "bat"},
     ),
     "beft": ("bert", "BeftConfig", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "deft": (
+        "bert",
+        "DeftConfig",
+        {"target_modules": ["query", "output.dense"], "r": 3, "alpha": 5, "task_type": "SEQ_CLS"},
+    ),
+    "deft by QR": (
+        "llama",
+        "DeftConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "decomposition_method": "qr"},
+    ),
+    "deft that only removes": (
+        "llama",
+        "DeftConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "para": True},
+    ),
+    "peanut": ("llama", "PeanutConfig", {"target_modules": ["q_proj", "down_proj"], "r": 3}),
+    "peanut of two layers": (
+        "llama",
+        "PeanutConfig",
+        {"target_modules": ["v_proj", "up_proj"], "r": 4, "depth": 2, "act_fn": "gelu", "scaling": 0.5},
+    ),
+    "ln_tuning": (
+        "bert",
+        "LNTuningConfig",
+        {"target_modules": ["LayerNorm"], "task_type": "SEQ_CLS"},
+    ),
+    "ln_tuning of a decoder": (
+        "llama",
+        "LNTuningConfig",
+        {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
+    ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 

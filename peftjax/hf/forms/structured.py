@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from msgspec import Meta
@@ -13,6 +13,7 @@ from msgspec import Meta
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, Seed, no_dropout, rank_of
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, negative, row, same, transposed
+from peftjax.methods.structured.peanut import Activation, layers_at
 
 
 @dataclass(frozen=True)
@@ -481,4 +482,101 @@ class _Beft:
 BEFT = Form("beft", "BEFT", {"shift": row("beft_bias")}, _Beft)
 
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, BONE, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT, GRALORA, BEFT)
+@dataclass(frozen=True)
+class _Deft:
+    r: Count = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    init_scale: float = 1.0
+    alpha: float | None = None
+    para: bool = False
+    deft_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+DEFT = Form(
+    "deft",
+    "DEFT",
+    {"p": transposed("deft_P"), "r": same("deft_R")},
+    _Deft,
+    lambda options: {
+        "decomposition_method": options["directions"],
+        "alpha": options["alpha"],
+        "para": options["removed_only"],
+        "deft_dropout": options["dropout"],
+    },
+    lambda fields: {
+        "directions": fields.decomposition_method,
+        "alpha": fields.alpha,
+        "removed_only": fields.para,
+        "dropout": fields.deft_dropout,
+    },
+    rank=rank_of("p"),
+    bias="deft_only",
+    with_fields=lambda slots, fields: {"p": slots["p"]} if fields.para else slots,
+)
+
+
+@dataclass(frozen=True)
+class _Peanut:
+    r: Count = 32
+    depth: Annotated[int, Meta(ge=0, le=1000)] = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+
+
+def _network(slots: SlotForms, fields: _Peanut) -> SlotForms:
+    """The arrays of a network of so many layers."""
+    found = dict(slots)
+    for number in range(fields.depth):
+        entering, leaving = layers_at(number)
+        found[entering] = transposed(f"peanut_encoders.{number}.weight")
+        found[leaving] = transposed(f"peanut_decoders.{number}.weight")
+    return found
+
+
+def _peanut_options(fields: _Peanut) -> dict[str, Any]:
+    if fields.act_fn not in (known := get_args(Activation)):
+        raise PeftError(
+            f"the file is of PEANuT with act_fn {fields.act_fn!r}, and peftjax has {', '.join(known)}; "
+            "merge it in PEFT, or train it with one of these"
+        )
+    return {"depth": fields.depth, "activation": fields.act_fn, "scale": fields.scaling}
+
+
+PEANUT = Form(
+    "peanut",
+    "PEANUT",
+    {"a": same("peanut_A.weight"), "b": transposed("peanut_B.weight")},
+    _Peanut,
+    lambda options: {
+        "depth": options["depth"],
+        "act_fn": options["activation"],
+        "scaling": options["scale"],
+    },
+    _peanut_options,
+    rank=rank_of("a"),
+    with_fields=_network,
+)
+
+
+STRUCTURED = (
+    IA3,
+    LOHA,
+    HIRA,
+    MISS,
+    BONE,
+    OFT,
+    LOKR,
+    HRA,
+    ROAD,
+    BOFT,
+    C3A,
+    FOURIERFT,
+    WAVEFT,
+    GRALORA,
+    BEFT,
+    DEFT,
+    PEANUT,
+)

@@ -15,7 +15,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.targets import pattern_value
 from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
-from peftjax.hf.forms.form import Form
+from peftjax.hf.forms.form import Form, SlotForms
 from peftjax.hf.forms.read import require_linear
 from peftjax.hf.forms.table import BY_METHOD
 from peftjax.hf.names import Model, Names, module_of, names_of
@@ -27,11 +27,16 @@ from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import describe
 from peftjax.transform.transform import Transform, part_of
 
+AS_THEY_ARE = ("unfreeze", "bitfit")
+"""Methods whose parameters are written as they are beside any adapter."""
+
 
 def form_written(method: Transform) -> Form | None:
     """How a method is written, where it, or a part of the chain, is one of the table."""
-    found = {BY_METHOD[name].method for name in _names(describe(method)) if name in BY_METHOD}
-    return BY_METHOD[found.pop()] if len(found) == 1 else None
+    names = {*_names(describe(method))} - {*AS_THEY_ARE}
+    forms = {name: BY_METHOD[name] for name in names if name in BY_METHOD}
+    found = [form for name, form in forms.items() if not form.as_they_are or {name} == names]
+    return found[0] if len(found) == 1 else None
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:
@@ -69,15 +74,14 @@ def export_form(
                 f"{path_of!r} was trained, but {names.architecture} has no such tensor; "
                 f"leave_out={[tree.module_of(path_of)]} exports the adapter without it"
             )
-    modules = {}
+    forms, modules = form.with_fields(form.slots, _fields(form, parts[0].options)), {}
     for part in parts:
-        modules |= part.modules(form, names, left)
+        modules |= part.modules(form, forms, names, left)
     if not modules:
         raise PeftError(f"{method.name}: there is no adapter to write")
     task = task_of(names, modules)
     values, plain = plain_parameters(names, leaves, trained, modules, task, form.bias)
     written = {names.written(module): own for module, own in modules.items()}
-    forms = form.with_fields(form.slots, _fields(form, parts[0].options))
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
         for module, own in written.items()
@@ -126,7 +130,7 @@ class _Part:
         """Those of the model as a whole."""
         return self.slots.get(SHARED, {})
 
-    def modules(self, form: Form, names: Names, left: Sequence[str]) -> dict[str, _Written]:
+    def modules(self, form: Form, forms: SlotForms, names: Names, left: Sequence[str]) -> dict[str, _Written]:
         """Its modules, by the table's names."""
         targets = {target.path: target for target in self.targets if target.path not in left}
         for name, slot in names.tied.items():
@@ -148,7 +152,7 @@ class _Part:
                     continue
                 row = list(chosen).index(slot.layer)
             own = {slot: np.asarray(array)[row] for slot, array in self.slots[target.path].items()}
-            arrays = {slot: array for slot, array in own.items() if slot in form.slots}
+            arrays = {slot: array for slot, array in own.items() if slot in forms}
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
@@ -165,7 +169,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
     for own, name in zip(config["methods"], trainable):
         if own["name"] == form.method:
             found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
-        elif own["name"] not in ("unfreeze", "bitfit"):
+        elif own["name"] not in AS_THEY_ARE and not BY_METHOD.get(own["name"], form).as_they_are:
             raise PeftError(
                 f"{form.method} is chained with {own['name']}, which PEFT's {form.type} has no form for; "
                 "export them apart, or merge one of them"
