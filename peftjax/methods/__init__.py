@@ -34,6 +34,7 @@ from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca
 from peftjax.methods.sparse.shira import shira as shira
 from peftjax.methods.sparse.sara import sara as sara
+from peftjax.methods.sparse.supertuning import supertuning as supertuning
 from peftjax.methods.projected.galore import galore as galore
 from peftjax.methods.projected.natural_galore import natural_galore as natural_galore
 from peftjax.methods.selection.rows import rows as rows

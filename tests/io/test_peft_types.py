@@ -179,6 +179,16 @@ CASES = {
         "LNTuningConfig",
         {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
     ),
+    "supertuning": (
+        "bert",
+        "SupertuningConfig",
+        {"target_modules": ["query", "output.dense"], "sparsity": 0.9, "task_type": "SEQ_CLS"},
+    ),
+    "supra": (
+        "llama",
+        "SupertuningConfig",
+        {"target_modules": ["q_proj", "down_proj"], "sparsity": 0.95, "select_top": False, "r": 3},
+    ),
     "vera": ("llama", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 12}),
 }
 
