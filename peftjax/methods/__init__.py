@@ -29,6 +29,7 @@ from peftjax.methods.structured.bone import bone as bone
 from peftjax.methods.structured.beft import beft as beft
 from peftjax.methods.structured.deft import deft as deft
 from peftjax.methods.structured.peanut import peanut as peanut
+from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.sparse.snell import snell as snell
 from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca

@@ -57,6 +57,7 @@ class Form:
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
             stack that have others become several methods.
+        unread: tensors of a module that say nothing.
         as_they_are: whether the tensors are the parameters of modules themselves, by their names.
         where: PEFT's fields that tell it from another method of the same type.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
@@ -78,6 +79,7 @@ class Form:
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     patterned: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     as_they_are: bool = False
     where: Options = field(default_factory=dict)
 

@@ -66,7 +66,9 @@ def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> T
     """The tensors of a folder."""
     shared = [slot.name for slot in form.shared.values()]
     slots = form.with_fields(form.slots, read_form_config(form, folder)[1])
-    return read_file(folder, leave_out, own=[slot.name for slot in slots.values()], shared=shared)
+    return read_file(
+        folder, leave_out, own=[*(slot.name for slot in slots.values()), *form.unread], shared=shared
+    )
 
 
 def read_form_config(form: Form, folder: Path) -> tuple[CommonConfig, Any]:
@@ -172,7 +174,9 @@ def _modules(
         arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
         rank = alpha = None
         if form.rank is not None:
-            rank = form.rank(arrays) or pattern_value(fields.rank_pattern or {}, module, fields.r)
+            rank = form.rank(arrays) or pattern_value(
+                getattr(fields, "rank_pattern", None) or {}, module, fields.r
+            )
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)

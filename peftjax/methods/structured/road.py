@@ -80,7 +80,7 @@ def road(options: RoadOptions) -> Transform:
     def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Mapped:
         return Mapped(base, slots, target.layout, turn, "after")
 
-    def bias(bias: Array, slots: Mapping[str, Array]) -> Array:
+    def bias(bias: Array, slots: Mapping[str, Array], target: Target, base: Any) -> Array:
         return turn(slots, bias)
 
     return of_weights("road", options, start, weight, bias=bias, neutral={"alpha": 1.0}, one_way=True)
