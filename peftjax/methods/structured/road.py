@@ -55,7 +55,9 @@ class RoadOptions(TargetOptions):
     paper="RoAd, Liao and Monz 2024, arXiv 2409.00119",
     trains="out, 2·out or 4·out",
     backward_keeps="x·W",
-    conformance=Conformance(example={"group": 2}),
+    conformance=Conformance(
+        example={"group": 2, "targets": r"(?!.*(head|classifier|router|conv_1)/).*kernel"}
+    ),
 )
 @takes(RoadOptions)
 def road(options: RoadOptions) -> Transform:
