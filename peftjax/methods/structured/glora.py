@@ -87,7 +87,7 @@ class GloraOptions(RankOptions):
     paper="GLoRA, Chavan et al. 2023, arXiv 2306.07967",
     trains="2r·(in + out)",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"rank": 2, "biases": "vector"}),
+    conformance=Conformance(example={"rank": 2, "biases": "none"}),
 )
 @takes(GloraOptions)
 def glora(options: GloraOptions) -> Transform:

@@ -61,7 +61,7 @@ class PeanutOptions(RankOptions):
     paper="PEANuT, Zhong et al. 2024, arXiv 2410.01870",
     trains="2·r·out",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"rank": 2, "depth": 1, "activation": "gelu"}),
+    conformance=Conformance(example={"rank": 2, "depth": 1, "activation": "tanh", "scale": 8.0}),
 )
 @takes(PeanutOptions)
 def peanut(options: PeanutOptions) -> Transform:
