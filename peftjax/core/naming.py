@@ -38,9 +38,14 @@ def is_vector(path: str, leaf: Any, leaves: Mapping[str, Any]) -> bool:
     of_weights = [leaves.get("/".join((*modules, other))) for other in WEIGHT_NAMES]
     if of_weights := [weight.ndim for weight in of_weights if hasattr(weight, "ndim")]:
         return leaf.ndim < max(of_weights)
-    norm = bool(modules) and re.search(r"norm|^ln", modules[-1].lower()) is not None
+    norm = is_norm("/".join(modules))
     inner = zip(modules, [*modules[1:], ""])
     return norm or leaf.ndim < 2 or any(m.lower() in STACKS and not n.isdecimal() for m, n in inner)
+
+
+def is_norm(module: str) -> bool:
+    """Whether a module is called a norm, such as 'layer_norm' or 'ln_1'."""
+    return re.search(r"norm|^ln", module.rsplit("/", 1)[-1].lower()) is not None
 
 
 def is_convolution(path: str, ndim: int) -> bool:

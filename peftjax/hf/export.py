@@ -19,6 +19,7 @@ from peftjax.hf.config import FIELDS, OF_ALL_VERSIONS, clean, rank_power
 from peftjax.hf.experts import expert_modules
 from peftjax.hf.factors import MAGNITUDE, Module, magnitude_shape, rank_in_file, to_file
 from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
+from peftjax.hf.forms.as_they_are import export_modules
 from peftjax.hf.forms.write import export_form, form_written
 from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.hf.prefix import export_prefix
@@ -86,7 +87,7 @@ def export_peft(
         export_prefix(Path(path), model, method, trainable, base)
         return
     if (form := form_written(method)) is not None:
-        export_form(
+        (export_modules if form.as_they_are else export_form)(
             form,
             Path(path),
             model,

@@ -18,6 +18,7 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.hf.adapted import Adapted, read_adapted
 from peftjax.hf.config import LoraConfig, clean, rank_power, read_config
+from peftjax.hf.forms.as_they_are import import_modules
 from peftjax.hf.forms.read import form_of, import_form
 from peftjax.hf.names import Model, names_of
 from peftjax.hf.plain import read_plain, untrained_tables
@@ -70,6 +71,8 @@ def import_peft(
             raise PeftError(f"{folder}: a prefix is read whole; give no leave_out")
         return import_prefix(folder, model, params)
     if (form := form_of(folder)) is not None:
+        if form.as_they_are:
+            return import_modules(form, folder, model, params, leave_out=leave_out)
         return import_form(form, folder, model, params, leave_out=leave_out, layouts=layouts)
     config = read_config(folder)
     file = read_file(folder, leave_out)

@@ -40,6 +40,9 @@ from peftjax.methods.structured.waveft import waveft as waveft
 from peftjax.methods.structured.gralora import gralora as gralora
 from peftjax.methods.structured.bone import bone as bone
 from peftjax.methods.structured.beft import beft as beft
+from peftjax.methods.structured.deft import deft as deft
+from peftjax.methods.structured.peanut import peanut as peanut
+from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
@@ -50,11 +53,13 @@ from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca
 from peftjax.methods.sparse.shira import shira as shira
 from peftjax.methods.sparse.sara import sara as sara
+from peftjax.methods.sparse.supertuning import supertuning as supertuning
 from peftjax.methods.projected.galore import galore as galore
 from peftjax.methods.projected.natural_galore import natural_galore as natural_galore
 from peftjax.methods.selection.rows import rows as rows
 from peftjax.methods.selection.plain import full as full
 from peftjax.methods.selection.plain import bitfit as bitfit
+from peftjax.methods.selection.plain import ln_tuning as ln_tuning
 from peftjax.methods.selection.plain import unfreeze as unfreeze
 from peftjax.methods.selection.plain import freeze as freeze
 from peftjax.methods.bottleneck.adapters import houlsby as houlsby

@@ -20,8 +20,8 @@ Start = Callable[[Array, Target, Any], tuple[Slots, Slots]]
 """`(key, target, base) -> (trained, kept)`, arrays `[*target.stack, ...]`."""
 Weigh = Callable[[Target, Any, Mapping[str, Array], Array | None], Weight]
 """`(target, base, slots, keys of the matrices for dropout or None) -> weight`; a slot is `[*stack, ...]`."""
-Bias = Callable[[Array, Mapping[str, Array]], Array]
-"""`(bias [*stack, out], slots) -> bias`, of the module of a target that has one."""
+Bias = Callable[[Array, Mapping[str, Array], Target, Any], Array]
+"""`(bias [*stack, out], slots, target, base) -> bias`, of the module of a target that has one."""
 Share = Callable[[Array, Sequence[Target]], tuple[Slots, Slots]]
 """`(key, targets) -> (trained, kept)` of the model as a whole; the names are none of a target's slots."""
 
@@ -84,7 +84,9 @@ def of_weights(
             if bias is not None and (of_module := biases.get(tree.module_of(target.path))) is not None:
                 old = leaves[of_module]
                 flat = old.reshape(*target.layout.stack, -1)
-                rewritten[of_module] = bias(flat, slots).astype(old.dtype).reshape(old.shape)
+                rewritten[of_module] = (
+                    bias(flat, slots, target, leaves[target.path]).astype(old.dtype).reshape(old.shape)
+                )
         return tree.replace(frozen.params, rewritten)
 
     return Transform(name, {}, init, apply, around=around, advances=advances)

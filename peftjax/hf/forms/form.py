@@ -51,12 +51,14 @@ class Form:
         alpha: PEFT's names of the scale's numerator and of its pattern; None where there is none.
         bias: PEFT's `bias` where the biases of adapted modules are trained; None where it has no such field.
         shared: the arrays of the model as a whole.
-        with_fields: `(slots, fields) -> slots`, where a tensor's meaning depends on a field.
+        with_fields: `(slots, fields) -> slots`, where the tensors or their meaning depend on a field.
         present: `(slots, tensors) -> names` of the slots that a module's tensors are; by default all.
         of_modules: fields that say which modules have which slots: `{PEFT's name: arrays} -> fields`.
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
             stack that have others become several methods.
+        unread: tensors of a module that say nothing.
+        as_they_are: whether the tensors are the parameters of modules themselves, by their names.
         where: PEFT's fields that tell it from another method of the same type.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
         packed: a module's arrays as the file has them, of all that the method holds for it.
@@ -79,14 +81,11 @@ class Form:
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
     patterned: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    as_they_are: bool = False
     where: Options = field(default_factory=dict)
     packed: Callable[[Arrays], Arrays] = lambda arrays: arrays
     unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
-
-    @property
-    def tensor_names(self) -> list[str]:
-        """What the tensors of a module are called."""
-        return list(dict.fromkeys(slot.name for slot in self.slots.values()))
 
 
 def same(name: str) -> SlotForm:

@@ -65,7 +65,10 @@ def form_of(folder: Path) -> Form | None:
 def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> Tensors:
     """The tensors of a folder."""
     shared = [slot.name for slot in form.shared.values()]
-    return read_file(folder, leave_out, own=form.tensor_names, shared=shared)
+    slots = form.with_fields(form.slots, read_form_config(form, folder)[1])
+    return read_file(
+        folder, leave_out, own=[*(slot.name for slot in slots.values()), *form.unread], shared=shared
+    )
 
 
 def read_form_config(form: Form, folder: Path) -> tuple[CommonConfig, Any]:
@@ -130,8 +133,9 @@ def _imported(
     groups = _groups(form, modules, leaves)
     if form.shared and len(groups) > 1:
         raise PeftError(
-            f"{form.method}: the adapter's {form.tensor_names[0]} are of several kinds, by layer or by "
-            "module, and its shared arrays belong to one method; give all layers the same modules and options"
+            f"{form.method}: the adapter's {next(iter(form.slots.values())).name} are of several kinds, by "
+            "layer or by module, and its shared arrays belong to one method; give all layers the same "
+            "modules and options"
         )
     methods = [_method(form, options, group, layouts) for group in groups]
     if plain:
@@ -173,7 +177,9 @@ def _modules(
         arrays = form.unpacked(arrays, fields, module)
         rank = alpha = None
         if form.rank is not None:
-            rank = form.rank(arrays) or pattern_value(fields.rank_pattern or {}, module, fields.r)
+            rank = form.rank(arrays) or pattern_value(
+                getattr(fields, "rank_pattern", None) or {}, module, fields.r
+            )
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)

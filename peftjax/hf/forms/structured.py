@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from msgspec import Meta
@@ -13,6 +13,8 @@ from msgspec import Meta
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, Seed, no_dropout, rank_of
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, negative, row, same, transposed
+from peftjax.methods.structured.glora import Coupling, OfBiases, OfWeights
+from peftjax.methods.structured.peanut import Activation, layers_at
 
 
 @dataclass(frozen=True)
@@ -481,4 +483,157 @@ class _Beft:
 BEFT = Form("beft", "BEFT", {"shift": row("beft_bias")}, _Beft)
 
 
-STRUCTURED = (IA3, LOHA, HIRA, MISS, BONE, OFT, LOKR, HRA, ROAD, BOFT, C3A, FOURIERFT, WAVEFT, GRALORA, BEFT)
+@dataclass(frozen=True)
+class _Deft:
+    r: Count = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    init_scale: float = 1.0
+    alpha: float | None = None
+    para: bool = False
+    deft_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+DEFT = Form(
+    "deft",
+    "DEFT",
+    {"p": transposed("deft_P"), "r": same("deft_R")},
+    _Deft,
+    lambda options: {
+        "decomposition_method": options["directions"],
+        "alpha": options["alpha"],
+        "para": options["removed_only"],
+        "deft_dropout": options["dropout"],
+    },
+    lambda fields: {
+        "directions": fields.decomposition_method,
+        "alpha": fields.alpha,
+        "removed_only": fields.para,
+        "dropout": fields.deft_dropout,
+    },
+    rank=rank_of("p"),
+    bias="deft_only",
+    with_fields=lambda slots, fields: {"p": slots["p"]} if fields.para else slots,
+)
+
+
+@dataclass(frozen=True)
+class _Peanut:
+    r: Count = 32
+    depth: Annotated[int, Meta(ge=0, le=1000)] = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+
+
+def _network(slots: SlotForms, fields: _Peanut) -> SlotForms:
+    """The arrays of a network of so many layers."""
+    found = dict(slots)
+    for number in range(fields.depth):
+        entering, leaving = layers_at(number)
+        found[entering] = transposed(f"peanut_encoders.{number}.weight")
+        found[leaving] = transposed(f"peanut_decoders.{number}.weight")
+    return found
+
+
+def _peanut_options(fields: _Peanut) -> dict[str, Any]:
+    if fields.act_fn not in (known := get_args(Activation)):
+        raise PeftError(
+            f"the file is of PEANuT with act_fn {fields.act_fn!r}, and peftjax has {', '.join(known)}; "
+            "merge it in PEFT, or train it with one of these"
+        )
+    return {"depth": fields.depth, "activation": fields.act_fn, "scale": fields.scaling}
+
+
+PEANUT = Form(
+    "peanut",
+    "PEANUT",
+    {"a": same("peanut_A.weight"), "b": transposed("peanut_B.weight")},
+    _Peanut,
+    lambda options: {
+        "depth": options["depth"],
+        "act_fn": options["activation"],
+        "scaling": options["scale"],
+    },
+    _peanut_options,
+    rank=rank_of("a"),
+    with_fields=_network,
+)
+
+
+@dataclass(frozen=True)
+class _Glora:
+    r: Count = 8
+    config_A_B: OfWeights = "lora"
+    config_C: Coupling = "lora"
+    config_D_E: OfBiases = "constant"
+    init_weights: bool = True
+
+
+def _held(slots: SlotForms, tensors: Arrays) -> list[str]:
+    """What the file has of a module, which has fewer without a bias."""
+    return [own for own, slot in slots.items() if slot.name in tensors]
+
+
+def _glora_slots(slots: SlotForms, fields: _Glora) -> SlotForms:
+    """Those of the fields' forms; PEFT calls numbers of all forms alike."""
+    vector = column if fields.config_A_B == "vector" else same
+    return {**slots, "scale": vector("glora_A.X"), "add": vector("glora_B.X")}
+
+
+GLORA = Form(
+    "glora",
+    "GLORA",
+    {
+        "scale_a": same("glora_A.Xu"),
+        "scale_b": transposed("glora_A.Xd"),
+        "add_a": same("glora_B.Xu"),
+        "add_b": transposed("glora_B.Xd"),
+        "scale": same("glora_A.X"),
+        "add": same("glora_B.X"),
+        "inner_u": column("glora_C.Xu"),
+        "inner_v": transposed("glora_C.Xd"),
+        "inner": column("glora_C.X"),
+        "gain": same("glora_D.X"),
+        "shift": same("glora_E.X"),
+    },
+    _Glora,
+    lambda options: {
+        "config_A_B": options["weights"],
+        "config_C": options["coupling"],
+        "config_D_E": options["biases"],
+    },
+    lambda fields: {
+        "weights": fields.config_A_B,
+        "coupling": fields.config_C,
+        "biases": fields.config_D_E,
+    },
+    rank=lambda arrays: next((len(arrays[slot]) for slot in ("scale_a", "inner_v") if slot in arrays), None),
+    bias="glora_only",
+    present=_held,
+    with_fields=_glora_slots,
+    unread=tuple(f"glora_{part}.zeros" for part in "ABCDE"),
+)
+
+
+STRUCTURED = (
+    IA3,
+    LOHA,
+    HIRA,
+    MISS,
+    BONE,
+    OFT,
+    LOKR,
+    HRA,
+    ROAD,
+    BOFT,
+    C3A,
+    FOURIERFT,
+    WAVEFT,
+    GRALORA,
+    BEFT,
+    DEFT,
+    PEANUT,
+    GLORA,
+)

@@ -5,9 +5,11 @@ from typing import Any
 
 from peftjax.hf.forms.form import Form
 from peftjax.hf.forms.lowrank import LOWRANK
+from peftjax.hf.forms.selection import SELECTION
+from peftjax.hf.forms.sparse import SPARSE
 from peftjax.hf.forms.structured import STRUCTURED
 
-FORMS = (*LOWRANK, *STRUCTURED)
+FORMS = (*LOWRANK, *STRUCTURED, *SPARSE, *SELECTION)
 BY_METHOD = {form.method: form for form in FORMS}
 
 

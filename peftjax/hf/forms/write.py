@@ -27,11 +27,16 @@ from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import describe
 from peftjax.transform.transform import Transform, part_of
 
+AS_THEY_ARE = ("unfreeze", "bitfit")
+"""Methods whose parameters are written as they are beside any adapter."""
+
 
 def form_written(method: Transform) -> Form | None:
     """How a method is written, where it, or a part of the chain, is one of the table."""
-    found = {BY_METHOD[name].method for name in _names(describe(method)) if name in BY_METHOD}
-    return BY_METHOD[found.pop()] if len(found) == 1 else None
+    names = {*_names(describe(method))} - {*AS_THEY_ARE}
+    forms = {name: BY_METHOD[name] for name in names if name in BY_METHOD}
+    found = [form for name, form in forms.items() if not form.as_they_are or {name} == names]
+    return found[0] if len(found) == 1 else None
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:
@@ -69,7 +74,7 @@ def export_form(
                 f"{path_of!r} was trained, but {names.architecture} has no such tensor; "
                 f"leave_out={[tree.module_of(path_of)]} exports the adapter without it"
             )
-    modules = {}
+    forms, modules = form.with_fields(form.slots, _fields(form, parts[0].options)), {}
     for part in parts:
         modules |= part.modules(form, names, left)
     if not modules:
@@ -77,7 +82,6 @@ def export_form(
     task = task_of(names, modules)
     values, plain = plain_parameters(names, leaves, trained, modules, task, form.bias)
     written = {names.written(module): own for module, own in modules.items()}
-    forms = form.with_fields(form.slots, _fields(form, parts[0].options))
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
         for module, own in written.items()
@@ -165,7 +169,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
     for own, name in zip(config["methods"], trainable):
         if own["name"] == form.method:
             found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
-        elif own["name"] not in ("unfreeze", "bitfit"):
+        elif own["name"] not in AS_THEY_ARE and not BY_METHOD.get(own["name"], form).as_they_are:
             raise PeftError(
                 f"{form.method} is chained with {own['name']}, which PEFT's {form.type} has no form for; "
                 "export them apart, or merge one of them"

@@ -3,7 +3,8 @@
     trainable = {path: parameter}        frozen = everything else
 
 `unfreeze` names what is trained, `freeze` what is not; BitFit (Ben Zaken et al., ACL 2022, arXiv
-2106.10199) trains the biases only, `full` everything. The backward pass keeps what the gradient of each
+2106.10199) trains the biases only, LayerNorm tuning (Zhao et al., "Tuning LayerNorm in Attention", ICLR 2024,
+arXiv 2312.11420) the norms, `full` everything. The backward pass keeps what the gradient of each
 trained parameter needs: for a bias nothing, for a kernel its input.
 """
 
@@ -103,6 +104,51 @@ def bitfit() -> Transform:
         return found
 
     return _training("bitfit", find)
+
+
+@register(
+    kind="selection",
+    paper="LayerNorm tuning, Zhao et al. 2024, arXiv 2312.11420",
+    trains="scales and biases of norms",
+    backward_keeps="the normalized inputs of norms",
+)
+def ln_tuning(targets: Targets | None = None, *, exclude: Targets | None = None) -> Transform:
+    """Train the norms (arXiv 2312.11420): their scales and biases.
+
+    Args:
+        targets: which modules, as in `unfreeze`; by default all whose name has 'norm' in it or begins with
+            'ln', and all others that have a 'scale' and no weight.
+        exclude: what to leave out, in the same forms; wins over `targets`.
+
+    Raises:
+        PeftError: in `init`, when nothing, or only part of a list, is matched, or a match is a
+            structured weight.
+    """
+    if targets is not None:
+        return _selection("ln_tuning", targets, exclude)
+
+    def find(params: Any) -> list[str]:
+        norms = _norms(params)
+        if not norms:
+            raise PeftError("ln_tuning: target 'norm' matched no parameter; name the norms by targets")
+        return select(
+            params,
+            ".*",
+            caller="ln_tuning",
+            exclude=exclude,
+            eligible=lambda path, leaf: path in norms and _is_floating(path, leaf),
+            names=naming.names_of_parameter,
+        )
+
+    return _training("ln_tuning", find)
+
+
+def _norms(params: Any) -> set[str]:
+    """The parameters of norms."""
+    leaves = tree.named_leaves(params)
+    weights = {tree.module_of(path) for path in leaves if path.rsplit("/", 1)[-1] in naming.WEIGHT_NAMES}
+    scaled = {tree.module_of(path) for path in leaves if path.rsplit("/", 1)[-1] == "scale"} - weights
+    return {path for path in leaves if (own := tree.module_of(path)) in scaled or naming.is_norm(own)}
 
 
 def _selection(name: str, targets: Targets, exclude: Targets | None) -> Transform:

@@ -15,21 +15,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core import tree
 from peftjax.methods._options import TargetOptions
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots, of_weights
+from peftjax.methods.structured._biased import MaybeBiased, maybe_biased
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.shifted import Shifted
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaybeBiased(Target):
-    """A target whose module has a bias, or has not."""
-
-    biased: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +31,7 @@ class BeftOptions(TargetOptions):
 
     def find(self, caller: str, params: Any, *, one_way: bool = False, **ranks: Any) -> list[Target]:
         """Every weight that they ask for; raises as `find_targets`."""
-        found = super().find(caller, params, one_way=one_way, **ranks)
-        biased = {tree.module_of(path) for path in tree.biases(params)}
-        return [MaybeBiased(**vars(own), biased=tree.module_of(own.path) in biased) for own in found]
+        return maybe_biased(super().find(caller, params, one_way=one_way, **ranks), params)
 
 
 @register(
@@ -73,5 +64,5 @@ def _weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array |
     return base if target.biased else Shifted(base, slots["shift"], target.layout)
 
 
-def _bias(bias: Array, slots: Mapping[str, Array]) -> Array:
+def _bias(bias: Array, slots: Mapping[str, Array], target: Target, base: Any) -> Array:
     return bias + slots["shift"]

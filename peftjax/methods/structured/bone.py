@@ -42,7 +42,9 @@ class BoneOptions(RankOptions):
     paper="Bone, Kang and Yin 2024, arXiv 2409.15371",
     trains="r·out",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"rank": 2, "targets": ".*kernel"}),
+    conformance=Conformance(
+        example={"rank": 2, "targets": r"(?!.*(head|classifier|router|conv_1)/).*kernel"}
+    ),
 )
 @takes(BoneOptions)
 def bone(options: BoneOptions) -> Transform:

@@ -50,7 +50,9 @@ class C3aOptions(TargetOptions):
     paper="C³A, Chen et al. 2025, arXiv 2407.19342",
     trains="in·out/b",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"block": 2, "targets": ".*kernel"}),
+    conformance=Conformance(
+        example={"block": 2, "targets": r"(?!.*(head|classifier|router|conv_1)/).*kernel"}
+    ),
 )
 @takes(C3aOptions)
 def c3a(options: C3aOptions) -> Transform:

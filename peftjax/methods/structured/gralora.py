@@ -61,7 +61,14 @@ class GraloraOptions(DropoutOptions, RankOptions):
     paper="GraLoRA, Jung et al. 2025, arXiv 2505.20355",
     trains="r·(in + out)",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"rank": 2, "alpha": 4.0, "general": 1, "targets": ".*kernel"}),
+    conformance=Conformance(
+        example={
+            "rank": 2,
+            "alpha": 4.0,
+            "general": 1,
+            "targets": r"(?!.*(head|classifier|router|conv_1)/).*kernel",
+        }
+    ),
 )
 @takes(GraloraOptions)
 def gralora(options: GraloraOptions) -> Transform:

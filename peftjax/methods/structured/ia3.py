@@ -88,5 +88,5 @@ def _weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array |
     return Diagonal(base, target.layout, by_input=slots.get("input"), by_output=slots.get("output"))
 
 
-def _bias(bias: Array, slots: Mapping[str, Array]) -> Array:
+def _bias(bias: Array, slots: Mapping[str, Array], target: Target, base: Any) -> Array:
     return bias * slots["output"] if "output" in slots else bias

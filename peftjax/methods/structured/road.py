@@ -55,7 +55,9 @@ class RoadOptions(TargetOptions):
     paper="RoAd, Liao and Monz 2024, arXiv 2409.00119",
     trains="out, 2·out or 4·out",
     backward_keeps="x·W",
-    conformance=Conformance(example={"group": 2}),
+    conformance=Conformance(
+        example={"group": 2, "targets": r"(?!.*(head|classifier|router|conv_1)/).*kernel"}
+    ),
 )
 @takes(RoadOptions)
 def road(options: RoadOptions) -> Transform:
@@ -80,7 +82,7 @@ def road(options: RoadOptions) -> Transform:
     def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Mapped:
         return Mapped(base, slots, target.layout, turn, "after")
 
-    def bias(bias: Array, slots: Mapping[str, Array]) -> Array:
+    def bias(bias: Array, slots: Mapping[str, Array], target: Target, base: Any) -> Array:
         return turn(slots, bias)
 
     return of_weights("road", options, start, weight, bias=bias, neutral={"alpha": 1.0}, one_way=True)
