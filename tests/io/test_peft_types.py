@@ -64,6 +64,22 @@ CASES = {
         "VBLoRAConfig",
         {"target_modules": ["q_proj", "down_proj"], "r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3},
     ),
+    "tinylora": (
+        "llama",
+        "TinyLoraConfig",
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "u": 5, "weight_tying": 0.4},
+    ),
+    "unilora": (
+        "bert",
+        "UniLoraConfig",
+        {
+            "target_modules": ["query", "output.dense"],
+            "r": 3,
+            "theta_d_length": 50,
+            "save_indices": True,
+            "task_type": "SEQ_CLS",
+        },
+    ),
     "delora": (
         "llama",
         "DeloraConfig",

@@ -111,6 +111,45 @@ def test_a_length_that_does_not_divide_is_refused():
         pj.vblora(length=8, targets=["up"]).init(KEY, PARAMS)
 
 
+# TinyLoRA and Uni-LoRA.
+
+
+def test_tinylora_shares_its_numbers_by_groups_in_the_order_of_the_layers():
+    params = {**PARAMS, "gate": {"kernel": normal(jax.random.key(3), (3, 8, 12))}}
+    method = pj.tinylora(rank=2, size=3, tying=0.5, targets=["up", "gate"])
+    frozen, trainable = method.init(KEY, params)
+    groups = {path: slots["group"].tolist() for path, slots in frozen.state.items() if path != "shared"}
+    assert groups == {"gate/kernel": [0, 1, 2], "up/kernel": [0, 1, 2]}
+    trainable = noisy(trainable)
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    own = {name: np.asarray(array) for name, array in frozen.state["up/kernel"].items()}
+    for layer in range(3):
+        turn = np.einsum("u,uij->ij", np.asarray(trainable["shared"]["v"])[layer], own["p"][layer])
+        np.testing.assert_allclose(found[layer], own["a"][layer].T @ turn.T @ own["b"][layer], atol=1e-5)
+        u, sizes, vt = np.linalg.svd(np.asarray(params["up"]["kernel"][layer]))
+        principal = (u[:, :2] * sizes[:2]) @ vt[:2]
+        np.testing.assert_allclose(own["a"][layer].T @ own["b"][layer], principal, atol=1e-4)
+    for tying, count in ((0.0, 6), (1.0, 1), (0.3, 4)):
+        _, trainable = pj.tinylora(size=3, tying=tying, targets=["up", "gate"]).init(KEY, params)
+        assert trainable["shared"]["v"].shape == (count, 3)
+
+
+def test_unilora_chooses_every_number_equally_often():
+    method = pj.unilora(rank=2, size=7, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    state = dict(frozen.state)
+    scale = np.asarray(state.pop("shared")["scale"])
+    chosen = np.concatenate([np.ravel(index) for own in state.values() for index in own.values()])
+    counts = np.bincount(chosen)
+    assert len(chosen) == 2 * (3 * 20 + 20)
+    assert counts.max() - counts.min() <= 1
+    np.testing.assert_allclose(scale, 1.0 / np.sqrt(counts), rtol=1e-6)
+    theta = np.asarray(trainable["shared"]["theta"]) * scale
+    a, b = (theta[np.asarray(state["up/kernel"][name])] for name in ("index_a", "index_b"))
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    np.testing.assert_allclose(found, np.einsum("lri,lro->lio", a, b), atol=1e-6)
+
+
 # PVeRA.
 
 
@@ -179,5 +218,5 @@ def test_lamda_works_between_the_first_singular_directions():
 
 
 def test_lamda_needs_the_number_of_steps():
-    with pytest.raises(PeftError, match="give total_steps, of which b is trained for 0.3, or unfrozen=0"):
+    with pytest.raises(PeftError, match="give total_steps, of which b is trained"):
         pj.lamda()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from msgspec import Meta
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, rank_of
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, column, same, transposed
+from peftjax.methods.lowrank.tinylora import group_count, group_of
 
 Steps = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(ge=0)]
@@ -191,7 +192,7 @@ def _adalora_options(fields: _Adalora) -> dict[str, Any]:
     }
 
 
-def _left(arrays: Arrays) -> Arrays:
+def _left(arrays: Arrays, shared: Arrays) -> Arrays:
     """The directions that are not cut for good."""
     return {slot: array[arrays["gate"]] for slot, array in arrays.items() if slot in ("a", "e", "b")}
 
@@ -257,4 +258,123 @@ DELORA = Form(
 )
 
 
-LOWRANK = (VERA, PVERA, VBLORA, ADALORA, DELORA)
+@dataclass(frozen=True)
+class _Tinylora:
+    r: Count = 2
+    u: Count = 64
+    weight_tying: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | str = True
+
+
+def _tinylora_options(fields: _Tinylora) -> dict[str, Any]:
+    if not fields.save_projection:
+        raise PeftError(
+            "the file lacks the random matrices, which PEFT draws from a seed as PyTorch does; save the "
+            "adapter again with save_projection=True"
+        )
+    return {
+        "rank": fields.r,
+        "size": fields.u,
+        "tying": fields.weight_tying,
+        "dropout": fields.tinylora_dropout,
+    }
+
+
+def _group(number: int, count: int, fields: _Tinylora) -> Arrays:
+    return {"group": np.asarray(group_of(number, count, group_count(count, fields.weight_tying)))}
+
+
+TINYLORA = Form(
+    "tinylora",
+    "TINYLORA",
+    {"a": same("tinylora_A"), "b": transposed("tinylora_B"), "p": same("tinylora_P")},
+    _Tinylora,
+    lambda options: {
+        "r": _one_rank(options, "TINYLORA"),
+        "u": options["size"],
+        "weight_tying": options["tying"],
+        "tinylora_dropout": options["dropout"],
+    },
+    _tinylora_options,
+    shared={"v": same("tinylora_v.{row}")},
+    numbered=_group,
+)
+
+
+@dataclass(frozen=True)
+class _Unilora:
+    r: Count = 4
+    proj_seed: int = 42
+    theta_d_length: Count = 256
+    unilora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+
+
+def _unilora_options(fields: _Unilora) -> dict[str, Any]:
+    if not fields.save_indices:
+        raise PeftError(
+            "the file lacks the indices, which PEFT draws from a seed; save the adapter again with "
+            "save_indices=True"
+        )
+    return {
+        "rank": fields.r,
+        "size": fields.theta_d_length,
+        "bound": fields.init_theta_d_bound,
+        "dropout": fields.unilora_dropout,
+    }
+
+
+def _scaled(arrays: Arrays, shared: Arrays) -> Arrays:
+    scales = {f"scale_{side}": shared["scale"][arrays[f"index_{side}"]] for side in ("a", "b")}
+    return {**arrays, **scales}
+
+
+def _scale(modules: Sequence[Arrays], fields: _Unilora) -> Arrays:
+    """The scale of each number of the vector, of those that are chosen."""
+    scale = np.zeros(fields.theta_d_length, np.float32)
+    for arrays in modules:
+        for side in ("a", "b"):
+            scale[arrays[f"index_{side}"]] = arrays[f"scale_{side}"]
+    return {"scale": scale}
+
+
+def _long(v: np.ndarray) -> np.ndarray:
+    return v.astype(np.int64)
+
+
+def _long_swapped(v: np.ndarray) -> np.ndarray:
+    return v.swapaxes(-1, -2).astype(np.int64)
+
+
+UNILORA = Form(
+    "unilora",
+    "UNILORA",
+    {
+        "index_a": SlotForm("unilora_indices_A", _long),
+        "index_b": SlotForm("unilora_indices_B", _long_swapped, _long_swapped),
+        "scale_a": same("unilora_scales_A"),
+        "scale_b": transposed("unilora_scales_B"),
+    },
+    _Unilora,
+    lambda options: {
+        "r": _one_rank(options, "UNILORA"),
+        "theta_d_length": options["size"],
+        "init_theta_d_bound": options["bound"],
+        "unilora_dropout": options["dropout"],
+        "save_indices": True,
+    },
+    _unilora_options,
+    shared={"theta": same("unilora_theta_d")},
+    packed=_scaled,
+    derived=_scale,
+)
+
+LOWRANK = (VERA, PVERA, VBLORA, TINYLORA, UNILORA, ADALORA, DELORA)
