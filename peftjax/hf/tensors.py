@@ -113,6 +113,8 @@ def read_file(
         elif match := re.fullmatch(r"(.+)\.token_adapter\.base_layer\.(\w+)", name):
             # A table that was saved beside its rows, as those are that `save_embedding_layers` stores.
             plain[f"{match[1]}.{match[2]}"] = tensor
+        elif shared and any(name.endswith(f".{of_all}") for of_all in shared):
+            continue  # a copy beside each module of what the whole model has
         elif match := of_module.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name or "token_adapter" in name:

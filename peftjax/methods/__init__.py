@@ -17,6 +17,7 @@ from peftjax.methods.lowrank.psoft import psoft as psoft
 from peftjax.methods.lowrank.lamda import lamda as lamda
 from peftjax.methods.lowrank.vera import vera as vera
 from peftjax.methods.lowrank.pvera import pvera as pvera
+from peftjax.methods.lowrank.randlora import randlora as randlora
 from peftjax.methods.lowrank.vblora import vblora as vblora
 from peftjax.methods.lowrank.mos import mos as mos
 from peftjax.methods.lowrank.tinylora import tinylora as tinylora

@@ -9,6 +9,7 @@ from support import KEY, noisy, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
+from peftjax.methods.lowrank._noise import noise
 
 PARAMS = {
     "up": {"kernel": normal(jax.random.key(1), (3, 8, 12))},
@@ -148,6 +149,48 @@ def test_unilora_chooses_every_number_equally_often():
     a, b = (theta[np.asarray(state["up/kernel"][name])] for name in ("index_a", "index_b"))
     found = changes(method, frozen, trainable)["up"]["kernel"]
     np.testing.assert_allclose(found, np.einsum("lri,lro->lio", a, b), atol=1e-6)
+
+
+# RandLoRA.
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_randlora_is_the_sum_of_its_scaled_bases_stored_or_drawn(name):
+    found = {}
+    for bases in ("stored", "drawn"):
+        method = pj.randlora(rank=3, alpha=6.0, bases=bases, targets=[name])
+        frozen, trainable = method.init(KEY, PARAMS)
+        trainable = noisy(trainable)
+        found[bases] = changes(method, frozen, trainable)[name]["kernel"]
+        if bases == "stored":
+            shared = {key: np.asarray(array) for key, array in frozen.state["shared"].items()}
+    np.testing.assert_allclose(found["stored"], found["drawn"], atol=1e-5)
+    own = {key: np.asarray(array) for key, array in trainable[f"{name}/kernel"].items()}
+    assert own["scales"].shape[-2:] == (3, 3)
+    assert own["gains"].shape[-2:] == (3, 8)
+    of_layer = {key: array[1] if name == "up" else array for key, array in own.items()}
+    wanted = np.zeros((12, 8))
+    long = shared["b"].reshape(12, -1)
+    for i, j in np.ndindex(3, 3):
+        row = of_layer["scales"][i, j] * shared["a"][i] * of_layer["gains"][j]
+        wanted += 2.0 * np.outer(long[:, 3 * i + j], row)
+    got = found["drawn"][1].T if name == "up" else found["drawn"]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert np.linalg.matrix_rank(got, tol=1e-4) == 8
+
+
+def test_noise_follows_from_the_place_alone_and_looks_random():
+    whole = np.asarray(noise(jnp.uint32(7), (300, 200)))
+    np.testing.assert_array_equal(noise(jnp.uint32(7), (20, 30)), whole[:20, :30])
+    assert not np.array_equal(noise(jnp.uint32(8), (20, 30)), whole[:20, :30])
+    assert abs(whole.mean()) < 5 / np.sqrt(whole.size)
+    assert abs(whole.std() - 1.0) < 5 / np.sqrt(whole.size)
+    assert np.abs(whole).max() <= np.sqrt(3.0)
+    # As of independent rows, every singular value lies near the bounds of Marchenko and Pastur.
+    sizes = np.linalg.svd(whole, compute_uv=False) / np.sqrt(300)
+    assert sizes.max() < 1.0 + np.sqrt(2 / 3) + 0.05
+    assert sizes.min() > 1.0 - np.sqrt(2 / 3) - 0.05
+    np.testing.assert_allclose(whole[0, :3], [1.6768228, 0.5741143, -1.1043936], rtol=1e-6)
 
 
 # PVeRA.
