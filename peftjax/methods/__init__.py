@@ -15,6 +15,7 @@ from peftjax.methods.lowrank.adalora import adalora as adalora
 from peftjax.methods.lowrank.delora import delora as delora
 from peftjax.methods.lowrank.psoft import psoft as psoft
 from peftjax.methods.lowrank.lamda import lamda as lamda
+from peftjax.methods.lowrank.osf import osf as osf
 from peftjax.methods.lowrank.vera import vera as vera
 from peftjax.methods.lowrank.pvera import pvera as pvera
 from peftjax.methods.lowrank.randlora import randlora as randlora

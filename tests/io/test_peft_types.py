@@ -86,6 +86,11 @@ CASES = {
             "task_type": "SEQ_CLS",
         },
     ),
+    "osf": (
+        "llama",
+        "OSFConfig",
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 5}},
+    ),
     "delora": (
         "llama",
         "DeloraConfig",

@@ -193,6 +193,34 @@ def test_noise_follows_from_the_place_alone_and_looks_random():
     np.testing.assert_allclose(whole[0, :3], [1.6768228, 0.5741143, -1.1043936], rtol=1e-6)
 
 
+# OSF.
+
+
+def test_osf_moves_nothing_in_the_frozen_space():
+    method = pj.osf(preserved=3, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    merged = method.merge(frozen, trainable)
+    jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old, atol=1e-5), merged, PARAMS)
+    held = sum(leaf.size for leaf in jax.tree.leaves((frozen.params, frozen.state)))
+    assert held == 4 * 3 * (8 + 12)  # the frozen directions, and no weight
+
+    def loss(trainable):
+        return sum(jnp.sum(jnp.sin(w)) for w in jax.tree.leaves(method.merge(frozen, trainable)))
+
+    trainable = noisy(trainable)
+    grads = jax.jit(jax.grad(loss))(trainable)
+    for path, own in grads.items():
+        high = frozen.params[path.split("/")[0]]["kernel"]
+        for name, directions in (("u", high.a), ("v", high.b)):
+            assert np.abs(own[name]).max() > 1e-2
+            np.testing.assert_allclose(own[name] @ jnp.swapaxes(directions, -1, -2), 0.0, atol=1e-4)
+
+
+def test_osf_needs_directions_that_are_trained():
+    with pytest.raises(PeftError, match="has 8 directions, and of 8 that stay none or all are left"):
+        pj.osf(preserved=8, targets=["up"]).init(KEY, PARAMS)
+
+
 # PVeRA.
 
 
