@@ -6,6 +6,7 @@ from peftjax.adapters.files import Adapter, load_adapter, save_adapter
 from peftjax.adapters.rounding import rounded
 from peftjax.adapters.sparse import fuse, overlap, patches, switch
 from peftjax.core.linalg import rebalance
+from peftjax.methods.lowrank._ranks import ranks
 
 __all__ = [
     "Adapter",
@@ -17,6 +18,7 @@ __all__ = [
     "mix",
     "overlap",
     "patches",
+    "ranks",
     "rebalance",
     "rounded",
     "save_adapter",

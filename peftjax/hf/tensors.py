@@ -71,7 +71,7 @@ def read_file(
         folder: the adapter's.
         leave_out: modules or tensors that are not read.
         own: what the tensors of an adapted module are called.
-        shared: the same of those of the model as a whole.
+        shared: the same of those of the model as a whole, with '{row}' for any number.
 
     Raises:
         PeftError: the file is missing or damaged; a tensor is of no known kind; a name to leave out is
@@ -85,7 +85,12 @@ def read_file(
         )
         raise PeftError(f"{folder} needs {TENSORS} and has {found}")
     places = find_tensors(file)
-    of_model = {name: f"{OF_MODEL}{name}" for name in shared if f"{OF_MODEL}{name}" in places}
+    together = re.compile("|".join(re.escape(name).replace(r"\{row\}", r"\d+") for name in shared))
+    of_model = {
+        name.removeprefix(OF_MODEL): name
+        for name in places
+        if shared and name.startswith(OF_MODEL) and together.fullmatch(name.removeprefix(OF_MODEL))
+    }
     names = {name: place for name, place in places.items() if name not in of_model.values()}
     for name in names:
         if not name.startswith(PREFIX):
@@ -108,6 +113,8 @@ def read_file(
         elif match := re.fullmatch(r"(.+)\.token_adapter\.base_layer\.(\w+)", name):
             # A table that was saved beside its rows, as those are that `save_embedding_layers` stores.
             plain[f"{match[1]}.{match[2]}"] = tensor
+        elif shared and any(name.endswith(f".{of_all}") for of_all in shared):
+            continue  # a copy beside each module of what the whole model has
         elif match := of_module.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name or "token_adapter" in name:
@@ -123,8 +130,8 @@ def read_file(
     if not factors and not tokens:
         raise PeftError(f"{file} holds no tensors of adapted modules, such as {own[0]!r}")
     found = dict(read_tensors({full: places[full] for full in of_model.values()}))
-    together = {name: found[full] for name, full in of_model.items()}
-    return Tensors(factors, plain, bases, tokens, together, tuple(leave_out))
+    whole = {name: found[full] for name, full in of_model.items()}
+    return Tensors(factors, plain, bases, tokens, whole, tuple(leave_out))
 
 
 def _without_adapter_name(file: Path, names: Mapping[str, str]) -> dict[str, str]:

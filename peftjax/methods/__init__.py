@@ -20,11 +20,15 @@ from peftjax.methods.lowrank.adalora import adalora as adalora
 from peftjax.methods.lowrank.delora import delora as delora
 from peftjax.methods.lowrank.psoft import psoft as psoft
 from peftjax.methods.lowrank.lamda import lamda as lamda
+from peftjax.methods.lowrank.osf import osf as osf
 from peftjax.methods.lowrank.vera import vera as vera
 from peftjax.methods.lowrank.pvera import pvera as pvera
+from peftjax.methods.lowrank.randlora import randlora as randlora
 from peftjax.methods.lowrank.vblora import vblora as vblora
 from peftjax.methods.lowrank.mos import mos as mos
 from peftjax.methods.lowrank.roast import roast as roast
+from peftjax.methods.lowrank.tinylora import tinylora as tinylora
+from peftjax.methods.lowrank.unilora import unilora as unilora
 from peftjax.methods.structured.ia3 import ia3 as ia3
 from peftjax.methods.structured.loha import loha as loha
 from peftjax.methods.structured.hira import hira as hira

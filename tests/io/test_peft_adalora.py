@@ -9,7 +9,6 @@ import pytest
 import peftjax as pj
 from peftjax.io.files import read_json
 from peftjax.io.safetensors import describe_tensors, find_tensors
-from peftjax.methods.lowrank._ranks import ranks
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -92,7 +91,7 @@ def test_a_training_is_that_of_peft(tmp_path):
     gates = {path: np.asarray(slots["gate"]) for path, slots in frozen.state.items()}
     for key, kept in pattern.items():
         np.testing.assert_array_equal(own_of(gates, key), kept)
-    assert sum(int(count.sum()) for count in ranks(frozen).values()) == 2 * 6
+    assert sum(int(count.sum()) for count in pj.adapters.ranks(frozen).values()) == 2 * 6
 
     # Both write the same names and shapes, and PEFT reads what is written here.
     theirs.save_pretrained(tmp_path / "theirs")

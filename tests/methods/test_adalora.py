@@ -10,7 +10,7 @@ from support import KEY, normal
 import peftjax as pj
 from peftjax.core.errors import PeftError
 from peftjax.methods.lowrank._orthogonality import penalize
-from peftjax.methods.lowrank._ranks import Schedule, keep, ranks
+from peftjax.methods.lowrank._ranks import Schedule, keep
 
 PARAMS = {"up": {"kernel": jnp.zeros((2, 4, 6))}, "down": {"kernel": jnp.zeros((6, 4))}}
 OPTIONS = {"rank": 4, "target_rank": 2, "total_steps": 9, "init_warmup": 1, "final_warmup": 2}
@@ -74,13 +74,13 @@ def test_the_budget_is_kept_in_a_training():
     state, found = training.start(KEY, PARAMS), []
     for _ in range(9):
         state, _ = training.step(state, None)
-        found.append(sum(int(count.sum()) for count in ranks(state.frozen).values()))
+        found.append(sum(int(count.sum()) for count in pj.adapters.ranks(state.frozen).values()))
     # After step s, the cut before it counts.
     assert found == [12, 12] + [int(6 * (1 - (s - 1) / 6) ** 3 + 6) for s in range(2, 8)] + [6]
     applied = method.apply(state.frozen, state.trainable)
     left = sum(int((np.abs(w["kernel"].b).max(-1) > 0).sum()) for w in applied.values())
     assert left == 6
-    assert {path: count.shape for path, count in ranks(state.frozen).items()} == {
+    assert {path: count.shape for path, count in pj.adapters.ranks(state.frozen).items()} == {
         "up/kernel": (2,),
         "down/kernel": (),
     }

@@ -28,6 +28,7 @@ ALONE = {
     "switchlora": pj.switchlora(rank=4, total_steps=1000, interval=3.0, freeze_steps=1),
     "lowrank_restarts": pj.lowrank_restarts(rank=3, every=3),
     "snella": pj.snella(rank=2, total_steps=8, allocate_every=3, coefficient=1.0),
+    "adalora": pj.adalora(rank=3, target_rank=2, total_steps=8, allocate_every=3),
     "sara": pj.sara(density=0.2, reselect_at=3),
 }
 CHAINED = {

@@ -9,6 +9,7 @@ from support import KEY, noisy, normal
 
 import peftjax as pj
 from peftjax.core.errors import PeftError
+from peftjax.methods.lowrank._noise import noise
 
 PARAMS = {
     "up": {"kernel": normal(jax.random.key(1), (3, 8, 12))},
@@ -111,6 +112,115 @@ def test_a_length_that_does_not_divide_is_refused():
         pj.vblora(length=8, targets=["up"]).init(KEY, PARAMS)
 
 
+# TinyLoRA and Uni-LoRA.
+
+
+def test_tinylora_shares_its_numbers_by_groups_in_the_order_of_the_layers():
+    params = {**PARAMS, "gate": {"kernel": normal(jax.random.key(3), (3, 8, 12))}}
+    method = pj.tinylora(rank=2, size=3, tying=0.5, targets=["up", "gate"])
+    frozen, trainable = method.init(KEY, params)
+    groups = {path: slots["group"].tolist() for path, slots in frozen.state.items() if path != "shared"}
+    assert groups == {"gate/kernel": [0, 1, 2], "up/kernel": [0, 1, 2]}
+    trainable = noisy(trainable)
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    own = {name: np.asarray(array) for name, array in frozen.state["up/kernel"].items()}
+    for layer in range(3):
+        turn = np.einsum("u,uij->ij", np.asarray(trainable["shared"]["v"])[layer], own["p"][layer])
+        np.testing.assert_allclose(found[layer], own["a"][layer].T @ turn.T @ own["b"][layer], atol=1e-5)
+        u, sizes, vt = np.linalg.svd(np.asarray(params["up"]["kernel"][layer]))
+        principal = (u[:, :2] * sizes[:2]) @ vt[:2]
+        np.testing.assert_allclose(own["a"][layer].T @ own["b"][layer], principal, atol=1e-4)
+    for tying, count in ((0.0, 6), (1.0, 1), (0.3, 4)):
+        _, trainable = pj.tinylora(size=3, tying=tying, targets=["up", "gate"]).init(KEY, params)
+        assert trainable["shared"]["v"].shape == (count, 3)
+
+
+def test_unilora_chooses_every_number_equally_often():
+    method = pj.unilora(rank=2, size=7, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    state = dict(frozen.state)
+    scale = np.asarray(state.pop("shared")["scale"])
+    chosen = np.concatenate([np.ravel(index) for own in state.values() for index in own.values()])
+    counts = np.bincount(chosen)
+    assert len(chosen) == 2 * (3 * 20 + 20)
+    assert counts.max() - counts.min() <= 1
+    np.testing.assert_allclose(scale, 1.0 / np.sqrt(counts), rtol=1e-6)
+    theta = np.asarray(trainable["shared"]["theta"]) * scale
+    a, b = (theta[np.asarray(state["up/kernel"][name])] for name in ("index_a", "index_b"))
+    found = changes(method, frozen, trainable)["up"]["kernel"]
+    np.testing.assert_allclose(found, np.einsum("lri,lro->lio", a, b), atol=1e-6)
+
+
+# RandLoRA.
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_randlora_is_the_sum_of_its_scaled_bases_stored_or_drawn(name):
+    found = {}
+    for bases in ("stored", "drawn"):
+        method = pj.randlora(rank=3, alpha=6.0, bases=bases, targets=[name])
+        frozen, trainable = method.init(KEY, PARAMS)
+        trainable = noisy(trainable)
+        found[bases] = changes(method, frozen, trainable)[name]["kernel"]
+        if bases == "stored":
+            shared = {key: np.asarray(array) for key, array in frozen.state["shared"].items()}
+    np.testing.assert_allclose(found["stored"], found["drawn"], atol=1e-5)
+    own = {key: np.asarray(array) for key, array in trainable[f"{name}/kernel"].items()}
+    assert own["scales"].shape[-2:] == (3, 3)
+    assert own["gains"].shape[-2:] == (3, 8)
+    of_layer = {key: array[1] if name == "up" else array for key, array in own.items()}
+    wanted = np.zeros((12, 8))
+    long = shared["b"].reshape(12, -1)
+    for i, j in np.ndindex(3, 3):
+        row = of_layer["scales"][i, j] * shared["a"][i] * of_layer["gains"][j]
+        wanted += 2.0 * np.outer(long[:, 3 * i + j], row)
+    got = found["drawn"][1].T if name == "up" else found["drawn"]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert np.linalg.matrix_rank(got, tol=1e-4) == 8
+
+
+def test_noise_follows_from_the_place_alone_and_looks_random():
+    whole = np.asarray(noise(jnp.uint32(7), (300, 200)))
+    np.testing.assert_array_equal(noise(jnp.uint32(7), (20, 30)), whole[:20, :30])
+    assert not np.array_equal(noise(jnp.uint32(8), (20, 30)), whole[:20, :30])
+    assert abs(whole.mean()) < 5 / np.sqrt(whole.size)
+    assert abs(whole.std() - 1.0) < 5 / np.sqrt(whole.size)
+    assert np.abs(whole).max() <= np.sqrt(3.0)
+    # As of independent rows, every singular value lies near the bounds of Marchenko and Pastur.
+    sizes = np.linalg.svd(whole, compute_uv=False) / np.sqrt(300)
+    assert sizes.max() < 1.0 + np.sqrt(2 / 3) + 0.05
+    assert sizes.min() > 1.0 - np.sqrt(2 / 3) - 0.05
+    np.testing.assert_allclose(whole[0, :3], [1.6768228, 0.5741143, -1.1043936], rtol=1e-6)
+
+
+# OSF.
+
+
+def test_osf_moves_nothing_in_the_frozen_space():
+    method = pj.osf(preserved=3, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    merged = method.merge(frozen, trainable)
+    jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old, atol=1e-5), merged, PARAMS)
+    held = sum(leaf.size for leaf in jax.tree.leaves((frozen.params, frozen.state)))
+    assert held == 4 * 3 * (8 + 12)  # the frozen directions, and no weight
+
+    def loss(trainable):
+        return sum(jnp.sum(jnp.sin(w)) for w in jax.tree.leaves(method.merge(frozen, trainable)))
+
+    trainable = noisy(trainable)
+    grads = jax.jit(jax.grad(loss))(trainable)
+    for path, own in grads.items():
+        high = frozen.params[path.split("/")[0]]["kernel"]
+        for name, directions in (("u", high.a), ("v", high.b)):
+            assert np.abs(own[name]).max() > 1e-2
+            np.testing.assert_allclose(own[name] @ jnp.swapaxes(directions, -1, -2), 0.0, atol=1e-4)
+
+
+def test_osf_needs_directions_that_are_trained():
+    with pytest.raises(PeftError, match="has 8 directions, and of 8 that stay none or all are left"):
+        pj.osf(preserved=8, targets=["up"]).init(KEY, PARAMS)
+
+
 # PVeRA.
 
 
@@ -179,5 +289,5 @@ def test_lamda_works_between_the_first_singular_directions():
 
 
 def test_lamda_needs_the_number_of_steps():
-    with pytest.raises(PeftError, match=r"give total_steps, of which b is trained for 0\.3, or unfrozen=0"):
+    with pytest.raises(PeftError, match="give total_steps, of which b is trained"):
         pj.lamda()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ class SlotForm:
     """How PEFT writes an array of one matrix.
 
     Attributes:
-        name: after the module's name and a dot; of the model as a whole, after 'base_model.'.
+        name: after the module's name and a dot; of the model as a whole, after 'base_model.', with '{row}'
+            where each row is a tensor of its own.
         write: from ours to PEFT's.
         read: from PEFT's to ours.
     """
@@ -61,8 +62,12 @@ class Form:
         as_they_are: whether the tensors are the parameters of modules themselves, by their names.
         where: PEFT's fields that tell it from another method of the same type.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
-        packed: a module's arrays as the file has them, of all that the method holds for it.
+        packed: `(arrays, shared arrays) -> arrays` of a module as the file has them, of all that the method
+            holds for it.
         unpacked: `(arrays, fields, PEFT's name of the module) -> arrays`, the inverse.
+        numbered: arrays of each module that follow from its number among so many, in PEFT's order:
+            `(number, count, fields) -> arrays`.
+        derived: shared arrays that follow from those of all modules.
     """
 
     method: str
@@ -84,8 +89,28 @@ class Form:
     unread: tuple[str, ...] = ()
     as_they_are: bool = False
     where: Options = field(default_factory=dict)
-    packed: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    packed: Callable[[Arrays, Arrays], Arrays] = lambda arrays, shared: arrays
     unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
+    numbered: Callable[[int, int, Any], Arrays] | None = None
+    derived: Callable[[Sequence[Arrays], Any], Arrays] = lambda modules, fields: {}
+
+
+def tensors_of(form: SlotForm, array: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors that a shared array is in a file."""
+    written = form.write(array)
+    if "{row}" not in form.name:
+        return {form.name: written}
+    return {form.name.format(row=row): own for row, own in enumerate(written)}
+
+
+def array_of(form: SlotForm, tensors: Arrays) -> np.ndarray | None:
+    """A shared array of a file's tensors, or None where it is not there."""
+    if "{row}" not in form.name:
+        return form.read(tensors[form.name]) if form.name in tensors else None
+    rows = []
+    while (name := form.name.format(row=len(rows))) in tensors:
+        rows.append(tensors[name])
+    return form.read(np.stack(rows)) if rows else None
 
 
 def same(name: str) -> SlotForm:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from msgspec import Meta
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, rank_of
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, column, same, transposed
+from peftjax.methods.lowrank.tinylora import group_count, group_of
 
 Steps = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(ge=0)]
@@ -75,6 +77,60 @@ PVERA = Form(
     lambda options: {"r": options["rank"], "pvera_dropout": options["dropout"], "d_initial": options["d"]},
     _pvera_options,
     shared={"a": same("pvera_A"), "b": transposed("pvera_B")},
+)
+
+
+@dataclass(frozen=True)
+class _Randlora:
+    r: Count = 32
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: float = 640
+    init_weights: bool = True
+
+
+def _randlora_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    if options["bases"] == "drawn":
+        raise PeftError(
+            "randlora: PEFT's files hold the bases, which this method draws in each layer; train with "
+            "bases='stored', or merge the adapter"
+        )
+    return {
+        "r": _one_rank(options, "RANDLORA"),
+        "randlora_alpha": options["alpha"],
+        "randlora_dropout": options["dropout"],
+    }
+
+
+def _randlora_options(fields: _Randlora) -> dict[str, Any]:
+    return {
+        "rank": fields.r,
+        "alpha": fields.randlora_alpha,
+        "dropout": fields.randlora_dropout,
+        "bases": "stored",
+    }
+
+
+def _with_middle(v: np.ndarray) -> np.ndarray:
+    return v[:, None]
+
+
+def _without_middle(v: np.ndarray) -> np.ndarray:
+    return v[:, 0]
+
+
+RANDLORA = Form(
+    "randlora",
+    "RANDLORA",
+    {"scales": same("randlora_lambda"), "gains": same("randlora_gamma")},
+    _Randlora,
+    _randlora_fields,
+    _randlora_options,
+    shared={"a": SlotForm("randlora_A", _with_middle, _without_middle), "b": same("randlora_B")},
 )
 
 
@@ -191,7 +247,7 @@ def _adalora_options(fields: _Adalora) -> dict[str, Any]:
     }
 
 
-def _left(arrays: Arrays) -> Arrays:
+def _left(arrays: Arrays, shared: Arrays) -> Arrays:
     """The directions that are not cut for good."""
     return {slot: array[arrays["gate"]] for slot, array in arrays.items() if slot in ("a", "e", "b")}
 
@@ -257,4 +313,161 @@ DELORA = Form(
 )
 
 
-LOWRANK = (VERA, PVERA, VBLORA, ADALORA, DELORA)
+@dataclass(frozen=True)
+class _Tinylora:
+    r: Count = 2
+    u: Count = 64
+    weight_tying: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | str = True
+
+
+def _tinylora_options(fields: _Tinylora) -> dict[str, Any]:
+    if not fields.save_projection:
+        raise PeftError(
+            "the file lacks the random matrices, which PEFT draws from a seed as PyTorch does; save the "
+            "adapter again with save_projection=True"
+        )
+    return {
+        "rank": fields.r,
+        "size": fields.u,
+        "tying": fields.weight_tying,
+        "dropout": fields.tinylora_dropout,
+    }
+
+
+def _group(number: int, count: int, fields: _Tinylora) -> Arrays:
+    return {"group": np.asarray(group_of(number, count, group_count(count, fields.weight_tying)))}
+
+
+TINYLORA = Form(
+    "tinylora",
+    "TINYLORA",
+    {"a": same("tinylora_A"), "b": transposed("tinylora_B"), "p": same("tinylora_P")},
+    _Tinylora,
+    lambda options: {
+        "r": _one_rank(options, "TINYLORA"),
+        "u": options["size"],
+        "weight_tying": options["tying"],
+        "tinylora_dropout": options["dropout"],
+    },
+    _tinylora_options,
+    shared={"v": same("tinylora_v.{row}")},
+    numbered=_group,
+)
+
+
+@dataclass(frozen=True)
+class _Unilora:
+    r: Count = 4
+    proj_seed: int = 42
+    theta_d_length: Count = 256
+    unilora_dropout: Rate = 0.0
+    fan_in_fan_out: bool = False
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+
+
+def _unilora_options(fields: _Unilora) -> dict[str, Any]:
+    if not fields.save_indices:
+        raise PeftError(
+            "the file lacks the indices, which PEFT draws from a seed; save the adapter again with "
+            "save_indices=True"
+        )
+    return {
+        "rank": fields.r,
+        "size": fields.theta_d_length,
+        "bound": fields.init_theta_d_bound,
+        "dropout": fields.unilora_dropout,
+    }
+
+
+def _scaled(arrays: Arrays, shared: Arrays) -> Arrays:
+    scales = {f"scale_{side}": shared["scale"][arrays[f"index_{side}"]] for side in ("a", "b")}
+    return {**arrays, **scales}
+
+
+def _scale(modules: Sequence[Arrays], fields: _Unilora) -> Arrays:
+    """The scale of each number of the vector, of those that are chosen."""
+    scale = np.zeros(fields.theta_d_length, np.float32)
+    for arrays in modules:
+        for side in ("a", "b"):
+            scale[arrays[f"index_{side}"]] = arrays[f"scale_{side}"]
+    return {"scale": scale}
+
+
+def _long(v: np.ndarray) -> np.ndarray:
+    return v.astype(np.int64)
+
+
+def _long_swapped(v: np.ndarray) -> np.ndarray:
+    return v.swapaxes(-1, -2).astype(np.int64)
+
+
+UNILORA = Form(
+    "unilora",
+    "UNILORA",
+    {
+        "index_a": SlotForm("unilora_indices_A", _long),
+        "index_b": SlotForm("unilora_indices_B", _long_swapped, _long_swapped),
+        "scale_a": same("unilora_scales_A"),
+        "scale_b": transposed("unilora_scales_B"),
+    },
+    _Unilora,
+    lambda options: {
+        "r": _one_rank(options, "UNILORA"),
+        "theta_d_length": options["size"],
+        "init_theta_d_bound": options["bound"],
+        "unilora_dropout": options["dropout"],
+        "save_indices": True,
+    },
+    _unilora_options,
+    shared={"theta": same("unilora_theta_d")},
+    packed=_scaled,
+    derived=_scale,
+)
+
+
+@dataclass(frozen=True)
+class _Osf:
+    effective_rank: int | float | None = None
+    rank_pattern: dict[str, int | float] | None = None
+    target_svd_config: dict[str, int] | None = None
+    init_weights: bool = True
+
+
+def _preserved(arrays: Arrays) -> tuple[int, int]:
+    """How many directions stay, and how many there are."""
+    sides = arrays["u"].shape[-1], arrays["v"].shape[-1]
+    return min(sides) - len(arrays["s"]), min(sides)
+
+
+def _osf_ranks(modules: Mapping[str, Arrays]) -> dict[str, Any]:
+    ranks = {f"^{re.escape(module)}": _preserved(arrays) for module, arrays in modules.items()}
+    return {"rank_pattern": {name: kept for name, (kept, of) in ranks.items() if kept != of // 2}}
+
+
+def _osf_preserved(arrays: Arrays) -> dict[str, Any]:
+    kept, of = _preserved(arrays)
+    return {} if kept == of // 2 else {"preserved": kept}
+
+
+OSF = Form(
+    "osf",
+    "OSF",
+    {
+        "u": same("osf_svd_params.V_low"),
+        "s": same("osf_svd_params.S_low"),
+        "v": transposed("osf_svd_params.U_low"),
+    },
+    _Osf,
+    of_modules=_osf_ranks,
+    of_arrays=_osf_preserved,
+)
+
+LOWRANK = (VERA, PVERA, RANDLORA, VBLORA, TINYLORA, UNILORA, ADALORA, DELORA, OSF)

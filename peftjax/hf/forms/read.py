@@ -18,7 +18,8 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.hf.adapted import require_bases, require_targets
 from peftjax.hf.common import CONFIG, CommonConfig, CommonFile, pattern_value
-from peftjax.hf.forms.form import Arrays, Form
+from peftjax.hf.forms.form import Arrays, Form, array_of
+from peftjax.hf.forms.order import in_order
 from peftjax.hf.forms.table import form_of_config
 from peftjax.hf.names import Model, Names, names_of, require_one_stack
 from peftjax.hf.plain import read_plain
@@ -146,7 +147,7 @@ def _imported(
     if len(methods) == 1:
         state, trainable = _filled(form, fields, groups[0], file, frozen.state, fresh)
         return method, dataclasses.replace(frozen, state=state), trainable
-    parts, states = list(fresh), dict(frozen.state)
+    parts, states = list(method.parts), dict(frozen.state)
     for name, group in zip(parts, groups):
         states[name], fresh[name] = _filled(form, fields, group, file, states[name], fresh[name])
     if plain:
@@ -184,7 +185,14 @@ def _modules(
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)
         found[name] = _Module(slot, arrays, rank, alpha)
-    return found
+    if form.numbered is None:
+        return found
+    return {
+        name: dataclasses.replace(
+            found[name], arrays={**found[name].arrays, **form.numbered(number, len(found), fields)}
+        )
+        for number, name in enumerate(in_order(names, found))
+    }
 
 
 def require_linear(form: Form, slot: Slot, name: str, layout: Layout) -> None:
@@ -273,13 +281,18 @@ def _filled(
             {slot: np.stack([m.arrays[slot] for m in modules]) if stacked else slots[slot] for slot in slots},
         )
     if form.shared:
-        missing = [own.name for own in form.shared.values() if own.name not in file.shared]
+        tensors = {name: _floats(tensor) for name, tensor in file.shared.items()}
+        together = {slot: array_of(own, tensors) for slot, own in form.shared.items()}
+        missing = [form.shared[slot].name for slot, array in together.items() if array is None]
         if missing:
             raise PeftError(
                 f"the file has no base_model.{missing[0]}, which every module uses: PEFT draws it from a "
                 "seed as PyTorch does; save the adapter again with save_projection=True"
             )
-        put(SHARED, {slot: own.read(_floats(file.shared[own.name])) for slot, own in form.shared.items()})
+        found = {slot: array for slot, array in together.items() if array is not None}
+        put(
+            SHARED, {**found, **form.derived([m.arrays for own in group.paths.values() for m in own], fields)}
+        )
     return state, trainable
 
 

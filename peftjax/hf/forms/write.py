@@ -15,7 +15,8 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.targets import pattern_value
 from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
-from peftjax.hf.forms.form import Form
+from peftjax.hf.forms.form import Form, tensors_of
+from peftjax.hf.forms.order import in_order
 from peftjax.hf.forms.read import require_linear
 from peftjax.hf.forms.table import BY_METHOD
 from peftjax.hf.names import Model, Names, module_of, names_of
@@ -81,16 +82,20 @@ def export_form(
         raise PeftError(f"{method.name}: there is no adapter to write")
     task = task_of(names, modules)
     values, plain = plain_parameters(names, leaves, trained, modules, task, form.bias)
+    if form.numbered is not None:
+        _require_numbers(form, names, parts[0].options, modules)
     written = {names.written(module): own for module, own in modules.items()}
+    shared = {slot: np.asarray(array) for slot, array in parts[0].shared.items()}
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
         for module, own in written.items()
-        for slot, array in form.packed(own.arrays).items()
+        for slot, array in form.packed(own.arrays, shared).items()
         if slot in forms
     }
     tensors |= {
-        f"{OF_MODEL}{own.name}": own.write(np.asarray(parts[0].shared[slot]))
+        f"{OF_MODEL}{name}": tensor
         for slot, own in form.shared.items()
+        for name, tensor in tensors_of(own, shared[slot]).items()
     }
     layouts = {path: target.layout for path, target in adapted.items()}
     values |= {
@@ -166,7 +171,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
     if config["name"] != "chain":
         return [_part(config, frozen, trainable)]
     found = []
-    for own, name in zip(config["methods"], trainable):
+    for own, name in zip(config["methods"], method.parts):
         if own["name"] == form.method:
             found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
         elif own["name"] not in AS_THEY_ARE and not BY_METHOD.get(own["name"], form).as_they_are:
@@ -182,6 +187,23 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
                 "and PEFT has one configuration for all modules; export them apart"
             )
     return found
+
+
+def _require_numbers(
+    form: Form, names: Names, options: Mapping[str, Any], modules: Mapping[str, _Written]
+) -> None:
+    """Raise a PeftError where PEFT would number the modules otherwise than the method does."""
+    assert form.numbered is not None
+    fields = _fields(form, options)
+    ordered = in_order(names, [f"{module}.weight" for module in modules])
+    for number, name in enumerate(ordered):
+        own = modules[module_of(name)].arrays
+        for slot, wanted in form.numbered(number, len(ordered), fields).items():
+            if not np.array_equal(own[slot], wanted):
+                raise PeftError(
+                    f"{form.method}: the {slot} of {name!r} is {own[slot]} here and {wanted} in PEFT, which "
+                    "orders modules by their class; merge it"
+                )
 
 
 def _unlike_rank(options: Mapping[str, Any]) -> dict[str, Any]:

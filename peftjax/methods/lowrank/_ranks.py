@@ -146,6 +146,12 @@ def ranks(frozen: Frozen) -> dict[str, np.ndarray]:
 
     Args:
         frozen: of `adalora`, or of a chain with it.
+
+    Examples:
+        >>> method = pj.adalora(rank=3, target_rank=2, total_steps=10)
+        >>> frozen, _ = method.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 8))}})
+        >>> {path: int(count) for path, count in pj.adapters.ranks(frozen).items()}
+        {'up/kernel': 3}
     """
     found: dict[str, np.ndarray] = {}
     for path, slots in frozen.state.items():

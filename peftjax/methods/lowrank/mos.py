@@ -107,7 +107,7 @@ class MosOptions(DropoutOptions, RankOptions):
     trains="e·(in + out)",
     backward_keeps="the input x (shared) and x·aᵀ",
     conformance=Conformance(
-        example={"rank": 2, "stored": 2, "shards": 2, "alpha": 4.0, "targets": ".*kernel"}
+        example={"rank": 2, "stored": 2, "shards": 1, "alpha": 4.0, "targets": ".*kernel"}
     ),
 )
 @takes(MosOptions)

@@ -14,6 +14,7 @@ library's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ class VbloraOptions(DropoutOptions, RankOptions):
     trains="r·(in + out)/length·vectors",
     backward_keeps="the input x (shared) and x·aᵀ",
     conformance=Conformance(
-        example={"rank": 2, "vectors": 5, "length": 4, "bank_bound": 0.5, "targets": ".*kernel"},
+        example={"rank": 2, "vectors": 5, "length": 1, "bank_bound": 0.5, "targets": ".*kernel"},
         starts_as_base=False,
     ),
 )
@@ -107,6 +108,7 @@ def vblora(options: VbloraOptions) -> Transform:
     return of_weights("vblora", options, start, weight, share=share, dropout=options.dropout)
 
 
+@partial(jax.checkpoint, static_argnums=2)
 def _rows(logits: Array, bank: Array, chosen: int) -> Array:
     """The rows `[*stack, r, n]` whose pieces have these logits `[*stack, r, n / length, vectors]`."""
     best, indices = jax.lax.top_k(logits, chosen)
