@@ -51,6 +51,7 @@ from peftjax.methods.residuals.s2a import s2a as s2a
 from peftjax.methods.side.lst import lst as lst
 from peftjax.methods.reversible.meft import meft as meft
 from peftjax.methods.side.vqt import vqt as vqt
+from peftjax.methods.side.lama import lama as lama
 from peftjax.methods.side.unipt import unipt as unipt
 from peftjax.methods.side.sherl import sherl as sherl
 from peftjax.methods.quantization.nf4 import nf4 as nf4
