@@ -13,6 +13,7 @@ from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.lora_ga import lora_ga as lora_ga
 from peftjax.methods.lowrank.eva import eva as eva
 from peftjax.methods.lowrank.corda import corda as corda
+from peftjax.methods.lowrank.my3dgen import my3dgen as my3dgen
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.vera import vera as vera
