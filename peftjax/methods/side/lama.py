@@ -6,7 +6,7 @@ Of what a model's last block gives, H [B, S, D]:
     e[h, t] = tanh((Pᵀc)_h · (Qᵀ H_t)_h)      c [D], P, Q [D, m]: of head h the affinity p_h q_hᵀ, of rank 1
     A = softmax_t(e), over visible tokens      R = A·H [B, m, D]      logits = flatten(R)·W + b, W [m·D, C]
 
-It takes the place of the model's classifier, and of what that reads. Trained: D + 2 m D + (m D + 1) C numbers;
+It takes the place of the classifier, and of what that reads. Trained: D + 2 m D + (m D + 1) C numbers;
 what is trained in the blocks is up to the methods that it is chained with. Backward keeps H and m numbers a
 token. P and Q are uniform, ±1/√D, c ~ N(0, 1), so that at first a head is nearly the mean of the tokens.
 """
