@@ -48,6 +48,7 @@ from peftjax.methods.bottleneck.adapters import adaptformer as adaptformer
 from peftjax.methods.prompt.prefix import prefix as prefix
 from peftjax.methods.bottleneck.mam import mam as mam
 from peftjax.methods.residuals.coded_residuals import coded_residuals as coded_residuals
+from peftjax.methods.residuals.repavit import repavit as repavit
 from peftjax.methods.residuals.s2a import s2a as s2a
 from peftjax.methods.side.lst import lst as lst
 from peftjax.methods.reversible.meft import meft as meft

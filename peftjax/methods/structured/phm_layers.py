@@ -62,7 +62,7 @@ class PhmLayersOptions(TrainedOptions):
     backward_keeps="the input x (shared)",
     quantized_base=False,
     conformance=Conformance(
-        example={"order": 2, "targets": r".*(up|down|conv_2|query|value|out).*kernel"},
+        example={"order": 2, "targets": r"(.*/)?(up|down|conv_2|query|value|out)/kernel"},
         starts_as_base=False,
     ),
 )
