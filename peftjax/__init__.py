@@ -9,6 +9,7 @@ from peftjax.interpreter import adapt, layouts_of
 from peftjax.methods import *  # noqa: F403
 from peftjax.methods.bottleneck.mam import without_mlp
 from peftjax.methods.prompt.prefix import prefix_of
+from peftjax.methods.residuals.repavit import repavit_merged
 from peftjax.methods.reversible.check import meft_check
 from peftjax.methods.sparse.snell import set_sparsity
 from peftjax.methods.structured.batch_ensemble import member_of
@@ -51,6 +52,7 @@ __all__ = [
     "plan",
     "prefix_of",
     "register",
+    "repavit_merged",
     "save",
     "set_sparsity",
     "training",

@@ -223,7 +223,8 @@ def _tile_of_feed_forward(block: Block, hidden: Array) -> Array:
 
 @_recomputed
 def _contract(block: Block, *inner: Any) -> Array:
+    inner, direct = (inner[:-1], inner[-1:]) if block.config.direct else (inner, ())
     entering = block.feed_forward.activate(*inner)
     if block.config.rounding is not None:
         entering = block.rounding.feed_forward_output(entering)
-    return block.feed_forward.down(entering)
+    return sum(direct, block.feed_forward.down(entering))

@@ -49,6 +49,8 @@ class BlockConfig:
         experts: those that take its place.
         activation: a name in `ACTIVATIONS`.
         gated: `(f(x W_gate) * x W_up) W_down` instead of `f(x W_up) W_down`.
+        idle: whether a mask `idle` [F] tells which inner features skip the activation and the gate.
+        direct: whether a kernel `direct` [D, D], which skips it too, is beside the feed-forward's.
         norm: "layer", "rms", "rms_float32" (scaled before it is rounded), or "rms_plus_one" (likewise, and
             the stored scale is a difference from one).
         norm_epsilon: added to the variance.
@@ -81,8 +83,8 @@ class BlockConfig:
         rounding: how many bits what enters linear layers is rounded to; None rounds nothing.
 
     Raises:
-        PeftError: it both rounds what enters linear layers and keeps codes of that, or does one of them and
-            has experts.
+        PeftError: it does two of these: has experts, rounds what enters linear layers, keeps codes of that,
+            or has idle features or a direct kernel, of which the last goes with rounding alone.
     """
 
     width: int
@@ -94,6 +96,8 @@ class BlockConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
+    idle: bool = False
+    direct: bool = False
     norm: Literal["layer", "rms", "rms_float32", "rms_plus_one"] = "layer"
     norm_order: Literal["pre", "post", "sandwich"] = "pre"
     qkv_bias: bool = True
@@ -122,6 +126,9 @@ class BlockConfig:
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
+        if (self.idle or self.direct) and (self.experts is not None or self.residuals is not None):
+            other = "experts" if self.experts is not None else "coded residuals"
+            raise PeftError(f"idle features of a feed-forward are not known with {other}; leave repavit out")
         if self.rounding is not None and self.residuals is not None:
             raise PeftError(
                 "chain: 'rounded_activations' and coded residuals both change what enters a linear layer; "

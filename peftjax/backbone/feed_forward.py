@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -31,12 +32,17 @@ class FeedForward(nn.Module):
         self.down = layer(config.width, config.inner_size, last=True)
         if config.gated:
             self.gate = layer(config.inner_size)
+        if config.direct:
+            self.direct = layer(config.width)
+        if config.idle:
+            self.idle = self.param("idle", nn.initializers.zeros, (config.inner_size,), bool)
         self.dropout = Dropout(config.inner_dropout)
 
     def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S F"], ...]:
-        """What enters the activation: `x W_up`, before it `x W_gate` when gated."""
+        """What enters the activation: `x W_up`, before it `x W_gate` when gated; and `x W_direct`, if any."""
         inner = (self.gate(x), self.up(x)) if self.config.gated else (self.up(x),)
-        return tuple(features_on_mesh(one, self.config.mesh) for one in inner)
+        inner = tuple(features_on_mesh(one, self.config.mesh) for one in inner)
+        return (*inner, self.direct(x)) if self.config.direct else inner
 
     def activate(self, *inner: Float[Array, "B S F"]) -> Input | Float[Array, "B S F"]:
         """What enters the way down."""
@@ -44,4 +50,5 @@ class FeedForward(nn.Module):
         if config.residuals is not None:
             return activated(config, self.dropout, *inner)
         result = ACTIVATIONS[config.activation](inner[0])
-        return self.dropout(result * inner[1] if config.gated else result)
+        result = result * inner[1] if config.gated else result
+        return self.dropout(jnp.where(self.idle, inner[-1], result) if config.idle else result)

@@ -14,6 +14,7 @@ from peftjax.methods.lowrank.mica import mica as mica
 from peftjax.methods.lowrank.lora_ga import lora_ga as lora_ga
 from peftjax.methods.lowrank.eva import eva as eva
 from peftjax.methods.lowrank.corda import corda as corda
+from peftjax.methods.lowrank.my3dgen import my3dgen as my3dgen
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
@@ -49,6 +50,7 @@ from peftjax.methods.structured.peanut import peanut as peanut
 from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
+from peftjax.methods.structured.structured_ffn import structured_ffn as structured_ffn
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
 from peftjax.methods.structured.weight_compander import weight_compander as weight_compander
 from peftjax.methods.structured.sigma_reparam import sigma_reparam as sigma_reparam
@@ -73,10 +75,12 @@ from peftjax.methods.bottleneck.adapters import adaptformer as adaptformer
 from peftjax.methods.prompt.prefix import prefix as prefix
 from peftjax.methods.bottleneck.mam import mam as mam
 from peftjax.methods.residuals.coded_residuals import coded_residuals as coded_residuals
+from peftjax.methods.residuals.repavit import repavit as repavit
 from peftjax.methods.residuals.s2a import s2a as s2a
 from peftjax.methods.side.lst import lst as lst
 from peftjax.methods.reversible.meft import meft as meft
 from peftjax.methods.side.vqt import vqt as vqt
+from peftjax.methods.side.lama import lama as lama
 from peftjax.methods.side.unipt import unipt as unipt
 from peftjax.methods.side.sherl import sherl as sherl
 from peftjax.methods.quantization.nf4 import nf4 as nf4

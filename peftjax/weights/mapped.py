@@ -78,20 +78,24 @@ class Mapped(WholeMatrices, Weight):
         side = side_of(self.layout, rule.w_contract)
         if side is None or set(self.layout.positions("s")) != set(rule.w_batch) or self.layout.positions("1"):
             return lazily_merged(rule, x, self)
-        other: Side = "o" if side == "i" else "i"
-        met = dict(zip(rule.w_contract, rule.x_contract))
-        axes_of_x = (*rule.x_batch, *(met[p] for p in self.layout.positions(side)))
-        order = tuple(self.layout.axes[p].place for p in rule.w_batch)
         if self.place == "beside":
             y = contract(x, self.base, rule)
             key = None if self.key is None or self.dropout == 0.0 else key_for_input(self.key, x)
-            delta = self._applied(x, axes_of_x, order, side, self._axes_of_result(rule, y.ndim, other), key)
-            return y + like(delta.astype(y.dtype), y)
+            return y + like(self.beside(x, rule, side, key).astype(y.dtype), y)
+        other: Side = "o" if side == "i" else "i"
+        axes_of_x, order = self._axes_of_activation(rule, side)
         if (self.place == "before") == (side == "i"):
             return contract(like(self._applied(x, axes_of_x, order, side, axes_of_x), x), self.base, rule)
         y = contract(x, self.base, rule)
         axes_of_y = self._axes_of_result(rule, y.ndim, other)
         return like(self._applied(y, axes_of_y, order, side, axes_of_y), y)
+
+    def beside(self, x: Array, rule: Dot, side: Side, key: Array | None) -> Array:
+        """The product of x with what a map adds to the base, with dropout where there is a key."""
+        axes, order = self._axes_of_activation(rule, side)
+        ndim = x.ndim - len(rule.x_contract) + self.ndim - len(rule.w_contract) - len(rule.w_batch)
+        other: Side = "o" if side == "i" else "i"
+        return self._applied(x, axes, order, side, self._axes_of_result(rule, ndim, other), key)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """The base's rows, each mapped, where the map acts on what a row holds."""
@@ -148,6 +152,12 @@ class Mapped(WholeMatrices, Weight):
         if self.place == "beside":
             return self.layout.sizes("o" if side == "i" else "i")
         return self.layout.sizes("i" if self.place == "before" else "o")
+
+    def _axes_of_activation(self, rule: Dot, side: Side) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of x, the stack's and then those of its features, and the stack axes in the order of x."""
+        met = dict(zip(rule.w_contract, rule.x_contract))
+        axes = (*rule.x_batch, *(met[p] for p in self.layout.positions(side)))
+        return axes, tuple(self.layout.axes[p].place for p in rule.w_batch)
 
     def _axes_of_result(self, rule: Dot, ndim: int, side: Side) -> tuple[int, ...]:
         """Where the stack, in the order of the rule, and the axes of a side stand in a product's result."""

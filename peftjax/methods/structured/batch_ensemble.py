@@ -24,6 +24,7 @@ from jax import Array
 from peftjax.core import tree
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
+from peftjax.core.naming import is_of_experts
 from peftjax.methods._options import TargetOptions
 from peftjax.methods._targets import Target, all_layers
 from peftjax.methods._weights import Slots, of_weights
@@ -61,7 +62,11 @@ class BatchEnsembleOptions(TargetOptions):
     trains="k·(in + 2·out)",
     backward_keeps="x and x·W",
     conformance=Conformance(
-        example={"members": 1, "biases": False, "targets": r".*(up|down|query|key|value|out|head).*kernel"},
+        example={
+            "members": 1,
+            "biases": False,
+            "targets": r"(.*/)?(up|down|query|key|value|out|head)/kernel",
+        },
         starts_as_base=False,
     ),
 )
@@ -70,11 +75,17 @@ def batch_ensemble(options: BatchEnsembleOptions) -> Transform:
     """An ensemble on one set of weights, each member with scales of its own (arXiv 2002.06715, 2410.24210).
 
     Raises:
-        PeftError: here for an option out of range; in `init` for targets that do not fit the parameters;
-            where a layer sees a batch that the members do not divide, or several are to be merged.
+        PeftError: here for an option out of range; in `init` for targets that do not fit the parameters or
+            are of experts; where a layer sees a batch that the members do not divide, or several are to
+            be merged.
     """
 
     def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
+        if is_of_experts(target.path):
+            raise PeftError(
+                f"batch_ensemble: {target.path!r} is of experts, whose tokens are not in the "
+                "order of the batch; exclude it"
+            )
         (n, m), k = target.layout.matrix, options.members
         gains = 1.0 + options.noise * jax.random.normal(key, (*target.stack, k, n))
         slots = {"input": gains, "output": jnp.ones((*target.stack, k, m))}

@@ -69,7 +69,9 @@ class PhmOptions(DropoutOptions):
     paper="PHM and Compacter, Zhang et al. 2021, Mahabadi et al. 2021, arXiv 2102.08597, 2106.04647",
     trains="ρ·(in + out), and n³ in all",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"order": 2, "targets": r".*(up|down|conv_2|query|value|out).*kernel"}),
+    conformance=Conformance(
+        example={"order": 2, "targets": r"(.*/)?(up|down|conv_2|query|value|out)/kernel"}
+    ),
 )
 @takes(PhmOptions)
 def phm(options: PhmOptions) -> Transform:

@@ -6,10 +6,10 @@ Multiplications with 1/n Parameters", ICLR 2021, arXiv 2102.08597; convolutions,
 
     W = Σ_i A_i ⊗ S_i      i = 1 ... n, A_i [n, n], S_i [in/n, out/n], of a convolution [window, in/n, out/n]
 
-Trained: n³ + in·out/n numbers a weight, and, unless `train_rest=False`, all other parameters. There is no
-dense W but that of one layer at a time. Backward keeps the layer's input x. With `start="random"`, A and S
-are uniform and W has Glorot's variance, 2 / (in + out); with 'nearest', the sum is the one nearest to the
-weight given. Weight decay on A and S shrinks W twice: leave it off for A. Default n = 4, as quaternions have.
+Trained: n³ + in·out/n numbers a weight, and, unless `train_rest=False`, all other parameters. No dense W is
+formed, but that of one convolution at a time. Backward keeps the layer's input x. With `start="random"`, A
+and S are uniform and W has Glorot's variance, 2 / (in + out); with 'nearest', the sum is the one nearest to
+the weight given. Weight decay on A and S shrinks W twice: leave it off for A. Default n = 4.
 """
 
 import math
@@ -26,12 +26,14 @@ from peftjax.core.linalg import svd_of
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots
 from peftjax.methods.structured import _kronecker
-from peftjax.methods.structured._kronecker import RULE, WHOLE, Blocks, blocks_of, drawn
+from peftjax.methods.structured._kronecker import RULE, WHOLE, Applied, Blocks, blocks_of, drawn
 from peftjax.methods.structured._trained import TrainedOptions, of_trained_weights
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
+from peftjax.weights.base import Weight
 from peftjax.weights.formed import Formed
+from peftjax.weights.functional import Functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class PhmLayersOptions(TrainedOptions):
     backward_keeps="the input x (shared)",
     quantized_base=False,
     conformance=Conformance(
-        example={"order": 2, "targets": r".*(up|down|conv_2|query|value|out).*kernel"},
+        example={"order": 2, "targets": r"(.*/)?(up|down|conv_2|query|value|out)/kernel"},
         starts_as_base=False,
     ),
 )
@@ -87,9 +89,11 @@ def phm_layers(options: PhmLayersOptions) -> Transform:
         shape = (*target.stack, n, blocks.rows, outputs // n)
         return {RULE: rule, WHOLE: jax.random.uniform(keys[1], shape, minval=-size, maxval=size)}, {}
 
-    def weight(target: Target, dtype: str, slots: Mapping[str, Array]) -> Formed:
-        form = _kronecker.Formed(blocks_of("phm_layers", target, n))
-        return Formed(slots, target.layout, form, dtype)
+    def weight(target: Target, dtype: str, slots: Mapping[str, Array]) -> Weight:
+        blocks = blocks_of("phm_layers", target, n)
+        if blocks.window > 1:
+            return Formed(slots, target.layout, _kronecker.Formed(blocks), dtype)
+        return Functional(slots, target.layout, Applied(blocks), dtype)
 
     return of_trained_weights("phm_layers", options, start, weight, one_way=True)
 
