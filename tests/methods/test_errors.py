@@ -17,7 +17,7 @@ PARAMS = {
 }
 
 WHEN_MADE = [
-    (lambda: pj.build({"name": "lroa"}), "no method is called 'lroa'; closest: 'lora'"),
+    (lambda: pj.build({"name": "lroa"}), "no method is called 'lroa'; closest: 'road', 'lora'"),
     (lambda: pj.build({}), "no method is called None"),
     (lambda: pj.build({"name": "chain"}), "chain: give at least one method"),
     (lambda: pj.build({"name": "train"}), "train: the option 'targets' is missing"),
