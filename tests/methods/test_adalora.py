@@ -73,7 +73,7 @@ def test_the_budget_is_kept_in_a_training():
     training = pj.training(method, loss, optax.adam(0.1))
     state, found = training.start(KEY, PARAMS), []
     for _ in range(9):
-        state, _ = training.step(state, None)
+        state, _ = training.step(state, {"rows": jnp.ones(2)})
         found.append(sum(int(count.sum()) for count in pj.adapters.ranks(state.frozen).values()))
     # After step s, the cut before it counts.
     assert found == [12, 12] + [int(6 * (1 - (s - 1) / 6) ** 3 + 6) for s in range(2, 8)] + [6]

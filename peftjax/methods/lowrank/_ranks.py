@@ -156,7 +156,7 @@ def ranks(frozen: Frozen) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for path, slots in frozen.state.items():
         if KEPT in slots:
-            found[path] = np.asarray(slots[KEPT]).sum(axis=-1)
+            found[path] = np.asarray(np.asarray(slots[KEPT]).sum(axis=-1))
         else:
             own = {name: held for name, held in slots.items() if isinstance(held, Mapping)}
             found |= ranks(Frozen({}, own, ()))
