@@ -29,6 +29,7 @@ ALONE = {
     "lowrank_restarts": pj.lowrank_restarts(rank=3, every=3),
     "snella": pj.snella(rank=2, total_steps=8, allocate_every=3, coefficient=1.0),
     "adalora": pj.adalora(rank=3, target_rank=2, total_steps=8, allocate_every=3),
+    "sigma_reparam": pj.sigma_reparam(),
     "sara": pj.sara(density=0.2, reselect_at=3),
 }
 CHAINED = {

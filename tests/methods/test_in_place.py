@@ -71,7 +71,7 @@ def test_it_trains_as_the_form_that_is_not_in_place(name, dtype):
     assert_close(dict(tree.named_leaves(frozen.params)), dict(tree.named_leaves(merged)), 0)
 
 
-@pytest.mark.parametrize("name", quick_at(METHODS, 0))
+@pytest.mark.parametrize("name", quick_at(OPTIONS, 0))
 def test_before_it_is_closed_and_with_older_values_in_it_nothing_is_wrong(name):
     """`apply` on what `init` gave, and `merge` from any frozen, are those of the form not in place."""
     method = make(name, in_place=True)

@@ -71,7 +71,7 @@ def test_methods_are_chained_and_each_takes_the_options_it_has():
     assert (pfeiffer["name"], pfeiffer["size"], pfeiffer["dropout"]) == ("pfeiffer", 3, 0.1)
     with pytest.raises(PeftError, match="none of lora, pfeiffer has an option 'ranc'"):
         make_method(MethodOptions(method="lora+pfeiffer", method_options=("ranc=3",)))
-    with pytest.raises(PeftError, match="no method is called 'lroa'; closest: 'lora'"):
+    with pytest.raises(PeftError, match="no method is called 'lroa'; closest: 'road', 'lora'"):
         make_method(MethodOptions(method="pfeiffer+lroa"))
 
 
