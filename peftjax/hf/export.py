@@ -61,7 +61,8 @@ def export_peft(
     twice the rank on the original base: `s (aᵀb − a₀ᵀb₀)`. Parameters that `unfreeze` trains are
     `modules_to_save`, biases as PEFT writes them, `rows` of a table `trainable_token_indices`. Of a `prefix`
     the keys and values are written that its MLP gives; PEFT's means the same on decoders with rotary
-    positions and no window. Factors of experts and routers are `target_parameters`, without dropout.
+    positions and no window. Factors of experts and routers are `target_parameters`, without dropout. The
+    methods of `peftjax.hf.forms.table` are written as PEFT's own types, on linear layers.
 
     Args:
         path: the folder; made if absent. Both files are complete before either replaces what was there.

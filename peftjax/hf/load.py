@@ -43,11 +43,14 @@ def import_peft(
 ) -> tuple[Transform, Frozen, Trainable]:
     """Read an adapter of PEFT's: `(method, frozen, trainable)`, to run, to train on, to save, to merge.
 
-    The method is `prefix`, without an MLP, or `lora`, `rslora` or `dora`, in a chain with `rows` for each
-    table that `trainable_token_indices` trains rows of, and with `unfreeze` where the file holds parameters
-    trained as they are. Layers of one of our stacks may have different ranks, different scales or no adapter:
-    ranks are padded with rows of zeros in both factors, which stay zero in training, and scales go into
-    `b`. A rank larger than the matrix is brought down to it, with the same product.
+    The method is the one that PEFT's type is here (`peftjax.hf.forms.table`; a chain of several where layers
+    or modules have other options), `prefix`, without an MLP, or `lora`, `rslora` or `dora`. It is in a chain
+    with `rows` for each table that `trainable_token_indices` trains rows of, and with `unfreeze` where the
+    file holds parameters trained as they are.
+
+    Of LoRA, the layers of one of our stacks may have different ranks, different scales or no adapter: ranks
+    are padded with rows of zeros in both factors, which stay zero in training, and scales go into `b`. A rank
+    larger than the matrix is brought down to it, with the same product.
 
     Args:
         path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
