@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from peftjax.core import compat
 from peftjax.interpreter.evaluate import ControlRule, Evaluator
-from peftjax.interpreter.loops import in_step, layers_first, of_one_layer, scanned
+from peftjax.interpreter.loops import apart, in_step, layers_first, of_one_layer
 from peftjax.interpreter.subfunction import call_once_traced
 from peftjax.interpreter.uses import draws
 from peftjax.weights.base import Weight, dense
@@ -43,16 +43,17 @@ def _remat(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _scan(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | None:
     consts, carry, xs = compat.split_scan(eqn.params, operands)
-    whole = layers_first(xs)
-    if whole is None:
+    xs = layers_first(xs)
+    if xs is None:
         return None
+    layers, shared = apart(xs)
     body, length = evaluator.call(eqn.params["jaxpr"]), eqn.params["length"]
     # What is scanned has keys of its own for every step.
     steps = jnp.arange(length) if any(map(draws, (*consts, *carry))) else None
 
     def step(carry: list[Any], now: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         xs, number = now
-        out = body(*in_step((*consts, *carry), number), *of_one_layer(xs, whole))
+        out = body(*in_step((*consts, *carry), number), *of_one_layer(xs, shared))
         state = _named_as(carry, out[: len(carry)])
         structures.append(jax.tree.structure(state))
         return state, out[len(carry) :]
@@ -60,7 +61,7 @@ def _scan(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any] | No
     structures = [jax.tree.structure(list(carry))]
     options = {name: eqn.params[name] for name in ("reverse", "unroll")}
     results = _unless_they_differ(
-        structures, lambda: lax.scan(step, carry, (scanned(whole), steps), length=length, **options)
+        structures, lambda: lax.scan(step, carry, (layers, steps), length=length, **options)
     )
     if results is None:
         return None

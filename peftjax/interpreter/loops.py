@@ -17,15 +17,15 @@ def layers_first(xs: Sequence[Any]) -> list[Any] | None:
     return None if any(x is None for x in moved) else moved
 
 
-def scanned(xs: Sequence[Any]) -> list[Any]:
-    """What a scan goes through: weights without the arrays that all layers share."""
-    return [x.with_shared_of(None) if isinstance(x, Weight) and x.shares else x for x in xs]
+def apart(xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What a loop goes through, and what all layers share of it: None of what shares nothing."""
+    shared = [x.shared_alone() if isinstance(x, Weight) and x.shares else None for x in xs]
+    return [x if w is None else x.with_shared_of(None) for x, w in zip(xs, shared)], shared
 
 
-def of_one_layer(xs: Sequence[Any], whole: Sequence[Any]) -> list[Any]:
+def of_one_layer(xs: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
     """The weights of which each part has lost its first axis, with the arrays that all layers share."""
-    pairs = zip(xs, whole)
-    own = [x.with_shared_of(w) if isinstance(w, Weight) and w.shares else x for x, w in pairs]
+    own = [x if w is None else x.with_shared_of(w) for x, w in zip(xs, shared)]
     return [x.relabeled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in own]
 
 

@@ -250,6 +250,15 @@ class Views(Opaque, abc.ABC):
         parts = [(getattr(self, f.name), f.metadata["role"]) for f in fields(self)]
         return any(role == "shared" or (isinstance(part, Views) and part.shares) for part, role in parts)
 
+    def shared_alone(self) -> Self:
+        """The arrays that all members share, and None in the place of every other part."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            part = getattr(self, f.name)
+            if f.metadata["role"] not in ("static", "shared"):
+                changes[f.name] = part.shared_alone() if isinstance(part, Views) else None
+        return replace(self, **changes)
+
     def with_shared_of(self, other: Self | None) -> Self:
         """The weight with the shared arrays of another of its structure; None leaves it without."""
         changes: dict[str, Any] = {}

@@ -244,7 +244,7 @@ OVER_LORA = pj.chain(pj.lora(rank=2, targets=LORA), pj.meft(lam=1.0, anchor_ever
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "dora", "snell", "paca"])
+@pytest.mark.parametrize("name", ["lora", "dora", "snell", "paca", "vera"])
 def test_a_rewritten_base_gets_its_own_gradients(name):
     """Also one whose weights have parts that are integers or keys."""
     own = getattr(pj, name)(rank=2, targets=LORA)

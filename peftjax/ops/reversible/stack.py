@@ -12,7 +12,7 @@ from jax import Array, lax
 from peftjax.core import compat, primitives
 from peftjax.core.derivatives import with_backward
 from peftjax.interpreter.evaluate import Evaluator
-from peftjax.interpreter.loops import in_step, layers_first, of_one_layer
+from peftjax.interpreter.loops import apart, in_step, layers_first, of_one_layer
 from peftjax.interpreter.uses import draws
 from peftjax.ops.reversible.coupling import Coupling, Pair, Plan
 
@@ -208,19 +208,20 @@ def _on_weights(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Arr
     layers = layers_first(layers)
     if layers is None:
         return None
+    layers, of_all = apart(layers)
     steps = jnp.arange(plan.length) if any(map(draws, shared)) else None
 
     def branch(jaxpr: Any) -> Branch:
         body = evaluator.call(jaxpr)
 
-        def of_layer(shared: list[Any], now: tuple[list[Any], Any], x: Array) -> Array:
-            layer, number = now
-            return body(*in_step(shared, number), *of_one_layer(layer), x)[0]
+        def of_layer(both: tuple[list[Any], list[Any]], now: tuple[list[Any], Any], x: Array) -> Array:
+            (shared, of_all), (layer, number) = both, now
+            return body(*in_step(shared, number), *of_one_layer(layer, of_all), x)[0]
 
         return of_layer
 
     f, g = (branch(eqn.params[name]) for name in ("f", "g"))
-    return list(reversible(f, g, pair, shared, (layers, steps), plan.coupling, every=plan.every))
+    return list(reversible(f, g, pair, (shared, of_all), (layers, steps), plan.coupling, every=plan.every))
 
 
 _stack = primitives.one_equation("reversible", _run, _differentiable, _mapped, _on_weights)
