@@ -62,7 +62,7 @@ class BoftOptions(TargetOptions):
     paper="BOFT, Liu et al. 2024, arXiv 2311.06243",
     trains="m·in·(b - 1)/2 + out",
     backward_keeps="x (shared), x·R and x·R·W",
-    conformance=Conformance(example={"block": 2, "rounds": 2, "targets": ".*kernel"}),
+    conformance=Conformance(example={"block": 2, "rounds": 2, "targets": r"(?!.*conv).*kernel"}),
 )
 @takes(BoftOptions)
 def boft(options: BoftOptions) -> Transform:
