@@ -271,10 +271,10 @@ def _filled(
                 f"the layers of {path!r} have arrays of different shapes, {_shapes(slots)} and "
                 f"{_shapes(other.arrays)} in layer {other.slot.layer}, and should differ in their rank alone"
             )
-        if other := fresh[path].keys() ^ (slots.keys() - state.get(path, {}).keys()):
+        if missing := fresh.get(path, {}).keys() - slots.keys():
             raise PeftError(
                 f"the file has {sorted(slots)} of {path!r}, and {form.method} of these options has "
-                f"{sorted(fresh[path])}: {sorted(other)} do not fit"
+                f"{sorted(fresh[path])}: {sorted(missing)} do not fit"
             )
         put(
             path,
