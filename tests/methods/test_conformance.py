@@ -214,7 +214,8 @@ def test_bfloat16_computation(smallest):
         if only_decays(path):
             continue
         found.append((np.ravel(grad), np.ravel(wanted)))
-        assert cosine(*found[-1]) > 0.9, path
+        # A single number, in which all of a weight cancels, has a direction with the others alone.
+        assert grad.size == 1 or cosine(*found[-1]) > 0.9, path
     assert cosine(*map(np.concatenate, zip(*found))) > 0.99
 
 
