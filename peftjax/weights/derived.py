@@ -7,18 +7,31 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.weights.base import Weight, cast, contract
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.fields import logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.low_rank import THIN, LowRank
+from peftjax.weights.low_rank import LowRank, Product
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
 Slots = Mapping[str, Array]
 Factors = Callable[[Slots, Slots], tuple[Array, Array]]
 """`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable."""
+
+
+THIN = "thin"
+"""The name of `x·aᵀ`, which is kept of a product that is recomputed."""
+
+
+@structured
+class Named(LowRank):
+    """A low-rank weight whose `x·aᵀ` has a name."""
+
+    def _enter(self, product: Product, x: Array, first: Array) -> Array:
+        return checkpoint_name(super()._enter(product, x, first), THIN)
 
 
 @structured
@@ -55,7 +68,7 @@ class Derived(WholeMatrices, Weight):
             return self.factors(self.shared, slots)
 
         a, b = over_stack(of_one, len(self.layout.stack))(self.slots)
-        return LowRank(self.base, a, b, self.layout, self.scale, self.dropout, self.key)
+        return Named(self.base, a, b, self.layout, self.scale, self.dropout, self.key)
 
     def dense(self) -> Array:
         """The sum, in the base's dtype."""

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.weights.base import Weight, contract, dense
 from peftjax.weights.canonical import result_of_dot, side_of, to_logical
@@ -19,8 +18,6 @@ from peftjax.weights.quantized import Quantized
 from peftjax.weights.sharding import is_explicit, keeping, like
 
 Product = Callable[[Array, Array], Array]
-THIN = "thin"
-"""The name of `x·first`, for what is to be kept of a layer that is recomputed."""
 Enter = Callable[[Product, Array, Array], Array]
 """`(product, x, first factor) -> product(x, first factor)`, with what is done to x on the way."""
 
@@ -196,7 +193,7 @@ def _narrowed(
     def product(x: Array, first: Array) -> Array:
         return lax.dot_general(x, first, (contracted, batched), **precise, out_sharding=kept)
 
-    z = checkpoint_name((scale * enter(product, x, first)).astype(x.dtype), THIN)
+    z = (scale * enter(product, x, first)).astype(x.dtype)
     second = second.astype(x.dtype)
     if summed:
         return _into_rank(z, second, rule, layout, len(summed))
