@@ -13,6 +13,7 @@ Expected, the peak of a step:
     | memory | 7B, 1 x 512, LoRA, bfloat16 | 16.51 GiB |
     | memory | 7B, 1 x 512, QLoRA | 7.53 GiB |
     | memory | 7B, 1 x 512, QLoRA + remat | 6.38 GiB |
+    | memory | 65B, 1 x 512, LoRA, bfloat16 | 141.08 GiB |
     | memory | 65B, 1 x 512, QLoRA | 51.38 GiB |
     | memory | 65B, 1 x 512, QLoRA + remat | 45.38 GiB |
     | memory | 65B, 16 x 512, QLoRA + remat | 58.35 GiB |
