@@ -33,6 +33,7 @@ from peftjax.hf.trained import (
     lies_in,
     method_parts,
     on_residuals,
+    require_named,
     trained_rows,
     without,
 )
@@ -115,12 +116,7 @@ def export_peft(
     trained |= {*also}
     factors, trained, rows = without(leave_out, factors, trained, rows)
     names = names_of(model, leaves)
-    for name in (*factors, *trained, *rows):
-        if name in names.unnamed:
-            raise PeftError(
-                f"{name!r} was trained, but {names.architecture} has no such tensor; "
-                f"leave_out={[tree.module_of(name)]} exports the adapter without it"
-            )
+    require_named((*factors, *trained, *rows), names)
     if not factors:
         raise PeftError(
             f"{method.name}: no weight has low-rank factors, which every adapter in this format needs; "

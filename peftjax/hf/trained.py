@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.hf.names import Names
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import find_method
 from peftjax.weights.column_normalized import ColumnNormalized
@@ -85,6 +86,25 @@ def _factors(path: str, leaf: Any) -> Factors:
         b = np.concatenate([inner.scale * inner.b, scale * b], axis=-2)
         scale = 1.0
     return Factors(leaf.layout, a, b, scale, magnitude, untouched, shift)
+
+
+def trained_as_they_are(
+    frozen: Frozen, paths: Iterable[str], also: Collection[str], leave_out: Sequence[str]
+) -> set[str]:
+    """The parameters that are trained themselves, or written though they are not, without those left out."""
+    kept = tree.named_leaves(frozen.params)
+    found = {path for path in paths if isinstance(kept.get(path), tree.Hole)} | {*also}
+    return {path for path in found if not lies_in(path, leave_out)}
+
+
+def require_named(paths: Iterable[str], names: Names) -> None:
+    """Raise a PeftError for something trained that a Hugging Face class has no tensor for."""
+    for path in paths:
+        if path in names.unnamed:
+            raise PeftError(
+                f"{path!r} was trained, but {names.architecture} has no such tensor; "
+                f"leave_out={[tree.module_of(path)]} exports the adapter without it"
+            )
 
 
 def lies_in(name: str, parts: Sequence[str]) -> bool:

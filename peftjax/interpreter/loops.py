@@ -9,6 +9,7 @@ from jax import Array
 from peftjax.interpreter.uses import draws
 from peftjax.weights.base import Weight
 from peftjax.weights.dropout import with_number
+from peftjax.weights.shared_parts import shared_alone, shares, with_shared_of
 
 
 def layers_first(xs: Sequence[Any]) -> list[Any] | None:
@@ -19,13 +20,13 @@ def layers_first(xs: Sequence[Any]) -> list[Any] | None:
 
 def apart(xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """What a loop goes through, and what all layers share of it: None of what shares nothing."""
-    shared = [x.shared_alone() if isinstance(x, Weight) and x.shares else None for x in xs]
-    return [x if w is None else x.with_shared_of(None) for x, w in zip(xs, shared)], shared
+    shared = [shared_alone(x) if isinstance(x, Weight) and shares(x) else None for x in xs]
+    return [x if w is None else with_shared_of(x, None) for x, w in zip(xs, shared)], shared
 
 
 def of_one_layer(xs: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
     """The weights of which each part has lost its first axis, with the arrays that all layers share."""
-    own = [x if w is None else x.with_shared_of(w) for x, w in zip(xs, shared)]
+    own = [x if w is None else with_shared_of(x, w) for x, w in zip(xs, shared)]
     return [x.relabeled(lambda at: at.drop(0)) if isinstance(x, Weight) else x for x in own]
 
 

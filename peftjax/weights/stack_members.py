@@ -8,6 +8,7 @@ from jax import Array
 
 from peftjax.weights.base import Weight, contract
 from peftjax.weights.contraction import Contraction, Dot
+from peftjax.weights.shared_parts import mapped_axes
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ def over_members(
     if found is None:
         return None
     stacked, mapped = found
+    mapped = mapped_axes(stacked) if mapped == 0 else mapped
 
     def of_one(member: Weight, *values: Array) -> Any:
         return fn(member.relabeled(lambda layout: layout.drop(0)), *values)

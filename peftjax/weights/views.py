@@ -230,45 +230,7 @@ class Views(Opaque, abc.ABC):
     def members(self) -> tuple[Self, Any] | None:
         """The weight with the stack axis at logical position 0 first, and its `in_axes` for a `vmap`."""
         first = self.stack_first()
-        return None if first is None else (first, first.mapped_axes())
-
-    def mapped_axes(self) -> Any:
-        """The `in_axes` for a `vmap` over the first axis: None for arrays that all members share."""
-        if not self.shares:
-            return 0
-        changes: dict[str, Any] = {}
-        for f in fields(self):
-            part, role = getattr(self, f.name), f.metadata["role"]
-            if role != "static" and part is not None:
-                axes = part.mapped_axes() if isinstance(part, Views) else 0
-                changes[f.name] = None if role == "shared" else axes
-        return replace(self, **changes)
-
-    @property
-    def shares(self) -> bool:
-        """Whether a part of this weight belongs to all members of its stack."""
-        parts = [(getattr(self, f.name), f.metadata["role"]) for f in fields(self)]
-        return any(role == "shared" or (isinstance(part, Views) and part.shares) for part, role in parts)
-
-    def shared_alone(self) -> Self:
-        """The arrays that all members share, and None in the place of every other part."""
-        changes: dict[str, Any] = {}
-        for f in fields(self):
-            part = getattr(self, f.name)
-            if f.metadata["role"] not in ("static", "shared"):
-                changes[f.name] = part.shared_alone() if isinstance(part, Views) else None
-        return replace(self, **changes)
-
-    def with_shared_of(self, other: Self | None) -> Self:
-        """The weight with the shared arrays of another of its structure; None leaves it without."""
-        changes: dict[str, Any] = {}
-        for f in fields(self):
-            part = getattr(self, f.name)
-            if f.metadata["role"] == "shared":
-                changes[f.name] = None if other is None else getattr(other, f.name)
-            elif isinstance(part, Views):
-                changes[f.name] = part.with_shared_of(None if other is None else getattr(other, f.name))
-        return replace(self, **changes)
+        return None if first is None else (first, 0)
 
     @property
     def draws(self) -> bool:

@@ -21,7 +21,7 @@ from peftjax.hf.forms.read import read_form_config, read_form_file
 from peftjax.hf.names import Model, Names, module_of, names_of
 from peftjax.hf.plain import read_plain
 from peftjax.hf.tensors import PREFIX, Tensors
-from peftjax.hf.trained import lies_in
+from peftjax.hf.trained import require_named, trained_as_they_are
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import build, describe
 from peftjax.transform.transform import Transform
@@ -95,14 +95,9 @@ def export_modules(
         PeftError: something trained has no place in the class, or a module is trained in part.
     """
     leaves = tree.named_leaves(method.apply(frozen, trainable))
-    names, kept = names_of(model, leaves), tree.named_leaves(frozen.params)
-    trained = {name for name in leaves if isinstance(kept.get(name), tree.Hole)} | {*also}
-    trained = {name for name in trained if not lies_in(name, leave_out)}
-    if unnamed := sorted(trained & names.unnamed):
-        raise PeftError(
-            f"{unnamed[0]!r} was trained, but {names.architecture} has no such tensor; "
-            f"leave_out={[tree.module_of(unnamed[0])]} exports the adapter without it"
-        )
+    names = names_of(model, leaves)
+    trained = trained_as_they_are(frozen, leaves, also, leave_out)
+    require_named(sorted(trained), names)
     parts = [(method.name, trainable)] if describe(method)["name"] != "chain" else trainable.items()
     own = {path for name, part in parts if name == form.method for path in part} & trained
     modules = {module_of(name) for name, slot in names.slots.items() if slot.path in own}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -12,6 +12,8 @@ from peftjax.hf.forms.form import Arrays
 
 Rate = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Steps = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
@@ -28,3 +30,10 @@ def no_dropout(fields: Any, *names: str) -> None:
 def rank_of(slot: str) -> Callable[[Arrays], int]:
     """The rank of a module, by the first axis of one of its arrays."""
     return lambda arrays: len(arrays[slot])
+
+
+def one_rank(options: Mapping[str, Any], type: str) -> int:
+    """The rank of all modules; raises a PeftError where PEFT's type has no pattern for the ranks of some."""
+    if options["rank_pattern"]:
+        raise PeftError(f"PEFT's {type} has one rank for all weights; train without rank_pattern")
+    return options["rank"]

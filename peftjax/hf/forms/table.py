@@ -4,12 +4,67 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.hf.forms.form import Form
-from peftjax.hf.forms.lowrank import LOWRANK
-from peftjax.hf.forms.selection import SELECTION
-from peftjax.hf.forms.sparse import SPARSE
-from peftjax.hf.forms.structured import STRUCTURED
+from peftjax.hf.forms.types.adalora import ADALORA
+from peftjax.hf.forms.types.beft import BEFT
+from peftjax.hf.forms.types.boft import BOFT
+from peftjax.hf.forms.types.bone import BONE
+from peftjax.hf.forms.types.c3a import C3A
+from peftjax.hf.forms.types.deft import DEFT
+from peftjax.hf.forms.types.delora import DELORA
+from peftjax.hf.forms.types.fourierft import FOURIERFT
+from peftjax.hf.forms.types.glora import GLORA
+from peftjax.hf.forms.types.gralora import GRALORA
+from peftjax.hf.forms.types.hira import HIRA
+from peftjax.hf.forms.types.hra import HRA
+from peftjax.hf.forms.types.ia3 import IA3
+from peftjax.hf.forms.types.ln_tuning import LN_TUNING
+from peftjax.hf.forms.types.loha import LOHA
+from peftjax.hf.forms.types.lokr import LOKR
+from peftjax.hf.forms.types.miss import MISS
+from peftjax.hf.forms.types.oft import OFT
+from peftjax.hf.forms.types.osf import OSF
+from peftjax.hf.forms.types.peanut import PEANUT
+from peftjax.hf.forms.types.pvera import PVERA
+from peftjax.hf.forms.types.randlora import RANDLORA
+from peftjax.hf.forms.types.road import ROAD
+from peftjax.hf.forms.types.supertuning import SUPERTUNING
+from peftjax.hf.forms.types.tinylora import TINYLORA
+from peftjax.hf.forms.types.unilora import UNILORA
+from peftjax.hf.forms.types.vblora import VBLORA
+from peftjax.hf.forms.types.vera import VERA
+from peftjax.hf.forms.types.waveft import WAVEFT
 
-FORMS = (*LOWRANK, *STRUCTURED, *SPARSE, *SELECTION)
+FORMS = (
+    ADALORA,
+    BEFT,
+    BOFT,
+    BONE,
+    C3A,
+    DEFT,
+    DELORA,
+    FOURIERFT,
+    GLORA,
+    GRALORA,
+    HIRA,
+    HRA,
+    IA3,
+    LN_TUNING,
+    LOHA,
+    LOKR,
+    MISS,
+    OFT,
+    OSF,
+    PEANUT,
+    PVERA,
+    RANDLORA,
+    ROAD,
+    SUPERTUNING,
+    TINYLORA,
+    UNILORA,
+    VBLORA,
+    VERA,
+    WAVEFT,
+)
 BY_METHOD = {form.method: form for form in FORMS}
 
 

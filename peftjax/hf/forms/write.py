@@ -21,7 +21,7 @@ from peftjax.hf.forms.read import require_linear
 from peftjax.hf.forms.table import BY_METHOD
 from peftjax.hf.names import Model, Names, module_of, names_of
 from peftjax.hf.tensors import OF_MODEL, PREFIX
-from peftjax.hf.trained import lies_in
+from peftjax.hf.trained import lies_in, require_named, trained_as_they_are
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import SHARED
 from peftjax.transform.frozen import Frozen, Trainable
@@ -64,17 +64,10 @@ def export_form(
     parts = _parts(form, method, frozen, trainable)
     leaves = tree.named_leaves(method.apply(dataclasses.replace(frozen, advanced=True), trainable))
     names = names_of(model, leaves)
-    kept = tree.named_leaves(frozen.params)
     adapted = {target.path: target for part in parts for target in part.targets}
     left = [path for path in adapted if lies_in(path, leave_out)]
-    trained = {path for path in leaves if isinstance(kept.get(path), tree.Hole)} | {*also}
-    trained = {path for path in trained if not lies_in(path, leave_out)} - adapted.keys()
-    for path_of in (*adapted, *trained):
-        if path_of in names.unnamed and path_of not in left:
-            raise PeftError(
-                f"{path_of!r} was trained, but {names.architecture} has no such tensor; "
-                f"leave_out={[tree.module_of(path_of)]} exports the adapter without it"
-            )
+    trained = trained_as_they_are(frozen, leaves, also, leave_out) - adapted.keys()
+    require_named([path for path in (*adapted, *sorted(trained)) if path not in left], names)
     forms, modules = form.with_fields(form.slots, _fields(form, parts[0].options)), {}
     for part in parts:
         modules |= part.modules(form, names, left)

@@ -1,4 +1,4 @@
-"""PEFT's files of the methods in `peftjax/methods/sparse`."""
+"""PEFT's files of SUPERTUNING."""
 
 from __future__ import annotations
 
@@ -59,5 +59,3 @@ SUPERTUNING = Form(
     },
     with_fields=_supra,
 )
-
-SPARSE = (SUPERTUNING,)

@@ -1,4 +1,4 @@
-"""PEFT's files of the methods in `peftjax/methods/selection`."""
+"""PEFT's files of LN_TUNING."""
 
 from __future__ import annotations
 
@@ -10,5 +10,3 @@ LN_TUNING = Form(
     {"weight": same("ln_tuning_layers.weight"), "bias": same("ln_tuning_layers.bias")},
     as_they_are=True,
 )
-
-SELECTION = (LN_TUNING,)
