@@ -14,7 +14,7 @@ from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDo
 from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.fields import logical, random_key, stacked, static, structured
 from peftjax.weights.layout import Layout
-from peftjax.weights.sharding import like
+from peftjax.weights.sharding import like, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
@@ -51,7 +51,9 @@ class Added(WholeMatrices, Weight):
 
     def delta(self) -> Array:
         """The change in the logical shape, float32."""
-        given = (to_canonical(dense(self.base), self.layout).astype(jnp.float32),) if self.of_base else ()
+        given = (
+            (to_canonical(whole(dense(self.base)), self.layout).astype(jnp.float32),) if self.of_base else ()
+        )
         return to_logical(over_stack(self.change, len(self.layout.stack))(self.slots, *given), self.layout)
 
     def dense(self) -> Array:

@@ -14,7 +14,7 @@ from peftjax.weights.contraction import Contraction, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.fields import logical, random_key, stacked, static, structured
 from peftjax.weights.layout import Layout, Side
-from peftjax.weights.sharding import like
+from peftjax.weights.sharding import keeping, like, undivided, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
@@ -53,7 +53,7 @@ class Mapped(WholeMatrices, Weight):
     def dense(self) -> Array:
         """The array, formed in float32 or wider, in the base's dtype."""
         base = dense(self.base)
-        w = to_canonical(base, self.layout)
+        w = to_canonical(whole(base), self.layout)
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         if self.place == "before":
             new = self._through("o", w.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -135,7 +135,8 @@ class Mapped(WholeMatrices, Weight):
         stack = len(order)
 
         def applied(x: Array, slots: Slots, key: Array | None) -> Array:
-            x = x if key is None else drop(x, self.dropout, key)
+            x = undivided(x if key is None else drop(x, self.dropout, key), axes[stack:])
+            slots = jax.tree.map(whole, slots)
             free = [n for n in range(x.ndim) if n not in axes]
             rows = lax.transpose(x, (*axes[:stack], *free, *axes[stack:]))
             rows = rows.reshape(*rows.shape[: stack + len(free)], -1)
@@ -168,7 +169,8 @@ class Mapped(WholeMatrices, Weight):
 
     def _through(self, side: Side, rows: Array) -> Array:
         """The map of each matrix of the stack, or its transpose, on rows `[*stack, ..., n]`."""
-        return over_stack(self._map(side), len(self.layout.stack))(self.slots, rows)
+        slots = jax.tree.map(whole, self.slots)
+        return over_stack(self._map(side), len(self.layout.stack))(slots, rows)
 
     def _map(self, side: Side) -> Map:
         """The map, or its transpose for activations that meet the outputs."""
@@ -178,7 +180,8 @@ class Mapped(WholeMatrices, Weight):
         entering = {"before": n, "after": m, "beside": n}[self.place]
 
         def transposed(slots: Slots, g: Array) -> Array:
-            x = jax.ShapeDtypeStruct((*g.shape[:-1], entering), g.dtype)
+            place = keeping(g, range(g.ndim - 1), more=1)
+            x = jax.ShapeDtypeStruct((*g.shape[:-1], entering), g.dtype, sharding=place)
             return jax.linear_transpose(lambda x: self.map(slots, x), x)(g)[0]
 
         return transposed

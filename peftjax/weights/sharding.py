@@ -43,6 +43,12 @@ def whole(x: Array) -> Array:
     return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
+def undivided(x: Array, axes: Sequence[int]) -> Array:
+    """`x` with these axes whole on every device and the others as they are divided."""
+    sharding = keeping(x, [None if n in axes else n for n in range(x.ndim)])
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def is_explicit(x: Array) -> bool:
     """Whether the sharding of x is part of its type."""
     return explicit_sharding(x) is not None

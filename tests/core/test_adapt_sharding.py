@@ -221,8 +221,6 @@ def test_explicit_shardings(sharded_input, name):
 SIMPLE = [
     name for name, info in pj.METHODS.items() if not info.of_blocks and name not in ("beft", "ln_tuning")
 ]
-# Where shardings are part of the types, blocks of a divided side have none.
-IN_BLOCKS = ("oft", "hra", "boft", "bone")
 QUICK = ("pissa", "olora", "shira", "sara", "galore", "rows")
 WHOLE_SPECS = {
     "embedding": P(None, "tensor"),
@@ -273,9 +271,7 @@ def run_of(method, params, ids, explicit):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_slow(SIMPLE, QUICK))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_every_method_starts_and_runs_on_sharded_parameters(kind, name, request):
-    if kind == AxisType.Explicit and name in IN_BLOCKS:
-        request.node.add_marker(pytest.mark.xfail(reason="blocks of a divided side", strict=True))
+def test_every_method_starts_and_runs_on_sharded_parameters(kind, name):
     method, params = example_of(name), everything()
     ids = jnp.arange(32).reshape(8, 4) % 16
     want = run_of(method, params, ids, False)
