@@ -1,6 +1,6 @@
 """A weight plus a matrix that is formed in its layer, and has no form in activation space."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,12 @@ from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import to_canonical, to_logical
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
-from peftjax.weights.fields import logical, random_key, stacked, static, structured
+from peftjax.weights.fields import Slots, logical, random_key, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.sharding import like, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
-Slots = Mapping[str, Array]
 Change = Callable[..., Array]
 """`slots of one matrix -> [in, out]`, or `(slots, base [in, out])` of one `of_base`; static, so hashable."""
 

@@ -1,6 +1,6 @@
 """A low-rank weight whose factors are formed in its layer, from numbers of its own and of the whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.weights.base import Weight, cast, contract
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
-from peftjax.weights.fields import logical, random_key, shared, stacked, static, structured
+from peftjax.weights.fields import Slots, logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, Product
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
-Slots = Mapping[str, Array]
 Factors = Callable[[Slots, Slots], tuple[Array, Array]]
 """`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable."""
 

@@ -10,14 +10,18 @@
 - `tuple_of_parts()`: arrays and weights of other axes, whose views the weight takes itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jax import Array
 
 from peftjax.weights.layout import Side
 
 T = TypeVar("T")
+Slots = Mapping[str, Array]
+"""The arrays of a weight by name, `[*stack, ...]`."""
 
 
 def logical() -> Any:

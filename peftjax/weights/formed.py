@@ -1,6 +1,6 @@
 """A weight that is formed in its layer from numbers of its own, and has no base."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +9,11 @@ from jax import Array
 
 from peftjax.weights.base import Weight
 from peftjax.weights.canonical import to_logical
-from peftjax.weights.fields import stacked, static, structured
+from peftjax.weights.fields import Slots, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
-Slots = Mapping[str, Array]
 Form = Callable[[Slots], Array]
 """`slots of one matrix -> [in, out]`; static, so hashable."""
 

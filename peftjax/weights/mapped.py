@@ -1,6 +1,6 @@
 """A weight with a linear map of activations before it, after it or beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,13 +12,12 @@ from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import outputs_in_result, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Contraction, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
-from peftjax.weights.fields import logical, random_key, stacked, static, structured
+from peftjax.weights.fields import Slots, logical, random_key, stacked, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.sharding import keeping, like, undivided, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
-Slots = Mapping[str, Array]
 Map = Callable[[Slots, Array], Array]
 """`(slots of one matrix, x [..., in]) -> [..., out]`, linear in x and of its dtype; static, so hashable."""
 Place = Literal["before", "after", "beside"]
