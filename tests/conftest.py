@@ -40,6 +40,9 @@ for option, value in {"MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": -1}.it
     jax.config.update(f"jax_persistent_cache_{option.lower()}", value)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
+# Tracing makes many objects and few circles, for which Python by default looks a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
+
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
 # Mapped pieces (Linux allows 65,530) and bytes: to drop programs at between files, and already within one.
 MANY, LARGE, TOO_LARGE = 20_000, 1_200_000_000, 1_600_000_000

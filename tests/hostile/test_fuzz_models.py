@@ -134,5 +134,5 @@ def test_what_is_no_file_is_refused_at_once(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_ten_times_as_many(name, tmp_path):
-    check(KINDS[name], 10 * CASES // len(KINDS) + 1, tmp_path)
+def test_five_times_as_many(name, tmp_path):
+    check(KINDS[name], 5 * CASES // len(KINDS) + 1, tmp_path)
