@@ -30,6 +30,7 @@ from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight, dense
 from peftjax.weights.batched_low_rank import BatchedLowRank
 from peftjax.weights.column_normalized import ColumnNormalized
+from peftjax.weights.derived import Derived
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank
 from peftjax.weights.rows import TrainedRows
@@ -299,6 +300,8 @@ def _added_leaves(
             )
         if isinstance(leaf, TrainedRows):
             changed[path] = leaf = leaf.as_low_rank()
+        elif isinstance(leaf, Derived):
+            changed[path] = leaf = leaf.formed()
         if not isinstance(leaf, kinds) or leaf.base is not bases[path]:
             raise PeftError(
                 f"{method.name}: {path!r} is a {type(leaf).__name__}, not its base plus one low-rank "

@@ -70,8 +70,8 @@ def read_file(
     Args:
         folder: the adapter's.
         leave_out: modules or tensors that are not read.
-        own: what the tensors of an adapted module are called.
-        shared: the same of those of the model as a whole, with '{row}' for any number.
+        own: what the tensors of an adapted module are called, with '{row}' for any number.
+        shared: the same of those of the model as a whole, and with '{group}' for any name.
 
     Raises:
         PeftError: the file is missing or damaged; a tensor is of no known kind; a name to leave out is
@@ -85,7 +85,7 @@ def read_file(
         )
         raise PeftError(f"{folder} needs {TENSORS} and has {found}")
     places = find_tensors(file)
-    together = re.compile("|".join(re.escape(name).replace(r"\{row\}", r"\d+") for name in shared))
+    together = re.compile("|".join(map(_any, shared)))
     of_model = {
         name.removeprefix(OF_MODEL): name
         for name in places
@@ -103,7 +103,7 @@ def read_file(
         for name in hits:
             del left[name]
     held = dict(read_tensors({name: names[name] for name in left.values()}))
-    of_module = re.compile(rf"(.+)\.({'|'.join(map(re.escape, own))})")
+    of_module = re.compile(rf"(.+)\.({'|'.join(map(_any, own))})")
     factors: dict[str, dict[str, np.ndarray]] = {}
     plain, bases, tokens = {}, {}, {}
     for name, full in left.items():
@@ -132,6 +132,11 @@ def read_file(
     found = dict(read_tensors({full: places[full] for full in of_model.values()}))
     whole = {name: found[full] for name, full in of_model.items()}
     return Tensors(factors, plain, bases, tokens, whole, tuple(leave_out))
+
+
+def _any(name: str) -> str:
+    """The pattern of a name with any number and any group."""
+    return re.escape(name).replace(r"\{row\}", r"\d+").replace(r"\{group\}", r"[^.]+")
 
 
 def _without_adapter_name(file: Path, names: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from peftjax.methods.lowrank.my3dgen import my3dgen as my3dgen
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
+from peftjax.methods.lowrank.adamss import adamss as adamss
 from peftjax.methods.lowrank.delora import delora as delora
 from peftjax.methods.lowrank.psoft import psoft as psoft
 from peftjax.methods.lowrank.lamda import lamda as lamda
@@ -27,6 +28,7 @@ from peftjax.methods.lowrank.pvera import pvera as pvera
 from peftjax.methods.lowrank.randlora import randlora as randlora
 from peftjax.methods.lowrank.vblora import vblora as vblora
 from peftjax.methods.lowrank.mos import mos as mos
+from peftjax.methods.lowrank.lily import lily as lily
 from peftjax.methods.lowrank.roast import roast as roast
 from peftjax.methods.lowrank.tinylora import tinylora as tinylora
 from peftjax.methods.lowrank.unilora import unilora as unilora
@@ -42,6 +44,7 @@ from peftjax.methods.structured.boft import boft as boft
 from peftjax.methods.structured.c3a import c3a as c3a
 from peftjax.methods.structured.fourierft import fourierft as fourierft
 from peftjax.methods.structured.waveft import waveft as waveft
+from peftjax.methods.structured.frod import frod as frod
 from peftjax.methods.structured.gralora import gralora as gralora
 from peftjax.methods.structured.bone import bone as bone
 from peftjax.methods.structured.beft import beft as beft

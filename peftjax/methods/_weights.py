@@ -24,14 +24,17 @@ Bias = Callable[[Array, Mapping[str, Array], Target, Any], Array]
 """`(bias [*stack, out], slots, target, base) -> bias`, of the module of a target that has one."""
 Share = Callable[[Array, Sequence[Target]], tuple[Slots, Slots]]
 """`(key, targets) -> (trained, kept)` of the model as a whole; the names are none of a target's slots."""
+Begin = Callable[[Mapping[str, Any], Sequence[Target]], tuple[Share | None, Start]]
+"""`(parameters by path, targets) -> (share, start)`."""
 
 
 def of_weights(
     name: str,
     options: TargetOptions,
-    start: Start,
+    start: Start | None,
     weigh: Weigh,
     *,
+    begin: Begin | None = None,
     bias: Bias | None = None,
     share: Share | None = None,
     neutral: Mapping[str, float] | None = None,
@@ -48,6 +51,7 @@ def of_weights(
         options: which weights it takes.
         start: the slots of a target at the beginning.
         weigh: the weight; given the shared arrays among the slots.
+        begin: instead of `start` and `share`, where they depend on more than a target's own weight.
         bias: what becomes of the bias of a target's module, where the method acts on what the module gives.
         share: arrays that all targets use.
         neutral: what a slot of a layer that is not chosen holds, where zeros would change the layer.
@@ -63,11 +67,13 @@ def of_weights(
         plan, leaves = options.find(name, params, one_way=one_way), tree.named_leaves(params)
         trainable: dict[str, Slots] = {}
         state: dict[str, Slots] = {}
-        if share is not None:
-            trainable[SHARED], state[SHARED] = share(key_for(key, SHARED), plan)
+        shared, first = (share, start) if begin is None else begin(leaves, plan)
+        assert first is not None
+        if shared is not None:
+            trainable[SHARED], state[SHARED] = shared(key_for(key, SHARED), plan)
         for target in plan:
             path = target.path
-            trainable[path], state[path] = start(key_for(key, path), target, leaves[path])
+            trainable[path], state[path] = first(key_for(key, path), target, leaves[path])
         held = {path: slots for path, slots in trainable.items() if slots}
         return Frozen(params, state, tuple(plan)), held
 

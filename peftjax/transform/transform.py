@@ -233,8 +233,8 @@ class Transform:
             keep_dense: whether merged weights are arrays also where their base is codes.
 
         Raises:
-            PeftError: the method adds parameters that no weight can hold; with `safe`, a merged parameter
-                has a NaN or an infinity.
+            PeftError: the method adds what no weight can hold; with `safe`, a merged parameter has a NaN or
+                an infinity.
         """
         frozen, trainable = self.close(replace(frozen, advanced=True), trainable)
         applied = self.apply(frozen, trainable)
@@ -244,6 +244,12 @@ class Transform:
                 f"merge: {self.name} adds {min(added)!r}, which no weight of the model can hold; "
                 "run the adapted model, method.model(model), instead"
             )
+        for path, leaf in tree.named_leaves(applied).items():
+            if isinstance(leaf, Weight) and not leaf.has_dense:
+                raise PeftError(
+                    f"merge: {self.name} adds to {path!r} what depends on all tokens of a call, which no "
+                    "weight can hold; run the adapted model, method.model(model), instead"
+                )
         errors: dict[str, RoundingError] = {}
 
         def one(path: str, leaf: Any) -> Any:

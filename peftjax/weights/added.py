@@ -12,14 +12,17 @@ from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import to_canonical, to_logical
 from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
-from peftjax.weights.fields import Slots, logical, random_key, stacked, static, structured
+from peftjax.weights.fields import Slots, logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.sharding import like, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
 Change = Callable[..., Array]
-"""`slots of one matrix -> [in, out]`, or `(slots, base [in, out])` of one `of_base`; static, so hashable."""
+"""`slots of one matrix -> [in, out]`, or `(slots, base [in, out])` of one `of_base`; static, so hashable.
+
+The slots that all matrices share are among them.
+"""
 
 
 @structured
@@ -38,6 +41,7 @@ class Added(WholeMatrices, Weight):
         of_base: whether it depends on the base.
         dropout: on what meets the change.
         key: for the dropout.
+        shared: numbers of the change that all matrices use.
     """
 
     base: Any = logical()
@@ -47,13 +51,18 @@ class Added(WholeMatrices, Weight):
     of_base: bool = static(default=False)
     dropout: float = static(default=0.0)
     key: Array | None = random_key(default=None)
+    shared: Slots | None = shared(default=None)
 
     def delta(self) -> Array:
         """The change in the logical shape, float32."""
         given = (
             (to_canonical(whole(dense(self.base)), self.layout).astype(jnp.float32),) if self.of_base else ()
         )
-        return to_logical(over_stack(self.change, len(self.layout.stack))(self.slots, *given), self.layout)
+
+        def of_one(slots: Slots, *given: Array) -> Array:
+            return self.change({**(self.shared or {}), **slots}, *given)
+
+        return to_logical(over_stack(of_one, len(self.layout.stack))(self.slots, *given), self.layout)
 
     def dense(self) -> Array:
         """The sum, taken in float32, in the base's dtype."""

@@ -26,10 +26,12 @@ class Weight(Views):
         base: the array or weight that this one changes. One that stands for itself, such as factors or codes,
             has none, and gives its own `dtype`.
         may_mix: whether its stack may be summed over, as the experts of a router.
+        has_dense: whether there is an array that it stands for.
     """
 
     base: Any = None
     may_mix: ClassVar[bool] = True
+    has_dense: ClassVar[bool] = True
 
     @property
     def dtype(self) -> jnp.dtype:

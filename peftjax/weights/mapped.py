@@ -12,14 +12,17 @@ from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import outputs_in_result, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Contraction, Dot, Gather, RaggedDot
 from peftjax.weights.dropout import drop, key_for_input
-from peftjax.weights.fields import Slots, logical, random_key, stacked, static, structured
+from peftjax.weights.fields import Slots, logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout, Side
 from peftjax.weights.sharding import keeping, like, undivided, whole
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
 Map = Callable[[Slots, Array], Array]
-"""`(slots of one matrix, x [..., in]) -> [..., out]`, linear in x and of its dtype; static, so hashable."""
+"""`(slots of one matrix, x [..., in]) -> [..., out]`, linear in x and of its dtype; static, so hashable.
+
+The slots that all matrices share are among them.
+"""
 Place = Literal["before", "after", "beside"]
 
 
@@ -39,6 +42,7 @@ class Mapped(WholeMatrices, Weight):
         place: where it acts.
         dropout: on what a map beside the base is given.
         key: for the dropout.
+        shared: numbers of the map that all matrices use.
     """
 
     base: Any = logical()
@@ -48,6 +52,7 @@ class Mapped(WholeMatrices, Weight):
     place: Place = static()
     dropout: float = static(default=0.0)
     key: Array | None = random_key(default=None)
+    shared: Slots | None = shared(default=None)
 
     def dense(self) -> Array:
         """The array, formed in float32 or wider, in the base's dtype."""
@@ -133,19 +138,19 @@ class Mapped(WholeMatrices, Weight):
         """
         stack = len(order)
 
-        def applied(x: Array, slots: Slots, key: Array | None) -> Array:
+        def applied(x: Array, slots: Slots, of_all: Slots | None, key: Array | None) -> Array:
             x = undivided(x if key is None else drop(x, self.dropout, key), axes[stack:])
-            slots = jax.tree.map(whole, slots)
+            slots, of_all = jax.tree.map(whole, (slots, of_all))
             free = [n for n in range(x.ndim) if n not in axes]
             rows = lax.transpose(x, (*axes[:stack], *free, *axes[stack:]))
             rows = rows.reshape(*rows.shape[: stack + len(free)], -1)
-            y = over_stack(self._map(side), stack)(_ordered(slots, order), rows)
+            y = over_stack(self._map(side, of_all), stack)(_ordered(slots, order), rows)
             y = y.reshape(*y.shape[:-1], *self._result_sizes(side))
             left = [n for n in range(y.ndim) if n not in to]
             at = (*to[:stack], *left, *to[stack:])
             return lax.transpose(y, sorted(range(y.ndim), key=at.__getitem__))
 
-        return jax.checkpoint(applied)(x, self.slots, key)
+        return jax.checkpoint(applied)(x, self.slots, self.shared, key)
 
     def _result_sizes(self, side: Side) -> tuple[int, ...]:
         """The sizes of the features that the map, or its transpose, gives."""
@@ -168,20 +173,24 @@ class Mapped(WholeMatrices, Weight):
 
     def _through(self, side: Side, rows: Array) -> Array:
         """The map of each matrix of the stack, or its transpose, on rows `[*stack, ..., n]`."""
-        slots = jax.tree.map(whole, self.slots)
-        return over_stack(self._map(side), len(self.layout.stack))(slots, rows)
+        slots, of_all = jax.tree.map(whole, (self.slots, self.shared))
+        return over_stack(self._map(side, of_all), len(self.layout.stack))(slots, rows)
 
-    def _map(self, side: Side) -> Map:
+    def _map(self, side: Side, of_all: Slots | None) -> Map:
         """The map, or its transpose for activations that meet the outputs."""
+
+        def own(slots: Slots, x: Array) -> Array:
+            return self.map({**(of_all or {}), **slots}, x)
+
         if side == "i":
-            return self.map
+            return own
         n, m = self.layout.matrix
         entering = {"before": n, "after": m, "beside": n}[self.place]
 
         def transposed(slots: Slots, g: Array) -> Array:
             place = keeping(g, range(g.ndim - 1), more=1)
             x = jax.ShapeDtypeStruct((*g.shape[:-1], entering), g.dtype, sharding=place)
-            return jax.linear_transpose(lambda x: self.map(slots, x), x)(g)[0]
+            return jax.linear_transpose(lambda x: own(slots, x), x)(g)[0]
 
         return transposed
 

@@ -11,7 +11,10 @@ W = TypeVar("W", bound=Views)
 def shares(w: Views) -> bool:
     """Whether a part of a weight belongs to all members of its stack."""
     parts = [(getattr(w, f.name), f.metadata["role"]) for f in fields(w)]
-    return any(role == "shared" or (isinstance(part, Views) and shares(part)) for part, role in parts)
+    return any(
+        (role == "shared" and part is not None) or (isinstance(part, Views) and shares(part))
+        for part, role in parts
+    )
 
 
 def mapped_axes(w: Views) -> Any:

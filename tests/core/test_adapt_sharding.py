@@ -219,7 +219,9 @@ def test_explicit_shardings(sharded_input, name):
 
 # Those that merge, and find something to train, in the model below: it has layers without a bias and no norm.
 SIMPLE = [
-    name for name, info in pj.METHODS.items() if not info.of_blocks and name not in ("beft", "ln_tuning")
+    name
+    for name, info in pj.METHODS.items()
+    if info.mergeable and not info.of_blocks and name not in ("beft", "ln_tuning")
 ]
 QUICK = ("pissa", "olora", "shira", "sara", "galore", "rows")
 WHOLE_SPECS = {

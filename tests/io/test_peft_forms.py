@@ -46,6 +46,11 @@ METHODS = {
     ),
     "beside what is trained as it is": pj.chain(pj.oft(block=4, targets=["up"]), pj.unfreeze(["head"])),
     "arrays of the whole model": pj.vera(rank=3, targets=["up", "down"]),
+    "a basis for each group of layers": pj.frod(density=0.2, targets=["up", "down"]),
+    "clusters that the base tells": pj.adamss(
+        rank=4, subspaces=2, subspace_rank=2, targets=["up"], layers=[0, 2]
+    ),
+    "a lookup table": pj.hira(rank=2, targets=["embed"]),
 }
 
 
@@ -121,7 +126,7 @@ def test_what_does_not_fit_is_named(name, tmp_path):
 
 def test_what_a_type_has_no_form_for_is_refused(tmp_path):
     for method, said in (
-        (pj.hira(rank=2, targets=["embed"]), "kind 'embedding'"),
+        (pj.loha(rank=2, targets=["embed"]), "kind 'embedding'"),
         (pj.miss(rank=2, rank_pattern={"down": 3}, targets=["up", "down"]), "one for all modules"),
         (pj.chain(pj.hira(rank=2, targets=["up"]), pj.lora(rank=2, targets=["down"])), "chained with lora"),
         (
@@ -143,6 +148,29 @@ def test_shared_arrays_that_the_file_lacks_are_asked_for(tmp_path):
     changed(tmp_path, {"save_projection": False}, lambda held: held.pop("base_model.vera_A"))
     with pytest.raises(PeftError, match="save_projection=True"):
         pj.import_peft(tmp_path, TABLE, PARAMS)
+
+
+def test_factors_that_layers_share_are_written_beside_each_module(tmp_path):
+    method = pj.lily(rank=2, stride=2, experts=3, targets=["up", "down"])
+    frozen, trainable = method.init(KEY, PARAMS)
+    trainable = noisy(trainable)
+    pj.export_peft(tmp_path, TABLE, method, frozen, trainable)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["target_modules"], config["layers_to_transform"]) == (["down", "up"], [0, 1, 2])
+    assert_close(pj.import_peft(tmp_path, TABLE, PARAMS)[2], trainable)
+    name = "base_model.model.layers.1.up.lily_A.weight"
+    changed(tmp_path, None, lambda held: held.update({name: held[name] + 1.0}))
+    with pytest.raises(PeftError, match="number 1 has factors of its own, and with a stride_A of 2"):
+        pj.import_peft(tmp_path, TABLE, PARAMS)
+    with pytest.raises(PeftError, match="target_modules is the pattern"):
+        pj.import_peft(changed(tmp_path, {"target_modules": ".*up|.*down"}), TABLE, PARAMS)
+
+
+def test_clusters_of_another_base_are_refused(tmp_path):
+    exported(tmp_path, METHODS["clusters that the base tells"])
+    other = jax.tree.map(lambda leaf: leaf[..., ::-1] ** 3, PARAMS)
+    with pytest.raises(PeftError, match="its base is another one"):
+        pj.import_peft(tmp_path, TABLE, other)
 
 
 def test_every_method_of_the_table_is_registered():

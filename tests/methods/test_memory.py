@@ -150,21 +150,37 @@ def test_a_scan_over_layers_keeps_no_update(name, dtype):
     assert all(shape[-2:] != (N_IN, N_OUT) for shape in shapes)
 
 
-def test_layers_share_their_random_factors_and_keep_the_thin_product():
+SHARING = {
+    "vera": {},
+    "pvera": {"rank": 5},
+    "randlora": {"bases": "stored"},
+    "vblora": {"rank": 5, "length": 4, "vectors": 7},
+    "mos": {"rank": 5, "stored": 3, "shards": 4, "private": 1},
+    "unilora": {"rank": 5, "size": 9},
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_share_what_their_factors_are_made_of_and_hold_none(name):
     params = {"up": {"kernel": jnp.ones((3, N_IN, N_IN))}}
 
     def layers(params, x):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["up"]["kernel"])[0]
 
-    rank = pj.METHODS["vera"].conformance.example["rank"]
-    shapes = [shape for _, shape in kept(make("vera"), layers, params=params, through=True)]
-    assert (3, N, rank) in shapes
-    # No layer has factors of its own, neither kept nor made before the loop.
-    assert all(shape[-2:] not in ((rank, N_IN), (N_IN, N_IN)) for shape in shapes)
-    method = make("vera")
+    method = make(name, **SHARING[name])
     frozen, trainable = method.init(KEY, params)
+    # Neither kept nor made before the loop: nothing with a row of factors or of bases for each layer.
+    numbers = [leaf.shape for leaf in jax.tree.leaves((frozen.state, trainable)) if leaf.shape[:1] == (3,)]
+    rows = [shape for _, shape in kept(method, layers, params=params, through=True)]
     program = jax.make_jaxpr(lambda t: pj.adapt(layers)(method.apply(frozen, t), X))(trainable)
-    assert (3, rank, N_IN) not in {v.aval.shape for eqn in program.eqns for v in eqn.outvars}
+    made = [v.aval for eqn in program.eqns for v in eqn.outvars]
+    rows += [aval.shape for aval in made if jnp.issubdtype(aval.dtype, jnp.floating)]
+    for shape in rows:
+        activation = shape[-2:] == (N, N_IN) or shape in numbers
+        assert activation or shape[:1] != (3,) or shape[-1] not in (N_IN, N_IN * N_IN), shape
+    if name in ("vera", "vblora", "mos", "unilora"):
+        rank = method.config["rank"]
+        assert (3, N, rank) in rows
 
 
 def test_neighbors_keep_their_common_input_once():

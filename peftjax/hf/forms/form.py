@@ -18,17 +18,25 @@ class SlotForm:
 
     Attributes:
         name: after the module's name and a dot; of the model as a whole, after 'base_model.', with '{row}'
-            where each row is a tensor of its own.
+            where each row is a tensor of its own, and '{group}' where each group of modules has its own.
         write: from ours to PEFT's.
         read: from PEFT's to ours.
     """
 
     name: str
-    write: Callable[[np.ndarray], np.ndarray] = np.asarray
-    read: Callable[[np.ndarray], np.ndarray] = np.asarray
+    write: Callable[[Any], Any] = np.asarray
+    read: Callable[[Any], Any] = np.asarray
 
 
 SlotForms = Mapping[str, SlotForm]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a module has without its adapter: the weight `[in, out]` and, where there is one, the bias."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,15 @@ class Form:
         unpacked: `(arrays, fields, PEFT's name of the module) -> arrays`, the inverse.
         numbered: arrays of each module that follow from its number among so many, in PEFT's order:
             `(number, count, fields) -> arrays`.
-        derived: shared arrays that follow from those of all modules.
+        derived: `(arrays of all modules, shared arrays of the file, fields) -> arrays`, shared ones that
+            follow from those; of one pool where there are several.
+        pooled: whether arrays are shared by pools of modules, as the method has them.
+        group: what PEFT calls the pool of a module.
+        packed_shared: shared arrays as the file has them.
+        kinds: layers other than linear ones that PEFT's type has: `(forms of a linear layer, the inputs of a
+            convolution) -> forms`.
+        of_base: `(arrays, shared arrays of the file, base, fields) -> arrays`, where arrays of a module
+            follow from its base.
     """
 
     method: str
@@ -92,25 +108,36 @@ class Form:
     packed: Callable[[Arrays, Arrays], Arrays] = lambda arrays, shared: arrays
     unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
     numbered: Callable[[int, int, Any], Arrays] | None = None
-    derived: Callable[[Sequence[Arrays], Any], Arrays] = lambda modules, fields: {}
+    derived: Callable[[Sequence[Arrays], Arrays, Any], Arrays] = lambda modules, shared, fields: {}
+    pooled: bool = False
+    group: Callable[[str], str] = str
+    packed_shared: Callable[[Arrays], Arrays] = lambda shared: shared
+    kinds: Mapping[str, Callable[[SlotForms, Any], SlotForms]] = field(default_factory=dict)
+    of_base: Callable[[Arrays, Arrays, Base, Any], Arrays] | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether there are arrays that modules share."""
+        return bool(self.shared) or self.pooled
 
 
-def tensors_of(form: SlotForm, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors that a shared array is in a file."""
-    written = form.write(array)
-    if "{row}" not in form.name:
-        return {form.name: written}
-    return {form.name.format(row=row): own for row, own in enumerate(written)}
+def tensors_of(form: SlotForm, array: np.ndarray, group: str = "") -> dict[str, np.ndarray]:
+    """The tensors that an array is in a file."""
+    written, name = form.write(array), form.name.replace("{group}", group)
+    if "{row}" not in name:
+        return {name: written}
+    return {name.format(row=row): own for row, own in enumerate(written)}
 
 
-def array_of(form: SlotForm, tensors: Arrays) -> np.ndarray | None:
-    """A shared array of a file's tensors, or None where it is not there."""
-    if "{row}" not in form.name:
-        return form.read(tensors[form.name]) if form.name in tensors else None
+def array_of(form: SlotForm, tensors: Arrays, group: str = "") -> Any:
+    """The array of a file's tensors, or None where it is not there."""
+    name = form.name.replace("{group}", group)
+    if "{row}" not in name:
+        return form.read(tensors[name]) if name in tensors else None
     rows = []
-    while (name := form.name.format(row=len(rows))) in tensors:
-        rows.append(tensors[name])
-    return form.read(np.stack(rows)) if rows else None
+    while (row := name.format(row=len(rows))) in tensors:
+        rows.append(tensors[row])
+    return form.read(rows) if rows else None
 
 
 def same(name: str) -> SlotForm:

@@ -18,19 +18,23 @@ from peftjax.core.errors import PeftError
 from peftjax.core.tree import nearest
 from peftjax.hf.adapted import require_bases, require_targets
 from peftjax.hf.common import CONFIG, CommonConfig, CommonFile, pattern_value
-from peftjax.hf.forms.form import Arrays, Form, array_of
+from peftjax.hf.forms.form import Arrays, Base, Form, array_of
+from peftjax.hf.forms.kinds import forms_of, names_in_file
 from peftjax.hf.forms.order import in_order
 from peftjax.hf.forms.table import form_of_config
 from peftjax.hf.names import Model, Names, names_of, require_one_stack
 from peftjax.hf.plain import read_plain
 from peftjax.hf.tensors import PREFIX, Tensors, read_file
 from peftjax.io.files import checked, read_json
+from peftjax.methods._pools import in_pools, numbered
 from peftjax.methods._weights import SHARED
 from peftjax.models.weight_map import Slot
 from peftjax.transform.chain import chain
 from peftjax.transform.frozen import Frozen, Params, Trainable
 from peftjax.transform.registry import build
-from peftjax.transform.transform import Transform
+from peftjax.transform.transform import Transform, part_of
+from peftjax.weights.base import dense
+from peftjax.weights.canonical import to_canonical
 from peftjax.weights.layout import Layout, layout_of
 
 OF_ALL_TYPES = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version")
@@ -40,8 +44,9 @@ OF_ALL_TYPES += ("revision", "runtime_config")
 
 @dataclass(frozen=True)
 class _Module:
-    """What one module has: the layer of its stack, and our arrays."""
+    """What one module has: its name in PEFT, the layer of its stack, and our arrays."""
 
+    name: str
     slot: Slot
     arrays: Arrays
     rank: int | None
@@ -67,9 +72,7 @@ def read_form_file(form: Form, folder: Path, leave_out: Sequence[str] = ()) -> T
     """The tensors of a folder."""
     shared = [slot.name for slot in form.shared.values()]
     slots = form.with_fields(form.slots, read_form_config(form, folder)[1])
-    return read_file(
-        folder, leave_out, own=[*(slot.name for slot in slots.values()), *form.unread], shared=shared
-    )
+    return read_file(folder, leave_out, own=[*names_in_file(form, slots), *form.unread], shared=shared)
 
 
 def read_form_config(form: Form, folder: Path) -> tuple[CommonConfig, Any]:
@@ -132,7 +135,7 @@ def _imported(
     require_bases(file, names, leaves)
     plain = read_plain(config, file, names, leaves)
     groups = _groups(form, modules, leaves)
-    if form.shared and len(groups) > 1:
+    if form.shares and len(groups) > 1:
         raise PeftError(
             f"{form.method}: the adapter's {next(iter(form.slots.values())).name} are of several kinds, by "
             "layer or by module, and its shared arrays belong to one method; give all layers the same "
@@ -145,14 +148,15 @@ def _imported(
     frozen, fresh = method.init(jax.random.key(0), params)
     frozen = dataclasses.replace(frozen, advanced=True)  # it has been trained
     if len(methods) == 1:
-        state, trainable = _filled(form, fields, groups[0], file, frozen.state, fresh)
+        state, trainable = _filled(form, fields, groups[0], file, frozen, fresh)
         return method, dataclasses.replace(frozen, state=state), trainable
     parts, states = list(method.parts), dict(frozen.state)
     for name, group in zip(parts, groups):
-        states[name], fresh[name] = _filled(form, fields, group, file, states[name], fresh[name])
+        own = part_of(frozen, name, params)
+        states[name], fresh[name] = _filled(form, fields, group, file, own, fresh[name])
     if plain:
-        own = fresh[parts[-1]]
-        fresh[parts[-1]] = {path: jnp.asarray(plain[path], leaf.dtype) for path, leaf in own.items()}
+        kept = fresh[parts[-1]]
+        fresh[parts[-1]] = {path: jnp.asarray(plain[path], leaf.dtype) for path, leaf in kept.items()}
     return method, dataclasses.replace(frozen, state=states), fresh
 
 
@@ -166,16 +170,21 @@ def _modules(
 ) -> dict[str, _Module]:
     """What each module of the file has, by the name of its weight."""
     found: dict[str, _Module] = {}
-    slots = form.with_fields(form.slots, fields)
+    of_linear = form.with_fields(form.slots, fields)
     for module, tensors in file.factors.items():
         name, slot = names.place(f"{module}.weight")
         layout = layout_of(slot.path, leaves, layouts)
-        require_linear(form, slot, name, layout)
+        require_one_stack(slot, name, layout)
+        slots = forms_of(form, of_linear, slot.weight, layout, name)
         held = form.present(slots, tensors)
-        if missing := [slots[own].name for own in held if slots[own].name not in tensors]:
+        tensors = {own: _floats(tensor) for own, tensor in tensors.items()}
+        read = {own: array_of(slots[own], tensors) for own in held}
+        if missing := [slots[own].name for own, array in read.items() if array is None]:
             raise PeftError(f"tensor {f'{PREFIX}{module}.{missing[0]}'!r} is missing")
-        arrays = {own: slots[own].read(_floats(tensors[slots[own].name])) for own in held}
-        arrays = form.unpacked(arrays, fields, module)
+        arrays = form.unpacked(read, fields, module)
+        if form.of_base is not None:
+            shared = _shared_arrays(form, file, form.group(module))
+            arrays = form.of_base(arrays, shared, _base(slot, layout, leaves), fields)
         rank = alpha = None
         if form.rank is not None:
             rank = form.rank(arrays) or pattern_value(
@@ -184,7 +193,7 @@ def _modules(
         if form.alpha is not None:
             value, pattern = (getattr(fields, field) for field in form.alpha)
             alpha = pattern_value(pattern or {}, module, value)
-        found[name] = _Module(slot, arrays, rank, alpha)
+        found[name] = _Module(module, slot, arrays, rank, alpha)
     if form.numbered is None:
         return found
     return {
@@ -195,14 +204,17 @@ def _modules(
     }
 
 
-def require_linear(form: Form, slot: Slot, name: str, layout: Layout) -> None:
-    """Raise a PeftError where a weight is not that of a linear layer of its own."""
-    require_one_stack(slot, name, layout)
-    if slot.weight.kind != "linear":
-        raise PeftError(
-            f"{slot.path!r} is {name!r}, a weight of kind {slot.weight.kind!r}; {form.type} is exchanged "
-            "with PEFT for linear layers: leave it out, or merge"
-        )
+def _base(slot: Slot, layout: Layout, leaves: Mapping[str, Any]) -> Base:
+    """A module's weight and bias, in float32."""
+    weight = dense(leaves[slot.path])
+    module = tree.module_of(slot.path)
+    bias = next((leaves[own] for own in tree.biases(leaves) if tree.module_of(own) == module), None)
+    if slot.layer is not None:
+        (stack,) = layout.positions("s")
+        weight, layout = jnp.take(weight, slot.layer, axis=stack), layout.drop(stack)
+        bias = None if bias is None else bias[slot.layer]
+    matrix = np.asarray(to_canonical(jnp.asarray(weight), layout), np.float32)
+    return Base(matrix, None if bias is None else np.asarray(bias, np.float32).reshape(-1))
 
 
 def _floats(tensor: np.ndarray) -> np.ndarray:
@@ -251,10 +263,10 @@ def _method(
 
 
 def _filled(
-    form: Form, fields: Any, group: _Group, file: Tensors, state: Any, fresh: Trainable
+    form: Form, fields: Any, group: _Group, file: Tensors, frozen: Frozen, fresh: Trainable
 ) -> tuple[Any, Trainable]:
     """The method's state and trainable with the file's arrays in their places."""
-    state, trainable = {**state}, {**fresh}
+    state, trainable = {**frozen.state}, {**fresh}
 
     def put(path: str, arrays: Mapping[str, np.ndarray]) -> None:
         for part in (state, trainable):
@@ -280,20 +292,36 @@ def _filled(
             path,
             {slot: np.stack([m.arrays[slot] for m in modules]) if stacked else slots[slot] for slot in slots},
         )
-    if form.shared:
-        tensors = {name: _floats(tensor) for name, tensor in file.shared.items()}
-        together = {slot: array_of(own, tensors) for slot, own in form.shared.items()}
-        missing = [form.shared[slot].name for slot, array in together.items() if array is None]
-        if missing:
-            raise PeftError(
-                f"the file has no base_model.{missing[0]}, which every module uses: PEFT draws it from a "
-                "seed as PyTorch does; save the adapter again with save_projection=True"
-            )
-        found = {slot: array for slot, array in together.items() if array is not None}
-        put(
-            SHARED, {**found, **form.derived([m.arrays for own in group.paths.values() for m in own], fields)}
-        )
+    if form.shares:
+        put(SHARED, _shared(form, fields, group, file, frozen.plan))
     return state, trainable
+
+
+def _shared(form: Form, fields: Any, group: _Group, file: Tensors, plan: Any) -> dict[str, np.ndarray]:
+    """The arrays that modules share, of all or of each pool."""
+    if not form.pooled:
+        found, modules = _shared_arrays(form, file), [m.arrays for own in group.paths.values() for m in own]
+        return {**found, **form.derived(modules, found, fields)}
+    whole: dict[str, np.ndarray] = {}
+    for pool, targets in in_pools(plan).items():
+        modules = [module for target in targets for module in group.paths[target.path]]
+        found = _shared_arrays(form, file, form.group(modules[0].name))
+        found = {**found, **form.derived([module.arrays for module in modules], found, fields)}
+        whole |= numbered(found, pool)
+    return whole
+
+
+def _shared_arrays(form: Form, file: Tensors, group: str = "") -> dict[str, np.ndarray]:
+    """Those that the file has of the model as a whole, or of a group."""
+    tensors = {name: _floats(tensor) for name, tensor in file.shared.items()}
+    found = {slot: array_of(own, tensors, group) for slot, own in form.shared.items()}
+    if missing := [form.shared[slot].name for slot, array in found.items() if array is None]:
+        name = missing[0].replace("{group}", group)
+        raise PeftError(
+            f"the file has no base_model.{name}, which every module uses: PEFT draws it from a seed as "
+            "PyTorch does; save the adapter again with save_projection=True"
+        )
+    return found
 
 
 def _shapes(arrays: Arrays) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from peftjax.hf.forms.form import Form
 from peftjax.hf.forms.types.adalora import ADALORA
+from peftjax.hf.forms.types.adamss import ADAMSS
 from peftjax.hf.forms.types.beft import BEFT
 from peftjax.hf.forms.types.boft import BOFT
 from peftjax.hf.forms.types.bone import BONE
@@ -12,11 +13,13 @@ from peftjax.hf.forms.types.c3a import C3A
 from peftjax.hf.forms.types.deft import DEFT
 from peftjax.hf.forms.types.delora import DELORA
 from peftjax.hf.forms.types.fourierft import FOURIERFT
+from peftjax.hf.forms.types.frod import FROD
 from peftjax.hf.forms.types.glora import GLORA
 from peftjax.hf.forms.types.gralora import GRALORA
 from peftjax.hf.forms.types.hira import HIRA
 from peftjax.hf.forms.types.hra import HRA
 from peftjax.hf.forms.types.ia3 import IA3
+from peftjax.hf.forms.types.lily import LILY
 from peftjax.hf.forms.types.ln_tuning import LN_TUNING
 from peftjax.hf.forms.types.loha import LOHA
 from peftjax.hf.forms.types.lokr import LOKR
@@ -36,6 +39,7 @@ from peftjax.hf.forms.types.waveft import WAVEFT
 
 FORMS = (
     ADALORA,
+    ADAMSS,
     BEFT,
     BOFT,
     BONE,
@@ -43,11 +47,13 @@ FORMS = (
     DEFT,
     DELORA,
     FOURIERFT,
+    FROD,
     GLORA,
     GRALORA,
     HIRA,
     HRA,
     IA3,
+    LILY,
     LN_TUNING,
     LOHA,
     LOKR,

@@ -15,13 +15,14 @@ from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.core.targets import pattern_value
 from peftjax.hf.folder import fan_in_fan_out, plain_parameters, task_of, write_folder
-from peftjax.hf.forms.form import Form, tensors_of
+from peftjax.hf.forms.form import Form, SlotForms, tensors_of
+from peftjax.hf.forms.kinds import forms_of
 from peftjax.hf.forms.order import in_order
-from peftjax.hf.forms.read import require_linear
 from peftjax.hf.forms.table import BY_METHOD
-from peftjax.hf.names import Model, Names, module_of, names_of
+from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.hf.tensors import OF_MODEL, PREFIX
 from peftjax.hf.trained import lies_in, require_named, trained_as_they_are
+from peftjax.methods._pools import of_pool
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import SHARED
 from peftjax.transform.frozen import Frozen, Trainable
@@ -68,7 +69,7 @@ def export_form(
     left = [path for path in adapted if lies_in(path, leave_out)]
     trained = trained_as_they_are(frozen, leaves, also, leave_out) - adapted.keys()
     require_named([path for path in (*adapted, *sorted(trained)) if path not in left], names)
-    forms, modules = form.with_fields(form.slots, _fields(form, parts[0].options)), {}
+    modules: dict[str, _Written] = {}
     for part in parts:
         modules |= part.modules(form, names, left)
     if not modules:
@@ -80,16 +81,13 @@ def export_form(
     written = {names.written(module): own for module, own in modules.items()}
     shared = {slot: np.asarray(array) for slot, array in parts[0].shared.items()}
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
-        f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
+        f"{PREFIX}{module}.{name}": tensor
         for module, own in written.items()
-        for slot, array in form.packed(own.arrays, shared).items()
-        if slot in forms
+        for slot, array in form.packed(own.arrays, _shared_by(form, shared, own)).items()
+        if slot in own.forms
+        for name, tensor in tensors_of(own.forms[slot], array).items()
     }
-    tensors |= {
-        f"{OF_MODEL}{name}": tensor
-        for slot, own in form.shared.items()
-        for name, tensor in tensors_of(own, shared[slot]).items()
-    }
+    tensors |= {f"{OF_MODEL}{name}": tensor for name, tensor in _of_model(form, shared, written).items()}
     layouts = {path: target.layout for path, target in adapted.items()}
     values |= {
         "base_model_name_or_path": base,
@@ -112,7 +110,8 @@ class _Written:
     """One module of the file."""
 
     arrays: Mapping[str, np.ndarray]
-    rank: int
+    forms: SlotForms
+    target: Target
     alpha: float | None
 
 
@@ -138,12 +137,13 @@ class _Part:
                     f"{slot.path!r} is the weight of {name!r} too, and {form.type} has no form for weights "
                     "that several modules share: load the model with untie=True, leave it out, or merge"
                 )
-        found = {}
+        found, of_linear = {}, form.with_fields(form.slots, _fields(form, self.options))
         for name, slot in names.slots.items():
             target = targets.get(slot.path)
             if target is None:
                 continue
-            require_linear(form, slot, name, target.layout)
+            require_one_stack(slot, name, target.layout)
+            forms = forms_of(form, of_linear, slot.weight, target.layout, name)
             row: Any = ...
             if slot.layer is not None:
                 chosen = range(target.layout.stack[0]) if target.layers is None else target.layers
@@ -154,8 +154,36 @@ class _Part:
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
-            found[module_of(name)] = _Written(arrays, target.rank, alpha)
+            found[module_of(name)] = _Written(arrays, forms, target, alpha)
         return found
+
+
+def _shared_by(form: Form, shared: Mapping[str, Any], own: _Written) -> Mapping[str, Any]:
+    """The shared arrays that a module uses."""
+    return of_pool(shared, own.target) if form.pooled else shared
+
+
+def _of_model(
+    form: Form, shared: Mapping[str, Any], written: Mapping[str, _Written]
+) -> dict[str, np.ndarray]:
+    """The tensors of the model as a whole, or of each group of its modules."""
+    found: dict[str, np.ndarray] = {}
+    seen: set[tuple[str, Any]] = set()
+    for module, own in written.items():
+        group, pool = (form.group(module), getattr(own.target, "pool", None)) if form.pooled else ("", None)
+        if not form.shared or (group, pool) in seen:
+            continue
+        seen.add((group, pool))
+        arrays = form.packed_shared(_shared_by(form, shared, own))
+        for slot, slot_form in form.shared.items():
+            for name, tensor in tensors_of(slot_form, arrays[slot], group).items():
+                if name in found and not np.array_equal(found[name], tensor):
+                    raise PeftError(
+                        f"{form.method}: {module!r} and others share base_model.{name} in PEFT, and have "
+                        "different ones here; export them apart, or merge"
+                    )
+                found[name] = tensor
+    return found
 
 
 def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) -> list[_Part]:
@@ -174,7 +202,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
             )
     first = _unlike_rank(found[0].options)
     for own in found[1:]:
-        if form.to_fields(own.options) != form.to_fields(found[0].options) or form.shared:
+        if form.to_fields(own.options) != form.to_fields(found[0].options) or form.shares:
             raise PeftError(
                 f"the chain's {form.method} have different options, {first} and {_unlike_rank(own.options)}, "
                 "and PEFT has one configuration for all modules; export them apart"
@@ -220,7 +248,7 @@ def _patterns(form: Form, modules: Mapping[str, _Written]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     wanted = []
     if form.rank is not None:
-        wanted.append(("r", "rank_pattern", {name: own.rank for name, own in modules.items()}))
+        wanted.append(("r", "rank_pattern", {name: own.target.rank for name, own in modules.items()}))
     if form.alpha is not None:
         wanted.append((*form.alpha, {name: own.alpha for name, own in modules.items()}))
     for option, names in form.patterned.items():

@@ -1,5 +1,7 @@
 """The base's own numbers, for methods whose frozen factors follow from them."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -30,9 +32,16 @@ def principal(w: Float[Array, "*stack n m"], rank: int) -> Svd:
     return Svd(u * sign, svd.sizes[..., :rank], vt * sign.swapaxes(-1, -2))
 
 
-def on_chosen(factor: Array, target: Target) -> Array:
-    """A factor of all layers `[*stack, r, n]`, zero for those that are not chosen."""
+def chosen(target: Target) -> dict[str, Array]:
+    """A slot that says which layers of a stack are chosen, where not all are: 1 or 0, `[*stack]`."""
     if target.layers is None:
-        return factor
-    chosen = jnp.zeros(target.layout.stack[0], bool).at[jnp.asarray(target.layers)].set(True)
-    return jnp.where(chosen.reshape(-1, *(1,) * (factor.ndim - 1)), factor, 0.0)
+        return {}
+    on = jnp.zeros(target.layout.stack[0]).at[jnp.asarray(target.layers)].set(1.0)
+    return {
+        "on": jnp.broadcast_to(on.reshape(-1, *(1,) * (len(target.layout.stack) - 1)), target.layout.stack)
+    }
+
+
+def of_chosen(factor: Array, slots: Mapping[str, Array]) -> Array:
+    """A factor of one matrix, zero in a layer that is not chosen."""
+    return slots["on"] * factor if "on" in slots else factor

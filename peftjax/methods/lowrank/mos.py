@@ -8,8 +8,8 @@ Paper: Wang et al., "MoS: Unleashing Parameter Efficiency of LoRA with Mixture o
 
 Of each pool the last L·p·l shards are private, p·l for each matrix; each matrix takes its own, and (r - p)·l
 distinct others at random, for a and b apart. Trained: the pools, e·(in + out) numbers a weight as in LoRA of
-rank e, for factors of rank r. Backward keeps LoRA's residuals. Start: P_a ~ U(±1/√in), P_b = 0. The default
-sizes are ours.
+rank e, for factors of rank r. Backward keeps x and x·aᵀ, and forms a and b again. Start: P_a ~ U(±1/√in),
+P_b = 0. The default sizes are ours.
 """
 
 import math
@@ -24,28 +24,14 @@ from jax import Array
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
 from peftjax.methods._options import DropoutOptions, RankOptions
+from peftjax.methods._pools import PooledTarget, in_pools, numbered, of_pool, pooled
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots, of_weights
-from peftjax.methods.lowrank._base import on_chosen
+from peftjax.methods.lowrank._base import chosen, of_chosen
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
-from peftjax.weights.low_rank import LowRank
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledTarget(Target):
-    """A target whose matrices share pools with those of others.
-
-    Attributes:
-        pool: the number of its pair of pools.
-        first: the number of its first matrix among those of the pools.
-        sharing: L, how many matrices share the pools.
-    """
-
-    pool: int
-    first: int
-    sharing: int
+from peftjax.weights.derived import Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,28 +63,23 @@ class MosOptions(DropoutOptions, RankOptions):
 
     def find(self, caller: str, params: Any, *, one_way: bool = False, **ranks: Any) -> list[Target]:
         """Every weight that they ask for, with its pools; raises as `find_targets`, and for shards."""
-        groups: dict[Any, list[Target]] = {}
-        for own in super().find(caller, params, one_way=one_way, **ranks):
+        found = pooled(
+            super().find(caller, params, one_way=one_way, **ranks), layers_pattern=self.layers_pattern
+        )
+        for own in found:
             n, m = own.layout.matrix
             if n % self.shards or m % self.shards:
                 raise PeftError(
                     f"{caller}: {self.shards} shards do not divide both sides of {own.path!r}, a matrix of "
                     f"{n} x {m}; choose another number or exclude it"
                 )
-            groups.setdefault((_name(own.path), n, m), []).append(own)
-        found = []
-        for pool, group in enumerate(groups.values()):
-            counts = [math.prod(own.stack) for own in group]
-            for number, own in enumerate(group):
-                place = {"pool": pool, "first": sum(counts[:number]), "sharing": sum(counts)}
-                found.append(PooledTarget(**vars(own), **place))
-                public = (self.stored - self.private) * sum(counts)
-                if own.rank < self.private or own.rank - self.private > public:
-                    raise PeftError(
-                        f"{caller}: {own.path!r} has rank {own.rank} with {self.private} private, and its "
-                        f"{sum(counts)} matrices share {public} others; lower the rank, or raise stored"
-                    )
-        return found
+            public = (self.stored - self.private) * own.sharing
+            if own.rank < self.private or own.rank - self.private > public:
+                raise PeftError(
+                    f"{caller}: {own.path!r} has rank {own.rank} with {self.private} private, and its "
+                    f"{own.sharing} matrices share {public} others; lower the rank, or raise stored"
+                )
+        return [*found]
 
 
 @register(
@@ -122,19 +103,16 @@ def mos(options: MosOptions) -> Transform:
 
     def share(key: Array, targets: Sequence[Target]) -> tuple[Slots, Slots]:
         pools: Slots = {}
-        for target in targets:
-            assert isinstance(target, PooledTarget)
+        for pool, (target, *_) in in_pools(targets).items():
             (n, m), rows = target.layout.matrix, target.sharing * options.stored * shards
-            if f"b{target.pool}" not in pools:
-                own, bound = jax.random.fold_in(key, target.pool), 1.0 / math.sqrt(n)
-                shape = (rows, n // shards)
-                pools[f"a{target.pool}"] = jax.random.uniform(own, shape, minval=-bound, maxval=bound)
-                pools[f"b{target.pool}"] = jnp.zeros((rows, m // shards))
+            own, bound = jax.random.fold_in(key, pool), 1.0 / math.sqrt(n)
+            a = jax.random.uniform(own, (rows, n // shards), minval=-bound, maxval=bound)
+            pools |= numbered({"a": a, "b": jnp.zeros((rows, m // shards))}, pool)
         return pools, {}
 
     def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
         assert isinstance(target, PooledTarget)
-        count, public = math.prod(target.stack), (options.stored - private) * target.sharing * shards
+        count, public = target.count, (options.stored - private) * target.sharing * shards
         drawn = (target.rank - private) * shards
         own = public + private * shards * (target.first + jnp.arange(count))[:, None]
         kept = own + jnp.arange(private * shards)
@@ -149,17 +127,23 @@ def mos(options: MosOptions) -> Transform:
             places[name] = rows.reshape(*target.stack, target.rank * shards)
         return {}, places
 
-    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> LowRank:
-        assert isinstance(target, PooledTarget)
-        shape = (*target.layout.stack, target.rank)
-        a, b = (slots[f"{n}{target.pool}"][slots[f"places_{n}"]].reshape(*shape, -1) for n in ("a", "b"))
-        dropout = options.dropout if keys is not None else 0.0
-        scale = options.alpha / target.rank
-        return LowRank(base, a, on_chosen(b, target), target.layout, scale, dropout, keys)
+    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Derived:
+        own = {name: slots[name] for name in ("places_a", "places_b")} | chosen(target)
+        scale, factors = options.alpha / target.rank, Shards(target.rank)
+        return Derived(
+            base, own, of_pool(slots, target), target.layout, factors, scale, options.dropout, keys
+        )
 
     return of_weights("mos", options, start, weight, share=share, dropout=options.dropout)
 
 
-def _name(path: str) -> str:
-    """A path without the numbers of layers."""
-    return "/".join(part for part in path.split("/") if not part.isdigit())
+@dataclass(frozen=True)
+class Shards:
+    """The factors of one matrix, of so many rows."""
+
+    rank: int
+
+    def __call__(self, pools: Mapping[str, Array], slots: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The shards of each row, one after the other."""
+        a, b = (pools[side][slots[f"places_{side}"]].reshape(self.rank, -1) for side in ("a", "b"))
+        return a, of_chosen(b, slots)

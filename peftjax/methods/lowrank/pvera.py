@@ -12,6 +12,7 @@ the key. Merged, and in evaluation, it is VeRA with the first half of A.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ from peftjax.core.errors import PeftError
 from peftjax.core.naming import is_embedding
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots, of_weights
-from peftjax.methods.lowrank.vera import VeraOptions, random_factors
+from peftjax.methods.lowrank.vera import Scaled, VeraOptions, random_factors
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import Weight
-from peftjax.weights.low_rank import LowRank
+from peftjax.weights.derived import Derived
 from peftjax.weights.mapped import Mapped
 
 
@@ -60,23 +61,28 @@ def pvera(options: VeraOptions) -> Transform:
         return {"d": d, "c": jnp.zeros((*target.stack, target.layout.matrix[1]))}, {}
 
     def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Weight:
-        (n, m), stack = target.layout.matrix, target.layout.stack
-        a, b, d, c = slots["a"][:, :n], slots["b"][:, :m], slots["d"], slots["c"]
+        layout, shared = target.layout, {name: slots[name] for name in ("a", "b")}
         if keys is None:
-            inner = d[..., :rank, None] * b * c[..., None, :]
-            mean = jnp.broadcast_to(a[:rank], (*stack, rank, n))
-            return LowRank(base, mean, inner, target.layout)
-        drawn = jax.vmap(jax.random.split)(keys.reshape(-1)).reshape(*stack, 2)
-        held = {"a": jnp.broadcast_to(a, (*stack, *a.shape)), "b": b * c[..., None, :], "d": d}
-        held["key"] = drawn[..., 0]
-        return Mapped(base, held, target.layout, _sampled, "beside", options.dropout, drawn[..., 1])
+            means = {"d": slots["d"][..., :rank], "c": slots["c"]}
+            return Derived(base, means, {**shared, "a": shared["a"][:rank]}, layout, Scaled(*layout.matrix))
+        drawn = jax.vmap(jax.random.split)(keys.reshape(-1)).reshape(*layout.stack, 2)
+        own = {"d": slots["d"], "c": slots["c"], "key": drawn[..., 0]}
+        sampled = Sampled(*layout.matrix)
+        return Mapped(base, own, layout, sampled, "beside", options.dropout, drawn[..., 1], shared)
 
     return of_weights("pvera", options, start, weight, share=share, draws=True, one_way=True)
 
 
-def _sampled(slots: Mapping[str, Array], x: Array) -> Array:
-    """A sample of what one matrix adds, for each row of x."""
-    inner = (x @ slots["a"].astype(x.dtype).T).astype(jnp.float32) * slots["d"]
-    mean, log_variance = jnp.split(inner, 2, axis=-1)
-    z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(slots["key"], mean.shape)
-    return z.astype(x.dtype) @ slots["b"].astype(x.dtype)
+@dataclass(frozen=True)
+class Sampled:
+    """What one matrix `[n, m]` adds in training."""
+
+    n: int
+    m: int
+
+    def __call__(self, slots: Mapping[str, Array], x: Array) -> Array:
+        """A sample for each row of x."""
+        a, b = slots["a"][:, : self.n].astype(x.dtype), slots["b"][:, : self.m] * slots["c"]
+        mean, log_variance = jnp.split((x @ a.T).astype(jnp.float32) * slots["d"], 2, axis=-1)
+        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(slots["key"], mean.shape)
+        return z.astype(x.dtype) @ b.astype(x.dtype)

@@ -38,7 +38,7 @@ class RandloraOptions(DropoutOptions, RankOptions):
     Attributes:
         rank: r, the rows of A; the larger, the fewer numbers are trained.
         alpha: numerator of the scale.
-        bases: 'drawn' in each layer when they are needed, or 'stored', which costs as much as the weights.
+        bases: 'drawn' in each layer when they are needed, or 'stored', once for the model.
     """
 
     rank: int = 32
@@ -85,15 +85,9 @@ def randlora(options: RandloraOptions) -> Transform:
 
     def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Added:
         own = {"scales": slots["scales"], "gains": slots["gains"]}
-        (n, m), stack = target.layout.matrix, target.layout.stack
-        change = Bases(n, m, target.rank, options.alpha / target.rank)
-        if options.bases == "drawn":
-            own["seed"] = jnp.broadcast_to(slots["seed"], stack)
-        else:
-            a, b = change.own_part(slots["a"], slots["b"])
-            for name, array in (("a", a), ("b", b)):
-                own[name] = jnp.broadcast_to(array, (*stack, *array.shape))
-        return Added(base, own, target.layout, change, False, options.dropout, keys)
+        shared = {name: slots[name] for name in ("seed", "a", "b") if name in slots}
+        change = Bases(*target.layout.matrix, target.rank, options.alpha / target.rank)
+        return Added(base, own, target.layout, change, False, options.dropout, keys, shared)
 
     return of_weights("randlora", options, start, weight, share=share, dropout=options.dropout, one_way=True)
 
@@ -112,10 +106,6 @@ class Bases:
         """How many times the rows of A are used."""
         return -(-min(self.n, self.m) // self.rank)
 
-    def own_part(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """The part of the bases of the model that a matrix of this size takes."""
-        return a[: self.rank, : min(self.n, self.m)], b[: max(self.n, self.m), : self.count, : self.rank]
-
     def __call__(self, slots: Mapping[str, Array]) -> Array:
         """The update `[n, m]`."""
         short, long = min(self.n, self.m), max(self.n, self.m)
@@ -123,7 +113,7 @@ class Bases:
             a = noise(slots["seed"], (self.rank, short))
             b = noise(slots["seed"] + 1, (long, self.count, self.rank))
         else:
-            a, b = slots["a"], slots["b"]
+            a, b = slots["a"][: self.rank, :short], slots["b"][:long, : self.count, : self.rank]
         rows = slots["scales"][:, :, None] * a[:, None] * slots["gains"]
         update = self.scale * b.reshape(long, -1) @ rows.reshape(-1, short)
         return update if self.n > self.m else update.T

@@ -7,7 +7,8 @@ Paper: Li et al., "Uni-LoRA: One Vector is All You Need", 2025, arXiv 2506.00799
 
 Trained: θ, once, float32, uniform ±bound at first: the update is small and not zero, as both factors come
 from θ. The indices are frozen, int32, as large as LoRA's factors; every number is chosen equally often, but
-for one. Backward keeps LoRA's residuals. Defaults are those of the usual PyTorch library.
+for one. Backward keeps x and x·aᵀ, and looks a and b up again. Defaults are those of the usual PyTorch
+library.
 """
 
 import math
@@ -23,11 +24,11 @@ from peftjax.core.checks import positive
 from peftjax.methods._options import DropoutOptions, RankOptions
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots, of_weights
-from peftjax.methods.lowrank._base import on_chosen
+from peftjax.methods.lowrank._base import chosen, of_chosen
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
-from peftjax.weights.low_rank import LowRank
+from peftjax.weights.derived import Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,15 @@ def unilora(options: UniloraOptions) -> Transform:
         a, b = jnp.split(index.astype(jnp.int32), [math.prod(shape) * n])
         return {}, {"index_a": a.reshape(*shape, n), "index_b": b.reshape(*shape, m)}
 
-    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> LowRank:
-        theta = slots["theta"] * slots["scale"]
-        a, b = theta[slots["index_a"]], on_chosen(theta[slots["index_b"]], target)
-        dropout = options.dropout if keys is not None else 0.0
-        return LowRank(base, a, b, target.layout, 1.0, dropout, keys)
+    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Derived:
+        own = {name: slots[name] for name in ("index_a", "index_b")} | chosen(target)
+        shared = {"theta": slots["theta"] * slots["scale"]}
+        return Derived(base, own, shared, target.layout, _factors, 1.0, options.dropout, keys)
 
     return of_weights("unilora", options, start, weight, share=share, dropout=options.dropout)
+
+
+def _factors(shared: Mapping[str, Array], slots: Mapping[str, Array]) -> tuple[Array, Array]:
+    """The numbers of the vector at the indices of one matrix."""
+    theta = shared["theta"]
+    return theta[slots["index_a"]], of_chosen(theta[slots["index_b"]], slots)

@@ -7,14 +7,13 @@ Paper: Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector 
     y = x·W + (x·aᵀ)·b      a [r, in], b [r, out], rows of pieces; bank [vectors, length]
 
 Trained: the bank, once, and the logits, r·(in + out)/length·vectors numbers a weight, float32; which vectors
-are chosen changes with them. Backward keeps LoRA's residuals. Start: bank ~ U(±0.02), logits ~ N(0, 0.1²):
-the update is small and not zero, as both factors come from one bank. Defaults are the usual PyTorch
-library's.
+are chosen changes with them. Backward keeps x and x·aᵀ, and forms a and b again. Start: bank ~ U(±0.02),
+logits ~ N(0, 0.1²): the update is small and not zero, as both factors come from one bank. Defaults are the
+usual PyTorch library's.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,11 +25,11 @@ from peftjax.core.errors import PeftError
 from peftjax.methods._options import DropoutOptions, RankOptions
 from peftjax.methods._targets import Target
 from peftjax.methods._weights import Slots, of_weights
-from peftjax.methods.lowrank._base import on_chosen
+from peftjax.methods.lowrank._base import chosen, of_chosen
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
-from peftjax.weights.low_rank import LowRank
+from peftjax.weights.derived import Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +99,27 @@ def vblora(options: VbloraOptions) -> Transform:
             trained[name] = options.logits_std * jax.random.normal(own, shape)
         return trained, {}
 
-    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> LowRank:
-        a, b = (_rows(slots[name], slots["bank"], options.chosen) for name in ("logits_a", "logits_b"))
-        dropout = options.dropout if keys is not None else 0.0
-        return LowRank(base, a, on_chosen(b, target), target.layout, 1.0, dropout, keys)
+    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Derived:
+        own = {name: slots[name] for name in ("logits_a", "logits_b")} | chosen(target)
+        shared, factors = {"bank": slots["bank"]}, Pieces(options.chosen)
+        return Derived(base, own, shared, target.layout, factors, 1.0, options.dropout, keys)
 
     return of_weights("vblora", options, start, weight, share=share, dropout=options.dropout)
 
 
-@partial(jax.checkpoint, static_argnums=2)
-def _rows(logits: Array, bank: Array, chosen: int) -> Array:
-    """The rows `[*stack, r, n]` whose pieces have these logits `[*stack, r, n / length, vectors]`."""
-    best, indices = jax.lax.top_k(logits, chosen)
-    pieces = jnp.einsum("...k,...kl->...l", jax.nn.softmax(best), bank[indices])
-    return pieces.reshape(*logits.shape[:-2], -1)
+@dataclass(frozen=True)
+class Pieces:
+    """The factors of one matrix, their pieces made of so many vectors."""
+
+    chosen: int
+
+    def __call__(self, shared: Mapping[str, Array], slots: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The rows of both."""
+        a, b = (self._rows(slots[name], shared["bank"]) for name in ("logits_a", "logits_b"))
+        return a, of_chosen(b, slots)
+
+    def _rows(self, logits: Array, bank: Array) -> Array:
+        """The rows `[r, n]` whose pieces have these logits `[r, n / length, vectors]`."""
+        best, indices = jax.lax.top_k(logits, self.chosen)
+        pieces = jnp.einsum("...k,...kl->...l", jax.nn.softmax(best), bank[indices])
+        return pieces.reshape(len(logits), -1)

@@ -11,6 +11,7 @@ import numpy as np
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Positive, Rate, Steps, one_rank
 from peftjax.hf.forms.form import Arrays, Form, column, same, transposed
+from peftjax.hf.forms.kinds import flat_inputs
 
 
 @dataclass(frozen=True)
@@ -103,4 +104,5 @@ ADALORA = Form(
     of_modules=_rank_pattern,
     packed=_left,
     unpacked=_in_place,
+    kinds={"convolution": flat_inputs("a")},
 )

@@ -9,7 +9,8 @@ import numpy as np
 from msgspec import Meta
 
 from peftjax.hf.forms.fields import Count, Rate, no_dropout
-from peftjax.hf.forms.form import Arrays, Form, SlotForm, column
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, column, row
+from peftjax.hf.forms.kinds import Kernel, pointwise
 from peftjax.hf.forms.types.oft import size_of_skew
 
 
@@ -49,6 +50,10 @@ def _rounds(arrays: Arrays) -> dict[str, Any]:
     return {"block": size_of_skew(arrays["skew"]), "rounds": len(arrays["skew"])}
 
 
+def _of_convolution(forms: SlotForms, kernel: Kernel) -> SlotForms:
+    return {**pointwise(forms, kernel), "scale": row("boft_s")}
+
+
 BOFT = Form(
     "boft",
     "BOFT",
@@ -62,4 +67,5 @@ BOFT = Form(
     _boft_options,
     bias="boft_only",
     of_arrays=_rounds,
+    kinds={"convolution": _of_convolution},
 )

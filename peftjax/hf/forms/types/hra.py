@@ -9,6 +9,7 @@ import numpy as np
 from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, rank_of
 from peftjax.hf.forms.form import Form, SlotForm, transposed
+from peftjax.hf.forms.kinds import flat_inputs
 
 
 @dataclass(frozen=True)
@@ -38,5 +39,6 @@ HRA = Form(
     lambda fields: {"orthogonal": fields.apply_GS},
     rank=rank_of("u"),
     bias="hra_only",
+    kinds={"convolution": flat_inputs("u", "start")},
     with_fields=lambda slots, fields: slots if fields.apply_GS else {"u": slots["u"]},
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, no_dropout, rank_of
 from peftjax.hf.forms.form import Form, same, transposed
+from peftjax.hf.forms.kinds import flat_inputs
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class _Loha:
 
 def _loha_options(fields: _Loha) -> dict[str, Any]:
     no_dropout(fields, "rank_dropout", "module_dropout")
+    if fields.use_effective_conv2d:
+        raise PeftError(
+            "the file has use_effective_conv2d=True, a factorization of the window that LoHa has not here; "
+            "merge the adapter in PEFT"
+        )
     return {}
 
 
@@ -39,4 +46,5 @@ LOHA = Form(
     to_options=_loha_options,
     rank=rank_of("a1"),
     alpha=("alpha", "alpha_pattern"),
+    kinds={"convolution": flat_inputs("a1", "a2")},
 )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftjax.hf.forms.fields import Count, Rate, no_dropout
-from peftjax.hf.forms.form import Arrays, Form, SlotForms, same, transposed
+from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, same, transposed
+from peftjax.hf.forms.kinds import Kernel, pointwise
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ def _lokr_rank(arrays: Arrays) -> int | None:
     return next((len(arrays[slot]) for slot in ("a1", "a2") if slot in arrays), None)
 
 
+def _of_convolution(forms: SlotForms, kernel: Kernel) -> SlotForms:
+    """Those of a linear layer, the second whole matrix with the axes of the window."""
+    ones = (1,) * len(kernel.window)
+    w2 = SlotForm("lokr_w2", lambda v: v.T.reshape(*v.T.shape, *ones), lambda v: v.reshape(v.shape[:2]).T)
+    return {**pointwise(forms, kernel), "w2": w2}
+
+
 LOKR = Form(
     "lokr",
     "LOKR",
@@ -60,4 +68,5 @@ LOKR = Form(
     rank=_lokr_rank,
     alpha=("alpha", "alpha_pattern"),
     present=_parts_of,
+    kinds={"convolution": _of_convolution},
 )

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from peftjax.hf.forms.fields import Count, Rate, no_dropout
 from peftjax.hf.forms.form import Form, negative, same
+from peftjax.hf.forms.kinds import pointwise
 
 
 @dataclass(frozen=True)
@@ -59,5 +60,6 @@ OFT = Form(
     with_fields=lambda slots, fields: (
         slots if fields.use_cayley_neumann else {"skew": negative(slots["skew"])}
     ),
+    kinds={"convolution": pointwise},
     of_arrays=lambda arrays: {"block": size_of_skew(arrays["skew"])},
 )

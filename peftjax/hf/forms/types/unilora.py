@@ -44,7 +44,7 @@ def _scaled(arrays: Arrays, shared: Arrays) -> Arrays:
     return {**arrays, **scales}
 
 
-def _scale(modules: Sequence[Arrays], fields: _Unilora) -> Arrays:
+def _scale(modules: Sequence[Arrays], shared: Arrays, fields: _Unilora) -> Arrays:
     """The scale of each number of the vector, of those that are chosen."""
     scale = np.zeros(fields.theta_d_length, np.float32)
     for arrays in modules:
