@@ -117,6 +117,13 @@ def test_a_linear_layer_keeps_exactly(name, wanted, through):
 
 
 @pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ranks": [1, RANK]}])
+def test_a_core_between_frozen_projections_keeps_no_input(options, through):
+    shapes = kept(make("lamda", **options), through=through)
+    assert [array for array in shapes if array[1][0] == N] == [THIN]
+
+
+@pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_trained_rows_keep_the_inputs_at_those_rows(in_place, through):
     """And, to pass a gradient on to the layer's input, the numbers of the rows: of no size that grows."""
