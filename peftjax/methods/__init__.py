@@ -72,6 +72,7 @@ from peftjax.methods.bottleneck.adapters import houlsby as houlsby
 from peftjax.methods.bottleneck.adapters import pfeiffer as pfeiffer
 from peftjax.methods.bottleneck.adapters import parallel_adapter as parallel_adapter
 from peftjax.methods.bottleneck.adapters import adaptformer as adaptformer
+from peftjax.methods.bottleneck.compacter import compacter as compacter
 from peftjax.methods.prompt.prefix import prefix as prefix
 from peftjax.methods.bottleneck.mam import mam as mam
 from peftjax.methods.residuals.coded_residuals import coded_residuals as coded_residuals
