@@ -37,7 +37,8 @@ def test_the_start_is_the_released_codes():
     """s and t within √2 times Glorot's bound of their own sides, A of the deviation given, biases zero."""
     values = PhmBottleneck(24, order=4, rank=1).init(KEY, 6, 768)
     for part, rows, columns in (("down", 192, 6), ("up", 6, 192)):
-        assert values[part]["left"].shape == (6, 4, rows, 1) and values[part]["right"].shape == (6, 4, 1, columns)
+        assert values[part]["left"].shape == (6, 4, rows, 1)
+        assert values[part]["right"].shape == (6, 4, 1, columns)
         for name, size in (("left", rows), ("right", columns)):
             bound = np.sqrt(2.0) * np.sqrt(6.0 / (size + 1))
             assert 0.98 * bound < float(jnp.abs(values[part][name]).max()) <= bound * (1 + 1e-6)
@@ -98,7 +99,7 @@ def test_an_encoder_decoder_has_one_rule_and_none_in_cross_attention():
     frozen, trainable = method.init(KEY, params)
     branches = {stack: set(own) for stack, own in trainable.items()}
     assert branches.pop("shared") == {"rule"}
-    assert branches == dict.fromkeys(("blocks", "encoder"), {"attention", "feed_forward"})
+    assert branches == {stack: {"attention", "feed_forward"} for stack in ("blocks", "encoder")}
 
     def loss(trained):
         return jnp.sum(jnp.sin(method.model(model)(method.apply(frozen, trained), batch)))

@@ -8,8 +8,8 @@ Paper: Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Laye
 h [B, S, D] is what a branch adds to the stream, A [n, n, n] is shared by all matrices, s_i [in/n, ρ] and t_i
 [ρ, out/n] are each one's own. Both matrices are applied block by block and never formed. Trained: n³ numbers
 for the model, and 2 ρ (D + r) + D + r an adapter. Backward keeps, per token and adapter, h and the r values
-before f. A ~ N(0, init_std²), so that a fresh adapter is nearly the identity; s and t are uniform, of √2 times
-Glorot's bound. Weight decay on A shrinks all adapters: leave it off. The defaults are the released
+before f. A ~ N(0, init_std²), so that a fresh adapter is nearly the identity; s and t are uniform, of √2
+times Glorot's bound. Weight decay on A shrinks all adapters: leave it off. The defaults are the released
 configuration's: n = 4, ρ = 1, and r = D / 32 of T5-base.
 """
 
@@ -113,10 +113,11 @@ class PhmBottleneck(Bottleneck):
             )
 
     def start(self, part: str, key: Key[Array, ""], shape: tuple[int, int, int]) -> dict[str, Array]:
-        """s [layers, n, in/n, ρ] and t [layers, n, ρ, out/n]."""
+        """The factors s [layers, n, in/n, ρ] and t [layers, n, ρ, out/n]."""
         (layers, *sides), n, keys = shape, self.order, jax.random.split(key)
         if any(side % n for side in sides):
-            raise PeftError(f"compacter: {n} blocks do not divide a model of width {max(sides)}; change order")
+            width = max(sides)
+            raise PeftError(f"compacter: {n} blocks do not divide a model of width {width}; change order")
         rows, columns = (side // n for side in sides)
         left = drawn(keys[0], (layers, n, rows, self.rank), rows + self.rank)
         right = drawn(keys[1], (layers, n, self.rank, columns), self.rank + columns)
