@@ -16,6 +16,7 @@ from peftjax.methods.lowrank.eva import eva as eva
 from peftjax.methods.lowrank.corda import corda as corda
 from peftjax.methods.lowrank.my3dgen import my3dgen as my3dgen
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
+from peftjax.methods.lowrank.relora import relora as relora
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
 from peftjax.methods.lowrank.delora import delora as delora
@@ -50,6 +51,7 @@ from peftjax.methods.structured.peanut import peanut as peanut
 from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
+from peftjax.methods.structured.tied import tied as tied
 from peftjax.methods.structured.structured_ffn import structured_ffn as structured_ffn
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
 from peftjax.methods.structured.weight_compander import weight_compander as weight_compander

@@ -96,6 +96,7 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("pissa", [X_KEPT, THIN]),
         ("lowrank_restarts", [X_KEPT, THIN]),
         ("switchlora", [X_KEPT, THIN]),
+        ("relora", [X_KEPT, THIN]),
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("mica", [X_KEPT]),
