@@ -1,19 +1,19 @@
 """Statistics of what enters linear layers, over a few batches: their means and second moments."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core import tree
+from peftjax.calibrate._observing import observed_sums
 from peftjax.core.errors import PeftError
-from peftjax.core.targets import Targets, select
+from peftjax.core.targets import Targets
 from peftjax.interpreter import adapt
-from peftjax.weights.layout import layout_of
-from peftjax.weights.observed import observed
+from peftjax.weights.layout import Layout
+from peftjax.weights.observed import Observed, observed
 
 Forward = Callable[[Any, Any], Any]
 """`(params, batch) -> outputs`, any tree of arrays."""
@@ -70,34 +70,21 @@ def input_statistics(
         PeftError: nothing is matched, a target is used otherwise than as a linear layer or does not reach the
             output, the mask has another shape, or there is no batch.
     """
-    leaves = tree.named_leaves(params)
-    paths = select(params, targets, caller=_CALLER, exclude=exclude)
-    layouts = {path: layout_of(path, leaves, None, one_way=True) for path in paths}
     run = adapt(forward)
 
-    @jax.jit
-    def sums(params: Any, batch: Any) -> dict[str, dict[str, Array]]:
-        leaves, rows = tree.named_leaves(params), None if mask is None else mask(batch)
-        weights = {path: observed(leaves[path], layout, rows) for path, layout in layouts.items()}
-        slots = {path: {k: v for k, v in w.slots.items() if k != "mask"} for path, w in weights.items()}
+    def value(params: Any, batch: Any) -> Array:
+        out = run(params, batch)
+        real = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in real), jnp.zeros(()))
 
-        def value(slots: dict[str, dict[str, Array]]) -> Array:
-            given = {path: _with(weights[path], own) for path, own in slots.items()}
-            out = run(tree.replace(params, given), batch)
-            real = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in real), jnp.zeros(()))
+    def observe(leaf: Any, layout: Layout, mask: Array | None) -> dict[str, Observed]:
+        return {"inputs": observed(leaf, layout, mask)}
 
-        return jax.grad(value)(slots)
-
-    add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
-    total = None
-    for batch in batches:
-        more = sums(params, batch)
-        total = more if total is None else add(total, more)
-    if total is None:
-        raise PeftError(f"{_CALLER}: there is no batch; give at least one")
+    where = {"targets": targets, "exclude": exclude, "mask": mask}
+    total = observed_sums(_CALLER, value, params, batches, observe, **where)
     found = InputStatistics()
-    for path, own in total.items():
+    for path, sums in total.items():
+        own = sums["inputs"]
         if not bool((own["count"] > 0).all()):
             raise PeftError(f"{_CALLER}: no row of {path!r} reaches the model's output; exclude it")
         count = own["count"]
@@ -105,7 +92,3 @@ def input_statistics(
         found.means[path] = own["sum"] / count[..., None]
         found.moments[path] = own["moment"] / count[..., None, None]
     return found
-
-
-def _with(weight: Any, slots: dict[str, Array]) -> Any:
-    return replace(weight, slots={**weight.slots, **slots})

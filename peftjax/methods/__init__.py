@@ -16,6 +16,7 @@ from peftjax.methods.lowrank.eva import eva as eva
 from peftjax.methods.lowrank.corda import corda as corda
 from peftjax.methods.lowrank.my3dgen import my3dgen as my3dgen
 from peftjax.methods.lowrank.lowrank_restarts import lowrank_restarts as lowrank_restarts
+from peftjax.methods.lowrank.relora import relora as relora
 from peftjax.methods.lowrank.switchlora import switchlora as switchlora
 from peftjax.methods.lowrank.adalora import adalora as adalora
 from peftjax.methods.lowrank.adamss import adamss as adamss
@@ -53,6 +54,7 @@ from peftjax.methods.structured.peanut import peanut as peanut
 from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
+from peftjax.methods.structured.tied import tied as tied
 from peftjax.methods.structured.structured_ffn import structured_ffn as structured_ffn
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
 from peftjax.methods.structured.weight_compander import weight_compander as weight_compander
@@ -75,6 +77,7 @@ from peftjax.methods.bottleneck.adapters import houlsby as houlsby
 from peftjax.methods.bottleneck.adapters import pfeiffer as pfeiffer
 from peftjax.methods.bottleneck.adapters import parallel_adapter as parallel_adapter
 from peftjax.methods.bottleneck.adapters import adaptformer as adaptformer
+from peftjax.methods.bottleneck.compacter import compacter as compacter
 from peftjax.methods.prompt.prefix import prefix as prefix
 from peftjax.methods.bottleneck.mam import mam as mam
 from peftjax.methods.residuals.coded_residuals import coded_residuals as coded_residuals

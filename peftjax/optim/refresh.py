@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from peftjax.core import tree
 from peftjax.core.checks import one_of, positive
+from peftjax.core.errors import PeftError
 from peftjax.core.targets import Targets, require_patterns_used
 from peftjax.optim.bases import (
     Side,
@@ -115,6 +116,12 @@ def require_options(rank: int, every: int, compress: str, method: str, signs: st
     one_of("project", "side", compress, get_args(Compressed))
     one_of("project", "basis", method, get_args(Method))
     one_of("project", "signs", signs, get_args(Signs))
+
+
+def require_one_side(caller: str, compress: str) -> None:
+    """Raise a PeftError for what needs a side that is not compressed."""
+    if compress == "both":
+        raise PeftError(f"{caller}: one side of each matrix is compressed; side cannot be 'both'")
 
 
 def zero_bases(leaf: Projected, dtype: DTypeLike) -> Bases:

@@ -27,6 +27,7 @@ ALONE = {
     "natural_galore": pj.natural_galore(rank=2, every=3, basis="svd"),
     "switchlora": pj.switchlora(rank=4, total_steps=1000, interval=3.0, freeze_steps=1),
     "lowrank_restarts": pj.lowrank_restarts(rank=3, every=3),
+    "relora": pj.relora(rank=3, every=3),
     "snella": pj.snella(rank=2, total_steps=8, allocate_every=3, coefficient=1.0),
     "adalora": pj.adalora(rank=3, target_rank=2, total_steps=8, allocate_every=3),
     "sigma_reparam": pj.sigma_reparam(),

@@ -25,6 +25,8 @@ KEPT = {
     "parallel_adapter": (pj.parallel_adapter(size=SIZE, places="both"), [SIZE, SIZE], [WIDTH, WIDTH]),
     "parallel_adapter, norm": (pj.parallel_adapter(size=SIZE, norm="in", learn_scale=True), [SIZE], [WIDTH]),
     "adaptformer": (pj.adaptformer(size=SIZE, norm="out"), [SIZE], [WIDTH]),
+    "compacter": (pj.compacter(size=4, order=2), [WIDTH, WIDTH, 4, 4], []),
+    "compacter++": (pj.compacter(size=4, order=2, places="feed_forward"), [WIDTH, 4], []),
     "prefix": (pj.prefix(length=2, mlp_size=4), [], []),
     "prefix, layers": (pj.prefix(length=2, mlp_size=None, layers=[1]), [], []),
     "mam": (pj.mam(length=2, mlp_size=4, size=SIZE), [SIZE], [WIDTH]),

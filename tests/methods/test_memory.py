@@ -96,6 +96,7 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("pissa", [X_KEPT, THIN]),
         ("lowrank_restarts", [X_KEPT, THIN]),
         ("switchlora", [X_KEPT, THIN]),
+        ("relora", [X_KEPT, THIN]),
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("mica", [X_KEPT]),
@@ -114,6 +115,13 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
 )
 def test_a_linear_layer_keeps_exactly(name, wanted, through):
     assert kept(make(name), through=through) == sorted(wanted)
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ranks": [1, RANK]}])
+def test_a_core_between_frozen_projections_keeps_no_input(options, through):
+    shapes = kept(make("lamda", **options), through=through)
+    assert [array for array in shapes if array[1][0] == N] == [THIN]
 
 
 @pytest.mark.parametrize("through", [False, True])

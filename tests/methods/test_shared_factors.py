@@ -288,6 +288,50 @@ def test_lamda_works_between_the_first_singular_directions():
     np.testing.assert_allclose(np.abs(between), 3.0 * np.abs(trainable["down/kernel"]["core"]), atol=1e-4)
 
 
+def test_lamda_gives_the_slowest_spectra_the_most_directions():
+    method = pj.lamda(ranks=[1, 4, 2], alpha=8.0, unfrozen=0.5, total_steps=16, targets=["up", "down"])
+    frozen, trainable = jax.jit(method.init)(KEY, PARAMS)
+    matrices = [("down", ()), *(("up", (layer,)) for layer in range(3))]
+    squares = {
+        (name, at): np.linalg.svd(np.asarray(PARAMS[name]["kernel"])[at], compute_uv=False) ** 2
+        for name, at in matrices
+    }
+    order = sorted(matrices, key=lambda one: squares[one][:4].sum() / squares[one].sum())
+    wanted = dict(zip(order, [4, 4, 2, 1]))
+    found = pj.adapters.ranks(frozen)
+    assert {one: int(found[f"{one[0]}/kernel"][one[1]]) for one in matrices} == wanted
+
+    trainable = noisy(trainable)
+    merged = changes(method, frozen, trainable)
+    for (name, at), rank in wanted.items():
+        own = {slot: np.asarray(array)[at] for slot, array in trainable[f"{name}/kernel"].items()}
+        a = np.asarray(frozen.state[f"{name}/kernel"]["a"])[at][:rank]
+        product = a.T @ own["core"][:rank, :rank] @ own["b"][:rank]
+        np.testing.assert_allclose(merged[name]["kernel"][at], 8.0 / rank * product, atol=1e-5)
+
+    tx = method.optimizer(optax.sgd(1.0))
+    state, update, moved = tx.init(trainable), jax.jit(tx.update), {one: np.zeros(4) for one in matrices}
+    for _ in range(9):
+        updates, state = update(jax.tree.map(jnp.ones_like, trainable), state, trainable, frozen=frozen)
+        for name, at in matrices:
+            moved[name, at] += np.asarray(updates[f"{name}/kernel"]["b"])[at].any(axis=-1)
+    for one, rank in wanted.items():
+        assert moved[one][:rank].tolist() == [8 * (row + 1) / rank for row in range(rank)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ranks": []}, "ranks is empty"),
+        ({"ranks": [2, 0]}, "ranks must be positive, got 0"),
+        ({"ranks": [2], "rank_pattern": {"up": 1}}, "leave rank_pattern out"),
+    ],
+)
+def test_lamda_says_which_ranks_cannot_be(options, said):
+    with pytest.raises(PeftError, match=said):
+        pj.lamda(unfrozen=0.0, **options)
+
+
 def test_lamda_needs_the_number_of_steps():
     with pytest.raises(PeftError, match="give total_steps, of which b is trained"):
         pj.lamda()

@@ -26,6 +26,7 @@ STEP = {"rank": 4, "every": 5, "scale": 1.0}
 DESCENTS = {
     "adamp": (optim.adamp, ()),
     "adamw": (optim.adamw, ()),
+    "fira": (functools.partial(optim.fira, **STEP), ("rank", "scale")),
     "galore": (functools.partial(optim.galore, **STEP), ("rank",)),
     "natural_galore": (functools.partial(optim.natural_galore, **STEP, history=3), ("rank", "history")),
     "row_adamw": (functools.partial(optim.row_adamw, weight_decay=0.0), ()),

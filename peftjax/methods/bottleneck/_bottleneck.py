@@ -8,7 +8,6 @@ in a pre-norm block it is kept anyway) and the r values before `f`; norms, scale
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -77,15 +76,10 @@ class Bottleneck:
     def init(self, key: Key[Array, ""], layers: int, width: int) -> dict[str, Any]:
         """`down` and `up` {kernel, bias}, as asked for `norm` {scale, bias} and `scale`, [layers, ...]."""
         down_key, up_key = jax.random.split(key)
-        down, up = (layers, width, self.size), (layers, self.size, width)
-        if self.init_as == "lora":
-            kernels = uniform_init(down_key, down), jnp.zeros(up)
-        elif self.init_as == "bert":
-            kernels = 0.02 * jax.random.normal(down_key, down), 0.02 * jax.random.normal(up_key, up)
-        else:
-            cut = functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0)
-            kernels = 0.01 * cut(down_key, shape=down), 0.01 * cut(up_key, shape=up)
-        values: dict[str, Any] = {"down": {"kernel": kernels[0]}, "up": {"kernel": kernels[1]}}
+        values: dict[str, Any] = {
+            "down": self.start("down", down_key, (layers, width, self.size)),
+            "up": self.start("up", up_key, (layers, self.size, width)),
+        }
         if self.bias:
             values["down"]["bias"] = jnp.zeros((layers, self.size))
             values["up"]["bias"] = jnp.zeros((layers, width))
@@ -95,6 +89,18 @@ class Bottleneck:
             values["scale"] = jnp.full((layers,), self.scale, jnp.float32)
         return values
 
+    def start(self, part: str, key: Key[Array, ""], shape: tuple[int, int, int]) -> dict[str, Array]:
+        """What W_down or W_up of all layers is made of at the beginning."""
+        if self.init_as == "lora":
+            return {"kernel": uniform_init(key, shape) if part == "down" else jnp.zeros(shape)}
+        if self.init_as == "bert":
+            return {"kernel": 0.02 * jax.random.normal(key, shape)}
+        return {"kernel": 0.01 * jax.random.truncated_normal(key, -2.0, 2.0, shape)}
+
+    def project(self, layer: Layer, part: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """`x W_down + b_down` or `x W_up + b_up`, in the dtype of x."""
+        return linear(layer[part], x)
+
     def run(
         self, layer: Layer, u: Float[Array, "... D"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "... D"]:
@@ -103,7 +109,7 @@ class Bottleneck:
         # Recomputed, so that no copy of a kernel in another dtype is kept, nor a mask, nor a normed array.
         @recompute
         def down(layer: Layer, u: Array) -> Array:
-            return linear(layer["down"], self._normed(layer, u) if self.norm == "in" else u)
+            return self.project(layer, "down", self._normed(layer, u) if self.norm == "in" else u)
 
         @recompute
         def up(layer: Layer, inner: Array, key: Key[Array, ""] | None) -> Array:
@@ -111,7 +117,7 @@ class Bottleneck:
             if key is not None and self.dropout:
                 active = drop(active, self.dropout, key)
             scale = layer["scale"].astype(u.dtype) if self.learn_scale else self.scale
-            out = scale * linear(layer["up"], active)
+            out = scale * self.project(layer, "up", active)
             return self._normed(layer, out) if self.norm == "out" else out
 
         return up(layer, down(layer, u), key)
@@ -127,10 +133,12 @@ class Adapters:
     Attributes:
         attention: of the attention, and another one of the cross-attention of a block that has it, or None.
         feed_forward: of the feed-forward, or None.
+        in_cross_attention: whether cross-attention has one.
     """
 
     attention: Bottleneck | None = None
     feed_forward: Bottleneck | None = None
+    in_cross_attention: bool = True
 
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for a setting out of range."""
@@ -157,6 +165,8 @@ class Adapters:
 
     def of(self, branch: str) -> Bottleneck | None:
         """The bottleneck of a branch, or None."""
+        if branch == "cross_attention" and not self.in_cross_attention:
+            return None
         return self.feed_forward if branch == "feed_forward" else self.attention
 
 

@@ -30,7 +30,7 @@ from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Loss
 
 KEPT = "kept"
-"""The slot of the directions that the last allocation kept, bool `[*stack, r]`."""
+"""The slot of the directions that the last allocation kept, or that a matrix has, bool `[*stack, r]`."""
 GATE = "gate"
 """The slot of those that are not cut for good."""
 
@@ -142,10 +142,10 @@ def keep(scores: Mapping[str, Array], gates: Mapping[str, Array], cut: Array) ->
 
 
 def ranks(frozen: Frozen) -> dict[str, np.ndarray]:
-    """How many directions of each weight AdaLoRA's last allocation kept, `[*stack]` by path.
+    """How many directions each weight has, `[*stack]` by path: AdaLoRA's last allocation, or LaMDA++'s.
 
     Args:
-        frozen: of `adalora`, or of a chain with it.
+        frozen: of `adalora`, of `lamda` with `ranks`, or of a chain with one of them.
 
     Examples:
         >>> method = pj.adalora(rank=3, target_rank=2, total_steps=10)
