@@ -40,9 +40,10 @@ def stacked() -> Any:
     return field(metadata={"role": "stacked"})
 
 
-def shared() -> Any:
+def shared(*, default: Any = ...) -> Any:
     """A field that holds a pytree of arrays that all matrices of the stack use."""
-    return field(metadata={"role": "shared"})
+    metadata = {"role": "shared"}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
 def random_key(*, default: None) -> Any:

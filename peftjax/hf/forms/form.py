@@ -61,6 +61,7 @@ class Form:
         unread: tensors of a module that say nothing.
         as_they_are: whether the tensors are the parameters of modules themselves, by their names.
         where: PEFT's fields that tell it from another method of the same type.
+        variant: PEFT's field that holds more options of such a method, and is null where it is another one.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
         packed: `(arrays, shared arrays) -> arrays` of a module as the file has them, of all that the method
             holds for it.
@@ -89,6 +90,7 @@ class Form:
     unread: tuple[str, ...] = ()
     as_they_are: bool = False
     where: Options = field(default_factory=dict)
+    variant: str | None = None
     packed: Callable[[Arrays, Arrays], Arrays] = lambda arrays, shared: arrays
     unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
     numbered: Callable[[int, int, Any], Arrays] | None = None

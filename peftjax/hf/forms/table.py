@@ -72,4 +72,6 @@ def form_of_config(config: Mapping[str, Any]) -> Form | None:
     """How the adapter of a configuration is written, where its type is one of the table."""
     forms = [form for form in FORMS if form.type == config.get("peft_type")]
     special = [form for form in forms if form.where and form.where.items() <= config.items()]
-    return next(iter([*special, *(form for form in forms if not form.where)]), None)
+    special += [form for form in forms if form.variant and config.get(form.variant)]
+    plain = [form for form in forms if not form.where and not form.variant]
+    return next(iter([*special, *plain]), None)
