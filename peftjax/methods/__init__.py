@@ -56,6 +56,7 @@ from peftjax.methods.structured.glora import glora as glora
 from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
 from peftjax.methods.structured.structured_ffn import structured_ffn as structured_ffn
+from peftjax.methods.structured.layer_replication import layer_replication as layer_replication
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
 from peftjax.methods.structured.weight_compander import weight_compander as weight_compander
 from peftjax.methods.structured.sigma_reparam import sigma_reparam as sigma_reparam

@@ -52,8 +52,7 @@ class Activated(LowRank):
         """`active` with the axes of z, whose last is the rank."""
         if self.active is None:
             raise PeftError(
-                f"{self.layout.name}: it is not known which tokens are active; run method.model(model), which "
-                "tells"
+                f"{self.layout.name}: it is not known which tokens are active; run method.model(model)"
             )
         batch, tokens = self.active.shape
         if z.shape[:2] == (batch, tokens) and z.ndim > 2:
@@ -61,8 +60,8 @@ class Activated(LowRank):
         if z.shape[0] == batch * tokens:
             return self.active.reshape(batch * tokens, *(1,) * (z.ndim - 1))
         raise PeftError(
-            f"{self.layout.name}: which of {batch} x {tokens} tokens are active is given, and this layer sees "
-            f"others, {z.shape[:-1]}; let it see them all (feed_forward_tile=None), or exclude it"
+            f"{self.layout.name}: it is known which of {batch} x {tokens} tokens are active, and this layer "
+            f"sees {z.shape[:-1]}; let it see them all (feed_forward_tile=None), or exclude it"
         )
 
 
@@ -72,7 +71,7 @@ def activated(weight: LowRank, name: str) -> Activated:
 
 
 def with_active(w: Any, active: Array, name: str) -> Any:
-    """A weight whose factors of that name, and those inside it, act on these tokens; others stay as they are."""
+    """A weight whose factors of that name, and those inside it, act on these tokens."""
     if not isinstance(w, Weight):
         return w
     changes: dict[str, Any] = {}

@@ -49,8 +49,8 @@ class Compressed(LowRank):
         """`x·first`, of which backward keeps the products of the parts of x with v."""
         free = tuple(n for n in range(x.ndim) if n not in order)
         sizes = tuple(x.shape[n] for n in order)
-        rate = 0.0 if self.key is None else self.dropout
-        keys = () if rate == 0.0 else (key_for_input(self.key, x),)
+        rate = self.dropout
+        keys = () if self.key is None or rate == 0.0 else (key_for_input(self.key, x),)
         fixed = () if self.direction is None else (lax.stop_gradient(self.direction),)
 
         def given(x: Array, key: tuple[Array, ...]) -> Array:

@@ -18,7 +18,7 @@ from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
 Factors = Callable[..., tuple[Array, Array]]
-"""`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable. Of `Drawn` with a key too."""
+"""`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable. `Drawn` gives keys."""
 
 
 THIN = "thin"

@@ -5,6 +5,8 @@ from typing import Any
 
 from peftjax.hf.forms.form import Form
 from peftjax.hf.forms.types.adalora import ADALORA
+from peftjax.hf.forms.types.alora import ALORA
+from peftjax.hf.forms.types.bdlora import BDLORA
 from peftjax.hf.forms.types.beft import BEFT
 from peftjax.hf.forms.types.boft import BOFT
 from peftjax.hf.forms.types.bone import BONE
@@ -17,10 +19,13 @@ from peftjax.hf.forms.types.gralora import GRALORA
 from peftjax.hf.forms.types.hira import HIRA
 from peftjax.hf.forms.types.hra import HRA
 from peftjax.hf.forms.types.ia3 import IA3
+from peftjax.hf.forms.types.kasa import KASA
 from peftjax.hf.forms.types.ln_tuning import LN_TUNING
 from peftjax.hf.forms.types.loha import LOHA
 from peftjax.hf.forms.types.lokr import LOKR
+from peftjax.hf.forms.types.mica import MICA
 from peftjax.hf.forms.types.miss import MISS
+from peftjax.hf.forms.types.monteclora import MONTECLORA
 from peftjax.hf.forms.types.oft import OFT
 from peftjax.hf.forms.types.osf import OSF
 from peftjax.hf.forms.types.peanut import PEANUT
@@ -31,11 +36,14 @@ from peftjax.hf.forms.types.supertuning import SUPERTUNING
 from peftjax.hf.forms.types.tinylora import TINYLORA
 from peftjax.hf.forms.types.unilora import UNILORA
 from peftjax.hf.forms.types.vblora import VBLORA
+from peftjax.hf.forms.types.velora import VELORA
 from peftjax.hf.forms.types.vera import VERA
 from peftjax.hf.forms.types.waveft import WAVEFT
 
 FORMS = (
     ADALORA,
+    ALORA,
+    BDLORA,
     BEFT,
     BOFT,
     BONE,
@@ -48,10 +56,13 @@ FORMS = (
     HIRA,
     HRA,
     IA3,
+    KASA,
     LN_TUNING,
     LOHA,
     LOKR,
+    MICA,
     MISS,
+    MONTECLORA,
     OFT,
     OSF,
     PEANUT,
@@ -62,6 +73,7 @@ FORMS = (
     TINYLORA,
     UNILORA,
     VBLORA,
+    VELORA,
     VERA,
     WAVEFT,
 )

@@ -20,6 +20,8 @@ from peftjax.hf.forms.order import in_order
 from peftjax.hf.forms.read import require_linear
 from peftjax.hf.forms.table import BY_METHOD
 from peftjax.hf.names import Model, Names, module_of, names_of
+from peftjax.hf.replication import METHOD as REPLICATION
+from peftjax.hf.replication import ranges_of
 from peftjax.hf.tensors import OF_MODEL, PREFIX
 from peftjax.hf.trained import lies_in, require_named, trained_as_they_are
 from peftjax.methods._targets import Target
@@ -30,11 +32,13 @@ from peftjax.transform.transform import Transform, part_of
 
 AS_THEY_ARE = ("unfreeze", "bitfit")
 """Methods whose parameters are written as they are beside any adapter."""
+BESIDE = (*AS_THEY_ARE, REPLICATION)
+"""Methods that a chain may have beside those of a form."""
 
 
 def form_written(method: Transform) -> Form | None:
     """How a method is written, where it, or a part of the chain, is one of the table."""
-    names = {*_names(describe(method))} - {*AS_THEY_ARE}
+    names = {*_names(describe(method))} - {*BESIDE}
     forms = {name: BY_METHOD[name] for name in names if name in BY_METHOD}
     found = [form for name, form in forms.items() if not form.as_they_are or {name} == names]
     return found[0] if len(found) == 1 else None
@@ -82,7 +86,7 @@ def export_form(
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{forms[slot].name}": forms[slot].write(array)
         for module, own in written.items()
-        for slot, array in form.packed(own.arrays, shared).items()
+        for slot, array in form.packed(own.arrays, shared, own.options).items()
         if slot in forms
     }
     tensors |= {
@@ -98,8 +102,10 @@ def export_form(
         "target_modules": sorted(written),
         "task_type": task,
         **form.to_fields(parts[0].options),
+        **form.of_names({module: (own.path, own.options) for module, own in written.items()}),
         **form.of_modules({module: own.arrays for module, own in written.items()}),
         **_patterns(form, written),
+        **ranges_of(describe(method)),
     }
     if "fan_in_fan_out" in {field.name for field in dataclasses.fields(form.fields)}:
         values["fan_in_fan_out"] = fan_in_fan_out(names, layouts, modules)
@@ -114,6 +120,8 @@ class _Written:
     arrays: Mapping[str, np.ndarray]
     rank: int
     alpha: float | None
+    path: str
+    options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +162,7 @@ class _Part:
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
-            found[module_of(name)] = _Written(arrays, target.rank, alpha)
+            found[module_of(name)] = _Written(arrays, target.rank, alpha, target.path, self.options)
         return found
 
 
@@ -167,7 +175,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
     for own, name in zip(config["methods"], method.parts):
         if own["name"] == form.method:
             found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
-        elif own["name"] not in AS_THEY_ARE and not BY_METHOD.get(own["name"], form).as_they_are:
+        elif own["name"] not in BESIDE and not BY_METHOD.get(own["name"], form).as_they_are:
             raise PeftError(
                 f"{form.method} is chained with {own['name']}, which PEFT's {form.type} has no form for; "
                 "export them apart, or merge one of them"

@@ -4,15 +4,14 @@ Paper: Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025
 
     y_t = x_t·W + [t >= t0] · s · (x_t·aᵀ)·b      t0: where the last invocation of the row begins
 
-Trained: a and b, r·(in + out) numbers a weight. Backward keeps x (shared) and x·aᵀ. The keys and values of the
-tokens before the invocation are the base's, so that a cache of them serves the base and all such adapters. A
-row without the invocation is the base's. It cannot be merged. Start and scale as in LoRA.
+Trained: a and b, r·(in + out) numbers a weight. Backward keeps x (shared) and x·aᵀ. The keys and values of
+the tokens before the invocation are the base's, so that a cache of them serves all such adapters.
+A row without the invocation is the base's. It cannot be merged. Start and scale as in LoRA.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jax import Array
 
@@ -91,7 +90,9 @@ def alora(options: AloraOptions) -> Transform:
         frozen, trainable = made.init(key, params)
         for target in frozen.plan:
             if not target.path.startswith("blocks/"):
-                raise PeftError(f"{NAME}: {target.path!r} lies outside the blocks, and is not told; exclude it")
+                raise PeftError(
+                    f"{NAME}: {target.path!r} lies outside the blocks, and is not told; exclude it"
+                )
             if len(target.layout.stack) > 1:
                 raise PeftError(f"{NAME}: {target.path!r} is of experts, which see other tokens; exclude it")
         return frozen, trainable

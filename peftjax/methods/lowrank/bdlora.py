@@ -1,15 +1,15 @@
 """BD-LoRA: LoRA with one block-diagonal factor, which tensor parallelism serves without moving numbers.
 
-Paper: Wang et al., "Block-Diagonal LoRA for Eliminating Communication Overhead in Tensor Parallel LoRA Serving",
-2025, arXiv 2510.23346.
+Paper: Wang et al., "Block-Diagonal LoRA for Eliminating Communication Overhead in Tensor Parallel LoRA
+Serving", 2025, arXiv 2510.23346.
 
     y = x·W + s · (x·aᵀ)·b      a or b block-diagonal, of n blocks;  s = alpha / r
 
-A weight that a mesh divides by its inputs (the output of attention, down) gets blocks of a, one that it divides
-by its outputs (query, key, value, gate, up) blocks of b: with n parts, each device multiplies its own.
+A weight that a mesh divides by its inputs (the output of attention, down) gets blocks of a, one that it
+divides by its outputs (query, key, value, gate, up) blocks of b: of n parts, each multiplies its own.
 
-Trained: r·(in / n + out) or r·(in + out / n) numbers a weight. Backward keeps x, and recomputes x·aᵀ. Start: b = 0,
-a as in LoRA, its blocks ~ U(±√(6 n / in)).
+Trained: r·(in / n + out) or r·(in + out / n) numbers a weight. Backward keeps x, and recomputes x·aᵀ. Start:
+b = 0, a as in LoRA, its blocks ~ U(±√(6 n / in)).
 """
 
 import math
@@ -44,8 +44,8 @@ class BdloraOptions(ScaleOptions):
 
     Attributes:
         blocks: n; divides the rank and the divided side of each weight.
-        side_pattern: by pattern, the side of a weight whose factor is block-diagonal; 'none' is LoRA's pair, and
-            what matches no pattern is divided by its outputs.
+        side_pattern: by pattern, the side of a weight whose factor is block-diagonal; 'none' is LoRA's pair,
+            and what matches no pattern is divided by its outputs.
     """
 
     blocks: int = 2
@@ -68,7 +68,9 @@ class BdloraOptions(ScaleOptions):
     paper="BD-LoRA, Wang et al. 2025, arXiv 2510.23346",
     trains="r·(in + out / n) or r·(in / n + out)",
     backward_keeps="the input x (shared)",
-    conformance=Conformance(example={"rank": 2, "alpha": 4.0, "blocks": 2, "side_pattern": {".*": "outputs"}}),
+    conformance=Conformance(
+        example={"rank": 2, "alpha": 4.0, "blocks": 2, "side_pattern": {".*": "outputs"}}
+    ),
 )
 @takes(BdloraOptions)
 def bdlora(options: BdloraOptions) -> Transform:
@@ -104,9 +106,7 @@ def bdlora(options: BdloraOptions) -> Transform:
         product = BlockProduct(side, count, weight.scale)
         return Mapped(weight.base, factors, weight.layout, product, "beside", weight.dropout, weight.key)
 
-    made = low_rank(
-        "bdlora", options, start, rslora=options.rslora, wrap=Wrap(in_blocks), one_way=True
-    )
+    made = low_rank("bdlora", options, start, rslora=options.rslora, wrap=Wrap(in_blocks), one_way=True)
 
     def init(key: Array, params: Params) -> tuple[Frozen, Trainable]:
         frozen, trainable = made.init(key, params)

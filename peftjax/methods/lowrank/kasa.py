@@ -7,8 +7,8 @@ arXiv 2412.06071.
 
 Trained: a, b and d, r·(in + out + 1) numbers a weight. Backward keeps x (shared) and x·aᵀ, as in LoRA. The
 optimizer adds the gradients of β Σ d² + γ Σ (‖a aᵀ - I‖ + ‖b bᵀ - I‖), over all weights; the loss that a step
-reports has no penalty. The base is a new array in the frozen parameters. Start: a as in LoRA, b = 0, d ~ N(0, 1);
-the outputs are those of the cut base. Defaults of β and γ are the authors' on GLUE.
+reports has no penalty. The base is a new array in the frozen parameters. Start: a as in LoRA, b = 0,
+d ~ N(0, 1); the outputs are those of the cut base. Defaults of β and γ are the authors' on GLUE.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 

@@ -6,9 +6,9 @@ Adaptation", TMLR 2025, arXiv 2411.04358.
     y = x·W + s · (x·a'ᵀ)·b      a' = a + ε Σ_i w_i σ ∘ z_i      z_i ~ N(0, 1) [r, in], i = 1..N
     σ² = e^2t ∘ χ²_r [r]         w = softmax(μ + τ ∘ z)          μ, τ: of Dirichlet(e^c) in logarithms
 
-Trained: a, b, t [r] and c [N], r·(in + out + 1) + N numbers a weight. Backward keeps x (shared) and x·a'ᵀ, and draws
-the noise again. Without a key, and merged, it is LoRA. The optimizer adds the gradients of the divergences from
-the priors of t and c, times `kl`, over the number of weights; the loss that a step reports has no such term.
+Trained: a, b, t [r] and c [N], r·(in + out + 1) + N numbers a weight. Backward keeps x (shared) and x·a'ᵀ,
+and draws the noise again. Without a key, and merged, it is LoRA. The optimizer adds the gradients of `kl`
+times the weights' mean divergence from the priors of t and c; the loss that a step reports has no such term.
 """
 
 import math
@@ -84,9 +84,7 @@ def monteclora(options: MontecloraOptions) -> Transform:
     def noisy(target: Target, weight: LowRank, slots: Mapping[str, Array]) -> Drawn:
         own = {"a": weight.a, "b": weight.b, **{name: all_layers(slots[name], target) for name in ("t", "c")}}
         factors = Noisy(options.noise)
-        return Drawn(
-            weight.base, own, {}, weight.layout, factors, weight.scale, weight.dropout, weight.key
-        )
+        return Drawn(weight.base, own, {}, weight.layout, factors, weight.scale, weight.dropout, weight.key)
 
     return low_rank(
         "monteclora",
@@ -126,7 +124,7 @@ def deviation(t: Array, chi_square: Array) -> Array:
 
 
 def mixture(c: Array, z: Array) -> Array:
-    """w [N], drawn as from the Dirichlet distribution of concentrations `e^c`, by its normal approximation."""
+    """The weights w [N], as of a Dirichlet distribution of concentrations `e^c`, from normal numbers z."""
     count, concentrations = c.shape[0], jnp.maximum(jnp.exp(c), SMALLEST)
     logarithms = jnp.log(concentrations)
     inverse = 1.0 / concentrations

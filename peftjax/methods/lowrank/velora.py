@@ -6,9 +6,9 @@ arXiv 2405.17991.
     forward   y = x·W + s · (x·aᵀ)·b              x cut into G groups x_g of its features, v of length one
     kept      c_g = x_g · v                       x̂_g = k · c_g v        ∂L/∂a from x̂, ∂L/∂x exact
 
-Trained: a and b, r·(in + out) numbers a weight. Backward keeps the G numbers c and x·aᵀ of each token, of a frozen
-base without x. v is the mean of all x_g of the batch at hand, or drawn once and fixed. Start, scale and merged
-weight are LoRA's; so are layers that are no linear ones.
+Trained: a and b, r·(in + out) numbers a weight. Backward keeps the G numbers c and x·aᵀ of each token, and
+not x. v is the mean of all x_g of the batch at hand, or drawn once and fixed. Start, scale and merged weight
+are LoRA's; so are layers that are no linear ones.
 """
 
 from collections.abc import Mapping
