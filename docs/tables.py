@@ -14,6 +14,7 @@ import measured  # noqa: E402
 
 import peftjax as pj  # noqa: E402
 from peftjax.cli.report import methods_markdown  # noqa: E402
+from peftjax.hf.forms.form import Form  # noqa: E402
 from peftjax.hf.forms.table import FORMS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +70,16 @@ def groups_table() -> str:
 
 def peft_types_table() -> str:
     """What PEFT calls the methods whose adapters are exchanged with it, LoRA's kin and prefixes apart."""
-    names = sorted((form.type, form.method) for form in FORMS)
-    return "\n".join(["| `peft_type` | peftjax |", "|---|---|", *(f"| `{a}` | `pj.{b}` |" for a, b in names)])
+    names = sorted((_type_of(form), form.method) for form in FORMS)
+    return "\n".join(["| `peft_type` | peftjax |", "|---|---|", *(f"| {a} | `pj.{b}` |" for a, b in names)])
+
+
+def _type_of(form: Form) -> str:
+    """PEFT's type, and the field that tells a variant of it."""
+    if form.where and form.type == "LORA":
+        ((field, value),) = form.where.items()
+        return f"`{form.type}` with `{field}={value!r}`"
+    return f"`{form.type}`" + (f" with `{form.variant}`" if form.variant else "")
 
 
 TABLES = {"groups": groups_table, "measured": measured.table, "peft types": peft_types_table}

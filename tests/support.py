@@ -1,5 +1,6 @@
 """What many tests share: trained-looking adapters, and the comparison with the merged model."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
@@ -49,7 +50,9 @@ def example_of(name: str, **options: Any) -> pj.Transform:
     """The method with the options of its example; one that trains nothing goes beside a LoRA."""
     info = pj.METHODS[name]
     beneath = info.kind in ("companion", "rewrite")
-    method = info.factory(**info.conformance.example, **({} if info.kind == "companion" else options))
+    known = inspect.signature(info.factory).parameters
+    own = {name: value for name, value in options.items() if name in known and info.kind != "companion"}
+    method = info.factory(**info.conformance.example, **own)
     return pj.chain(method, pj.lora(rank=2, **options)) if beneath else method
 
 

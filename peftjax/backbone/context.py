@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ class Context:
         prefix: further keys and values that every query of a branch sees, as they are: not normed, not
             rotated, in no slot of the cache.
         weight_codes: what a layer's attention weights are rounded to; None rounds nothing.
+        active: [B, S], True where an adapter acts that acts on some tokens alone, by its invocation.
     """
 
     mask: Bool[Array, "B K"] | None = None
@@ -57,3 +59,4 @@ class Context:
     attended: Float[Array, "B S D"] | None = None
     prefix: Prefix | None = None
     weight_codes: LogSqrt2 | None = None
+    active: Mapping[str, Bool[Array, "B S"]] | None = None

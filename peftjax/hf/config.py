@@ -76,19 +76,14 @@ OF_ALL_VERSIONS = (
     "task_type",
 )
 # Fields that, when set, change what the tensors mean or which there are, in a way nothing here stands for.
-VARIANTS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
+REFUSED = {
+    "arrow_config": "a router has nothing trained; read the adapters that it is over, and give them to "
+    "pj.adapters.arrow",
+    "megatron_config": "its tensors are those of Megatron's layers; save it from an unsharded model",
+    "use_qalora": "PEFT has it on GPTQ bases alone, which peftjax reads none of; train pj.qa_lora",
+}
 # Initializations that leave the base as it is; the others replace it by a residual.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -204,9 +199,9 @@ def read_config(folder: Path) -> LoraConfig:
             raise PeftError(
                 f"{file} sets {name}, which this reader does not know; closest: {nearest(name, FIELDS)}"
             )
-    for name in VARIANTS:
+    for name, reason in REFUSED.items():
         if given.get(name):
-            raise PeftError(f"{file} sets {name}: peftjax has no such variant of LoRA")
+            raise PeftError(f"{file} sets {name}: {reason}")
     _require_plain_start(file, given.get("init_lora_weights", True))
     held = checked(_File, {name: value for name, value in given.items() if value is not None}, file)
     return LoraConfig(

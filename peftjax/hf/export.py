@@ -23,6 +23,7 @@ from peftjax.hf.forms.as_they_are import export_modules
 from peftjax.hf.forms.write import export_form, form_written
 from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
 from peftjax.hf.prefix import export_prefix
+from peftjax.hf.replication import ranges_of
 from peftjax.hf.tensors import PREFIX, TOKENS
 from peftjax.hf.tokens import written_tokens
 from peftjax.hf.trained import (
@@ -174,7 +175,7 @@ def export_peft(
         "use_dora": bool(dora),
         "use_rslora": rslora,
     }
-    write_folder(Path(path), _told(values), tensors)
+    write_folder(Path(path), _told(values | ranges_of(config)), tensors)
 
 
 def _told(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from peftjax.hf.forms.read import form_of, import_form
 from peftjax.hf.names import Model, names_of
 from peftjax.hf.plain import read_plain, untrained_tables
 from peftjax.hf.prefix import import_prefix, is_prefix
+from peftjax.hf.replication import import_on_replicated, ranges_of_file
 from peftjax.hf.tensors import read_file
 from peftjax.hf.tokens import Rows, read_tokens, tokens_method
 from peftjax.transform.frozen import Frozen, Params, Trainable
@@ -45,8 +46,9 @@ def import_peft(
 
     The method is the one that PEFT's type is here (`peftjax.hf.forms.table`; a chain of several where layers
     or modules have other options), `prefix`, without an MLP, or `lora`, `rslora` or `dora`. It is in a chain
-    with `rows` for each table that `trainable_token_indices` trains rows of, and with `unfreeze` where the
-    file holds parameters trained as they are.
+    behind `layer_replication` where the file is on replicated layers, with `rows` for each table that
+    `trainable_token_indices` trains rows of, and with `unfreeze` where the file holds parameters trained as
+    they are.
 
     Of LoRA, the layers of one of our stacks may have different ranks, different scales or no adapter: ranks
     are padded with rows of zeros in both factors, which stay zero in training, and scales go into `b`. A rank
@@ -69,6 +71,22 @@ def import_peft(
             is missing.
     """
     folder = Path(path)
+
+    def read(params: Params) -> tuple[Transform, Frozen, Trainable]:
+        return _imported(folder, model, params, leave_out, layouts, freeze_tables)
+
+    ranges = ranges_of_file(folder)
+    return read(params) if ranges is None else import_on_replicated(ranges, params, read)
+
+
+def _imported(
+    folder: Path,
+    model: Model,
+    params: Params,
+    leave_out: Sequence[str],
+    layouts: Mapping[str, str] | None,
+    freeze_tables: bool,
+) -> tuple[Transform, Frozen, Trainable]:
     if is_prefix(folder):
         if leave_out:
             raise PeftError(f"{folder}: a prefix is read whole; give no leave_out")

@@ -4,6 +4,7 @@
 # isort: off
 from peftjax.methods.lowrank.lora import lora as lora
 from peftjax.methods.lowrank.rslora import rslora as rslora
+from peftjax.methods.lowrank.alora import alora as alora
 from peftjax.methods.lowrank.lora_plus import lora_plus as lora_plus
 from peftjax.methods.lowrank.lora_fa import lora_fa as lora_fa
 from peftjax.methods.lowrank.riemannian_lora import riemannian_lora as riemannian_lora
@@ -11,6 +12,10 @@ from peftjax.methods.lowrank.dora import dora as dora
 from peftjax.methods.lowrank.pissa import pissa as pissa
 from peftjax.methods.lowrank.olora import olora as olora
 from peftjax.methods.lowrank.mica import mica as mica
+from peftjax.methods.lowrank.kasa import kasa as kasa
+from peftjax.methods.lowrank.bdlora import bdlora as bdlora
+from peftjax.methods.lowrank.velora import velora as velora
+from peftjax.methods.lowrank.monteclora import monteclora as monteclora
 from peftjax.methods.lowrank.lora_ga import lora_ga as lora_ga
 from peftjax.methods.lowrank.eva import eva as eva
 from peftjax.methods.lowrank.corda import corda as corda
@@ -56,6 +61,7 @@ from peftjax.methods.structured.phm import phm as phm
 from peftjax.methods.structured.phm_layers import phm_layers as phm_layers
 from peftjax.methods.structured.tied import tied as tied
 from peftjax.methods.structured.structured_ffn import structured_ffn as structured_ffn
+from peftjax.methods.structured.layer_replication import layer_replication as layer_replication
 from peftjax.methods.structured.batch_ensemble import batch_ensemble as batch_ensemble
 from peftjax.methods.structured.weight_compander import weight_compander as weight_compander
 from peftjax.methods.structured.sigma_reparam import sigma_reparam as sigma_reparam

@@ -247,7 +247,7 @@ class Transform:
         for path, leaf in tree.named_leaves(applied).items():
             if isinstance(leaf, Weight) and not leaf.has_dense:
                 raise PeftError(
-                    f"merge: {self.name} adds to {path!r} what depends on all tokens of a call, which no "
+                    f"merge: {self.name} adds to {path!r} what depends on the tokens of a call, which no "
                     "weight can hold; run the adapted model, method.model(model), instead"
                 )
         errors: dict[str, RoundingError] = {}

@@ -17,8 +17,8 @@ from peftjax.weights.low_rank import LowRank, Product
 from peftjax.weights.stack_members import over_stack
 from peftjax.weights.views import WholeMatrices
 
-Factors = Callable[[Slots, Slots], tuple[Array, Array]]
-"""`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable."""
+Factors = Callable[..., tuple[Array, Array]]
+"""`(shared, slots of one matrix) -> (a [r, in], b [r, out])`; static, so hashable. `Drawn` gives keys."""
 
 
 THIN = "thin"
@@ -107,3 +107,17 @@ class Derived(WholeMatrices, Weight):
             return contract(x, w.formed(), rule)
 
         return product(x, self)
+
+
+@structured
+class Drawn(Derived):
+    """A derived weight of which a factor is drawn anew where it has a key: `factors(shared, slots, key)`."""
+
+    def formed(self) -> LowRank:
+        """The same weight with its factors; without a key, those that nothing is added to."""
+
+        def of_one(slots: Slots, key: Array | None) -> tuple[Array, Array]:
+            return self.factors(self.shared, slots, key)
+
+        a, b = over_stack(of_one, len(self.layout.stack))(self.slots, self.key)
+        return Named(self.base, a, b, self.layout, self.scale, self.dropout, self.key)

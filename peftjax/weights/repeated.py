@@ -1,9 +1,11 @@
 """A stack whose matrices are a few distinct ones, each of them at several places."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from peftjax.weights.base import Weight
@@ -45,3 +47,10 @@ class Repeated(WholeMatrices, Weight):
     def cast(self, dtype: Any) -> "Repeated":
         """The same matrices, whose stack has another dtype."""
         return replace(self, of_dtype=jnp.dtype(dtype))
+
+
+def numbers_of_layers(layers: Sequence[int], inner: tuple[int, ...]) -> Array:
+    """The numbers `[L, *inner]` of the matrices of layers, where each layer has a stack of its own."""
+    each = int(np.prod(inner))
+    first = np.asarray(layers).reshape(-1, *(1,) * len(inner)) * each
+    return jnp.asarray(first + np.arange(each).reshape(inner), jnp.int32)

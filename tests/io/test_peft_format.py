@@ -351,8 +351,11 @@ GOOD = {"r": 2, "lora_alpha": 4, "target_modules": ["head"], "exclude_modules": 
 BAD_CONFIGS = [
     ({"peft_type": "POLY"}, "peft_type 'POLY'"),
     ({"use_qalora": True}, "sets use_qalora"),
-    ({"kasa_config": {"beta": 1}}, "sets kasa_config"),
-    ({"layer_replication": [[0, 2]]}, "sets layer_replication"),
+    ({"arrow_config": {"top_k": 2}}, "sets arrow_config: a router has nothing trained"),
+    ({"kasa_config": {"beta": 1}}, "lora_diag' is missing"),
+    ({"kasa_config": {"beta": -1}}, "'kasa_config.beta': Expected `float` >= 0.0"),
+    ({"layer_replication": [[0, 2, 3]]}, "Expected `array` of length 2"),
+    ({"layer_replication": [[0, 90]]}, "layer_replication: a range ends at 90"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices asks for rows that are not in the file"),
     ({"use_dorra": True}, "closest: 'use_dora'"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),

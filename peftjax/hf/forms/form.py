@@ -62,6 +62,7 @@ class Form:
         shared: the arrays of the model as a whole.
         with_fields: `(slots, fields) -> slots`, where the tensors or their meaning depend on a field.
         present: `(slots, tensors) -> names` of the slots that a module's tensors are; by default all.
+        of_names: fields that follow from our paths and options: `{PEFT's name: (path, options)} -> fields`.
         of_modules: fields that say which modules have which slots: `{PEFT's name: arrays} -> fields`.
         of_paths: options that say so: `{path: arrays} -> options`.
         of_arrays: options that follow from a module's arrays, such as the size of a block; modules of one
@@ -69,9 +70,10 @@ class Form:
         unread: tensors of a module that say nothing.
         as_they_are: whether the tensors are the parameters of modules themselves, by their names.
         where: PEFT's fields that tell it from another method of the same type.
+        variant: PEFT's field that holds more options of such a method, and is null where it is another one.
         patterned: of those, what PEFT calls them, and the pattern by module that it has for them.
-        packed: `(arrays, shared arrays) -> arrays` of a module as the file has them, of all that the method
-            holds for it.
+        packed: `(arrays, shared arrays, our options) -> arrays` of a module as the file has them, of all that
+            the method holds for it.
         unpacked: `(arrays, fields, PEFT's name of the module) -> arrays`, the inverse.
         numbered: arrays of each module that follow from its number among so many, in PEFT's order:
             `(number, count, fields) -> arrays`.
@@ -98,6 +100,7 @@ class Form:
     shared: SlotForms = field(default_factory=dict)
     with_fields: Callable[[SlotForms, Any], SlotForms] = lambda slots, fields: slots
     present: Callable[[SlotForms, Arrays], list[str]] = lambda slots, tensors: list(slots)
+    of_names: Callable[[Mapping[str, tuple[str, Options]]], dict[str, Any]] = lambda modules: {}
     of_modules: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda modules: {}
     of_paths: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda paths: {}
     of_arrays: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
@@ -105,7 +108,8 @@ class Form:
     unread: tuple[str, ...] = ()
     as_they_are: bool = False
     where: Options = field(default_factory=dict)
-    packed: Callable[[Arrays, Arrays], Arrays] = lambda arrays, shared: arrays
+    variant: str | None = None
+    packed: Callable[[Arrays, Arrays, Options], Arrays] = lambda arrays, shared, options: arrays
     unpacked: Callable[[Arrays, Any, str], Arrays] = lambda arrays, fields, module: arrays
     numbered: Callable[[int, int, Any], Arrays] | None = None
     derived: Callable[[Sequence[Arrays], Arrays, Any], Arrays] = lambda modules, shared, fields: {}

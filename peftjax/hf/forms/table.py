@@ -6,6 +6,8 @@ from typing import Any
 from peftjax.hf.forms.form import Form
 from peftjax.hf.forms.types.adalora import ADALORA
 from peftjax.hf.forms.types.adamss import ADAMSS
+from peftjax.hf.forms.types.alora import ALORA
+from peftjax.hf.forms.types.bdlora import BDLORA
 from peftjax.hf.forms.types.beft import BEFT
 from peftjax.hf.forms.types.boft import BOFT
 from peftjax.hf.forms.types.bone import BONE
@@ -20,10 +22,13 @@ from peftjax.hf.forms.types.hira import HIRA
 from peftjax.hf.forms.types.hra import HRA
 from peftjax.hf.forms.types.ia3 import IA3
 from peftjax.hf.forms.types.lily import LILY
+from peftjax.hf.forms.types.kasa import KASA
 from peftjax.hf.forms.types.ln_tuning import LN_TUNING
 from peftjax.hf.forms.types.loha import LOHA
 from peftjax.hf.forms.types.lokr import LOKR
+from peftjax.hf.forms.types.mica import MICA
 from peftjax.hf.forms.types.miss import MISS
+from peftjax.hf.forms.types.monteclora import MONTECLORA
 from peftjax.hf.forms.types.oft import OFT
 from peftjax.hf.forms.types.osf import OSF
 from peftjax.hf.forms.types.peanut import PEANUT
@@ -34,12 +39,15 @@ from peftjax.hf.forms.types.supertuning import SUPERTUNING
 from peftjax.hf.forms.types.tinylora import TINYLORA
 from peftjax.hf.forms.types.unilora import UNILORA
 from peftjax.hf.forms.types.vblora import VBLORA
+from peftjax.hf.forms.types.velora import VELORA
 from peftjax.hf.forms.types.vera import VERA
 from peftjax.hf.forms.types.waveft import WAVEFT
 
 FORMS = (
     ADALORA,
     ADAMSS,
+    ALORA,
+    BDLORA,
     BEFT,
     BOFT,
     BONE,
@@ -53,11 +61,14 @@ FORMS = (
     HIRA,
     HRA,
     IA3,
+    KASA,
     LILY,
     LN_TUNING,
     LOHA,
     LOKR,
+    MICA,
     MISS,
+    MONTECLORA,
     OFT,
     OSF,
     PEANUT,
@@ -68,6 +79,7 @@ FORMS = (
     TINYLORA,
     UNILORA,
     VBLORA,
+    VELORA,
     VERA,
     WAVEFT,
 )
@@ -78,4 +90,6 @@ def form_of_config(config: Mapping[str, Any]) -> Form | None:
     """How the adapter of a configuration is written, where its type is one of the table."""
     forms = [form for form in FORMS if form.type == config.get("peft_type")]
     special = [form for form in forms if form.where and form.where.items() <= config.items()]
-    return next(iter([*special, *(form for form in forms if not form.where)]), None)
+    special += [form for form in forms if form.variant and config.get(form.variant)]
+    plain = [form for form in forms if not form.where and not form.variant]
+    return next(iter([*special, *plain]), None)

@@ -20,6 +20,8 @@ from peftjax.hf.forms.kinds import forms_of
 from peftjax.hf.forms.order import in_order
 from peftjax.hf.forms.table import BY_METHOD
 from peftjax.hf.names import Model, Names, module_of, names_of, require_one_stack
+from peftjax.hf.replication import METHOD as REPLICATION
+from peftjax.hf.replication import ranges_of
 from peftjax.hf.tensors import OF_MODEL, PREFIX
 from peftjax.hf.trained import lies_in, require_named, trained_as_they_are
 from peftjax.methods._pools import of_pool
@@ -31,11 +33,13 @@ from peftjax.transform.transform import Transform, part_of
 
 AS_THEY_ARE = ("unfreeze", "bitfit")
 """Methods whose parameters are written as they are beside any adapter."""
+BESIDE = (*AS_THEY_ARE, REPLICATION)
+"""Methods that a chain may have beside those of a form."""
 
 
 def form_written(method: Transform) -> Form | None:
     """How a method is written, where it, or a part of the chain, is one of the table."""
-    names = {*_names(describe(method))} - {*AS_THEY_ARE}
+    names = {*_names(describe(method))} - {*BESIDE}
     forms = {name: BY_METHOD[name] for name in names if name in BY_METHOD}
     found = [form for name, form in forms.items() if not form.as_they_are or {name} == names]
     return found[0] if len(found) == 1 else None
@@ -83,7 +87,7 @@ def export_form(
     tensors = {f"{PREFIX}{names.written(name)}": tensor for name, tensor in plain.items()} | {
         f"{PREFIX}{module}.{name}": tensor
         for module, own in written.items()
-        for slot, array in form.packed(own.arrays, _shared_by(form, shared, own)).items()
+        for slot, array in form.packed(own.arrays, _shared_by(form, shared, own), own.options).items()
         if slot in own.forms
         for name, tensor in tensors_of(own.forms[slot], array).items()
     }
@@ -96,8 +100,10 @@ def export_form(
         "target_modules": sorted(written),
         "task_type": task,
         **form.to_fields(parts[0].options),
+        **form.of_names({module: (own.target.path, own.options) for module, own in written.items()}),
         **form.of_modules({module: own.arrays for module, own in written.items()}),
         **_patterns(form, written),
+        **ranges_of(describe(method)),
     }
     if "fan_in_fan_out" in {field.name for field in dataclasses.fields(form.fields)}:
         values["fan_in_fan_out"] = fan_in_fan_out(names, layouts, modules)
@@ -113,6 +119,7 @@ class _Written:
     forms: SlotForms
     target: Target
     alpha: float | None
+    options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +161,7 @@ class _Part:
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])
-            found[module_of(name)] = _Written(arrays, forms, target, alpha)
+            found[module_of(name)] = _Written(arrays, forms, target, alpha, self.options)
         return found
 
 
@@ -195,7 +202,7 @@ def _parts(form: Form, method: Transform, frozen: Frozen, trainable: Trainable) 
     for own, name in zip(config["methods"], method.parts):
         if own["name"] == form.method:
             found.append(_part(own, part_of(frozen, name, frozen.params), trainable[name]))
-        elif own["name"] not in AS_THEY_ARE and not BY_METHOD.get(own["name"], form).as_they_are:
+        elif own["name"] not in BESIDE and not BY_METHOD.get(own["name"], form).as_they_are:
             raise PeftError(
                 f"{form.method} is chained with {own['name']}, which PEFT's {form.type} has no form for; "
                 "export them apart, or merge one of them"

@@ -87,7 +87,7 @@ def from_factors(name: str, options: FromDataOptions, start: Any, *, rslora: boo
             return start_uniform(key, target, leaf)
         return (*start(key, target, leaf), leaf)
 
-    method = low_rank(name, options, begin, rslora=rslora, wrap=Wrap(lambda target, base: ({}, {}), _beside))
+    method = low_rank(name, options, begin, rslora=rslora, wrap=Wrap(_beside))
 
     def init(key: Array, params: Any) -> tuple[Frozen, Trainable]:
         frozen, trainable = method.init(key, params)

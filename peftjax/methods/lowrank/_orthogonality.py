@@ -35,7 +35,7 @@ def penalize(caller: str, weight: float) -> optax.GradientTransformationExtraArg
         matrices = sum(math.prod(own[name].shape[:-2]) for own in params.values() for name in FACTORS)
         new = {}
         for path, slots in updates.items():
-            added = {name: weight / matrices * _slope(params[path][name]) for name in FACTORS}
+            added = {name: weight / matrices * slope_of_excess(params[path][name]) for name in FACTORS}
             new[path] = {
                 name: grad + added[name].astype(grad.dtype) if name in added else grad
                 for name, grad in slots.items()
@@ -45,7 +45,7 @@ def penalize(caller: str, weight: float) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _slope(factor: Array) -> Array:
+def slope_of_excess(factor: Array) -> Array:
     """The gradient of `‖f fᵀ - I‖` for matrices f `[*stack, r, n]`; zero where their rows are orthonormal."""
     f = factor.astype(jnp.float32)
     excess = jnp.einsum("...rn,...sn->...rs", f, f) - jnp.eye(f.shape[-2])

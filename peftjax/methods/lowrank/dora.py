@@ -43,11 +43,11 @@ def dora(options: ScaleOptions) -> Transform:
     Raises:
         PeftError: as `lora`.
     """
-    wrap = Wrap(_init, _apply)
+    wrap = Wrap(_apply, _init)
     return low_rank("dora", options, start_uniform, rslora=options.rslora, wrap=wrap, one_way=True)
 
 
-def _init(target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+def _init(key: Array, target: Target, base: Any) -> tuple[dict[str, Array], dict[str, Array]]:
     squares = column_squares(base, target.layout)
     chosen = squares if target.layers is None else squares[jnp.asarray(target.layers)]
     return {"magnitude": jnp.sqrt(chosen)}, {"squares": squares}

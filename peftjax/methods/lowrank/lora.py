@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -46,12 +47,14 @@ class Wrap:
     """What a method puts around a low-rank weight.
 
     Attributes:
-        init: `(target, base) -> (trained slots, frozen slots)` of one target.
         apply: `(target, low-rank weight, its slots) -> weight`.
+        init: `(key, target, base) -> (trained slots, frozen slots)` of one target, beside the factors.
     """
 
-    init: Callable[[Target, Any], tuple[dict[str, Array], dict[str, Array]]]
     apply: Callable[[Target, LowRank, Mapping[str, Array]], Weight]
+    init: Callable[[Array, Target, Any], tuple[dict[str, Array], dict[str, Array]]] = (
+        lambda key, target, base: ({}, {})
+    )
 
 
 @register(
@@ -81,6 +84,7 @@ def low_rank(
     wrap: Wrap | None = None,
     trained: tuple[str, ...] = ("a", "b"),
     one_way: bool = False,
+    draws: bool = False,
     around: Around | None = None,
 ) -> Transform:
     """A method whose weights are `base + scale · aᵀb`, as a `Transform`.
@@ -94,6 +98,7 @@ def low_rank(
         trained: the factors that are; with `a` frozen the backward pass needs no input x, with `b` frozen
             no `x·aᵀ`.
         one_way: whether the method depends on which side of a weight is the input.
+        draws: whether each weight is given its key also without dropout.
         around: what the method does around the optimizer.
     """
     dropout, bias = options.dropout, options.bias
@@ -117,7 +122,8 @@ def low_rank(
             if bias == "added" and _lacks_bias(target, leaves):
                 trainable[target.path][SHIFT] = jnp.zeros((*target.stack, target.layout.matrix[1]))
             if wrap is not None:
-                slots, kept = wrap.init(target, bases[target.path])
+                own_key = jax.random.fold_in(key_for(key, target.path), 1)
+                slots, kept = wrap.init(own_key, target, bases[target.path])
                 trainable[target.path] |= slots
                 state[target.path] |= kept
         biases, rest = tree.partition(tree.replace(params, bases), _biases(name, params, plan, bias))
@@ -139,7 +145,7 @@ def low_rank(
                 target.layout,
                 target.scale,
                 dropout if key is not None else 0.0,
-                keys_of_matrices(key, target) if dropout > 0.0 else None,
+                keys_of_matrices(key, target) if draws or dropout > 0.0 else None,
             )
             weight = weight if wrap is None else wrap.apply(target, weight, slots)
             if SHIFT in slots:

@@ -77,7 +77,7 @@ def lora_fa(options: LoraFaOptions) -> Transform:
             a, b = jax.random.normal(key, a.shape), jnp.zeros_like(b)
         return a, b, leaf
 
-    wrap = Wrap(lambda target, base: ({}, {}), _with_nearest_gradient) if options.nearest_gradient else None
+    wrap = Wrap(_with_nearest_gradient) if options.nearest_gradient else None
     method = low_rank(
         "lora_fa", options, start, rslora=options.rslora, wrap=wrap, trained=("b",), one_way=True
     )

@@ -105,7 +105,7 @@ def qa_lora(options: QaLoraOptions) -> Transform:
         group = weight.base.codes.group
         return PooledLowRank(weight.base, weight.a, weight.b, weight.layout, weight.scale, group)
 
-    wrap = Wrap(lambda target, base: ({}, {}), pooled)
+    wrap = Wrap(pooled)
     return low_rank("qa_lora", options, start, rslora=options.rslora, wrap=wrap)
 
 

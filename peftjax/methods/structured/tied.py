@@ -33,7 +33,7 @@ from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.low_rank import LowRank
-from peftjax.weights.repeated import Repeated
+from peftjax.weights.repeated import Repeated, numbers_of_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,7 @@ def tied(options: TiedOptions) -> Transform:
         return (own | matrices, {}) if options.train_distinct else (own, matrices)
 
     def weight(target: Target, dtype: str, slots: Mapping[str, Array]) -> LowRank:
-        _, *inner = target.layout.stack
-        each = int(np.prod(inner))
-        numbers = np.asarray(numbers_of(target, options)).reshape(-1, *(1,) * len(inner)) * each
-        numbers = jnp.asarray(numbers + np.arange(each).reshape(inner), jnp.int32)
+        numbers = numbers_of_layers(numbers_of(target, options), target.layout.stack[1:])
         base = Repeated(numbers, slots["distinct"], target.layout, dtype)
         return LowRank(base, slots["a"], slots["b"], target.layout)
 

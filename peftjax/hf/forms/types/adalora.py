@@ -67,7 +67,7 @@ def _adalora_options(fields: _Adalora) -> dict[str, Any]:
     }
 
 
-def _left(arrays: Arrays, shared: Arrays) -> Arrays:
+def _left(arrays: Arrays, shared: Arrays, options: Mapping[str, Any]) -> Arrays:
     """The directions that are not cut for good."""
     return {slot: array[arrays["gate"]] for slot, array in arrays.items() if slot in ("a", "e", "b")}
 

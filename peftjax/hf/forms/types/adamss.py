@@ -75,7 +75,7 @@ def _adamss_options(fields: _Adamss) -> dict[str, Any]:
     }
 
 
-def _by_cluster(arrays: Arrays, shared: Arrays) -> Arrays:
+def _by_cluster(arrays: Arrays, shared: Arrays, options: Mapping[str, Any]) -> Arrays:
     """The arrays of each cluster, of its own rows and rank."""
     a, b = [], []
     for number, own in enumerate(arrays["a"]):

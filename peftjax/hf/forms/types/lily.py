@@ -39,7 +39,7 @@ def _lily_options(fields: _Lily) -> dict[str, Any]:
     }
 
 
-def _with_shared(arrays: Arrays, shared: Arrays) -> Arrays:
+def _with_shared(arrays: Arrays, shared: Arrays, options: Mapping[str, Any]) -> Arrays:
     """The factors beside each module, as PEFT writes them."""
     b = shared["b"]
     return {"router": arrays["router"], "a": shared["a"][arrays["group"]], "b": b.reshape(-1, b.shape[-1])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def _unilora_options(fields: _Unilora) -> dict[str, Any]:
     }
 
 
-def _scaled(arrays: Arrays, shared: Arrays) -> Arrays:
+def _scaled(arrays: Arrays, shared: Arrays, options: Mapping[str, Any]) -> Arrays:
     scales = {f"scale_{side}": shared["scale"][arrays[f"index_{side}"]] for side in ("a", "b")}
     return {**arrays, **scales}
 
