@@ -21,8 +21,8 @@ from peftjax.hf.forms.types.gralora import GRALORA
 from peftjax.hf.forms.types.hira import HIRA
 from peftjax.hf.forms.types.hra import HRA
 from peftjax.hf.forms.types.ia3 import IA3
-from peftjax.hf.forms.types.lily import LILY
 from peftjax.hf.forms.types.kasa import KASA
+from peftjax.hf.forms.types.lily import LILY
 from peftjax.hf.forms.types.ln_tuning import LN_TUNING
 from peftjax.hf.forms.types.loha import LOHA
 from peftjax.hf.forms.types.lokr import LOKR
