@@ -52,7 +52,8 @@ def _on_each_device(x: Array, kernel: Array, *, mesh: Mesh, **options: Any) -> l
 def _on_weights(evaluator: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     _, kernel = operands
     run = _on_each_device if _is_low_rank(kernel) and kernel.part_specs(_COLUMNS) is not None else _run
-    return evaluator.trace(partial(run, **eqn.params))(*operands)
+    with compat.context_of(eqn):  # the kinds of the mesh's axes there
+        return evaluator.trace(partial(run, **eqn.params))(*operands)
 
 
 def _is_low_rank(kernel: Any) -> bool:

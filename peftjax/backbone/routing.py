@@ -200,8 +200,8 @@ def _sorted(count: int, over: Division | None, numbers: Int[Array, "B S k"]) -> 
     return rows, jnp.argsort(order), flat[rows], sizes
 
 
-def _tokens_of_all(x: Array, over: Division | None) -> Float[Array, "T ..."]:
-    """The tokens [B S, ...] of all devices that share experts."""
+def _tokens_of_all(x: Array, over: Division | None) -> Array:
+    """What tokens [B, S, ...] have, [T, ...] of all devices that share experts."""
     x = x.reshape(-1, x.shape[-1])
     if over is None:
         return x

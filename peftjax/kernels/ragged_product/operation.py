@@ -189,19 +189,22 @@ def _operation(
     return primitives.one_equation(name, chosen, differentiable, partial(_one_by_one, chosen), None)
 
 
-def _x_of_product(x: None, w: Array, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
+# Of an operand that only the other's gradient needs there is None, where that is not asked for.
+
+
+def _x_of_product(x: Any, w: Array, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
     return ragged_product(y, w, sizes, transposed=not transposed, preferred=dtype)
 
 
-def _w_of_product(x: Array, w: None, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
+def _w_of_product(x: Array, w: Any, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
     return ragged_outer(*((y, x) if transposed else (x, y)), sizes, preferred=dtype)
 
 
-def _x_of_outer(x: None, g: Array, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
+def _x_of_outer(x: Any, g: Array, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
     return ragged_product(g, w, sizes, transposed=True, preferred=dtype)
 
 
-def _g_of_outer(x: Array, g: None, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
+def _g_of_outer(x: Array, g: Any, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
     return ragged_product(x, w, sizes, preferred=dtype)
 
 
