@@ -29,7 +29,7 @@ from peftjax.kernels.ragged_product import tiled
 
 def ragged_product(
     x: Float[Array, "n D"],
-    w: Float[Array, "E D F"],
+    w: Float[Array, "E _ _"],
     sizes: Int[Array, " E"],
     *,
     transposed: bool = False,
@@ -39,7 +39,7 @@ def ragged_product(
 
     Args:
         x: those of group 0 first, and so on.
-        w: of any floating dtype; [E, F, D] if transposed.
+        w: [E, D, F] of any floating dtype; [E, F, D] if transposed.
         sizes: how many rows each group has.
         transposed: `y_i = x_i W_eᵀ`.
         preferred: dtype of the result; by default that of x and w.
