@@ -32,8 +32,8 @@ METHODS = {
     "full": pj.full,
 }
 LAYER = BlockConfig(
-    width=16, num_heads=2, inner_size=24, norm_epsilon=1e-5, activation="silu", gated=True,
-    experts=Experts(count=4, chosen=3, router_bias=True, bound=0.6), feed_forward_bias=True,
+    width=16, num_heads=2, inner_size=24, norm_epsilon=1e-5, activation="silu",
+    experts=Experts(count=4, chosen=3, router_bias=True), feed_forward_bias=True,
 )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_what_methods_add_to_experts_follows_them(name):
     wanted, found = jax.jit(lambda *args: [jax.value_and_grad(energy(m), (0, 1))(*args) for m in modules])(
         trainable, x
     )
-    assert_close(found, wanted, 1e-5)
+    assert_close(found, wanted, 1e-4)  # the energies are small sums of large numbers
 
 
 @pytest.mark.slow
