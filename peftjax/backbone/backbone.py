@@ -21,6 +21,7 @@ from peftjax.backbone.on_mesh import (
     embeddings_on_mesh,
     ids_on_mesh,
     logits_on_mesh,
+    require_heads,
     require_mesh,
     stream_on_mesh,
 )
@@ -174,7 +175,7 @@ class Backbone:
 
     Raises:
         PeftError: when `remat`, `dtype` or `attention` is not one of these names, `feed_forward_tile` is not
-            positive, or the mesh has other axes.
+            positive, the mesh has other axes, or `sequence` is divided by more than the heads allow.
     """
 
     config: Any
@@ -226,6 +227,8 @@ class Backbone:
         config = getattr(self.block, "config", None)  # a block of another maker's may have none
         plain = {"offloaded_tokens": 0.0, "attention": "rows", "windows": ()}
         has = plain if config is None else vars(config)
+        if self.mesh is not None and config is not None:
+            require_heads(self.mesh, config.num_heads)
         if any(has.get(name) != value for name, value in policy.items()):
             config = dataclasses.replace(config, **policy)
             object.__setattr__(self, "block", self.block.clone(config=config))

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from peftjax.backbone.block_config import BlockConfig, make_norm
+from peftjax.backbone.column_product import column_product
 from peftjax.backbone.layers import (
     ACTIVATIONS,
     Dropout,
@@ -134,7 +135,10 @@ def _product_on(mesh: Mesh, last: bool) -> Callable[..., Array]:
     """One function for all layers alike, as modules are compared by what they hold."""
 
     def product(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
-        return over_tokens(x, kernel_on_mesh(kernel, mesh, last=last), **options)
+        kernel = kernel_on_mesh(kernel, mesh, last=last)
+        if last or mesh.shape["tensor"] == 1 or kernel.shape[-1] % mesh.shape["tensor"]:
+            return over_tokens(x, kernel, **options)
+        return column_product(x, kernel, mesh, **options)
 
     return product
 

@@ -4,72 +4,28 @@
     c = softmax of l, at its k largest
     y = sum_e c_e E_e(x)               over those k;  E_e as in `FeedForward`
 
-Pairs of a token and one of its experts are sorted by expert, so that a product with all experts is one
-`ragged_product`: k rows a token, however many experts there are. `c` enters before the way down, which
-keeps its gradient free of a product.
+Pairs of a token and one of its experts are sorted by expert (`peftjax.backbone.routing`), so that a product
+with all experts is one `ragged_product`: k rows a token, however many experts there are. `c` enters before
+the way down, which keeps its gradient free of a product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from peftjax.backbone.block_config import BlockConfig, Experts
-from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, recompute_module
+from peftjax.backbone.block_config import BlockConfig
+from peftjax.backbone.layers import ACTIVATIONS, Dropout, dense, over_tokens, recompute_module
+from peftjax.backbone.on_mesh import whole_on_mesh
+from peftjax.backbone.routing import Routing, routed
 from peftjax.kernels.ragged_product import ragged_product
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Routing:
-    """Which expert takes which token; n rows are the B S k pairs of a token and an expert of it.
-
-    Attributes:
-        coefficients: of each token's experts, the largest first.
-        order: the rows' pairs, as they are numbered token by token.
-        experts: the rows' experts, ascending.
-        sizes: how many rows each expert has.
-    """
-
-    coefficients: Float[Array, "B S k"]
-    order: Int[Array, " n"]
-    experts: Int[Array, " n"]
-    sizes: Int[Array, " E"]
-
-    def rows(self, x: Float[Array, "B S D"]) -> Float[Array, "n D"]:
-        """Each row's token."""
-        each = jnp.broadcast_to(x[:, :, None], (*self.coefficients.shape, x.shape[-1]))
-        return _permuted(each.reshape(-1, x.shape[-1]), self.order)
-
-    def row_coefficients(self) -> Float[Array, "n 1"]:
-        """Each row's coefficient."""
-        return _permuted(self.coefficients.reshape(-1, 1), self.order)
-
-    def tokens(self, rows: Float[Array, "n D"]) -> Float[Array, "B S D"]:
-        """The sum of each token's rows."""
-        pairs = _permuted(rows, jnp.argsort(self.order))
-        return pairs.reshape(*self.coefficients.shape, rows.shape[-1]).sum(-2)
-
-
-def _permuted(rows: Array, order: Int[Array, " n"]) -> Array:
-    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
-
-
-def routed(logits: Float[Array, "B S E"], experts: Experts, dtype: DTypeLike) -> Routing:
-    """The `experts.chosen` experts with the largest logits, and the softmax there, in float32."""
-    logits = logits.astype(jnp.float32)
-    largest, numbers = jax.lax.top_k(logits, experts.chosen)
-    beyond = largest if experts.normalized else logits
-    coefficients = jnp.exp(largest - jax.nn.logsumexp(beyond, axis=-1, keepdims=True))
-    flat = numbers.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=experts.count)
-    return Routing(coefficients.astype(dtype), order, flat[order], sizes)
 
 
 class ExpertLinear(nn.Module):
@@ -88,13 +44,21 @@ class ExpertLinear(nn.Module):
         """The rows' results, in the compute dtype."""
         shape = (self.experts, rows.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
-        rows = rows if scale is None else rows * scale
-        y = ragged_product(rows, kernel.astype(self.dtype), routing.sizes)
+        weights = [kernel.astype(self.dtype)]
         if self.use_bias:
             table = self.param("bias", nn.initializers.zeros, (self.experts, self.features), jnp.float32)
-            bias = table.astype(self.dtype).at[routing.experts].get(mode="promise_in_bounds")
-            y += bias if scale is None else bias * scale
-        return y
+            weights.append(table.astype(self.dtype))
+        return routing.by_row(_linear, rows, *(() if scale is None else (scale,)), weights=weights)
+
+
+def _linear(rows: list[Array], weights: list[Array], experts: Array, sizes: Array) -> Array:
+    x, *scale = rows
+    kernel, *bias = weights
+    y = ragged_product(x * scale[0] if scale else x, kernel, sizes)
+    for table in bias:
+        own = table.at[experts].get(mode="fill", fill_value=0)
+        y += own * scale[0] if scale else own
+    return y
 
 
 RecomputedExpertLinear = recompute_module(ExpertLinear)
@@ -143,9 +107,9 @@ class RoutedFeedForward(nn.Module):
     def setup(self) -> None:
         """Name the layers."""
         config, experts = self.config, self.config.experts
-        self.router = dense(
-            experts.count, config.deviation(config.width), self.dtype, bias=experts.router_bias
-        )
+        product = None if config.mesh is None else _product_on(config.mesh)
+        deviation, bias = config.deviation(config.width), experts.router_bias
+        self.router = dense(experts.count, deviation, self.dtype, bias=bias, product=product)
         self.experts = ExpertLayers(config, self.dtype)
         self.dropout = Dropout(config.inner_dropout)
 
@@ -155,7 +119,7 @@ class RoutedFeedForward(nn.Module):
 
     def expand(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "n F"] | Routing, ...]:
         """What enters the activation, a row for each expert of each token, and the routing."""
-        routing = routed(self.route(x), self.config.experts, self.dtype)
+        routing = routed(self.route(x), self.config.experts, self.dtype, self.config.mesh)
         return (*self.experts.expand(routing.rows(x), routing), routing)
 
     def activate(self, *inner: Float[Array, "n F"] | Routing) -> tuple[Float[Array, "n F"], Routing]:
@@ -167,6 +131,16 @@ class RoutedFeedForward(nn.Module):
         """The way down and the sum over a token's experts."""
         rows, routing = entering
         return routing.tokens(self.experts.contract(rows, routing))
+
+
+@functools.cache
+def _product_on(mesh: Mesh) -> Callable[..., Array]:
+    """The router's: one function for all layers alike, as modules are compared by what they hold."""
+
+    def product(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
+        return over_tokens(x, whole_on_mesh(kernel, mesh), **options)
+
+    return product
 
 
 def _activated(config: BlockConfig, first: Array, up: Array | None = None) -> Array:

@@ -1,4 +1,4 @@
-"""How the activations of a backbone lie on a mesh: rows over `data` and `fsdp`, tokens, heads.
+"""How the activations of a backbone lie on a mesh: rows over `data`, `fsdp` and `expert`, tokens, heads.
 
 Without it XLA is free to divide the work of a step by features, as the weights are, and then sums activations
 over devices. Told where activations lie, it gathers weights.
@@ -16,7 +16,7 @@ from jaxtyping import ArrayLike, Float
 
 from peftjax.backbone.logits import Logits
 from peftjax.core.errors import PeftError
-from peftjax.core.mesh_axes import AXES, FEATURES, ROWS, TOKENS
+from peftjax.core.mesh_axes import AXES, FEATURES, GATHERED, ROWS, TOKENS, dividing
 from peftjax.weights.base import Weight
 
 T = TypeVar("T")
@@ -33,21 +33,31 @@ def require_mesh(mesh: Mesh) -> None:
         )
 
 
+def require_heads(mesh: Mesh, heads: int) -> None:
+    """Raise a PeftError where attention cannot divide its heads over the devices of a row's tokens."""
+    axes = (*FEATURES, *TOKENS)
+    if _devices(mesh, TOKENS) > 1 and heads % _devices(mesh, axes):
+        sizes = " and ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        raise PeftError(
+            f"the mesh has {sizes}, and attention divides {heads} heads over both, as it needs whole rows of "
+            f"tokens; choose sizes whose product divides {heads}, and put the other devices on fsdp"
+        )
+
+
 def row_and_token_axes(rows: int, tokens: int, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The mesh axes of the rows and of the tokens of a batch.
 
-    Rows lie over `data` and `fsdp`, tokens over `sequence`, and over an axis that the rows leave free.
+    Rows lie over `data`, `fsdp` and `expert`, tokens over `sequence`, and over an axis that the rows leave
+    free.
     """
-    of_rows = next(
-        axes for axes in (ROWS, *((axis,) for axis in ROWS), ()) if rows % _devices(mesh, axes) == 0
-    )
+    of_rows = dividing(rows, ROWS, mesh.shape)
     of_tokens = (*(axis for axis in ROWS if axis not in of_rows and mesh.shape[axis] > 1), *TOKENS)
     fits = (axes for axes in (of_tokens, TOKENS, ()) if tokens % _devices(mesh, axes) == 0)
     return of_rows, next(fits)
 
 
 def stream_on_mesh(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
-    """The stream: rows over `data` and `fsdp`, tokens over `sequence`; without a mesh as it is."""
+    """The stream: rows and tokens over `row_and_token_axes`; without a mesh as it is."""
     return x if mesh is None else _on_mesh(x, mesh, row_and_token_axes(*x.shape[:2], mesh))
 
 
@@ -101,7 +111,7 @@ def token_devices(x: Float[Array, "B S D"], mesh: Mesh | None) -> int:
 
 
 def kernel_on_mesh(kernel: Float[Array, "D F"], mesh: Mesh | None, *, last: bool) -> Float[Array, "D F"]:
-    """A kernel as its product needs it: put together over `fsdp`. Of a weight that is codes, the codes are.
+    """A kernel as its product needs it: put together over `fsdp` and `expert`, of codes the codes.
 
     Args:
         kernel: of a linear layer.
@@ -111,8 +121,13 @@ def kernel_on_mesh(kernel: Float[Array, "D F"], mesh: Mesh | None, *, last: bool
     return _on_mesh(kernel, mesh, (FEATURES, ()) if last else ((), FEATURES))
 
 
+def whole_on_mesh(kernel: Float[Array, "D E"], mesh: Mesh | None) -> Float[Array, "D E"]:
+    """A kernel that no axis divides where its product is."""
+    return _on_mesh(kernel, mesh, ((), ()))
+
+
 def ids_on_mesh(batch: Mapping[str, ArrayLike], mesh: Mesh | None) -> Mapping[str, ArrayLike]:
-    """A batch whose ids are on all devices of `fsdp`, each of which looks up its part of every embedding."""
+    """A batch whose ids are wherever the table is in parts: each device looks up its part of embeddings."""
     if mesh is None:
         return batch
     whole = {name: x for name, x in batch.items() if jnp.issubdtype(x.dtype, jnp.integer)}
@@ -120,8 +135,8 @@ def ids_on_mesh(batch: Mapping[str, ArrayLike], mesh: Mesh | None) -> Mapping[st
 
 
 def embeddings_on_mesh(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
-    """What was looked up, in parts over `fsdp` as the table is, and then by rows as the stream."""
-    return stream_on_mesh(_on_mesh(x, mesh, (("data",), TOKENS, ("fsdp",))), mesh)
+    """What was looked up, in parts as the table is, and then by rows as the stream."""
+    return stream_on_mesh(_on_mesh(x, mesh, (("data",), TOKENS, GATHERED)), mesh)
 
 
 def logits_on_mesh(outputs: T, mesh: Mesh | None) -> T:

@@ -240,14 +240,16 @@ def _shard_map(evaluator: Evaluator, eqn: Any, operands: list[Any]) -> list[Any]
             at += n
         return [dense(out) for out in body(*values)]
 
-    return jax.shard_map(
+    run = jax.shard_map(
         local,
         mesh=eqn.params["mesh"],
         in_specs=tuple(flat_specs),
         out_specs=list(eqn.params["out_specs"]),
         check_vma=eqn.params["check_vma"],
         axis_names=set(eqn.params["newly_manual_axes"]),
-    )(*flat)
+    )
+    with compat.context_of(eqn):
+        return run(*flat)
 
 
 def _sharded_parts(value: Any, spec: PartitionSpec) -> tuple[list[Any] | None, list[Any], Any]:

@@ -49,7 +49,7 @@ def find_mesh(sizes: str | None, devices: Sequence[jax.Device] | None = None) ->
 
 
 def require_rows(caller: str, rows: int, mesh: Mesh, tokens: int = 1) -> None:
-    """Raise a PeftError unless `data` and `fsdp` divide so many rows, or what is left of them their tokens.
+    """Raise a PeftError unless the axes of rows divide so many, or what is left of them their tokens.
 
     Otherwise every device would have all of them.
     """
@@ -57,8 +57,8 @@ def require_rows(caller: str, rows: int, mesh: Mesh, tokens: int = 1) -> None:
     devices = math.prod(mesh.shape[axis] for axis in ROWS)
     if any(mesh.shape[axis] > 1 and not any(axis in axes for axes in used) for axis in ROWS):
         raise PeftError(
-            f"{caller}: {rows} rows at a time are not divided by the {devices} devices of data and fsdp; "
-            "choose a multiple, or put some of the devices on another axis"
+            f"{caller}: {rows} rows at a time are not divided by the {devices} devices of data, fsdp and "
+            "expert; choose a multiple, or put some of the devices on another axis"
         )
 
 

@@ -1,5 +1,6 @@
 """Arrays put where rules say: parameters, what a method adds to them, the optimizer's state, a batch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def shard(params: T, mesh: Mesh, rules: Rules | None = None) -> T:
 
 
 def shard_batch(batch: T, mesh: Mesh) -> T:
-    """A batch on a mesh: rows over `data` and `fsdp`, tokens over `sequence`, where they divide."""
+    """A batch on a mesh: rows over `data`, `fsdp` and `expert`, tokens over `sequence`, where they divide."""
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
 
@@ -98,6 +99,11 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
         spec = spec_of(path, of_weight, mesh, rules)
         if shape == of_weight or len(of_weight) < 2 or not shape:
             return spec if shape == of_weight else PartitionSpec()
+        # Of each expert, or layer, what its matrix has.
+        stacked = [own == whole for own, whole in zip(shape, of_weight[:-2])]
+        stack = tuple(spec)[: stacked.index(False) if False in stacked else len(stacked)]
+        if len(stack) == len(shape):
+            return PartitionSpec(*stack)
         # A method's arrays are canonical: the last axis runs over the inputs, the outputs, or neither.
         sides = {"outputs": tuple(spec)[-1], "inputs": tuple(spec)[-2]}
         inputs, outputs = of_weight[-2:]
@@ -106,14 +112,17 @@ def state_shardings(state: T, mesh: Mesh, rules: Rules | None = None) -> T:
         elif shape[-1] == inputs:
             side = "inputs"
         else:
-            return PartitionSpec()
+            return PartitionSpec(*stack)
         own = names_of(sides.pop(side))
         (others,) = map(names_of, sides.values())
         # Over the axes of the batch's rows too where the weight's other side is, as an array is gathered over
         # these where it is used; over `tensor` it would divide activations.
         rows = tuple(name for name in others if name in ROWS)
-        last = fitting(shape[-1], own + rows, mesh) or fitting(shape[-1], own, mesh)
-        return PartitionSpec(*(None,) * (len(shape) - 1), last or None)
+        first = names_of(fitting(shape[-1], own, mesh))
+        parts = math.prod(mesh.shape[name] for name in first)
+        last = (*first, *names_of(fitting(shape[-1] // parts, rows, mesh)))
+        middle = (None,) * (len(shape) - 1 - len(stack))
+        return PartitionSpec(*stack, *middle, last if len(last) > 1 else next(iter(last), None))
 
     trainable = beside(state.trainable)
     like = jax.tree.map(

@@ -2,11 +2,10 @@
 
 In a block the first matrices of a branch are divided by outputs, the last one by inputs (Megatron, Shoeybi et
 al. 2019, arXiv 1909.08053), so that a branch ends in one sum over `tensor`; the other axis of each lies over
-`fsdp`.
+`fsdp` and `expert`. Of the matrices of experts, whole ones lie over `expert` and `tensor`, parts over `fsdp`.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
-from peftjax.core.mesh_axes import AXES
+from peftjax.core.mesh_axes import AXES, EXPERTS, GATHERED, dividing
 from peftjax.core.patterns import fullmatches
 from peftjax.weights.base import Weight
 from peftjax.weights.coding import code_shardings
@@ -27,11 +26,15 @@ first pattern that matches is the parameter's; one that none matches lies whole 
 
 _COLUMNS, _ROWS = "query|key|value|qkv|up|gate", "output|down"
 BLOCKS: Rules = (
-    (rf".*blocks/.*/({_COLUMNS})/kernel", ("fsdp", "tensor")),
+    (rf".*blocks/.*/experts/({_COLUMNS})/kernel", (EXPERTS, "fsdp", None)),
+    (rf".*blocks/.*/experts/({_ROWS})/kernel", (EXPERTS, None, "fsdp")),
+    (r".*blocks/.*/experts/.*/bias", (EXPERTS, None)),
+    (r".*blocks/.*/router/kernel", (GATHERED, None)),
+    (rf".*blocks/.*/({_COLUMNS})/kernel", (GATHERED, "tensor")),
     (rf".*blocks/.*/({_COLUMNS})/bias", ("tensor",)),
-    (rf".*blocks/.*/({_ROWS})/kernel", ("tensor", "fsdp")),
-    (r".*/embedding", ("tensor", "fsdp")),
-    (r".*/kernel", ("fsdp", "tensor")),
+    (rf".*blocks/.*/({_ROWS})/kernel", ("tensor", GATHERED)),
+    (r".*/embedding", ("tensor", GATHERED)),
+    (r".*/kernel", (GATHERED, "tensor")),
 )
 """Those of the backbones here."""
 
@@ -112,5 +115,8 @@ def names_of(own: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def fitting(size: int, own: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """The mesh axes of an axis of this size, where they divide it; else None."""
-    return own if own and size % math.prod(mesh.shape[name] for name in names_of(own)) == 0 else None
+    """The mesh axes of an axis of this size, where they divide it; of several those that do; else None."""
+    if own is None or isinstance(own, str):
+        return own if own and size % mesh.shape[own] == 0 else None
+    found = dividing(size, own, mesh.shape)
+    return found if len(found) > 1 else next(iter(found), None)

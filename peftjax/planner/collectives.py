@@ -2,9 +2,10 @@
 
 Every turn of a loop is counted, by the trip count that the compiler notes, or else by the number that the
 loop's condition compares with and the step of what it counts, from 0; a loop without either counts once. A
-collective that a TPU's compiler has
-spread over others' work is written down several times under one channel, and counts once. Bytes are those of
-a device's result, of a reduce-scatter those of its operand. Of n devices at least
+collective that a TPU's compiler has spread over others' work is written down several times under one channel,
+and counts once; those of a device's own code (`shard_map`) all have channel 1, and are told apart by their
+result and where they are from. Bytes are those of a device's result, of a reduce-scatter those of its
+operand. Of n devices at least
 
     (n - 1) / n of them    all-gather, reduce-scatter, all-to-all: a device has its own part
     all of them            all-reduce, collective-permute
@@ -31,6 +32,8 @@ _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\w+)?\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=\d+")
+_OF_SHARD_MAP = "channel_id=1"
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, devices of one]
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")  # its axes; those of a group
@@ -110,6 +113,8 @@ def collectives(text: str) -> list[Collective]:
             if one := _COLLECTIVE.match(line):
                 channel = _CHANNEL.search(line)
                 own = str(len(found)) if channel is None else channel[0]
+                if own == _OF_SHARD_MAP and (origin := _ORIGIN.search(line)):
+                    own = f"{one[2]} {_ARRAY.findall(one[1])} {origin[1]}"
                 if own not in found or runs < found[own].runs:
                     found[own] = _read(one, runs)
             for called, times in _called(line, bodies):

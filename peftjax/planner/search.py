@@ -7,12 +7,14 @@ A larger step is taken to need more memory. No compilation begins after the time
 is what is found.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from peftjax.core.errors import PeftError
+from peftjax.core.mesh_axes import ROWS
 from peftjax.parallel.mesh import read_mesh
 from peftjax.planner.compiling import DoesNotFit
 from peftjax.planner.result import Plan
@@ -169,4 +171,4 @@ def rows_of(mesh: str | None, devices: int) -> int:
     if mesh is None:
         return 1
     sizes = {"fsdp": devices} if mesh == "all" else read_mesh(mesh)
-    return sizes.get("data", 1) * sizes.get("fsdp", 1)
+    return math.prod(sizes.get(axis, 1) for axis in ROWS)

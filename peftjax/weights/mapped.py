@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from peftjax.core import compat
 from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import outputs_in_result, side_of, to_canonical, to_logical
 from peftjax.weights.contraction import Contraction, Dot, Gather, RaggedDot
@@ -190,6 +191,9 @@ class Mapped(WholeMatrices, Weight):
         def transposed(slots: Slots, g: Array) -> Array:
             place = keeping(g, range(g.ndim - 1), more=1)
             x = jax.ShapeDtypeStruct((*g.shape[:-1], entering), g.dtype, sharding=place)
+            # Inside a shard_map, what no device has in common with others has no sum over them.
+            slots, g = compat.varying_alike((slots, g))
+            x = jax.eval_shape(lambda x, g: compat.varying_alike((x, g))[0], x, g)
             return jax.linear_transpose(lambda x: own(slots, x), x)(g)[0]
 
         return transposed

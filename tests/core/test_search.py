@@ -94,6 +94,7 @@ def test_what_does_not_compile_is_no_size_that_does_not_fit():
 def test_meshes_divide_rows_and_heads():
     assert meshes(8, rows=8, heads=4) == ["fsdp=8,tensor=1", "fsdp=4,tensor=2", "fsdp=2,tensor=4"]
     assert meshes(8, rows=2, heads=32) == ["fsdp=2,tensor=4", "fsdp=1,tensor=8"]
+    assert rows_of("fsdp=2,expert=4", 8) == 8
     assert rows_of(None, 8) == rows_of("tensor=8", 8) == 1
     assert rows_of("all", 8) == rows_of("data=2,fsdp=4", 8) == 8
 

@@ -19,19 +19,18 @@ MODEL = decoder(read_config(CONFIG), head="causal_lm")
 MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4", "fsdp=4,sequence=2")
 
 
-def begun(method, mesh=None, *, rows=8, length=16, **options):
+def begun(method, mesh=None, *, rows=8, length=16, model=MODEL, **options):
     """The training of a method, its state and a batch; on a mesh where one is given."""
     keys = jax.random.split(jax.random.key(3))
     ids = [jax.random.randint(key, (rows, length), 0, CONFIG["vocab_size"]) for key in keys]
     batch = dict(zip(("input_ids", "labels"), ids))
-    model = dataclasses.replace(MODEL, mesh=mesh, **options)
-    forward = pj.adapt(method.model(model))
+    forward = pj.adapt(method.model(dataclasses.replace(model, mesh=mesh, **options)))
 
     def loss(params, batch):
         return pj.losses.cross_entropy(forward(params, batch), batch)
 
     run = pj.training(method, loss, optax.adamw(1e-2))
-    state = run.start(jax.random.key(1), MODEL.init(jax.random.key(0)))
+    state = run.start(jax.random.key(1), model.init(jax.random.key(0)))
     if mesh is None:
         return run, state, batch
     return run, shard_state(state, mesh), shard_batch(batch, mesh)

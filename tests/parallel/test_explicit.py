@@ -29,7 +29,8 @@ def losses(method, mesh=None):
     state, found = run.start(jax.random.key(1), MODEL.init(jax.random.key(0))), []
     with contextlib.ExitStack() as stack:
         if mesh is not None:
-            explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * 4)
+            kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+            explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
             stack.enter_context(jax.set_mesh(explicit))
             state, batch = shard_state(state, explicit), shard_batch(batch, explicit)
         for _ in range(4):

@@ -47,7 +47,8 @@ def test_devices_that_are_not_there_have_bounds_and_collectives(target, module, 
     gathered = found.collectives["all-gather"]
     assert 0.5 * gathered.nbytes <= gathered.crossing < gathered.nbytes
     assert found.roofline.network > 0 == alone.roofline.network
-    assert found.roofline.compute == pytest.approx(alone.roofline.compute / found.devices)
+    # Over `tensor` each device makes the thin products of the adapter's inputs by itself.
+    assert found.roofline.compute == pytest.approx(alone.roofline.compute / found.devices, rel=0.1)
     assert found.capacity == alone.capacity == find_specification(target).memory
 
 

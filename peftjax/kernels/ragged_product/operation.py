@@ -29,7 +29,7 @@ from peftjax.kernels.ragged_product import tiled
 
 def ragged_product(
     x: Float[Array, "n D"],
-    w: Float[Array, "E D F"],
+    w: Float[Array, "E _ _"],
     sizes: Int[Array, " E"],
     *,
     transposed: bool = False,
@@ -39,7 +39,7 @@ def ragged_product(
 
     Args:
         x: those of group 0 first, and so on.
-        w: of any floating dtype; [E, F, D] if transposed.
+        w: [E, D, F] of any floating dtype; [E, F, D] if transposed.
         sizes: how many rows each group has.
         transposed: `y_i = x_i W_eᵀ`.
         preferred: dtype of the result; by default that of x and w.
@@ -189,19 +189,22 @@ def _operation(
     return primitives.one_equation(name, chosen, differentiable, partial(_one_by_one, chosen), None)
 
 
-def _x_of_product(x: None, w: Array, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
+# Of an operand that only the other's gradient needs there is None, where that is not asked for.
+
+
+def _x_of_product(x: Any, w: Array, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
     return ragged_product(y, w, sizes, transposed=not transposed, preferred=dtype)
 
 
-def _w_of_product(x: Array, w: None, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
+def _w_of_product(x: Array, w: Any, sizes: Array, y: Array, dtype: Any, transposed: bool, **_: Any) -> Array:
     return ragged_outer(*((y, x) if transposed else (x, y)), sizes, preferred=dtype)
 
 
-def _x_of_outer(x: None, g: Array, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
+def _x_of_outer(x: Any, g: Array, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
     return ragged_product(g, w, sizes, transposed=True, preferred=dtype)
 
 
-def _g_of_outer(x: Array, g: None, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
+def _g_of_outer(x: Array, g: Any, sizes: Array, w: Array, dtype: Any, **_: Any) -> Array:
     return ragged_product(x, w, sizes, preferred=dtype)
 
 

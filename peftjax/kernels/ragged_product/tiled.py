@@ -22,8 +22,8 @@ def tile_rows(rows: int, groups: int) -> int:
     return min(LARGEST, max(SMALLEST, 1 << (half.bit_length() - 1)))
 
 
-def _tiles(rows: int, sizes: Array, tile: int) -> tuple[Array, Array, Array]:
-    """Of each tile its first row, its group and how many rows of that it has; those left over have none."""
+def _tiles(rows: int, sizes: Array, tile: int) -> tuple[Array, Array, Array, Array]:
+    """Of each tile its first row, its group and how many rows of that it has; how many tiles have some."""
     filled = min(rows, len(sizes))
     numbers = jnp.arange(filled + (rows - filled) // tile)
     ends, counts = jnp.cumsum(sizes), -(-sizes // tile)
@@ -33,7 +33,7 @@ def _tiles(rows: int, sizes: Array, tile: int) -> tuple[Array, Array, Array]:
     first = (ends - sizes)[group] + within * tile
     used = numbers < last[-1]
     first = jnp.where(used, first, rows)
-    return first, group, jnp.where(used, jnp.minimum(ends[group] - first, tile), 0)
+    return first, group, jnp.where(used, jnp.minimum(ends[group] - first, tile), 0), last[-1]
 
 
 def product(
@@ -47,7 +47,7 @@ def product(
 ) -> Array:
     """`ragged_product`, a tile after the other, with the matrix that `decode` makes of its group's parts."""
     rows, tile = len(x), tile_rows(len(x), len(sizes))
-    first, group, _ = _tiles(rows, sizes, tile)
+    first, group, _, used = _tiles(rows, sizes, tile)
     whole = jnp.pad(x, ((0, tile), (0, 0)))
     over = (((1,), (1 if transposed else 0,)), ((), ()))
 
@@ -61,14 +61,14 @@ def product(
 
     width = jax.eval_shape(matrix, group[0]).shape[0 if transposed else 1]
     empty = _alike(jnp.zeros((rows + tile, width), preferred), x)
-    y = lax.fori_loop(0, len(first), step, empty)[:rows]
+    y = lax.fori_loop(0, used, step, empty)[:rows]
     return jnp.where((jnp.arange(rows) < sizes.sum())[:, None], y, jnp.zeros((), preferred))
 
 
 def outer(x: Array, g: Array, sizes: Array, *, preferred: Any) -> list[Array]:
     """`ragged_outer`, a tile after the other; summed in float32 at least."""
     rows, tile = len(x), tile_rows(len(x), len(sizes))
-    first, group, count = _tiles(rows, sizes, tile)
+    first, group, count, used = _tiles(rows, sizes, tile)
     x, g = (jnp.pad(array, ((0, tile), (0, 0))) for array in (x, g))
 
     def step(number: Array, total: Array) -> Array:
@@ -82,7 +82,7 @@ def outer(x: Array, g: Array, sizes: Array, *, preferred: Any) -> list[Array]:
 
     wide = jnp.promote_types(preferred, jnp.float32)
     empty = _alike(jnp.zeros((len(sizes), x.shape[1], g.shape[1]), wide), x)
-    return [lax.fori_loop(0, len(first), step, empty).astype(preferred)]
+    return [lax.fori_loop(0, used, step, empty).astype(preferred)]
 
 
 def _alike(empty: Array, x: Array) -> Array:
