@@ -22,6 +22,7 @@ API = {
     "optim": ("Optimizers", "peftjax.optim"),
     "losses": ("Losses", "peftjax.losses"),
     "calibrate": ("Statistics", "peftjax.calibrate"),
+    "prune": ("Pruning", "peftjax.prune"),
     "parallel": ("Several devices", "peftjax.parallel"),
     "weights": ("Structured weights", "peftjax.weights.base"),
     "models": ("Tables of weights", "peftjax.models.weight_map"),

@@ -1,6 +1,6 @@
 """peftjax: parameter- and memory-efficient fine-tuning for JAX, as rewrites of a training step."""
 
-from peftjax import adapters, calibrate, losses, methods, optim, parallel
+from peftjax import adapters, calibrate, losses, methods, optim, parallel, prune
 from peftjax.core.errors import PeftError
 from peftjax.generation.generate import generate
 from peftjax.hf.export import export_peft
@@ -51,6 +51,7 @@ __all__ = [
     "parallel",
     "plan",
     "prefix_of",
+    "prune",
     "register",
     "repavit_merged",
     "save",

@@ -15,6 +15,7 @@ from peftjax.core.errors import PeftError
 from peftjax.io.files import replacing
 from peftjax.io.safetensors import SINGLE_FILE, write_tensors
 from peftjax.models.families import CONFIG_FILE, FAMILIES
+from peftjax.models.family import Family
 from peftjax.models.weight_map import to_hf
 from peftjax.weights.base import Weight
 
@@ -55,6 +56,7 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         want, got = (jnp.shape(tree[name]) if name in tree else None for tree in (specs, leaves))
         if want != got:
             raise PeftError(f"parameter {name} has shape {got}; the model needs {want}")
+    _require_said(family, model, specs)
     values: dict[str, Any] = {
         **family.write_config(model.config),
         "architectures": [family.heads[model.head_name].architecture],
@@ -64,3 +66,17 @@ def save(path: str | os.PathLike[str], model: Backbone, params: Params) -> None:
         config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         tensors = family.scattered(to_hf(params, family.table(model)))
         write_tensors(weights_file, tensors, {"format": "pt"})
+
+
+def _require_said(family: Family, model: Backbone, specs: dict[str, Any]) -> None:
+    """Raise a PeftError unless a `config.json` can say the sizes of the blocks."""
+    config = family.read_config({"model_type": family.name, **family.write_config(model.config)})
+    told = flatten_dict(family.build(config, head=model.head_name).shapes, sep="/")
+    for name, leaf in specs.items():
+        if "blocks/" in name and (name not in told or told[name].shape != leaf.shape):
+            by_config = told[name].shape if name in told else None
+            raise PeftError(
+                f"the config.json of a {family.name} cannot say the sizes of this model: {name} has shape "
+                f"{leaf.shape}, and {by_config} by the configuration; save the model with those units zero "
+                "(pj.prune.masked), or keep its number of heads"
+            )
