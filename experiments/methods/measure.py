@@ -24,6 +24,7 @@ from experiments.harness.training import Programs, finetuning_optimizer, make_pr
 from experiments.methods.entries import LORA, Entry, entry_of
 from experiments.methods.tasks import Task
 from experiments.pretrain_bytes.run import best_rate
+from peftjax.backbone.backbone import Params
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 from peftjax.train.step import TrainingState
@@ -48,14 +49,19 @@ def plan_cell(task: Task, entry: Entry, target: str) -> Cell:
 
 def disk_cell(task: Task, entry: Entry) -> Cell:
     """The bytes of a fresh adapter's files, of which the head is a part."""
-    model = task.shapes.backbone()
-    params = jax.jit(model.init)(jax.random.key(0))
+    model, params = task.shapes.backbone(), _drawn(task)
     method = make_method(entry.contender, Setting(task.steps), model, params)
     frozen, trainable = method.init(jax.random.key(0), params)
     with tempfile.TemporaryDirectory() as folder:
         pj.adapters.save_adapter(folder, method, frozen, trainable, seed=0)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {"bytes": size, "commit": commit()}
+
+
+@cache
+def _drawn(task: Task) -> Params:
+    """Parameters of the model that no one has trained."""
+    return jax.jit(task.shapes.backbone().init)(jax.random.key(0))
 
 
 def score_cell(task: Task, entry: Entry, seeds: int) -> Cell:
@@ -86,7 +92,7 @@ def score_cell(task: Task, entry: Entry, seeds: int) -> Cell:
         return {
             "held_out": [-held_out["accuracy"] if task.score == "accuracy" else 0.0, held_out["loss"]],
             "score": programs.evaluate(trained.state, task.test())[task.score],
-            "after": None if entry.own_classifier else _loss_before(task, programs, trained.state),
+            "after": None if entry.own_classifier else loss_before(task, programs, trained.state),
         }
 
     def tuned(rate: float, seed: int) -> Cell:
@@ -133,10 +139,10 @@ def base_loss(task: Task) -> float | None:
         return None
     model, params = task.open(0)
     programs = make_programs(model, pj.full(), finetuning_optimizer(1))
-    return _loss_before(task, programs, programs.start(pj.full(), params, 1.0, 0))
+    return loss_before(task, programs, programs.start(pj.full(), params, 1.0, 0))
 
 
-def _loss_before(task: Task, programs: Programs, state: TrainingState) -> float | None:
+def loss_before(task: Task, programs: Programs, state: TrainingState) -> float | None:
     """The loss on what the base was trained on, under its own classifier; None where that has no place."""
     if task.before is None:
         return None

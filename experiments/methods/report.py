@@ -35,9 +35,9 @@ def report(results: Results) -> str:
         settings["about"],
         f"A method has the size, by the first of the options {', '.join(settings['sizes'])} that it has, "
         f"with which it trains nearest to LoRA of rank {settings['rank']}; what trains the rest of the model "
-        "too has a quarter of the width as its rank; what trains nothing goes beside that LoRA. Other options "
-        "are at their defaults but for those named. Trained numbers are without the classifier's, which all "
-        "train; files are those of `save_adapter`, with it.",
+        "too has a quarter of the width as its rank; what trains nothing goes beside that LoRA. Other "
+        "options are at their defaults but for those named. Trained numbers are without the classifier's, "
+        "which all train; files are those of `save_adapter`, with it.",
         f"What backward keeps, the peak and the FLOPs are of one AdamW step as traced and compiled for "
         f"{settings['target']}. The step time is the median of paired ratios within one run.",
         f"Score: {unit}, mean and standard deviation of {settings['seeds']} seeds; differences seed by seed, "

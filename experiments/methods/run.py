@@ -115,7 +115,7 @@ def fill(task: Task, folder: Path, options: Options) -> str:
     results = _opened(folder, settings_of(task, options))
     rows = results["rows"]
     model = task.shapes.backbone()
-    params = task.shapes.params(model)
+    params, done = task.shapes.params(model), 0
     for name, column in itertools.product(names, options.columns):
         row = rows.get(name, {})
         if options.missing and (column in row or "reason" in row):
@@ -129,7 +129,9 @@ def fill(task: Task, folder: Path, options: Options) -> str:
             rows[name] = {**own, column: measured(makers[column], task, entry)}
         _write(folder, results)
         print(f"{name}, {column}: {rows[name].get(column, rows[name])}", flush=True)
-        jax.clear_caches()  # a process can map only so many programs into memory
+        done += 1
+        if done % 16 == 0:
+            jax.clear_caches()  # a process can map only so many programs into memory
     results["rows"] = {name: rows[name] for name in pj.METHODS if name in rows}
     return write_report(folder, REPORT, results)
 
