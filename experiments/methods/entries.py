@@ -32,8 +32,8 @@ OWN: dict[str, Mapping[str, Any]] = {
     "unfreeze": {"targets": ["head"]},
     "vblora": {"length": 32},
 }
-"""Options that are not the defaults: one member, whose batch has no copies; the head alone; all but the
-embedding; trained prefixes without a network; linear layers, as the others; shards that divide all widths."""
+"""Options that are not the defaults: one member, whose batch has no copies; all but the embedding; prefixes
+without a network; linear layers, as the others have; the head alone; vectors that divide all widths."""
 TOGETHER: dict[str, Callable[[Any], dict[str, Any]]] = {
     "adalora": lambda rank: {"rank": rank, "target_rank": max(1, 2 * rank // 3)},
     "mam": lambda size: {"size": size, "length": size},
@@ -48,6 +48,7 @@ DATA: dict[str, Callable[[Setting], dict[str, Any]]] = {
 }
 """What a start from data takes; where there are no batches, the start counts as loaded."""
 POWERS = 16
+"""How many powers of two are tried as a size."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,10 +122,10 @@ def _cells(name: str, row: Row, rows: Mapping[str, Row], accuracy: bool) -> list
             for cell in (said(plan, key, lambda size, unit=unit: f"{size / unit:,.0f}"), ratio(key))
         ),
         said(time, "ratios", _spread_of_ratios),
-        said(score, "rate", lambda rate: f"{rate:g}"),
+        f"{score['rate']:g}" if "rate" in score else "",
         said(score, "score", lambda values: spread(values, factor)),
-        said(score, "score", minus) if "score" in score else "",
-        said(score, "forgetting", forgotten),
+        minus(score["score"]) if "score" in score else "",
+        forgotten(score["forgetting"]) if "score" in score else "",
     ]
 
 

@@ -155,7 +155,7 @@ def _opened(folder: Path, settings: Mapping[str, Any]) -> Results:
                 f"{folder} has results with {name} {found['settings'].get(name)!r}, not {value!r}: choose "
                 "another output folder"
             )
-    return {**found, **made, "settings": settings}
+    return {**made, **found, "settings": settings}
 
 
 def _write(folder: Path, results: Results) -> None:
@@ -168,7 +168,7 @@ def main(options: Options, task_of: Callable[[Name, Options], Task] = make_task)
         print(fill(task_of(name, options), options.output / name, options))
 
 
-RECORDED: tuple[Name, ...] = ()
+RECORDED: tuple[Name, ...] = ("digits",)
 """The tasks that have results."""
 REPORTS = dict.fromkeys(RECORDED, REPORT)
 
