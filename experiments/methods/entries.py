@@ -12,7 +12,7 @@ import jax
 
 import peftjax as pj
 from experiments.harness.contenders import Contender, Setting
-from peftjax.backbone.backbone import Params
+from peftjax.backbone.backbone import Backbone, Params
 from peftjax.core import tree
 from peftjax.core.errors import PeftError
 
@@ -76,14 +76,15 @@ class Entry:
         return pj.METHODS[self.name].conformance.reads_classifier
 
 
-def entry_of(name: str, rank: int, steps: int, params: Params, width: int) -> Entry:
+def entry_of(name: str, rank: int, steps: int, model: Backbone, params: Params, width: int) -> Entry:
     """The contender of a method.
 
     Args:
         name: in the registry.
         rank: of the LoRA whose number of trained parameters is aimed at.
         steps: of a run.
-        params: of the model, or their shapes.
+        model: that is adapted.
+        params: its parameters, or their shapes.
         width: of the model.
 
     Raises:
@@ -98,7 +99,9 @@ def entry_of(name: str, rank: int, steps: int, params: Params, width: int) -> En
 
         def count(size: float) -> int | None:
             try:
-                return _trained(_made(name, {**options, **of_size(size)}, rank, Setting(steps)), params)
+                method = _made(name, {**options, **of_size(size)}, rank, Setting(steps))
+                method.model(model)
+                return _trained(method, params)
             except PeftError:
                 return None
 

@@ -126,7 +126,7 @@ def _said(held_out: list[float], task: Task) -> float | None:
 
 def time_cell(task: Task, entry: Entry, rounds: int) -> Cell:
     """The ratios of a step's time to LoRA's, one of each in turn."""
-    lora = entry_of(LORA, task.rank, task.steps, task.open(0)[1], task.width)
+    lora = entry_of(LORA, task.rank, task.steps, *task.open(0), task.width)
     calls = {name: _steps(task, one) for name, one in (("lora", lora), ("own", entry))}
     seconds = measure_in_turn(calls, rounds)
     return {"ratios": [own / base for own, base in zip(seconds["own"], seconds["lora"])], "commit": commit()}

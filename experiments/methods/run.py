@@ -121,7 +121,7 @@ def fill(task: Task, folder: Path, options: Options) -> str:
         if options.missing and (column in row or "reason" in row):
             continue
         try:
-            entry = entry_of(name, task.rank, task.steps, params, task.width)
+            entry = entry_of(name, task.rank, task.steps, model, params, task.width)
         except PeftError as error:
             rows[name] = {"reason": str(error), "commit": commit()}
         else:

@@ -40,7 +40,7 @@ def task():
 def entry(task, name):
     model = task.shapes.backbone()
     params = task.shapes.params(model)
-    found = entry_of(name, task.rank, task.steps, params, task.width)
+    found = entry_of(name, task.rank, task.steps, model, params, task.width)
     return found, adapter_size(make_method(found.contender, Setting(task.steps), model, params), params)
 
 
@@ -74,7 +74,7 @@ def test_every_method_has_an_entry_or_a_reason(task):
         assert option is None or option in SIZES
         if name in NEEDS:
             with pytest.raises(PeftError, match="rows"):
-                entry_of(name, task.rank, task.steps, params, task.width)
+                entry_of(name, task.rank, task.steps, model, params, task.width)
 
 
 def test_a_task_without_its_data_says_which_option_gives_them():
