@@ -61,7 +61,7 @@ from peftjax.backbone.backbone import Backbone, Params
 from peftjax.models.minilm import minilm_path
 from peftjax.text.tokenizer import load_tokenizer
 from peftjax.train.data.batches import TokenizedSplit, evaluation_batches, tokenize, training_batches
-from peftjax.train.data.dataset import Split
+from peftjax.train.data.dataset import Split, TextDataset
 from peftjax.train.data.files import file_dataset
 
 
@@ -122,12 +122,17 @@ class Texts:
 def read_texts(options: Options) -> Texts:
     """The three parts; which texts are held out is the same in every run."""
     data = file_dataset(str(options.train), str(options.evaluation))
+    return split_texts(data, options.held_out, options.max_length)
+
+
+def split_texts(data: TextDataset, held_out: int, max_length: int) -> Texts:
+    """A data set in three parts, as MiniLM's tokens."""
     order = np.random.default_rng(0).permutation(len(data.train))
-    parts = [pick(data.train, rows) for rows in np.split(order, [len(order) - options.held_out])]
+    parts = [pick(data.train, rows) for rows in np.split(order, [len(order) - held_out])]
     tokenizer = load_tokenizer(minilm_path())
     return Texts(
         *(
-            tokenize(part, tokenizer.encode, max_length=options.max_length, pad_id=tokenizer.pad_id)
+            tokenize(part, tokenizer.encode, max_length=max_length, pad_id=tokenizer.pad_id)
             for part in (*parts, data.evaluation)
         )
     )
@@ -138,11 +143,11 @@ def pick(split: Split, rows: np.ndarray) -> Split:
     return Split(tuple(split.texts[row] for row in rows), tuple(split.labels[row] for row in rows))
 
 
-def open_minilm(seed: int, dtype: str = "float32") -> tuple[Backbone, Params]:
+def open_minilm(seed: int, dtype: str = "float32", labels: int = 2) -> tuple[Backbone, Params]:
     """MiniLM with a new classifier on the mean of its states."""
     key = jax.random.key(seed)
     return pj.load(
-        minilm_path(), head="mean_classifier", num_labels=2, key=key, dtype=dtype, param_dtype=dtype
+        minilm_path(), head="mean_classifier", num_labels=labels, key=key, dtype=dtype, param_dtype=dtype
     )
 
 

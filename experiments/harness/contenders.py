@@ -21,7 +21,7 @@ Statistics = Callable[[], Mapping[str, jax.Array]]
 """Computes an array for every weight, by path, before training."""
 
 
-def no_statistics() -> Mapping[str, jax.Array]:
+def no_statistics() -> Any:
     """Where there is no batch to calibrate on.
 
     Raises:
@@ -41,6 +41,7 @@ class Setting:
         scale: of a projected step, "alpha" in GaLore's paper.
         gradients: the gradient by every linear weight.
         fisher: the Fisher information of every weight.
+        inputs: the statistics of what enters every linear weight.
     """
 
     steps: int
@@ -49,6 +50,12 @@ class Setting:
     scale: float = 1.0
     gradients: Statistics = no_statistics
     fisher: Statistics = no_statistics
+    inputs: Callable[[], pj.calibrate.InputStatistics] = no_statistics
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are batches to calibrate on."""
+        return self.gradients is not no_statistics
 
 
 def adamw(setting: Setting, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -93,6 +100,7 @@ def calibrated(
         steps,
         gradients=lambda: pj.calibrate.mean_gradient(loss, params, batches()),
         fisher=lambda: pj.calibrate.fisher_information(loss, params, batches()),
+        inputs=lambda: pj.calibrate.input_statistics(model, params, batches()),
     )
 
 
@@ -103,9 +111,9 @@ def make_method(contender: Contender, setting: Setting, model: Backbone, params:
 
 
 def adapter_size(method: pj.Transform, params: Params) -> int:
-    """Trained parameters without the classifier's, which every contender trains."""
+    """Trained parameters without those of the classifier, where there is one: every contender trains it."""
     _, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    return tree.count(trainable) - tree.count(params["head"]["classifier"])
+    return tree.count(trainable) - tree.count(params["head"].get("classifier", {}))
 
 
 def require_equal(sizes: Sequence[tuple[Contender, int]], tolerance: float) -> None:

@@ -12,6 +12,7 @@ from peftjax.io.safetensors import find_tensors, read_tensors, write_tensors
 
 TENSORS = {
     "small": np.arange(3, dtype=np.uint8),
+    "bits": np.array([0, 2**32 - 1], np.uint32),
     "half": np.arange(6).reshape(2, 3).astype(jnp.bfloat16),
     "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
     "scalar": np.float64(2.5).reshape(()),

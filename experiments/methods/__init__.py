@@ -1,0 +1,1 @@
+"""Every method of the registry on the same tasks."""
