@@ -16,6 +16,7 @@ Expected:
     | topologies | Llama-3-8B on 8 H200, LoRA | 4.73 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on 8 H200, QLoRA | 3.30 GiB, fits, at most 20,805 tokens/s a device |
     | topologies | Llama-3-8B on v5e-16, LoRA | 3.42 GiB, fits, at most 4,143 tokens/s a device |
+    | topologies | Llama-3-8B on v5e-16, QLoRA | 2.77 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-8B on v5e-256, LoRA | 2.36 GiB, fits, at most 4,143 tokens/s a device |
     | topologies | Llama-3-70B on one H200, LoRA | 142.21 GiB, does not fit, at most 2,390 tokens/s a device |
     | topologies | Llama-3-70B on one H200, QLoRA | 46.53 GiB, fits, at most 2,390 tokens/s a device |
