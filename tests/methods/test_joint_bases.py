@@ -105,7 +105,7 @@ def test_clusters_that_no_longer_matter_stop_for_good():
 
     x = normal(jax.random.key(4), (3, 5, 8))
     training = pj.training(method, pj.adapt(loss), optax.adamw(0.1, weight_decay=0.5))
-    state = training.start(KEY, PARAMS)
+    state = training.start(KEY, jax.tree.map(jnp.copy, PARAMS))
     history, active = [state.trainable], []
     for _ in range(9):
         state, _ = training.step(state, x)
