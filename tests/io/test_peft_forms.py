@@ -46,7 +46,6 @@ METHODS = {
     ),
     "beside what is trained as it is": pj.chain(pj.oft(block=4, targets=["up"]), pj.unfreeze(["head"])),
     "arrays of the whole model": pj.vera(rank=3, targets=["up", "down"]),
-    "a basis for each group of layers": pj.frod(density=0.2, targets=["up", "down"]),
     "clusters that the base tells": pj.adamss(
         rank=4, subspaces=2, subspace_rank=2, targets=["up"], layers=[0, 2]
     ),
@@ -127,6 +126,7 @@ def test_what_does_not_fit_is_named(name, tmp_path):
 def test_what_a_type_has_no_form_for_is_refused(tmp_path):
     for method, said in (
         (pj.loha(rank=2, targets=["embed"]), "kind 'embedding'"),
+        (pj.frod(density=0.2, targets=["up"]), "decomposes the base anew"),
         (pj.miss(rank=2, rank_pattern={"down": 3}, targets=["up", "down"]), "one for all modules"),
         (pj.chain(pj.hira(rank=2, targets=["up"]), pj.lora(rank=2, targets=["down"])), "chained with lora"),
         (

@@ -677,6 +677,7 @@ OTHER_LAYERS = {
     "hira in one dimension": (1, "HiraConfig", {"target_modules": BOTH, "r": 3}),
     "hira of a table": (0, "HiraConfig", {"target_modules": BOTH, "r": 3}),
     "hra": (2, "HRAConfig", {"target_modules": BOTH, "r": 4}),
+    "ia3": (2, "IA3Config", {"target_modules": BOTH, "feedforward_modules": []}),
     "adalora": (2, "AdaLoraConfig", {"target_modules": BOTH, "init_r": 3, "target_r": 2, "total_step": 20}),
     "lokr": (2, "LoKrConfig", {"target_modules": ["second"], "r": 1, "decompose_factor": 4}),
     "lokr of a whole matrix": (1, "LoKrConfig", {"target_modules": ["second"], "r": 9}),

@@ -105,7 +105,7 @@ def test_clusters_that_no_longer_matter_stop_for_good():
 
     x = normal(jax.random.key(4), (3, 5, 8))
     training = pj.training(method, pj.adapt(loss), optax.adamw(0.1, weight_decay=0.5))
-    state = training.start(KEY, PARAMS)
+    state = training.start(KEY, jax.tree.map(jnp.copy, PARAMS))
     history, active = [state.trainable], []
     for _ in range(9):
         state, _ = training.step(state, x)
@@ -175,5 +175,5 @@ def test_lily_has_no_weight_that_does_the_same():
         method.merge(frozen, trainable)
     with pytest.raises(PeftError, match="experts must be 2 or more"):
         pj.lily(experts=1)
-    with pytest.raises(PeftError, match="is a lookup table, whose rows no router reads"):
+    with pytest.raises(PeftError, match="is a lookup table or a convolution"):
         pj.lily(rank=2, targets=["words"]).init(KEY, {"words": {"embedding": jnp.ones((4, 8))}})

@@ -158,6 +158,11 @@ class _Part:
                     continue
                 row = list(chosen).index(slot.layer)
             arrays = {slot: np.asarray(array)[row] for slot, array in self.slots[target.path].items()}
+            if unknown := (of_linear.keys() - forms.keys()) & arrays.keys():
+                raise PeftError(
+                    f"{slot.path!r} has {min(unknown)!r}, which PEFT's {form.type} has not for a weight "
+                    f"of kind {slot.weight.kind!r}; leave it out, or merge"
+                )
             alpha = None
             if form.alpha is not None:
                 alpha = pattern_value(target.path, self.options.get("alpha_pattern"), self.options["alpha"])

@@ -40,6 +40,7 @@ from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Advance, Loss, Transform
 from peftjax.weights.derived import Derived
+from peftjax.weights.sharding import like, whole
 from peftjax.weights.stack_members import over_stack
 
 ACTIVE = "active"
@@ -82,8 +83,8 @@ class AdamssOptions(TargetOptions):
     def require_valid(self, caller: str) -> None:
         """Raise a PeftError for an option out of range."""
         super().require_valid(caller)
-        whole = ("rank", "subspaces", "subspace_rank", "target_subspaces", "allocate_every", "exponent")
-        for name in whole:
+        counts = ("rank", "subspaces", "subspace_rank", "target_subspaces", "allocate_every", "exponent")
+        for name in counts:
             positive(caller, name, getattr(self, name))
         at_least(caller, "seed", self.seed, 0)
         at_least(caller, "init_warmup", self.init_warmup, 0)
@@ -122,7 +123,7 @@ def adamss(options: AdamssOptions) -> Transform:
         def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
             rows = [base_matrices(target, base)]
             if (path := biases.get(tree.module_of(target.path))) is not None:
-                bias = leaves[path].reshape(*target.layout.stack, 1, -1).astype(jnp.float32)
+                bias = whole(leaves[path]).reshape(*target.layout.stack, 1, -1).astype(jnp.float32)
                 rows.append(bias if target.layers is None else bias[jnp.asarray(target.layers)])
 
             def of_one(w: Array) -> Slots:
@@ -194,7 +195,7 @@ def _bias(bias: Array, slots: Mapping[str, Array], target: Target, base: Any) ->
         return jnp.sum((a @ of_bias)[cluster] * b, axis=-1)
 
     arrays = (slots[name] for name in ("a", "b", "of_bias", "cluster"))
-    return bias + over_stack(of_one, len(target.layout.stack))(*arrays)
+    return bias + like(over_stack(of_one, len(target.layout.stack))(*arrays), bias)
 
 
 def freeze_inactive() -> optax.GradientTransformationExtraArgs:

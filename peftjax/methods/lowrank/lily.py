@@ -21,7 +21,7 @@ from jax import Array
 
 from peftjax.core.checks import at_least, positive
 from peftjax.core.errors import PeftError
-from peftjax.core.naming import is_embedding
+from peftjax.core.naming import is_convolution, is_embedding
 from peftjax.methods._options import RankOptions
 from peftjax.methods._pools import PooledTarget, in_pools, numbered, of_pool, pooled
 from peftjax.methods._targets import Target
@@ -71,7 +71,7 @@ class LilyOptions(RankOptions):
     trains="r·in/stride + e·r, and e·r·out once for all layers",
     backward_keeps="the input x (shared)",
     mergeable=False,
-    conformance=Conformance(example={"rank": 2, "targets": ".*kernel"}),
+    conformance=Conformance(example={"rank": 2, "targets": "(?!.*experts).*kernel"}),
 )
 @takes(LilyOptions)
 def lily(options: LilyOptions) -> Transform:
@@ -79,7 +79,7 @@ def lily(options: LilyOptions) -> Transform:
 
     Raises:
         PeftError: here for an option out of range; in `init` for targets or ranks that do not fit the
-            parameters, or a lookup table among them.
+            parameters, or a lookup table or a convolution among them.
     """
     experts, stride = options.experts, options.stride
 
@@ -95,9 +95,10 @@ def lily(options: LilyOptions) -> Transform:
 
     def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
         assert isinstance(target, PooledTarget)
-        if is_embedding(target.path):
+        if is_embedding(target.path) or is_convolution(target.path, len(target.layout.axes)):
             raise PeftError(
-                f"lily: {target.path!r} is a lookup table, whose rows no router reads; exclude it"
+                f"lily: {target.path!r} is a lookup table or a convolution, and routers read the inputs of "
+                "linear layers; exclude it"
             )
         bound = 1.0 / math.sqrt(target.rank)
         shape = (*target.stack, experts, target.rank)

@@ -33,6 +33,8 @@ from peftjax.weights.added import Added
 
 NEGLIGIBLE = 1e-6
 """The share of the largest singular value below which a basis has no direction."""
+NO_DIRECTION = 1e-5
+"""The share of the largest l₀ below which a weight has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +89,11 @@ def frod(options: FrodOptions) -> Transform:
             bases[pool] = {"v": v, "inverse": jnp.linalg.pinv(v, rtol=NEGLIGIBLE)}
 
         def share(key: Array, targets: Sequence[Target]) -> tuple[Slots, Slots]:
-            kept: Slots = {}
+            kept: Slots = {}  # "given" says whether the basis is that of a file
             for pool, own in bases.items():
                 n = len(own["v"])
                 places = _places(jax.random.fold_in(key, pool), n, options.count(n))
-                kept |= numbered({**own, "places": places}, pool)
+                kept |= numbered({**own, "places": places, "given": jnp.zeros((), bool)}, pool)
             return {}, kept
 
         def start(key: Array, target: Target, base: Any) -> tuple[Slots, Slots]:
@@ -105,9 +107,8 @@ def frod(options: FrodOptions) -> Transform:
 
     def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Added:
         own = {name: slots[name] for name in ("l", "values", "l0")}
-        return Added(
-            base, own, target.layout, _change, True, options.dropout, keys, shared=of_pool(slots, target)
-        )
+        shared = {name: of_pool(slots, target)[name] for name in ("v", "inverse", "places")}
+        return Added(base, own, target.layout, _change, True, options.dropout, keys, shared)
 
     return of_weights("frod", options, None, weight, begin=begin, dropout=options.dropout, one_way=True)
 
@@ -140,7 +141,8 @@ def _places(key: Array, n: int, count: int) -> Array:
 def _change(slots: Mapping[str, Array], base: Array) -> Array:
     """`V·(Sᵀ + diag(l - l₀))·U` of one matrix `[n, m]`."""
     l0, (rows, columns) = slots["l0"], slots["places"]
-    some = l0 > 1e-12
+    # A direction that the weight does not have would be noise of length 1.
+    some = l0 > NO_DIRECTION * jnp.max(l0)
     u = slots["inverse"] @ base * jnp.where(some, 1.0 / jnp.where(some, l0, 1.0), 0.0)[:, None]
     between = jnp.diag(slots["l"] - l0).at[columns, rows].add(slots["values"])
     return slots["v"] @ (between @ u)

@@ -39,7 +39,8 @@ def _category(module: str) -> str:
 
 
 def _inverse(modules: Sequence[Arrays], shared: Arrays, fields: _Frod) -> Arrays:
-    return {"inverse": np.linalg.pinv(shared["v"].astype(np.float64), NEGLIGIBLE).astype(np.float32)}
+    inverse = np.linalg.pinv(shared["v"].astype(np.float64), NEGLIGIBLE)
+    return {"inverse": inverse.astype(np.float32), "given": np.ones((), bool)}
 
 
 def _first_values(arrays: Arrays, shared: Arrays, base: Base, fields: _Frod) -> Arrays:
@@ -55,6 +56,13 @@ def _first_values(arrays: Arrays, shared: Arrays, base: Base, fields: _Frod) -> 
 
 
 def _with_size(shared: Arrays) -> Arrays:
+    """The basis as a file has it; raises a PeftError for one that is not from a file."""
+    if not shared["given"]:
+        raise PeftError(
+            "frod: PEFT decomposes the base anew where it reads a file, with signs of its own, and what was "
+            "trained in the basis found here would mean something else there; merge the adapter, or export "
+            "the LoRA that pj.adapters.to_lora makes of it"
+        )
     return {**shared, "size": np.asarray(shared["v"].shape, np.int64)}
 
 
