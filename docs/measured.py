@@ -48,6 +48,7 @@ def _peaks(*rows: tuple[str, str], column: str = "peak") -> tuple[Cell, ...]:
 
 
 BLOCKS = "step_memory/results/blocks/results.md"
+METHODS = "methods/results/digits/results.md"
 LINES = (
     Line(
         "Llama-3-8B, 8 x 2,048 tokens, bfloat16: peak of a step",
@@ -113,6 +114,28 @@ LINES = (
         (Cell("Pfeiffer", "Pfeiffer 72", "accuracy"), Cell("MEFT 2", "MEFT2 36", "accuracy")),
     ),
     Line(
+        "a small ViT, all methods on one table: what backward keeps, kB",
+        METHODS,
+        "",
+        (
+            Cell("LoRA", "lora", "backward keeps, kB"),
+            Cell("coded residuals", "coded_residuals", "backward keeps, kB"),
+            Cell("UniPT", "unipt", "backward keeps, kB"),
+            Cell("MEFT", "meft", "backward keeps, kB"),
+        ),
+    ),
+    Line(
+        "the same ViT adapted to new digits: accuracy in %",
+        METHODS,
+        "",
+        (
+            Cell("full", "full", "score"),
+            Cell("LoRA", "lora", "score"),
+            Cell("DoRA", "dora", "score"),
+            Cell("PaCA", "paca", "score"),
+        ),
+    ),
+    Line(
         "LoRA beside PEFT on PyTorch, two CPU cores: ratio of step times, and of peaks",
         "versus_peft/results/race/results.md",
         "",
@@ -135,7 +158,7 @@ LINES = (
 
 
 def table() -> str:
-    """The ten rows, as Markdown."""
+    """The rows, as Markdown."""
     lines = ["| measured | |", "|---|---|"]
     for line in LINES:
         rows = read(EXPERIMENTS / line.file, line.section)

@@ -8,6 +8,17 @@ r"""What does each method of the registry train, store, keep, need and cost, and
     JAX_PLATFORMS=cpu python -m experiments.methods.run --tasks sst2 docstrings wikitext2 --sst2 sst2 \
         --wikitext2 wikitext2 --shakespeare tinyshakespeare --missing
 
+Expected:
+
+    | results | of | is |
+    |---|---|---|
+    | digits | unfreeze keeps | 0.06 x LoRA |
+    | digits | lama keeps | 0.10 x LoRA |
+    | digits | meft keeps | 0.18 x LoRA |
+    | digits | full | 81.3 ± 3.0 % |
+    | digits | lora | 78.8 ± 2.8 % |
+    | digits | dora | 75.1 ± 2.3 % |
+
 Every method of `pj.METHODS` on four tasks: a ViT on digits, MiniLM on SST-2 and on docstrings by package, a
 small Llama on WikiText-2. `--sst2` is a folder with train.tsv and dev.tsv, the other two are folders of .txt
 files. The columns: `plan` is what is trained, kept and computed, and the peak, by the target's compiler;
