@@ -4,6 +4,7 @@ from peftjax.adapters.arithmetic import add, alike, combine, mix
 from peftjax.adapters.conversion import to_lora
 from peftjax.adapters.files import Adapter, load_adapter, save_adapter
 from peftjax.adapters.rounding import rounded
+from peftjax.adapters.routing import arrow
 from peftjax.adapters.sparse import fuse, overlap, patches, switch
 from peftjax.core.linalg import rebalance
 from peftjax.methods.lowrank._ranks import ranks
@@ -12,6 +13,7 @@ __all__ = [
     "Adapter",
     "add",
     "alike",
+    "arrow",
     "combine",
     "fuse",
     "load_adapter",

@@ -61,8 +61,8 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> 
         (3, 8)
     """
     weights = _weights(adapters, weights)
-    leaves = [_added_leaves(*adapter, (LowRank, SparseEntries)) for adapter in adapters]
-    params = _common_base(adapters)
+    leaves = [added_leaves(*adapter, (LowRank, SparseEntries)) for adapter in adapters]
+    params = common_base(adapters)
     for path in dict.fromkeys(path for own in leaves for path in own):
         active = [(own[path], w) for own, w in zip(leaves, weights) if path in own]
         params = tree.replace(params, {path: _sum_of(active)})
@@ -92,8 +92,8 @@ def mix(adapters: Sequence[Adapter], rows: Array, *, axis: int | None = None) ->
         >>> forward(pj.adapters.mix(adapters, jnp.array([0, 1, -1])), jnp.ones((3, 4))).shape
         (3, 8)
     """
-    leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
-    params = _common_base(adapters)
+    leaves = [added_leaves(*adapter, (LowRank,)) for adapter in adapters]
+    params = common_base(adapters)
     rows = jnp.asarray(rows, jnp.int32)
     for path in dict.fromkeys(path for own in leaves for path in own):
         first = next(own[path] for own in leaves if path in own)
@@ -152,7 +152,7 @@ def combine(
         leaves = {path: _sum_of([(leaf.base, 1.0)]) for path, leaf in scaled.items()}
     else:
         for adapter in adapters:
-            _added_leaves(*adapter, (LowRank,))
+            added_leaves(*adapter, (LowRank,))
         params = tree.named_leaves(add(adapters, weights))
         leaves = {path: leaf for path, leaf in params.items() if isinstance(leaf, LowRank)}
     factors = {}
@@ -196,8 +196,8 @@ def alike(adapters: Sequence[Adapter], *, rank: int | None = None) -> tuple[Tran
         >>> [one["up/kernel"]["a"].shape for one in trainables]
         [(3, 4), (3, 4)]
     """
-    leaves = [_added_leaves(*adapter, (LowRank,)) for adapter in adapters]
-    _common_base(adapters)
+    leaves = [added_leaves(*adapter, (LowRank,)) for adapter in adapters]
+    common_base(adapters)
     found: list[dict[str, tuple[Array, Array]]] = [{} for _ in leaves]
     layouts = {}
     for path in dict.fromkeys(path for own in leaves for path in own):
@@ -263,7 +263,7 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
     return weights
 
 
-def _common_base(adapters: Sequence[Adapter]) -> Params:
+def common_base(adapters: Sequence[Adapter]) -> Params:
     """The base parameters, which every adapter must share."""
     if not adapters:
         raise PeftError("give at least one adapter")
@@ -279,7 +279,7 @@ def _common_base(adapters: Sequence[Adapter]) -> Params:
     return first
 
 
-def _added_leaves(
+def added_leaves(
     method: Transform, frozen: Frozen, trainable: Trainable, kinds: tuple[type[Weight], ...]
 ) -> dict[str, Any]:
     """The adapted weights, each its base plus something of one of these kinds; rows as low-rank weights."""

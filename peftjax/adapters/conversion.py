@@ -53,7 +53,8 @@ def to_lora(
             that replaced its base (PiSSA) to one of the original.
 
     Raises:
-        PeftError: the rank is not positive, nothing has changed, or `params` is needed.
+        PeftError: the rank is not positive, no weight has changed, the method does not merge or changes
+            shapes, or `params` is needed.
 
     Examples:
         >>> params = {"up": {"kernel": jnp.ones((4, 8))}}
@@ -74,6 +75,11 @@ def to_lora(
         if isinstance(bases[path], tree.Hole):
             raise PeftError(f"to_lora: {path!r} is trained as it is; give the base as params")
         old = dense(bases[path])
+        if new.shape != old.shape:
+            raise PeftError(
+                f"to_lora: {path!r} has shape {list(new.shape)} with the adapter and {list(old.shape)} in "
+                "the base, so that there is no difference; give params of the adapted shapes"
+            )
         if new is old or bool(jnp.array_equal(new, old)):
             continue
         if not naming.is_weight(path, new):

@@ -51,6 +51,14 @@ METHODS = [
     pj.glora(rank=2, **WHERE),
     pj.supertuning(sparsity=0.9, rank=2, **WHERE),
     pj.ln_tuning(),
+    pj.alora(rank=2, invocation_tokens=[3, 4], rslora=True, **WHERE),
+    pj.bdlora(rank=2, blocks=2, side_pattern={"blocks/down": "inputs"}, **WHERE),
+    pj.bdlora(rank=4, blocks=2, side_pattern={"down": "none"}, alpha_pattern={"up": 3.0}, **WHERE),
+    pj.kasa(rank=2, beta=0.5, targets=["up"]),
+    pj.mica(rank=2, targets=["down"]),
+    pj.monteclora(rank=2, samples=3, noise=0.5, **WHERE),
+    pj.velora(rank=2, groups=3, direction="fixed", dropout=0.25, **WHERE),
+    pj.velora(rank=2, groups=5, strength=0.5, **WHERE),
 ]
 
 
@@ -113,6 +121,14 @@ def test_what_is_written_is_read_again(method, tmp_path):
         ),
         (pj.peanut(rank=2, targets=["up"]), {"act_fn": "mish"}, "act_fn 'mish'"),
         (pj.boft(targets=["up"]), {"boft_dropout": 0.1}, "boft_dropout 0.1"),
+        (
+            pj.monteclora(rank=2, targets=["up"]),
+            {"monteclora_config": {"num_samples": 8, "use_entropy": True}},
+            "has use_entropy",
+        ),
+        (pj.kasa(rank=2, targets=["up"]), {"init_lora_weights": "pissa"}, "which kasa has not"),
+        (pj.kasa(rank=2, targets=["up"]), {"velora_config": {}, "use_dora": True}, "sets use_dora"),
+        (pj.bdlora(rank=2, targets=["up"]), {"use_bdlora": {"nblocks": 2}}, "do not fit|has shape"),
         (pj.ln_tuning(), {"without": ["1.norm.ln_tuning_layers.bias"]}, "layers.1.norm.bias' is missing"),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -100,6 +100,9 @@ def test_no_method_keeps_a_float32_activation_of_a_bfloat16_layer(name):
         ("olora", [X_KEPT, THIN]),
         ("lora_fa", [THIN]),
         ("mica", [X_KEPT]),
+        ("kasa", [X_KEPT, THIN, ("float32", (RANK, 1)), ("float32", (RANK, N_OUT))]),
+        ("velora", [("float32", (N, 4)), ("float32", (8,)), THIN]),
+        ("bdlora", [X_KEPT]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT]),
         ("vera", [("float32", (N, 4))]),
         ("loha", [X_KEPT]),
@@ -137,6 +140,7 @@ def test_trained_rows_keep_the_inputs_at_those_rows(in_place, through):
     [
         ("lora", [X_KEPT, THIN, SEED]),
         ("lora_fa", [THIN]),
+        ("velora", [("float32", (N, 4)), ("float32", (8,)), THIN, SEED]),
         ("snell", [X_KEPT, NUMBER, SEED]),
         ("dora", [X_KEPT, THIN, OUT, *PER_OUTPUT, SEED]),
     ],

@@ -6,7 +6,11 @@ from support import KEY, assert_close, example_of, normal, quick_at
 from tiny_models import EVERY_WEIGHT, moved, tiny
 
 import peftjax as pj
+from peftjax.core import tree
 from peftjax.core.errors import PeftError
+from peftjax.testing.methods import begun
+from peftjax.weights.canonical import to_canonical
+from peftjax.weights.layout import layout_of
 
 MODEL = tiny("words")
 STACKED = {"blocks": {"up": {"weight": normal(KEY, (2, 5, 8))}}}
@@ -85,3 +89,33 @@ def test_errors():
         pj.adapters.to_lora(method, frozen, fresh, rank=0)
     with pytest.raises(PeftError, match="lora has changed no weight"):
         pj.adapters.to_lora(method, frozen, fresh, rank=2)
+
+
+NO_WEIGHT = ("beft", "bitfit", "ln_tuning", "unfreeze")
+REFUSED = "^merge: .* adds |has no merged weight|has changed no weight|so that there is no difference"
+"""Why an adapter is no LoRA: it adds to the model, acts on some tokens, trains no weight, or adds layers."""
+
+
+@pytest.mark.parametrize("name", quick_at(list(pj.METHODS), every=12))
+def test_every_adapter_becomes_a_lora_or_says_why_not(name):
+    info, model = pj.METHODS[name], tiny("backbone" if pj.METHODS[name].of_blocks else "words")
+    method = example_of(name)
+    frozen, trainable = begun(method, model.params)
+    trained = moved(trainable)
+
+    def to_lora(rank):
+        return pj.adapters.to_lora(method, frozen, trained, rank=rank, params=model.params)
+
+    if name in NO_WEIGHT or not info.mergeable:
+        with pytest.raises(PeftError, match=REFUSED):
+            to_lora(1)
+        return
+    whole, wanted = to_lora(1000), method.merge(frozen, trained)
+    assert_close(whole.method.merge(whole.method.init(KEY, model.params)[0], whole.trainable), wanted)
+    first, bases = to_lora(1), tree.named_leaves(model.params)
+    for path, error in first.errors.items():
+        layout = layout_of(path, bases, None)
+        change = np.asarray(to_canonical(tree.named_leaves(wanted)[path] - bases[path], layout), np.float64)
+        sizes = np.linalg.svd(change, compute_uv=False)
+        left = np.linalg.norm(sizes[..., 1:]) / np.linalg.norm(sizes)
+        np.testing.assert_allclose([whole.errors[path], error], [0.0, left], atol=1e-3)

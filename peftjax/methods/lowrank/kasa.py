@@ -5,7 +5,7 @@ arXiv 2412.06071.
 
     W = U Σ Vᵀ      W' = U_k Σ_k V_kᵀ + s · aᵀ diag(d) b      k = min(in, out) - r,  s = alpha / r
 
-Trained: a, b and d, r·(in + out + 1) numbers a weight. Backward keeps x (shared) and x·aᵀ, as in LoRA. The
+Trained: a, b and d, r·(in + out + 1) numbers a weight. Backward keeps x (shared), x·aᵀ and diag(d) b. The
 optimizer adds the gradients of β Σ d² + γ Σ (‖a aᵀ - I‖ + ‖b bᵀ - I‖), over all weights; the loss that a step
 reports has no penalty. The base is a new array in the frozen parameters. Start: a as in LoRA, b = 0,
 d ~ N(0, 1); the outputs are those of the cut base. Defaults of β and γ are the authors' on GLUE.
@@ -59,7 +59,7 @@ class KasaOptions(ScaleOptions):
     kind="adapter",
     paper="KaSA, Wang et al. 2025, arXiv 2412.06071",
     trains="r·(in + out + 1)",
-    backward_keeps="the input x (shared) and x·aᵀ",
+    backward_keeps="the input x (shared), x·aᵀ and diag(d) b",
     quantized_base=False,
     replaces_base=True,
     conformance=Conformance(example={"rank": 2, "alpha": 4.0}, starts_as_base=False),

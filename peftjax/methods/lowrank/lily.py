@@ -29,7 +29,7 @@ from peftjax.methods._weights import Slots, of_weights
 from peftjax.transform.options import takes
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
-from peftjax.weights.routed import Routed
+from peftjax.weights.mapped_rows import MappedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,10 @@ def lily(options: LilyOptions) -> Transform:
         router = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         return {"router": router}, {"group": group.reshape(target.stack), "on": jnp.ones(target.stack)}
 
-    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> Routed:
+    def weight(target: Target, base: Any, slots: Mapping[str, Array], keys: Array | None) -> MappedRows:
         own = {name: slots[name] for name in ("router", "group", "on")}
         mix, pool = Mix(options.scale), of_pool(slots, target)
-        return Routed(base, own, target.layout, mix, "beside", shared=pool)
+        return MappedRows(base, own, target.layout, mix, "beside", shared=pool)
 
     return of_weights("lily", options, start, weight, share=share, one_way=True)
 
