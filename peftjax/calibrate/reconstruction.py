@@ -60,9 +60,10 @@ def reconstruct(
     steps: int,
     key: Key[Array, ""],
     input_prob: float = 0.5,
+    like: Params | None = None,
     progress: bool = True,
 ) -> Reconstruction:
-    """Train what a method has in each block so that the block gives its own output again, first to last.
+    """Train what a method has in each block so that the block gives its output of before, first to last.
 
         min over θ_l of  mean_t |f_l(x; θ_l) - f_l(h)|²        h: what enters the block in the model as it was
 
@@ -81,6 +82,8 @@ def reconstruct(
         steps: of each block, a batch each.
         key: for the method's start and the mixed inputs.
         input_prob: 1 trains on what the trained blocks give alone.
+        like: the parameters of the model whose blocks are followed, such as those before it was pruned; by
+            default `params`.
         progress: show it on stderr.
 
     Raises:
@@ -100,13 +103,14 @@ def reconstruct(
     measure = jax.jit(_measure_of(method, changed))
     run = jax.jit(lambda params, one: _run(backbone, params, one["float"], one["context"], one["own"]))
     embed = jax.jit(lambda params, batch: _embedded(backbone, params, batch))
-    streams = [embed({"embed": params["embed"]}, dict(batch)) for batch in batches]
+    followed = params if like is None else like
+    streams = [embed({"embed": followed["embed"]}, dict(batch)) for batch in batches]
     if not streams:
         raise PeftError("reconstruct: there is no batch; give at least one")
     trained, before, after = [], [], []
     with show_progress(backbone.num_layers * steps, 0) if progress else nullcontext(_silent) as report:
         for number in range(backbone.num_layers):
-            blocks, own = {"blocks": layers.blocks(number)}, own_of(backbone, number)
+            blocks, own = {"blocks": cut(followed["blocks"], number)}, own_of(backbone, number)
             streams = [{**one, "own": own} for one in streams]
             streams = [{**one, "target": run(blocks, one)} for one in streams]
             frozen, trainable = layers.part(number)
@@ -129,13 +133,11 @@ class _Layers:
     """A method's parts on a stack of blocks, which it has for a stack of one too.
 
     Attributes:
-        params: of the model as it was.
         frozen: of the method.
         trainable: of the method.
         one: shapes of both for a stack of one block.
     """
 
-    params: Params
     frozen: Frozen
     trainable: Trainable
     one: tuple[Frozen, Trainable]
@@ -148,10 +150,6 @@ class _Layers:
         parts = iter(cut(stacked, number))
         of_block = [next(parts) if leaf.shape != shape else leaf for leaf, shape in zip(leaves, shapes)]
         return jax.tree.unflatten(structure, of_block)
-
-    def blocks(self, number: int) -> Params:
-        """The parameters of one block as it was."""
-        return cut(self.params["blocks"], number)
 
     def whole(self, trained: list[Trainable]) -> Trainable:
         """What is trained of all blocks."""
@@ -168,7 +166,7 @@ def _layers_of(method: Transform, params: Params, key: Key[Array, ""]) -> _Layer
     for path in paths:
         if "['blocks/" not in path:
             raise PeftError(f"reconstruct: {method.name} trains {path}, which is in no block; exclude it")
-    return _Layers(params, frozen, trainable, one)
+    return _Layers(frozen, trainable, one)
 
 
 def _embedded(backbone: Backbone, params: Params, batch: Batch) -> dict[str, Any]:

@@ -71,6 +71,9 @@ from peftjax.methods.sparse.paca import paca as paca
 from peftjax.methods.sparse.shira import shira as shira
 from peftjax.methods.sparse.sara import sara as sara
 from peftjax.methods.sparse.supertuning import supertuning as supertuning
+from peftjax.methods.sparse.pst import pst as pst
+from peftjax.methods.sparse.mask_lora import mask_lora as mask_lora
+from peftjax.methods.sparse.scale_lora import scale_lora as scale_lora
 from peftjax.methods.projected.galore import galore as galore
 from peftjax.methods.projected.natural_galore import natural_galore as natural_galore
 from peftjax.methods.selection.rows import rows as rows

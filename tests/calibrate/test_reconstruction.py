@@ -117,6 +117,30 @@ def test_any_method_of_blocks_is_trained_and_the_whole_model_comes_nearer(method
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["mask_lora", "scale_lora"])
+def test_a_pruned_model_follows_the_blocks_of_the_whole_one_and_keeps_its_zeros(name):
+    model, params = backbone(2)
+    blocks = jax.tree.map(
+        lambda w: w * (jnp.abs(w) > jnp.quantile(jnp.abs(w), 0.5)) if w.ndim == 3 else w, params["blocks"]
+    )
+    sparse = {**params, "blocks": blocks}
+    method = pj.METHODS[name].factory(rank=4, targets=["attention/output", "feed_forward/down"])
+    found = reconstruct(model, sparse, method, input_prob=1.0, like=params)
+    assert all(after < 0.97 * before for before, after in zip(found.before, found.after)), found[2:]
+    merged = method.merge(found.frozen, found.trainable)
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new == 0, old == 0), merged, sparse)
+    run = streams(model)
+    first, masks = (
+        [run(merged, b)[0] - run(params, b)[0] for b in BATCHES],
+        [b["attention_mask"] for b in BATCHES],
+    )
+    error = sum(float(jnp.sum(d**2 * m[..., None])) for d, m in zip(first, masks)) / sum(
+        m.sum() for m in masks
+    )
+    np.testing.assert_allclose(found.after[0], error, rtol=2e-3)
+
+
+@pytest.mark.slow
 def test_a_block_that_its_training_takes_further_away_stays_as_it_starts():
     model, params = backbone(2)
     found = reconstruct(model, params, FLEXROUND, optax.sgd(-1.0), steps=5)
