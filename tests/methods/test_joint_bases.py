@@ -74,7 +74,7 @@ def test_adamss_is_a_low_rank_update_for_each_cluster_of_outputs_and_of_the_bias
         # The frozen directions are the first ones of the weight with its bias.
         found = np.concatenate([v, of_bias[:, None]], axis=1)
         sizes = np.linalg.svd(whole, compute_uv=False)
-        assert np.linalg.norm(found @ whole) > 0.99 * np.linalg.norm(sizes[:5])
+        assert np.linalg.norm(found @ whole) > 0.97 * np.linalg.norm(sizes[:5])
         np.testing.assert_allclose(found @ found.T, np.eye(5), atol=1e-5)
         for output, number in enumerate(cluster):
             change = b[output] @ a[number] @ found
@@ -101,7 +101,7 @@ def test_clusters_that_no_longer_matter_stop_for_good():
 
     def loss(params, batch):
         out = jnp.einsum("lbi,lio->lbo", batch, params["up"]["kernel"])
-        return jnp.mean(jnp.sin(out) ** 2), jnp.ones(())
+        return jnp.mean(jnp.sin(out) ** 2)
 
     x = normal(jax.random.key(4), (3, 5, 8))
     training = pj.training(method, pj.adapt(loss), optax.adamw(0.1, weight_decay=0.5))
