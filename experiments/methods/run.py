@@ -8,7 +8,7 @@ r"""What does each method of the registry train, store, keep, need and cost, and
     JAX_PLATFORMS=cpu python -m experiments.methods.run --tasks sst2 docstrings wikitext2 --sst2 sst2 \
         --wikitext2 wikitext2 --shakespeare tinyshakespeare --missing
 
-Expected:
+Expected, beside LoRA's where nothing else is said:
 
     | results | of | is |
     |---|---|---|
