@@ -70,6 +70,8 @@ from peftjax.methods.sparse.snella import snella as snella
 from peftjax.methods.sparse.paca import paca as paca
 from peftjax.methods.sparse.shira import shira as shira
 from peftjax.methods.sparse.sara import sara as sara
+from peftjax.methods.sparse.lt_sft import lt_sft as lt_sft
+from peftjax.methods.sparse.child_tuning_d import child_tuning_d as child_tuning_d
 from peftjax.methods.sparse.supertuning import supertuning as supertuning
 from peftjax.methods.sparse.pst import pst as pst
 from peftjax.methods.sparse.mask_lora import mask_lora as mask_lora
@@ -77,6 +79,7 @@ from peftjax.methods.sparse.scale_lora import scale_lora as scale_lora
 from peftjax.methods.projected.galore import galore as galore
 from peftjax.methods.projected.natural_galore import natural_galore as natural_galore
 from peftjax.methods.selection.rows import rows as rows
+from peftjax.methods.selection.child_tuning_f import child_tuning_f as child_tuning_f
 from peftjax.methods.selection.plain import full as full
 from peftjax.methods.selection.plain import bitfit as bitfit
 from peftjax.methods.selection.plain import ln_tuning as ln_tuning
@@ -90,6 +93,7 @@ from peftjax.methods.bottleneck.compacter import compacter as compacter
 from peftjax.methods.prompt.prefix import prefix as prefix
 from peftjax.methods.bottleneck.mam import mam as mam
 from peftjax.methods.residuals.coded_residuals import coded_residuals as coded_residuals
+from peftjax.methods.selection.pockengine import pockengine as pockengine
 from peftjax.methods.residuals.repavit import repavit as repavit
 from peftjax.methods.residuals.s2a import s2a as s2a
 from peftjax.methods.side.lst import lst as lst

@@ -31,7 +31,7 @@ Options = TypeVar("Options", bound=Checked)
 _LARGEST = 1_000_000
 """The bound of whole numbers: ranks, widths and layers are below it, so that no array outgrows memory."""
 _COUNTS = ("total_steps", "every", "reselect_at", "allocate_every", "init_warmup", "final_warmup")
-_COUNTS += ("freeze_steps", "indices", "seed")
+_COUNTS += ("freeze_steps", "indices", "seed", "counts")
 """Options that count steps or rows, and seeds, which may be as many as 32 bits hold."""
 _LARGEST_FLOAT = 1e9
 _DEEPEST = 40

@@ -25,15 +25,14 @@ from peftjax.core.errors import PeftError
 from peftjax.core.targets import Targets, pattern_value, require_patterns_used
 from peftjax.methods._entries import Entries, entry_count, largest_entries, random_entries, structured_entries
 from peftjax.methods._targets import key_for
-from peftjax.methods.sparse._in_place import Place, Plan, Slots, find_weights, in_the_base
+from peftjax.methods.sparse._added_entries import put_added, started, with_entries
+from peftjax.methods.sparse._in_place import find_weights, in_the_base
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.registry import Conformance, register
 from peftjax.transform.transform import Transform
 from peftjax.weights.base import dense
 from peftjax.weights.canonical import to_canonical
-from peftjax.weights.indexing import put_entries, take_entries
 from peftjax.weights.layout import Layout
-from peftjax.weights.sparse_entries import SparseEntries
 
 Mask = Literal["random", "struct", "magnitude", "gradient", "snip", "loaded"]
 _BY_GRADIENT = ("gradient", "snip")
@@ -86,41 +85,16 @@ def shira(
             params, caller="shira", targets=targets, exclude=exclude, layouts=layouts, in_place=in_place
         )
         require_patterns_used("shira", rank_pattern, list(found))
-        leaves, places, state, trainable = tree.named_leaves(params), [], {}, {}
+        leaves, chosen = tree.named_leaves(params), {}
         for path, layout in found.items():
             own = pattern_value(path, rank_pattern, rank)
             count = entry_count("shira", path, layout, own, density)
-            rows, columns = _entries(key_for(key, path), path, layout, count, mask, leaves[path], given)
-            places.append(Place(path, layout, rows.shape[-1]))
-            state[path] = {"rows": rows, "columns": columns}
-            if in_place:
-                state[path]["original"] = take_entries(leaves[path], rows, columns, layout)
-            trainable[path] = {"values": jnp.zeros(rows.shape, jnp.float32)}
-        return Frozen(params, state, Plan(tuple(places))), trainable
+            entries = _entries(key_for(key, path), path, layout, count, mask, leaves[path], given)
+            chosen[path] = (layout, entries)
+        return started(params, chosen, in_place=in_place)
 
-    def apply(frozen: Frozen, trainable: Trainable, *, key: Array | None = None) -> Any:
-        leaves, weights = tree.named_leaves(frozen.params), {}
-        for place in frozen.plan.places:
-            kept, values = frozen.state[place.path], trainable[place.path]["values"]
-            weights[place.path] = SparseEntries(
-                leaves[place.path],
-                values,
-                kept["rows"],
-                kept["columns"],
-                place.layout,
-                added=True,
-                in_place=frozen.plan.closed,
-            )
-        return tree.replace(frozen.params, weights)
-
-    return Transform("shira", config, init, apply, placement=in_the_base(_put) if in_place else None)
-
-
-def _put(w: Array, place: Place, kept: Slots, trained: Slots | None) -> Array:
-    values = kept["original"]
-    if trained is not None:
-        values = values.astype(jnp.float32) + trained["values"]
-    return put_entries(w, kept["rows"], kept["columns"], values, place.layout)
+    placement = in_the_base(put_added) if in_place else None
+    return Transform("shira", config, init, with_entries, placement=placement)
 
 
 def _check(rank: int, density: float | None, mask: str, gradients: Any) -> None:

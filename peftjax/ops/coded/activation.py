@@ -54,6 +54,18 @@ def activate(x: Array, f: Function, grid: Grid | None, *, group: int = GROUP) ->
     return with_backward(f, forward, partial(_backward, grid, group, x.dtype))(x)
 
 
+def with_mask(f: Function) -> Function:
+    """`f` with a derivative of 0 or 1, the nearer one, of which one bit is kept.
+
+    Exact for ReLU and ReLU6. Of hard-swish it is 1 above zero, the signed function of MobileTL: Chiang et
+    al., AAAI 2023, arXiv 2212.03246.
+
+    Args:
+        f: element-wise.
+    """
+    return partial(activate, f=f, grid=None)
+
+
 def _backward(grid: Grid | None, group: int, dtype: DTypeLike, residuals: Array, g: Array) -> tuple[Array]:
     width = g.shape[-1]
     if grid is None:
