@@ -74,7 +74,7 @@ CASES = {
     "lokr of whole matrices": (
         "llama",
         "LoKrConfig",
-        {"target_modules": ["v_proj", "gate_proj"], "r": 9, "rank_pattern": {"v_proj": 12}},
+        {"target_modules": ["v_proj", "gate_proj"], "r": 4, "rank_pattern": {"v_proj": 12}},
     ),
     "hra": ("bert", "HRAConfig", {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
     "hra by Gram-Schmidt": (
@@ -280,7 +280,7 @@ CASES = {
         "AdamssConfig",
         {
             "target_modules": ["query", "intermediate.dense"],
-            "r": 9,
+            "r": 4,
             "num_subspaces": 3,
             "subspace_rank": 3,
             "use_dynamic_rank": True,
@@ -680,7 +680,7 @@ OTHER_LAYERS = {
     "ia3": (2, "IA3Config", {"target_modules": BOTH, "feedforward_modules": []}),
     "adalora": (2, "AdaLoraConfig", {"target_modules": BOTH, "init_r": 3, "target_r": 2, "total_step": 20}),
     "lokr": (2, "LoKrConfig", {"target_modules": ["second"], "r": 1, "decompose_factor": 4}),
-    "lokr of a whole matrix": (1, "LoKrConfig", {"target_modules": ["second"], "r": 9}),
+    "lokr of a whole matrix": (1, "LoKrConfig", {"target_modules": ["second"], "r": 4}),
     "oft": (2, "OFTConfig", {"target_modules": ["second"], "oft_block_size": 4}),
     "boft": (2, "BOFTConfig", {"target_modules": ["second"], "boft_block_size": 4}),
 }
