@@ -74,7 +74,7 @@ CASES = {
     "lokr of whole matrices": (
         "llama",
         "LoKrConfig",
-        {"target_modules": ["v_proj", "gate_proj"], "r": 4, "rank_pattern": {"v_proj": 12}},
+        {"target_modules": ["v_proj", "gate_proj"], "r": 9, "rank_pattern": {"v_proj": 12}},
     ),
     "hra": ("bert", "HRAConfig", {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
     "hra by Gram-Schmidt": (
@@ -280,7 +280,7 @@ CASES = {
         "AdamssConfig",
         {
             "target_modules": ["query", "intermediate.dense"],
-            "r": 4,
+            "r": 9,
             "num_subspaces": 3,
             "subspace_rank": 3,
             "use_dynamic_rank": True,
@@ -680,7 +680,7 @@ OTHER_LAYERS = {
     "ia3": (2, "IA3Config", {"target_modules": BOTH, "feedforward_modules": []}),
     "adalora": (2, "AdaLoraConfig", {"target_modules": BOTH, "init_r": 3, "target_r": 2, "total_step": 20}),
     "lokr": (2, "LoKrConfig", {"target_modules": ["second"], "r": 1, "decompose_factor": 4}),
-    "lokr of a whole matrix": (1, "LoKrConfig", {"target_modules": ["second"], "r": 4}),
+    "lokr of a whole matrix": (2, "LoKrConfig", {"target_modules": ["second"], "r": 4}),
     "oft": (2, "OFTConfig", {"target_modules": ["second"], "oft_block_size": 4}),
     "boft": (2, "BOFTConfig", {"target_modules": ["second"], "boft_block_size": 4}),
 }
@@ -728,6 +728,16 @@ def test_layers_that_are_not_linear_have_the_same_outputs(case, tmp_path):
     files = [find_tensors(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
     ours, others = ({name: held.shape for name, held in describe_tensors(file).items()} for file in files)
     assert ours == others
+
+
+def test_a_whole_lokr_matrix_of_a_convolution_in_one_dimension_is_refused(tmp_path):
+    config = peft.LoKrConfig(target_modules=["second"], r=4)
+    peft.get_peft_model(Convolved(1), config).save_pretrained(tmp_path)
+    shapes = {"conv_first": (3, 4, 8), "conv_second": (1, 8, 12)}
+    params = {path: {"kernel": jnp.ones(s), "bias": jnp.ones(s[-1])} for path, s in shapes.items()}
+    entries = [entry for name in BOTH for entry in convolution(f"conv_{name}", name)]
+    with pytest.raises(PeftError, match="no Kronecker product"):
+        pj.import_peft(tmp_path, entries, params)
 
 
 def test_blocks_across_a_window_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peftjax.core.errors import PeftError
 from peftjax.hf.forms.fields import Count, Rate, no_dropout
 from peftjax.hf.forms.form import Arrays, Form, SlotForm, SlotForms, same, transposed
 from peftjax.hf.forms.kinds import Kernel, pointwise
@@ -45,7 +46,19 @@ def _of_convolution(forms: SlotForms, kernel: Kernel) -> SlotForms:
     """Those of a linear layer, the second whole matrix with the axes of the window."""
     ones = (1,) * len(kernel.window)
     w2 = SlotForm("lokr_w2", lambda v: v.T.reshape(*v.T.shape, *ones), lambda v: v.reshape(v.shape[:2]).T)
-    return {**pointwise(forms, kernel), "w2": w2}
+    return {**pointwise(forms, kernel), "w2": w2 if len(ones) == 2 else _no_product()}
+
+
+def _no_product() -> SlotForm:
+    """Of a convolution in one dimension, where what PEFT adds is no Kronecker product."""
+
+    def refuse(v: Any) -> Any:
+        raise PeftError(
+            "LOKR with a whole second matrix adds no Kronecker product to a convolution in one dimension in "
+            "PEFT: lower the rank, leave the convolution out, or merge it"
+        )
+
+    return SlotForm("lokr_w2", refuse, refuse)
 
 
 LOKR = Form(
