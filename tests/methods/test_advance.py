@@ -31,6 +31,7 @@ ALONE = {
     "snella": pj.snella(rank=2, total_steps=8, allocate_every=3, coefficient=1.0),
     "adalora": pj.adalora(rank=3, target_rank=2, total_steps=8, allocate_every=3),
     "sigma_reparam": pj.sigma_reparam(),
+    "pst": pj.pst(rank=2, sparsity=0.5, total_steps=8, init_warmup=0, final_warmup=2, prune_every=3),
     "sara": pj.sara(density=0.2, reselect_at=3),
 }
 CHAINED = {

@@ -171,7 +171,7 @@ def test_lily_mixes_its_second_factors_by_all_tokens():
 
 def test_lily_has_no_weight_that_does_the_same():
     method, frozen, trainable = lily()
-    with pytest.raises(PeftError, match="merge: lily adds to 'up/kernel' what depends on all tokens"):
+    with pytest.raises(PeftError, match="merge: lily adds to 'up/kernel' what depends on the tokens"):
         method.merge(frozen, trainable)
     with pytest.raises(PeftError, match="experts must be 2 or more"):
         pj.lily(experts=1)
