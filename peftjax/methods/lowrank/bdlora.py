@@ -69,7 +69,13 @@ class BdloraOptions(ScaleOptions):
     trains="r·(in + out / n) or r·(in / n + out)",
     backward_keeps="the input x (shared)",
     conformance=Conformance(
-        example={"rank": 2, "alpha": 4.0, "blocks": 2, "side_pattern": {".*": "outputs"}}
+        example={
+            "rank": 2,
+            "alpha": 4.0,
+            "blocks": 2,
+            "side_pattern": {".*": "outputs"},
+            "targets": "(?!.*(head|router)).*(kernel|embedding)",
+        }
     ),
 )
 @takes(BdloraOptions)

@@ -71,7 +71,7 @@ class LilyOptions(RankOptions):
     trains="r·in/stride + e·r, and e·r·out once for all layers",
     backward_keeps="the input x (shared)",
     mergeable=False,
-    conformance=Conformance(example={"rank": 2, "targets": "(?!.*experts).*kernel"}),
+    conformance=Conformance(example={"rank": 2, "scale": 4.0, "targets": "(?!.*(experts|conv)).*kernel"}),
 )
 @takes(LilyOptions)
 def lily(options: LilyOptions) -> Transform:
