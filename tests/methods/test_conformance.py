@@ -98,16 +98,17 @@ NO_WEIGHTS = {"base", "canonical", "layout", "norms", "indexing", "sharding"}
 
 
 def cases():
-    """Every kind of method on its further models, the others of the kind on one of them in turn.
+    """On all further models the first method with a weight, a builder or a hook, the others on one in turn.
 
-    Long tests, but for LoRA's on layers that are scanned.
+    Methods of blocks that are made of none of these run on all. Long tests, but for LoRA's on layers that are
+    scanned.
     """
-    known: set[tuple[str, ...]] = set()
+    known: set[str] = set()
     for number, name in enumerate(pj.METHODS):
-        models, kind = further_models_of(name), kind_of(name)
-        if kind in known:
+        models, parts = further_models_of(name), set(kind_of(name))
+        if parts <= known and (parts or not pj.METHODS[name].of_blocks):
             models = (models[number % len(models)],)
-        known |= {kind} - {()}
+        known |= parts
         for model in models:
             slow = [] if (name, model) == ("lora", "transformer") else [pytest.mark.slow]
             yield pytest.param((name, model), id=f"{name}-{model}", marks=slow)
