@@ -7,7 +7,7 @@ from peftjax.backbone.backbone import Backbone
 from peftjax.core.errors import PeftError
 from peftjax.prune.blocks import block_groups
 from peftjax.prune.group import Group
-from peftjax.prune.tracing import traced_groups
+from peftjax.prune.traced import traced_groups
 
 
 def groups_of(model: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Group]:

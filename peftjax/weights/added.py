@@ -10,7 +10,7 @@ from jax import Array
 
 from peftjax.weights.base import Weight, cast, contract, dense, lazily_merged
 from peftjax.weights.canonical import to_canonical, to_logical
-from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.contraction import Contraction, Gather
 from peftjax.weights.dropout import drop, key_for_input
 from peftjax.weights.fields import Slots, logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout
@@ -73,28 +73,12 @@ class Added(WholeMatrices, Weight):
         """Whatever the base supports."""
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
-    def dot(self, x: Array, rule: Dot) -> Array:
-        """X times this weight."""
-        return self._contract(x, rule, self.key)
-
-    def gather(self, indices: Array, rule: Gather) -> Array:
-        """Rows of this weight; a lookup has no input to drop."""
-        return self._contract(indices, rule, None)
-
-    def conv(self, x: Array, rule: Conv) -> Array:
-        """X convolved with this weight."""
-        return self._contract(x, rule, self.key)
-
-    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """Rows of x times their experts' matrices."""
-        return self._contract(x, rule, self.key)
-
     def cast(self, dtype: Any) -> "Added":
         """The base in another dtype; the slots stay as exact as they are."""
         return replace(self, base=cast(self.base, dtype))
 
-    def _contract(self, x: Array, rule: Contraction, key: Array | None) -> Array:
-        return contract_added(x, replace(self, key=key), rule)
+    def _contract(self, x: Array, rule: Contraction) -> Array:
+        return contract_added(x, self, rule)
 
 
 def contract_added(x: Array, w: Any, rule: Contraction) -> Array:
@@ -105,7 +89,9 @@ def contract_added(x: Array, w: Any, rule: Contraction) -> Array:
         w: a weight with `base`, `delta()`, `dropout` and `key`.
         rule: how they meet.
     """
-    key = None if w.key is None or w.dropout == 0.0 else key_for_input(w.key, x)
+    # A lookup has no input to drop.
+    drops = w.key is not None and w.dropout > 0.0 and not isinstance(rule, Gather)
+    key = key_for_input(w.key, x) if drops else None
     exact = not isinstance(w.base, Weight) and jnp.finfo(w.dtype).bits >= 32
     if exact and key is None:
         return lazily_merged(rule, x, w)

@@ -57,18 +57,22 @@ class Weight(Views):
 
     def dot(self, x: Array, rule: Dot) -> Array:
         """X times this weight."""
-        return lazily_merged(rule, x, self)
+        return self._contract(x, rule)
 
     def gather(self, indices: Array, rule: Gather) -> Array:
         """Rows of this weight."""
-        return lazily_merged(rule, indices, self)
+        return self._contract(indices, rule)
 
     def conv(self, x: Array, rule: Conv) -> Array:
         """X convolved with this weight."""
-        return lazily_merged(rule, x, self)
+        return self._contract(x, rule)
 
     def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
         """Rows of x times their experts' matrices."""
+        return self._contract(x, rule)
+
+    def _contract(self, x: Array, rule: Contraction) -> Array:
+        """What all kinds of products have in common, where they do."""
         return lazily_merged(rule, x, self)
 
 

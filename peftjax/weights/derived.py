@@ -10,7 +10,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.weights.base import Weight, cast, contract
-from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.contraction import Contraction
 from peftjax.weights.fields import Slots, logical, random_key, shared, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.low_rank import LowRank, Product
@@ -76,22 +76,6 @@ class Derived(WholeMatrices, Weight):
     def supports(self, rule: Contraction) -> bool:
         """What the low-rank weight supports."""
         return jax.eval_shape(lambda w: w.formed(), self).supports(rule)
-
-    def dot(self, x: Array, rule: Dot) -> Array:
-        """The low-rank product."""
-        return self._contract(x, rule)
-
-    def gather(self, indices: Array, rule: Gather) -> Array:
-        """The low-rank rows."""
-        return self._contract(indices, rule)
-
-    def conv(self, x: Array, rule: Conv) -> Array:
-        """The low-rank convolution."""
-        return self._contract(x, rule)
-
-    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """The low-rank ragged product."""
-        return self._contract(x, rule)
 
     def cast(self, dtype: Any) -> "Derived":
         """The base in another dtype; the numbers stay as exact as they are."""

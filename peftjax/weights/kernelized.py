@@ -12,7 +12,7 @@ from peftjax.kernels.kernelized_merge import KernelFunction, sparse_update
 from peftjax.weights.added import contract_added
 from peftjax.weights.base import Weight, cast, dense
 from peftjax.weights.canonical import to_logical
-from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.contraction import Contraction
 from peftjax.weights.fields import canonical, logical, random_key, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.sharding import like
@@ -59,20 +59,7 @@ class Kernelized(Weight):
         """Whatever the base supports."""
         return not isinstance(self.base, Weight) or self.base.supports(rule)
 
-    def dot(self, x: Array, rule: Dot) -> Array:
-        """X times this weight."""
-        return contract_added(x, self, rule)
-
-    def gather(self, indices: Array, rule: Gather) -> Array:
-        """Rows of this weight; a lookup has no input to drop."""
-        return contract_added(indices, replace(self, key=None), rule)
-
-    def conv(self, x: Array, rule: Conv) -> Array:
-        """X convolved with this weight."""
-        return contract_added(x, self, rule)
-
-    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """Rows of x times their experts' matrices."""
+    def _contract(self, x: Array, rule: Contraction) -> Array:
         return contract_added(x, self, rule)
 
     def cast(self, dtype: Any) -> "Kernelized":

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from peftjax.weights.base import Weight, dense, lazily_merged
 from peftjax.weights.canonical import to_canonical, to_logical
-from peftjax.weights.contraction import Contraction, Conv, Dot, Gather, RaggedDot
+from peftjax.weights.contraction import Contraction
 from peftjax.weights.fields import Slots, canonical, logical, stacked, static, structured
 from peftjax.weights.layout import Layout
 from peftjax.weights.sharding import like, whole
@@ -73,22 +73,6 @@ class ScorePruned(WholeMatrices, Weight):
             self._matrices(base), self.slots, self.pruned, w.threshold
         )
         return like(to_logical(formed, self.layout), base).astype(self.dtype)
-
-    def dot(self, x: Array, rule: Dot) -> Array:
-        """X times this weight."""
-        return self._contract(x, rule)
-
-    def gather(self, indices: Array, rule: Gather) -> Array:
-        """Rows of this weight."""
-        return self._contract(indices, rule)
-
-    def conv(self, x: Array, rule: Conv) -> Array:
-        """X convolved with this weight."""
-        return self._contract(x, rule)
-
-    def ragged_dot(self, x: Array, rule: RaggedDot) -> Array:
-        """Rows of x times their experts' matrices."""
-        return self._contract(x, rule)
 
     def cast(self, dtype: Any) -> "ScorePruned":
         """The same parts: scores are of the base as it is, and the weight is cast when it is made."""

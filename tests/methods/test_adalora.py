@@ -19,7 +19,7 @@ OPTIONS = {"rank": 4, "target_rank": 2, "total_steps": 9, "init_warmup": 1, "fin
 def test_the_schedule_is_the_papers():
     method = pj.adalora(**OPTIONS, allocate_every=2)
     plan = method.init(KEY, PARAMS)[0].plan
-    schedule = Schedule(2, 9, 1, 2, 2)
+    schedule = Schedule(target_rank=2, total_steps=9, init_warmup=1, final_warmup=2, every=2)
     assert [step for step in range(9) if schedule.due(step)] == [2, 4, 6, 7]
     for step in range(9):
         part = min(max((step - 1) / 6, 0.0), 1.0)

@@ -86,7 +86,9 @@ def test_it_starts_as_the_base_or_as_magnitude_pruning():
 
 
 def test_the_schedule_is_the_papers():
-    gradual = Gradual(0.9, 0.0, 100, 10, 30, 1)
+    gradual = Gradual(
+        sparsity=0.9, initial_sparsity=0.0, total_steps=100, init_warmup=10, final_warmup=30, every=1
+    )
     target = pj.pst(rank=1, total_steps=10).init(KEY, PARAMS)[0].plan[0]
     size = N * M
     at = {step: int(gradual.pruned(jnp.int32(step), target)) for step in range(101)}

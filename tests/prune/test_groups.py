@@ -9,7 +9,7 @@ from tiny_decoder import make_decoder
 
 import peftjax as pj
 from peftjax.prune.group import Group, Member
-from peftjax.prune.tracing import traced_groups
+from peftjax.prune.traced import traced_groups
 
 KEY = jax.random.key(0)
 

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from peftjax.core.checks import at_least, positive
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import positive
 from peftjax.methods._importance import sensitivities
 from peftjax.methods._targets import Target
+from peftjax.methods._warmups import BetweenWarmups
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Loss
@@ -35,46 +35,23 @@ GATE = "gate"
 """The slot of those that are not cut for good."""
 
 
-@dataclass(frozen=True)
-class Schedule:
+@dataclass(frozen=True, kw_only=True)
+class Schedule(BetweenWarmups):
     """When directions are cut, and how many are left.
 
     Attributes:
         target_rank: r of a matrix in the end, on average.
-        total_steps: T.
-        init_warmup: t_i, steps before the first cut.
-        final_warmup: t_f, steps after the last one.
-        allocate_every: steps between two cuts.
 
     Raises:
         PeftError: a number is out of its range, or no step is left between the warm-ups.
     """
 
     target_rank: int
-    total_steps: int
-    init_warmup: int
-    final_warmup: int
-    allocate_every: int
 
     def __post_init__(self) -> None:
-        for name in ("target_rank", "total_steps", "allocate_every", "final_warmup"):
-            positive("adalora", name, getattr(self, name))
-        at_least("adalora", "init_warmup", self.init_warmup, 0)
-        if self.init_warmup >= self.last:
-            raise PeftError(
-                f"adalora: {self.total_steps} steps leave none between warm-ups of {self.init_warmup} and "
-                f"{self.final_warmup}; lower init_warmup or final_warmup"
-            )
-
-    @property
-    def last(self) -> int:
-        """The steps that have been done at the last cut."""
-        return self.total_steps - self.final_warmup
-
-    def due(self, step: int) -> bool:
-        """Whether there is a cut after so many steps."""
-        between = self.init_warmup < step < self.last and step % self.allocate_every == 0
-        return between or step == self.last
+        positive("adalora", "target_rank", self.target_rank)
+        positive("adalora", "final_warmup", self.final_warmup)
+        self.require_valid("adalora", "allocate_every")
 
     def measured(self, step: Array, **extra: Any) -> Array:
         """Whether the importance is averaged after this step, the first being 0: not at the last cut."""

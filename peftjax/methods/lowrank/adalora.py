@@ -77,8 +77,13 @@ class AdaloraOptions(DropoutOptions, RankOptions):
     @property
     def schedule(self) -> Schedule:
         """When directions are cut."""
-        steps = (self.total_steps, self.init_warmup, self.final_warmup, self.allocate_every)
-        return Schedule(self.target_rank, *steps)
+        return Schedule(
+            target_rank=self.target_rank,
+            total_steps=self.total_steps,
+            init_warmup=self.init_warmup,
+            final_warmup=self.final_warmup,
+            every=self.allocate_every,
+        )
 
 
 @register(

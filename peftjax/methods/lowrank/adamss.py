@@ -29,6 +29,7 @@ from peftjax.core.errors import PeftError
 from peftjax.methods._importance import sensitivities, track_importance
 from peftjax.methods._options import TargetOptions
 from peftjax.methods._targets import Target
+from peftjax.methods._warmups import BetweenWarmups
 from peftjax.methods._weights import Slots, Start, of_weights
 from peftjax.methods.lowrank._base import base_matrices
 from peftjax.methods.lowrank._clusters import clustered, first_directions
@@ -226,10 +227,8 @@ def freeze_inactive() -> optax.GradientTransformationExtraArgs:
 
 def _choose(options: AdamssOptions, budget: int) -> Advance:
     """Stop training the clusters that matter least, whenever that is due; none comes back."""
-    first, last = options.init_warmup, options.final_warmup
-
-    def due(step: int) -> bool:
-        return first < step <= last and (step % options.allocate_every == 0 or step == last)
+    first, last, every = options.init_warmup, options.final_warmup, options.allocate_every
+    choices = BetweenWarmups(total_steps=last, init_warmup=first, final_warmup=0, every=every)
 
     def cut(step: Array, total: int) -> Array:
         """How many of all are not trained after so many steps."""
@@ -266,7 +265,7 @@ def _choose(options: AdamssOptions, budget: int) -> Advance:
             state[path] = {**state[path], ACTIVE: own & active[path]}
         return replace(frozen, state=state), trainable, optimizer
 
-    return Advance(due, run, changes=(ACTIVE,))
+    return Advance(choices.due, run, changes=(ACTIVE,))
 
 
 def _scores(mean: Any, deviation: Any, held: Mapping[str, Slots]) -> dict[str, Array]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax import Array
 
-from peftjax.core.checks import at_least, fraction, positive
-from peftjax.core.errors import PeftError
+from peftjax.core.checks import fraction
 from peftjax.methods._targets import Target
+from peftjax.methods._warmups import BetweenWarmups
 from peftjax.transform.frozen import Frozen, Trainable
 from peftjax.transform.optimizer_state import OptimizerState
 from peftjax.transform.transform import Advance, Loss
@@ -24,17 +24,13 @@ PRUNED = "pruned"
 """The slot of the number of pruned entries of each matrix, int32 `[*stack]`."""
 
 
-@dataclass(frozen=True)
-class Gradual:
+@dataclass(frozen=True, kw_only=True)
+class Gradual(BetweenWarmups):
     """How much is pruned, and when.
 
     Attributes:
         sparsity: the share of each matrix that is pruned in the end.
         initial_sparsity: that share at first.
-        total_steps: T.
-        init_warmup: t_i.
-        final_warmup: t_f.
-        prune_every: steps between two changes.
 
     Raises:
         PeftError: a number is out of its range, or no step is left between the warm-ups.
@@ -42,33 +38,11 @@ class Gradual:
 
     sparsity: float
     initial_sparsity: float
-    total_steps: int
-    init_warmup: int
-    final_warmup: int
-    prune_every: int
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "initial_sparsity"):
             fraction("pruning", name, getattr(self, name))
-        for name in ("total_steps", "prune_every"):
-            positive("pruning", name, getattr(self, name))
-        for name in ("init_warmup", "final_warmup"):
-            at_least("pruning", name, getattr(self, name), 0)
-        if self.init_warmup >= self.last:
-            raise PeftError(
-                f"pruning: {self.total_steps} steps leave none between warm-ups of {self.init_warmup} and "
-                f"{self.final_warmup}; lower init_warmup or final_warmup"
-            )
-
-    @property
-    def last(self) -> int:
-        """The step from which on the target is pruned."""
-        return self.total_steps - self.final_warmup
-
-    def due(self, step: int) -> bool:
-        """Whether another number is pruned from this step on."""
-        between = self.init_warmup < step < self.last and step % self.prune_every == 0
-        return between or step == self.last
+        self.require_valid("pruning", "prune_every")
 
     def pruned(self, step: Array | int, target: Target) -> Array:
         """How many entries of a matrix are pruned at a step, int32: at the ends exactly `⌊share · n·m⌋`."""

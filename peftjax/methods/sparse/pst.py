@@ -82,7 +82,14 @@ class PstOptions(RankOptions):
         steps = self.total_steps or 0
         first = steps // 10 if self.init_warmup is None else self.init_warmup
         last = 3 * steps // 10 if self.final_warmup is None else self.final_warmup
-        return Gradual(self.sparsity, self.initial_sparsity, steps, first, last, self.prune_every)
+        return Gradual(
+            sparsity=self.sparsity,
+            initial_sparsity=self.initial_sparsity,
+            total_steps=steps,
+            init_warmup=first,
+            final_warmup=last,
+            every=self.prune_every,
+        )
 
     def find(self, caller: str, params: Any, *, one_way: bool = False, **ranks: Any) -> list[Target]:
         """Every weight that they ask for, with its rank."""
