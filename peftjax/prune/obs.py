@@ -5,8 +5,7 @@ inputs x:
 
     H = E xᵀx + λ mean(diag H) I        H⁻¹ = UᵀU, U upper triangular
     s_ij = w_ij² / U_ii²                what the output loses without it, the inputs before it being settled
-    e_i = (w_i - mask_i w_i) / U_ii,  w -= U_i ⊗ e_i        for i = 1 ... in, by which row i becomes mask_i
-    w_i
+    e_i = (w_i - mask_i w_i) / U_ii,  w -= U_i ⊗ e_i        i = 1 ... in: row i becomes mask_i w_i
 """
 
 from collections.abc import Mapping
@@ -53,9 +52,8 @@ def sparsegpt(
     """The weights with the entries gone whose loss the rest makes up for best, and that rest updated.
 
     Which entries those are is chosen anew for each `block` of inputs, with the weights as the inputs before
-    have left
-    them: of all its entries together, so that each block keeps its share, or n of every m inputs of each
-    output.
+    have left them: of all its entries together, so that each block keeps its share, or n of every m inputs
+    of each output.
 
     Args:
         params: the parameters; the weights are arrays.

@@ -25,6 +25,7 @@ class TinyReviews(tfds.core.GeneratorBasedBuilder):
         return {"train": self._examples(6), "test": self._examples(2), "hidden": self._examples(0)}
 
     def _generate_examples(self):
+        """Never called: the base class wants it, and `_split_generators` gives each split its examples."""
         raise NotImplementedError
 
     def _examples(self, labeled):
